@@ -1,0 +1,116 @@
+"""Small things that the tests share: the embedded models, photographs made of noise, statements about them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+
+from theworld.config import Config
+from theworld.gemma import Gemma
+from theworld.vsr import Statement
+
+ROOT = Path(__file__).parent.parent
+EMBEDDED_GEMMA = ROOT / "theworld" / "embedded" / "gemma"
+EMBEDDED_VAE = ROOT / "theworld" / "embedded" / "vae"
+QUESTION = "Statement: {caption}\nAnswer (only '0' or '1'):"
+
+CAPTIONS = [
+    ("a.png", "The red ball is left of the blue ball.", 1, "left of"),
+    ("a.png", "The cat is beneath the old wooden table.", 0, "beneath"),
+    ("b.png", "The dog is at the right side of the bicycle.", 1, "at the right side of"),
+    ("c.png", "The cup is on the book.", 1, "on"),
+    ("c.png", "The book is on the cup.", 0, "on"),
+    ("c.png", "The person is far away from the traffic light.", 1, "far away from"),
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def few_threads() -> None:
+    """The models are tiny: more threads than cores make them slower, not faster."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def gemma() -> Gemma:
+    """The embedded multimodal Gemma in float32."""
+    return Gemma(str(EMBEDDED_GEMMA))
+
+
+@pytest.fixture(scope="session")
+def text_gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-only Gemma3ForCausalLM of random weights, with the embedded tokeniser and a mix of both layer types."""
+    folder = tmp_path_factory.mktemp("text-gemma")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_GEMMA)
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=16,  # shorter than a prompt, so that the window matters
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        initializer_range=0.2,
+    )
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def statements() -> list[Statement]:
+    """Six statements about three images."""
+    return [Statement(image=i, caption=c, label=y, relation=r, index=n) for n, (i, c, y, r) in enumerate(CAPTIONS)]
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a.png, b.png and c.png, of different sizes."""
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = np.random.default_rng(0)
+    for name, size in (("a.png", (80, 96)), ("b.png", (64, 64)), ("c.png", (120, 50))):
+        Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def annotations(tmp_path_factory: pytest.TempPathFactory, statements: list[Statement]) -> Path:
+    """A VSR-shaped folder of those statements: all six in train, the first in dev, the last three in test."""
+    folder = tmp_path_factory.mktemp("annotations")
+    rows = [{"image": s.image, "image_link": "", "caption": s.caption, "label": s.label, "relation": s.relation} for s in statements]
+    for split, chosen in (("train", rows), ("dev", rows[:1]), ("test", rows[3:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, photographs: Path, annotations: Path) -> Config:
+    """Settings of a tiny run on the embedded models, on the CPU."""
+    return Config(
+        model_name=str(EMBEDDED_GEMMA),
+        cosmos_model_name=str(EMBEDDED_VAE),
+        annotations=str(annotations),
+        image_folder=str(photographs),
+        output_dir=str(tmp_path / "run"),
+        latent_size=64,
+        world_patch=2,
+        device="cpu",
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        learning_rate=1e-3,
+        warmup_steps=0,
+        log_to_tensorboard=False,
+        logging_steps=1,
+        eval_steps=2,
+        save_steps=2,
+        shard_size=2,
+        encode_batch_size=2,
+    )

@@ -1,0 +1,262 @@
+"""What has to be true of the model: equalities with transformers, with padding, with one statement at a time."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from conftest import QUESTION
+from theworld.batch import attention_masks
+from theworld.config import Config
+from theworld.gemma import Gemma
+from theworld.images import read_image
+from theworld.model import TheWorld
+from theworld.projection import ProjectionShape, WorldProjection
+from theworld.vsr import Statement, images_of
+
+LATENT_SHAPE = (16, 8, 8)
+
+
+def make_model(gemma: Gemma, positions: bool = True, **settings: object) -> TheWorld:
+    """A model with a random projection whose every part matters."""
+    torch.manual_seed(1)
+    shape = ProjectionShape(LATENT_SHAPE, gemma.width, patch=2, positions=positions)
+    projection = WorldProjection(shape, [0.1] * 16, [0.9] * 16, gemma.embedding_scale(), gemma.bracket_embeddings())
+    if projection.positions is not None:
+        torch.nn.init.normal_(projection.positions, std=0.3)
+    return TheWorld(gemma, projection, Config(question_template=QUESTION, **settings), {})
+
+
+def latents_of(images: list[str] | tuple[str, ...]) -> torch.Tensor:
+    """float32[G, 16, 8, 8], different for each name and the same for the same."""
+    return torch.stack([torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(ord(i[0]))) for i in images])
+
+
+def vision_of(gemma: Gemma, photographs: Path, images: list[str] | tuple[str, ...]) -> torch.Tensor | None:
+    if not gemma.is_multimodal:
+        return None
+    return gemma.vision_features(gemma.pixel_values([read_image(photographs, i) for i in images]))
+
+
+@pytest.fixture(params=["multimodal", "text-only"])
+def any_gemma(request: pytest.FixtureRequest, gemma: Gemma, text_gemma_folder: Path) -> Gemma:
+    return gemma if request.param == "multimodal" else Gemma(str(text_gemma_folder))
+
+
+def transformers_logits(gemma: Gemma, statement: Statement, photographs: Path) -> torch.Tensor:
+    """float32[vocabulary] after the prompt, by transformers' own model and processor alone."""
+    text = {"type": "text", "text": QUESTION.replace("{caption}", statement.caption)}
+    if gemma.is_multimodal:
+        content = [{"type": "image", "image": Image.open(photographs / statement.image)}, text]
+    else:
+        content = [text]
+    tool = gemma.processor or gemma.tokenizer
+    inputs = tool.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    with torch.no_grad():
+        return gemma.model(**inputs).logits[0, -1]
+
+
+def test_without_world_tokens_the_logits_are_transformers_own(
+    any_gemma: Gemma, photographs: Path, statements: list[Statement]
+) -> None:
+    model = make_model(any_gemma)
+    batch = model.packer(with_world=False).pack(statements)
+    with torch.no_grad():
+        ours = model(batch, None, vision_of(any_gemma, photographs, batch.images))
+    assert batch.statements == tuple(statements)
+    theirs = torch.stack([transformers_logits(any_gemma, s, photographs) for s in statements])
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def reference_logits(model: TheWorld, statement: Statement, photographs: Path) -> torch.Tensor:
+    """One statement alone, written out plainly: concatenated embeddings and a mask by transformers' own rules."""
+    gemma = model.gemma
+    prompt = gemma.prompt(QUESTION, statement.caption, with_world=True)
+    ids = torch.tensor([*prompt.shared, *prompt.branch])
+    at = prompt.world_at
+    assert at is not None
+    embeddings = gemma.embed(ids)
+    if gemma.is_multimodal:
+        features = gemma.model.get_image_features(
+            gemma.pixel_values([read_image(photographs, statement.image)])
+        ).pooler_output[0]
+        embeddings = embeddings.masked_scatter((ids == gemma.image_token_id)[:, None], features)
+    world = model.projection(latents_of([statement.image]))[0]
+    opening, closing = model.projection.brackets
+    row = torch.cat([embeddings[:at], opening[None], world, closing[None], embeddings[at:]])[None]
+    length, n = row.shape[1], len(world)
+    sees = torch.ones(length, length).tril().bool()
+    sees[at + 1 : at + 1 + n, at + 1 : at + 1 + n] = True
+    if gemma.is_multimodal:
+        image = (ids == gemma.image_token_id).nonzero().flatten() + n + 2
+        sees[image[0] : image[-1] + 1, image[0] : image[-1] + 1] = True
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+    near = sees & (distance < gemma.sliding_window)
+    masks = {"full_attention": sees[None, None], "sliding_attention": near[None, None]}
+    hidden = gemma.text_model(
+        inputs_embeds=row, attention_mask=masks, position_ids=torch.arange(length)[None], use_cache=False
+    ).last_hidden_state
+    return gemma.model.lm_head(hidden[0, -1])
+
+
+def gradients(model: TheWorld) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.trainable().items()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_packed_rows_equal_each_statement_alone_in_loss_and_every_gradient(
+    any_gemma: Gemma, photographs: Path, statements: list[Statement]
+) -> None:
+    model = make_model(any_gemma)
+    loss = torch.stack(
+        [
+            F.cross_entropy(reference_logits(model, s, photographs), torch.tensor(any_gemma.answer_ids[s.label]))
+            for s in statements
+        ]
+    ).sum()
+    loss.backward()
+    wanted = gradients(model)
+    batch = model.packer().pack(statements)
+    vision = vision_of(any_gemma, photographs, batch.images)
+    losses = model.losses(batch, latents_of(batch.images), vision)
+    losses["total"].backward()
+    found = gradients(model)
+    torch.testing.assert_close(losses["total"], loss, atol=1e-5, rtol=1e-5)
+    assert found.keys() == wanted.keys()
+    assert all(g.abs().max() > 0 for g in wanted.values())
+    for name in wanted:
+        scale = wanted[name].abs().max()  # gradients are compared at the size of the largest of a tensor
+        torch.testing.assert_close(found[name] / scale, wanted[name] / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("row_tokens", [None, 200])
+def test_how_images_are_laid_into_rows_does_not_change_the_logits(
+    gemma: Gemma, photographs: Path, statements: list[Statement], row_tokens: int | None
+) -> None:
+    model = make_model(gemma)
+    packer = model.packer()
+    packer.row_tokens = row_tokens
+    batch = packer.pack(statements)
+    assert batch.token_ids.shape[0] == (3 if row_tokens is None else 2)
+    with torch.no_grad():
+        ours = model(batch, latents_of(batch.images), vision_of(gemma, photographs, batch.images))
+        alone = torch.stack([reference_logits(model, s, photographs) for s in batch.statements])
+    torch.testing.assert_close(ours, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_causal_world_tokens_do_not_see_ahead(gemma: Gemma, statements: list[Statement]) -> None:
+    for attention, ahead in (("bidirectional", True), ("causal", False)):
+        model = make_model(gemma, world_attention=attention)
+        batch = model.packer().pack(statements[:1])
+        mask = attention_masks(batch, gemma.sliding_window, "sdpa")["full_attention"][0, 0]
+        first, last = int(batch.world_slots[0, 1]), int(batch.world_slots[0, -2])
+        assert bool(mask[first, last]) is ahead
+        assert bool(mask[last, first])
+
+
+def test_the_loss_depends_on_the_label_token_alone(
+    gemma: Gemma, photographs: Path, statements: list[Statement]
+) -> None:
+    model = make_model(gemma)
+    batch = model.packer().pack(statements[:2])
+    vision = vision_of(gemma, photographs, batch.images)
+    latents = latents_of(batch.images)
+    with torch.no_grad():
+        logits = model(batch, latents, vision)
+        loss = model.losses(batch, latents, vision)["total"]
+    wanted = -logits.log_softmax(-1)[torch.arange(2), batch.labels].sum()
+    torch.testing.assert_close(loss, wanted)
+    assert batch.labels.tolist() == [gemma.answer_ids[1], gemma.answer_ids[0]]
+    # The label itself is nowhere in the input, and nothing else of the batch enters the loss.
+    flipped = model.packer().pack([Statement(**{**vars(s), "label": 1 - s.label}) for s in statements[:2]])
+    assert torch.equal(flipped.token_ids, batch.token_ids)
+    with torch.no_grad():
+        assert not torch.isclose(model.losses(flipped, latents, vision)["total"], loss)
+
+
+def test_the_statement_loss_is_the_mean_next_word_loss_over_true_captions(
+    gemma: Gemma, photographs: Path, statements: list[Statement]
+) -> None:
+    model = make_model(gemma)
+    batch = model.packer().pack(statements)
+    vision, latents = vision_of(gemma, photographs, batch.images), latents_of(batch.images)
+    with torch.no_grad():
+        losses = model.losses(batch, latents, vision, statement_loss_weight=0.5)
+        hidden = model.hidden(batch, latents, vision)
+    wanted = 0.0
+    for statement, label_row in zip(batch.statements, batch.label_rows, strict=True):
+        if statement.label == 0:
+            continue
+        prompt = gemma.prompt(QUESTION, statement.caption, with_world=True)
+        first, last = prompt.caption
+        assert gemma.tokenizer.decode(prompt.branch[first:last]).strip() == statement.caption
+        start = int(label_row) - len(prompt.branch) + 1
+        rows = gemma.logits(hidden[start + first - 1 : start + last - 1])
+        wanted += float(F.cross_entropy(rows, torch.tensor(prompt.branch[first:last])))
+    assert float(losses["statement"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(losses["total"]) == pytest.approx(float(losses["label"]) + 0.5 * wanted, rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(photographs: Path, statements: list[Statement], gemma: Gemma) -> None:
+    found = []
+    for checkpointing in (False, True):
+        own = Gemma(gemma.name)
+        model = make_model(own, use_gradient_checkpointing=checkpointing)
+        batch = model.packer().pack(statements)
+        model.losses(batch, latents_of(batch.images), vision_of(own, photographs, batch.images))["total"].backward()
+        found.append(gradients(model))
+        assert own.text_model.layers[0].gradient_checkpointing is checkpointing
+    for name in found[0]:
+        assert torch.equal(found[0][name], found[1][name])
+
+
+def test_what_trains_is_what_is_optimised_is_what_is_saved(gemma: Gemma, tmp_path: Path) -> None:
+    model = make_model(gemma)
+    names = {
+        "brackets", "positions", "norm.weight",
+        "layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias",
+    }  # fmt: skip
+    assert set(model.trainable()) == names
+    assert {id(p) for p in model.parameters()} == {id(p) for p in model.trainable().values()}
+    assert not any(p.requires_grad for p in gemma.model.parameters())
+    model.save_pretrained(tmp_path)
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "projection.safetensors", "pt") as file:
+        assert set(file.keys()) == names
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "projection.safetensors", "world.json"]
+
+
+def test_a_saved_model_loads_equal_and_a_foreign_one_is_refused(gemma: Gemma, tmp_path: Path) -> None:
+    model = make_model(gemma)
+    model.fingerprint = {"latents_mean": [0.1] * 16, "latents_std": [0.9] * 16}
+    model.save_pretrained(tmp_path)
+    loaded = TheWorld.from_pretrained(tmp_path, gemma=gemma)
+    assert loaded.config == model.config
+    latents = latents_of(["a", "b"])
+    assert torch.equal(loaded.projection(latents), model.projection(latents))
+    other = make_model(gemma, positions=False)
+    with pytest.raises(ValueError, match=r"projection\.safetensors: positions has shape \(16, 64\); .* nothing"):
+        other.load_projection(tmp_path / "projection.safetensors")
+    (tmp_path / "world.json").unlink()
+    with pytest.raises(ValueError, match=r"no world\.json in it"):
+        TheWorld.from_pretrained(tmp_path, gemma=gemma)
+
+
+def test_images_of_a_batch_are_those_of_its_statements(gemma: Gemma, statements: list[Statement]) -> None:
+    batch = make_model(gemma).packer().pack(statements)
+    assert sorted(batch.images) == images_of(statements)
+    assert batch.world_slots.shape == (3, 18)
+    assert batch.image_slots.shape == (3, 16)
+    assert np.array_equal(batch.labels.tolist(), [gemma.answer_ids[s.label] for s in statements])

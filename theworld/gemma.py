@@ -1,0 +1,257 @@
+"""The frozen Gemma 3: loading, prompts, answer tokens and image features.
+
+One `Gemma` serves both kinds: the multimodal `Gemma3ForConditionalGeneration` (4B and larger), which sees the
+photograph through its SigLIP tower, and the text-only `Gemma3ForCausalLM` (270M, 1B), which does not.
+
+Dimensions: B images, N image tokens an image (256 in the 4B), V vision width, D width of the language model.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from theworld.weights import hub_revision, model_id, weights_sha256
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised prompt in two parts: what all statements of an image share, and one statement's branch.
+
+    `world_at` is the index in `shared` before which the world tokens and their two brackets stand, or None
+    for a prompt without them. `caption` is the (start, end) range of the caption's tokens in `branch`.
+    """
+
+    shared: tuple[int, ...]
+    branch: tuple[int, ...]
+    world_at: int | None
+    caption: tuple[int, int]
+
+
+class Gemma:
+    """A frozen Gemma 3 with its tokeniser and, where it has eyes, its image processor."""
+
+    def __init__(
+        self,
+        name_or_path: str,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        attention: str | None = None,
+        vision: bool = True,
+    ) -> None:
+        """`attention` is transformers' name (default: flex on CUDA, sdpa on the CPU; only those, since the
+        FlashAttention kernels ignore block masks without a word). `vision=False` drops the SigLIP tower once
+        the weights are read: for runs whose image features come from a cache.
+        """
+        self.name = name_or_path
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.attention = attention or ("flex_attention" if self.device.type == "cuda" else "sdpa")
+        if self.attention not in ("sdpa", "eager", "flex_attention"):
+            raise ValueError(f"attention {self.attention!r}: wanted sdpa, eager or flex_attention")
+        self.model = _load_model(name_or_path, dtype, self.device, self.attention)
+        self.is_multimodal = isinstance(self.model, Gemma3ForConditionalGeneration)
+        self.processor = AutoProcessor.from_pretrained(name_or_path) if self.is_multimodal else None
+        self.tokenizer = self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(name_or_path)
+        _check_template(self.tokenizer, self.processor, name_or_path)
+        self.text_config = self.model.config.get_text_config()
+        self.answer_ids = tuple(_single_token(self.tokenizer, digit) for digit in "01")
+        if not vision and self.is_multimodal:
+            self.model.model.vision_tower = None
+
+    # ---- parts
+
+    @property
+    def width(self) -> int:
+        """D, the width of the language model."""
+        return int(self.text_config.hidden_size)
+
+    @property
+    def text_model(self) -> nn.Module:
+        """The decoder without its head: embeddings in, hidden states out."""
+        return self.model.model.language_model if self.is_multimodal else self.model.model
+
+    @property
+    def sliding_window(self) -> int:
+        """How many tokens back a sliding-window layer sees, itself included."""
+        return int(self.text_config.sliding_window)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """N, the image tokens of one photograph; 0 for a text-only Gemma."""
+        return int(self.model.config.mm_tokens_per_image) if self.is_multimodal else 0
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The id of the soft token that stands where an image feature goes."""
+        return int(self.model.config.image_token_id) if self.is_multimodal else None
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """int64[...] -> dtype[..., D]: the embeddings as the first layer expects them (scaled by sqrt(D)).
+
+        The image token may lie outside the table; where it stands an image feature comes, so any row will do.
+        """
+        if self.image_token_id is not None:
+            token_ids = token_ids.masked_fill(token_ids == self.image_token_id, 0)
+        return self.text_model.embed_tokens(token_ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """dtype[S, D] -> float32[S, vocabulary]: the head, as the model's own forward applies it."""
+        logits = self.model.lm_head(hidden).float()
+        cap = getattr(self.text_config, "final_logit_softcapping", None)
+        return logits if cap is None or self.is_multimodal else torch.tanh(logits / cap) * cap
+
+    @torch.no_grad()
+    def embedding_scale(self) -> float:
+        """The root mean square of a token's embedding as the first layer sees it, over the vocabulary."""
+        table = self.text_model.embed_tokens.weight
+        return float(table.float().pow(2).mean().sqrt()) * float(self.text_model.embed_tokens.embed_scale)
+
+    @torch.no_grad()
+    def bracket_embeddings(self) -> Tensor:
+        """float32[2, D]: where the two brackets around the world tokens start. They are the embeddings of the
+        tokens around an image or, in a text-only Gemma, of square brackets."""
+        config = self.model.config
+        if self.is_multimodal:
+            ids = [config.boi_token_index, config.eoi_token_index]
+        else:
+            ids = [_single_token(self.tokenizer, bracket) for bracket in "[]"]
+        return self.embed(torch.tensor(ids, device=self.device)).float()
+
+    # ---- prompts
+
+    def prompt(self, question_template: str, caption: str, with_world: bool) -> Prompt:
+        """The prompt of one statement, tokenised by Gemma's own chat template.
+
+            <bos><start_of_turn>user\\n [W] w1 ... wN [/W] \\n\\n<boi> i1 ... iN <eoi> | \\n\\nStatement: ... <start_of_turn>model\\n
+            `------------------------------- shared ---------------------------------'   `------------- branch --------------'
+
+        Without world tokens the whole is exactly what the processor makes of the same message. With them,
+        what is left and right of them is tokenised by itself.
+        """
+        caption = caption.strip()
+        for token in self.tokenizer.all_special_tokens:
+            if token in caption:
+                raise ValueError(f"caption {caption!r} holds Gemma's control token {token!r}; remove it")
+        text = self._render(question_template.replace("{caption}", caption))
+        question_start = self._question_start(text, question_template)
+        start = text.index(caption, question_start)
+        image = self.processor.full_image_sequence if self.processor else ""
+        cut = text.index(image) if image else question_start
+        pieces = [text[:cut], text[cut:]] if with_world else [text]
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        offset = 0
+        for piece in pieces:
+            encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+            ids += encoded["input_ids"]
+            spans += [(a + offset, b + offset) for a, b in encoded["offset_mapping"]]
+            offset += len(piece)
+        world_at = sum(b <= cut for _, b in spans) if with_world else None
+        branch_at = self._branch_start(ids, world_at)
+        in_caption = [i for i, (a, b) in enumerate(spans) if b > start and a < start + len(caption)]
+        caption_range = (in_caption[0] - branch_at, in_caption[-1] + 1 - branch_at) if in_caption else (0, 0)
+        return Prompt(tuple(ids[:branch_at]), tuple(ids[branch_at:]), world_at, caption_range)
+
+    def _render(self, question: str) -> str:
+        content: list[dict[str, str]] = [{"type": "text", "text": question}]
+        if self.is_multimodal:
+            content.insert(0, {"type": "image"})
+        message = [{"role": "user", "content": content}]
+        if self.processor is None:
+            return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        text = self.processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return text.replace(self.processor.boi_token, self.processor.full_image_sequence, 1)
+
+    def _question_start(self, text: str, question_template: str) -> int:
+        """Where the question begins in the rendered text."""
+        head = question_template.split("{caption}")[0].strip()
+        image = self.processor.full_image_sequence if self.processor else ""
+        after_image = text.index(image) + len(image)
+        return text.index(head, after_image) if head else after_image
+
+    def _branch_start(self, ids: list[int], world_at: int | None) -> int:
+        """Special tokens and the world's place are sure boundaries between tokens, so the parts may split there."""
+        if self.is_multimodal:
+            return ids.index(self.model.config.eoi_token_index) + 1
+        return world_at if world_at is not None else 1
+
+    # ---- sight
+
+    def pixel_values(self, pixels: list[np.ndarray]) -> Tensor:
+        """uint8[H, W, 3] photographs -> float32[B, 3, S, S], by Gemma's own image processor."""
+        assert self.processor is not None, "a text-only Gemma sees no photographs"
+        return self.processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def vision_features(self, pixel_values: Tensor) -> Tensor:
+        """float[B, 3, S, S] -> dtype[B, N, V]: SigLIP's patches, pooled to N places as Gemma's projector does it.
+
+        This is what a cache keeps: smaller than image features and independent of the projector.
+        """
+        tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
+        if tower is None:
+            raise ValueError("this Gemma was loaded without its vision tower (vision=False)")
+        patches = tower(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
+        grid = patches.transpose(1, 2).unflatten(2, (projector.patches_per_image,) * 2)
+        return F.avg_pool2d(grid, projector.kernel_size).flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def image_features(self, vision_features: Tensor) -> Tensor:
+        """dtype[B, N, V] -> dtype[B, N, D]: the other half of Gemma's projector, into the language model's space."""
+        projector = self.model.model.multi_modal_projector
+        normed = projector.mm_soft_emb_norm(vision_features.to(self.device, self.dtype))
+        return normed @ projector.mm_input_projection_weight
+
+    def vision_identity(self) -> dict[str, Any]:
+        """The fields of a fingerprint that say which eyes made the vision features."""
+        tower = self.model.model.vision_tower.state_dict()
+        processor = self.processor.image_processor
+        return {
+            "model_name": model_id(self.name),
+            "model_revision": hub_revision(self.name, "config.json"),
+            "vision_weights_sha256": weights_sha256(tower),
+            "image_processor": type(processor).__name__,
+            "image_size": int(self.model.config.vision_config.image_size),
+            "compute_dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def _load_model(name: str, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name)
+    classes = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
+    if config.model_type not in classes:
+        raise ValueError(
+            f"model_name {name!r}: model_type {config.model_type!r}; wanted a Gemma 3 ({', '.join(classes)})"
+        )
+    model = classes[config.model_type].from_pretrained(
+        name, config=config, dtype=dtype, device_map=str(device), attn_implementation=attention
+    )
+    return model.eval().requires_grad_(False)
+
+
+def _check_template(tokenizer: Any, processor: Any, name: str) -> None:
+    template = processor.chat_template if processor is not None else tokenizer.chat_template
+    if not template:
+        raise ValueError(
+            f"model_name {name!r} has no chat template, so how it wants its prompts is unknown; use an "
+            "instruction-tuned Gemma (…-it) or put its chat_template.jinja into the folder"
+        )
+
+
+def _single_token(tokenizer: Any, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ValueError(f"{text!r} is {len(ids)} tokens in this vocabulary; TheWorld needs it to be one")
+    return int(ids[0])

@@ -1,0 +1,186 @@
+"""TheWorld: packed sequences in, answer logits out. Gemma is frozen; the projection is all that trains.
+
+Dimensions: R rows of L tokens, G images, S statements, N world tokens, D the width of the language model.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from theworld.batch import Batch, Packer, attention_masks
+from theworld.config import Config, load_config, save_config
+from theworld.gemma import Gemma
+from theworld.projection import ProjectionShape, WorldProjection
+from theworld.weights import model_id, resolve_device, resolve_dtype
+
+FORMAT_VERSION = 1
+PROJECTION_FILE, WORLD_FILE, CONFIG_FILE = "projection.safetensors", "world.json", "config.json"
+
+
+class TheWorld(nn.Module):
+    """A frozen Gemma with world tokens. Its parameters, as torch sees them, are those of the projection alone:
+    what `parameters()` gives to an optimiser is what trains, and `state_dict()` is what is saved."""
+
+    def __init__(self, gemma: Gemma, projection: WorldProjection, config: Config, fingerprint: dict[str, Any]) -> None:
+        """`fingerprint` is that of the latents the projection is for."""
+        super().__init__()
+        object.__setattr__(self, "gemma", gemma)  # not a submodule: frozen, and saved by whoever published it
+        self.gemma: Gemma
+        self.projection = projection.to(gemma.device)
+        self.config = config
+        self.fingerprint = fingerprint
+        if config.use_gradient_checkpointing:
+            text_model = gemma.text_model
+            newer = getattr(text_model, "activation_checkpointing_enable", None)  # the older name goes with v6
+            (newer or text_model.gradient_checkpointing_enable)()
+            text_model.train()  # transformers checkpoints in training mode only; Gemma has no dropout
+
+    @classmethod
+    def from_config(cls, config: Config, gemma: Gemma, fingerprint: dict[str, Any]) -> "TheWorld":
+        """A new, untrained projection for the latents that `fingerprint` describes, at Gemma's scale."""
+        shape = ProjectionShape(
+            latent_shape=tuple(fingerprint["latent_shape"]),
+            width=gemma.width,
+            mode=config.world_mode,
+            patch=config.world_patch,
+            architecture=config.projection,
+            hidden=config.projection_hidden,
+            positions=config.world_positions,
+        )
+        torch.manual_seed(config.seed)
+        projection = WorldProjection(
+            shape,
+            fingerprint["latents_mean"],
+            fingerprint["latents_std"],
+            scale=gemma.embedding_scale(),
+            brackets=gemma.bracket_embeddings(),
+        )
+        return cls(gemma, projection, config, fingerprint)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, gemma: Gemma | None = None, **overrides: Any) -> "TheWorld":
+        """What `save_pretrained` wrote, with the Gemma that its config names unless one is handed in.
+
+        `overrides` are settings, such as `device` and `dtype`. Raises ValueError naming file and field if
+        anything is missing or of another shape: a projection is loaded whole or not at all.
+        """
+        folder = Path(folder)
+        for name in (PROJECTION_FILE, WORLD_FILE, CONFIG_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder}: no {name} in it; name a folder such as checkpoints/vsr/checkpoint-500")
+        config = load_config(folder / CONFIG_FILE, overrides)
+        world = json.loads((folder / WORLD_FILE).read_text())
+        if world.get("format") != FORMAT_VERSION:
+            raise ValueError(f"{folder / WORLD_FILE}: format {world.get('format')!r}; wanted {FORMAT_VERSION}")
+        if gemma is None:
+            device = resolve_device(config.device)
+            gemma = Gemma(config.model_name, resolve_dtype(config.dtype, device), device)
+        fingerprint = world["fingerprint"]
+        shape = ProjectionShape.from_dict(world["projection"])
+        if shape.width != gemma.width:
+            raise ValueError(
+                f"{folder}: the projection is {shape.width} wide, {gemma.name} {gemma.width}; it was trained for "
+                f"{world['model_name']}"
+            )
+        projection = WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
+        model = cls(gemma, projection, config, fingerprint)
+        model.load_projection(folder / PROJECTION_FILE)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes projection.safetensors (what trains and nothing else), world.json and config.json."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.trainable().items()}
+        save_file(state, folder / PROJECTION_FILE, metadata={"format": "pt"})
+        world = {
+            "format": FORMAT_VERSION,
+            "model_name": model_id(self.gemma.name),
+            "projection": self.projection.shape.to_dict(),
+            "fingerprint": self.fingerprint,
+        }
+        (folder / WORLD_FILE).write_text(json.dumps(world, indent=2, sort_keys=True) + "\n")
+        save_config(self.config, folder / CONFIG_FILE)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The one rule for what trains, what is optimised and what is saved: parameters that ask for a gradient."""
+        return {name: p for name, p in self.projection.named_parameters() if p.requires_grad}
+
+    def load_projection(self, path: Path) -> None:
+        """Loads trained weights strictly; ValueError names what is missing, unknown or of another shape."""
+        state = load_file(path, device=str(self.gemma.device))
+        wanted = self.trainable()
+        for name in sorted(wanted.keys() | state.keys()):
+            have = tuple(state[name].shape) if name in state else "nothing"
+            want = tuple(wanted[name].shape) if name in wanted else "nothing"
+            if have != want:
+                raise ValueError(f"{path}: {name} has shape {have}; this projection wants {want}")
+        with torch.no_grad():
+            for name, parameter in wanted.items():
+                parameter.copy_(state[name])
+
+    def packer(self, with_world: bool = True) -> Packer:
+        """Packs statements the way this model was trained; without world tokens it packs Gemma's own prompts."""
+        num_world_tokens = self.projection.shape.num_tokens if with_world else 0
+        return Packer(self.gemma, self.config.question_template, num_world_tokens, self.config.world_attention)
+
+    def embed(self, batch: Batch, latents: Tensor | None, vision: Tensor | None) -> Tensor:
+        """Token embeddings with the world tokens and image features in their slots: dtype[R, L, D]."""
+        with torch.no_grad():
+            embeddings = self.gemma.embed(batch.token_ids)
+            flat = embeddings.flatten(0, 1)
+            if batch.image_slots.numel():
+                assert vision is not None, "a multimodal Gemma needs the photographs' features"
+                features = self.gemma.image_features(vision)
+                flat = flat.index_copy(0, batch.image_slots.flatten(), features.flatten(0, 1).to(flat.dtype))
+        if batch.world_slots.numel():
+            assert latents is not None, "the batch has world tokens, so it needs latents"
+            tokens = self.projection(latents)
+            opening, closing = self.projection.brackets[:, None].expand(2, len(tokens), -1).unsqueeze(2)
+            world = torch.cat([opening, tokens, closing], 1)  # float32[G, N + 2, D]
+            flat = flat.index_copy(0, batch.world_slots.flatten(), world.flatten(0, 1).to(flat.dtype))
+        return flat.view_as(embeddings)
+
+    def hidden(self, batch: Batch, latents: Tensor | None = None, vision: Tensor | None = None) -> Tensor:
+        """The language model's last hidden states, dtype[R x L, D]. `batch` lies on Gemma's device.
+
+        latents: float[G, C, H, W] as the VAE gives them; vision: float[G, I, V] from `Gemma.vision_features`.
+        """
+        masks = attention_masks(batch, self.gemma.sliding_window, self.gemma.attention)
+        output = self.gemma.text_model(
+            inputs_embeds=self.embed(batch, latents, vision),
+            attention_mask=masks,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        return output.last_hidden_state.flatten(0, 1)
+
+    def forward(self, batch: Batch, latents: Tensor | None = None, vision: Tensor | None = None) -> Tensor:
+        """float32[S, vocabulary]: what follows each statement's prompt."""
+        return self.gemma.logits(self.hidden(batch, latents, vision)[batch.label_rows])
+
+    def losses(
+        self, batch: Batch, latents: Tensor | None, vision: Tensor | None, statement_loss_weight: float = 0.0
+    ) -> dict[str, Tensor]:
+        """Sums over the batch, to be divided by the statements of an optimizer step.
+
+        `label`: cross-entropy over the whole vocabulary at the label token. `statement`: for each true
+        statement the mean next-word cross-entropy over its caption, 0 where the weight is 0. `total`: label +
+        weight x statement. `logits`: float32[S, 2], of '0' and '1'.
+        """
+        hidden = self.hidden(batch, latents, vision)
+        logits = self.gemma.logits(hidden[batch.label_rows])
+        label = F.cross_entropy(logits, batch.labels, reduction="sum")
+        statement = torch.zeros_like(label)
+        if statement_loss_weight > 0 and len(batch.words):
+            words = self.gemma.logits(hidden[batch.word_rows])
+            weights = 1 / batch.word_counts.to(words.dtype)
+            statement = (F.cross_entropy(words, batch.words, reduction="none") * weights).sum()
+        answers = logits[:, list(self.gemma.answer_ids)].detach()
+        total = label + statement_loss_weight * statement
+        return {"total": total, "label": label.detach(), "statement": statement.detach(), "logits": answers}

@@ -1,0 +1,81 @@
+"""A checkpoint scored on a split: from a cache, or from photographs alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from theworld.cache import (
+    LATENTS,
+    VISION,
+    LiveLatents,
+    LiveVision,
+    Rows,
+    expected_vision,
+    in_cache,
+    meaning,
+)
+from theworld.config import Config
+from theworld.evaluate import Fetch, predict, records
+from theworld.model import TheWorld
+from theworld.store import StoreMismatch, fingerprint_differences
+from theworld.vae import CosmosEncoder
+from theworld.vsr import Statement, load_statements, seen_images
+
+
+def score(
+    checkpoint: Path,
+    cache: Path | None,
+    image_folder: Path | None,
+    split: str,
+    systems: Sequence[str],
+    overrides: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """One record a statement of the split, with the answers of every system (see `theworld.evaluate`).
+
+    Exactly one of `cache` and `image_folder` is given. Prints what is left out, if anything is.
+    """
+    model = TheWorld.from_pretrained(checkpoint, **overrides)
+    config = model.config
+    statements = load_statements(config.annotations, split, config.dataset_name)
+    train = load_statements(config.annotations, "train", config.dataset_name)
+    if cache is not None:
+        latents, vision, statements = _from_cache(model, cache, statements)
+    else:
+        assert image_folder is not None
+        latents, vision = _from_photographs(model, config, image_folder)
+    if not model.gemma.is_multimodal:
+        vision = None
+    size = config.eval_batch_size or config.batch_size
+    logits = {s: predict(model, statements, latents, vision, s, size, quiet=False) for s in systems}
+    return records(statements, logits, seen_images(statements, train) if split != "train" else set())
+
+
+def _from_cache(
+    model: TheWorld, cache: Path, statements: list[Statement]
+) -> tuple[Fetch, Fetch | None, list[Statement]]:
+    latents = Rows(cache / LATENTS, LATENTS)
+    differences = fingerprint_differences(meaning(latents.reader.fingerprint), meaning(model.fingerprint))
+    if differences:
+        raise StoreMismatch(cache / LATENTS, differences)
+    statements, note = in_cache(statements, latents, cache)
+    print(f"scoring {note}")
+    if (cache / VISION).exists():
+        return latents, Rows(cache / VISION, VISION, expected_vision(model.config)), statements
+    if model.gemma.is_multimodal and model.config.image_folder is None:
+        raise ValueError(
+            f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or score "
+            "from photographs with --image-dir"
+        )
+    folder = model.config.image_folder or ""
+    return latents, LiveVision(model.gemma, folder, model.config.max_image_pixels), statements
+
+
+def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch]:
+    encoder = CosmosEncoder(config.cosmos_model_name, model.gemma.dtype, model.gemma.device)
+    identity = encoder.identity()
+    trained = {key: model.fingerprint[key] for key in identity}
+    differences = fingerprint_differences(meaning(identity), meaning(trained))
+    if differences:
+        raise StoreMismatch(folder, differences)
+    latents = LiveLatents(encoder, folder, config.latent_size, config.max_image_pixels)
+    return latents, LiveVision(model.gemma, folder, config.max_image_pixels)

@@ -1,0 +1,463 @@
+"""One shard of a store: files published by rename, sealed JSON, and an HDF5 file of one exact schema.
+
+The bytes are specified in cache/README.md. Nothing here knows of models, and everything that is read
+is taken for damaged until its hash says otherwise.
+"""
+
+import collections
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+SCHEMA_VERSION = 1
+STORAGE: dict[str, np.dtype] = {
+    d: np.dtype(s) for d, s in [("float32", "<f4"), ("float16", "<f2"), ("bfloat16", "<u2")]
+}
+SOURCE = "source_sha256"
+MAX_JSON_BYTES = 1 << 30
+MAX_ROW_BYTES = 1 << 30
+MAX_HDF5_OVERHEAD = 1 << 20
+# The oldest format: HDF5 1.14 and 2.0 write the same bytes with it; with newer ones they do not.
+LIBVER = ("earliest", "v110")
+TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
+HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
+RECORD_KEYS = {
+    "schema_version": int,
+    "shard": int,
+    "first_row": int,
+    "num_rows": int,
+    "fingerprint_sha256": str,
+    "rows_sha256": str,
+    "file_size": int,
+    "file_sha256": str,
+    "index_sha256": str,
+    "offsets": dict,
+}
+
+
+class StoreError(ValueError):
+    """A store is damaged, incomplete or ill-formed."""
+
+
+@dataclass(frozen=True)
+class ImageEntry:
+    """One photograph of the frozen list."""
+
+    path: str
+    # relative to the image folder, with "/" between its parts
+    sha256: str
+    # of the file's bytes, 64 lower-case hex digits
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, str) or not isinstance(self.sha256, str):
+            raise StoreError(f"an image entry needs two strings, got {self.path!r} and {self.sha256!r}")
+        bad_parts = {"", ".", ".."} & set(self.path.split("/"))
+        if bad_parts or "\0" in self.path or "\\" in self.path or re.match("[A-Za-z]:", self.path):
+            raise StoreError(f"image path {self.path!r}: only relative paths with '/' and without '..'")
+        if any("\ud800" <= character <= "\udfff" for character in self.path) or len(self.path) > 4096:
+            raise StoreError(f"image path {self.path[:200]!r}: not Unicode, or longer than 4096 characters")
+        if not HEX_SHA256.fullmatch(self.sha256):
+            raise StoreError(f"image {self.path!r}: sha256 is {self.sha256!r}, expected 64 hex digits")
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One array of a store: what a row of it looks like."""
+
+    name: str
+    shape: tuple[int, ...]
+    # of one row
+    dtype: str
+    # logical: "float32", "float16" or "bfloat16"; NumPy has no bfloat16, its bits are kept as uint16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))
+        if not re.fullmatch("[a-z][a-z0-9_]{0,63}", self.name) or self.name.endswith(("_crc32", "_sha256")):
+            raise StoreError(f"array name {self.name!r}: a-z, 0-9 and _, not ending in _crc32 or _sha256")
+        if self.dtype not in STORAGE:
+            raise StoreError(f"array {self.name}: dtype is {self.dtype!r}, expected one of {list(STORAGE)}")
+        if len(self.shape) > 8 or not all(type(size) is int and size > 0 for size in self.shape):
+            raise StoreError(f"array {self.name}: shape is {self.shape}, expected up to 8 positive integers")
+        if self.row_nbytes > MAX_ROW_BYTES:
+            raise StoreError(f"array {self.name}: {self.row_nbytes:,} bytes a row, limit {MAX_ROW_BYTES:,}")
+
+    @property
+    def storage(self) -> np.dtype:
+        """The little-endian NumPy dtype in the file."""
+        return STORAGE[self.dtype]
+
+    @property
+    def row_nbytes(self) -> int:
+        return math.prod(self.shape) * self.storage.itemsize
+
+    def finite(self, values: np.ndarray) -> np.ndarray:
+        """bool, the shape of `values`: neither infinite nor NaN."""
+        return (values & 0x7F80) != 0x7F80 if self.dtype == "bfloat16" else np.isfinite(values)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def open_plain(path: Path) -> io.FileIO:
+    """Opens for reading, unbuffered. StoreError if it is missing or no plain file: a FIFO would block,
+    a link leads outside of the store."""
+    try:
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            raise StoreError(f"{path} is {stat.filemode(mode)}, expected a plain file")
+        return io.FileIO(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{path} is missing") from None
+
+
+def hash_file(path: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a plain file."""
+    with open_plain(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
+
+
+def holds(path: Path, data: bytes) -> bool:
+    """Whether a plain file has exactly these bytes."""
+    try:
+        if path.lstat().st_size != len(data):
+            return False
+        return hash_file(path) == (len(data), hashlib.sha256(data).hexdigest())
+    except (FileNotFoundError, NotADirectoryError, StoreError):
+        return False
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what file systems say that cannot sync a folder at all
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def publish_bytes(path: Path, data: bytes, overwrite: bool = False) -> None:
+    """Puts `data` at `path`, whole or not at all, and durable on return.
+
+    The same bytes may be published again; other bytes are a StoreError, unless `overwrite`. On any error
+    nothing of `data` stays under `path`. Raises OSError with the bytes needed and free.
+    """
+    if holds(path, data):
+        return sync_folder(path.parent)  # whoever renamed it may not have come this far
+    if os.path.lexists(path) and not overwrite:
+        raise StoreError(f"{path} is already there with other content; it is never overwritten")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if not holds(temporary, data):
+            raise StoreError(f"{temporary}: what was read back differs from what was written")
+        os.replace(temporary, path)
+        try:
+            sync_folder(path.parent)
+        except OSError:
+            path.unlink()
+            raise
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        detail = (
+            f"{error.strerror or error}; {len(data):,} bytes needed, {free:,} free; nothing was published"
+        )
+        raise OSError(error.errno, detail, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # after the rename, or where nothing can be written
+            temporary.unlink()
+
+
+def check_unique(names: Sequence[str], what: str) -> None:
+    """StoreError that names the first that stands twice."""
+    for name, number in collections.Counter(names).items():
+        if number > 1:
+            raise StoreError(f"{what} {name!r} stands twice")
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one spelling that is hashed and compared: sorted keys, no spaces, ASCII, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def canonical_sha256(value: Any) -> str:
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def parse_json(data: bytes, where: object) -> dict[str, Any]:
+    """Strict: one object, ASCII, no duplicate keys, no NaN. Raises StoreError that names `where`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        check_unique([key for key, _ in pairs], "key")
+        return dict(pairs)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        value = json.loads(data.decode("ascii"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{where} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise StoreError(f"{where} holds {type(value).__name__}, expected an object")
+    return value
+
+
+def check_keys(fields: Any, kinds: Mapping[str, type], where: object) -> None:
+    """Exactly these keys, of exactly these types; integers from 0, *sha256 as hex digits. StoreError."""
+    if not isinstance(fields, dict):
+        raise StoreError(f"{where}: {fields!r:.100} is no object")
+    for key in sorted(kinds.keys() ^ fields.keys()):
+        raise StoreError(f"{where}: key {key!r} is {'missing' if key in kinds else 'unknown'}")
+    for key, kind in kinds.items():
+        value, right_type = fields[key], type(fields[key]) is kind
+        if not right_type or (kind is int and not 0 <= value < 1 << 62):
+            raise StoreError(f"{where}: {key} is {value!r:.100}, expected {kind.__name__}")
+        if key.endswith("sha256") and not HEX_SHA256.fullmatch(value):
+            raise StoreError(f"{where}: {key} is {value!r:.100}, expected 64 hex digits")
+
+
+def seal(fields: dict[str, Any]) -> bytes:
+    """A JSON file that carries its own hash: `self_sha256`, over the canonical rest."""
+    sealed = {**fields, "self_sha256": canonical_sha256(fields)}
+    return (json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
+
+
+def read_plain(path: Path) -> bytes:
+    """All of a small plain file. StoreError if it is missing, no plain file or too large."""
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON_BYTES:
+            raise StoreError(f"{path}: {size:,} bytes, limit {MAX_JSON_BYTES:,}")
+        return file.readall()
+
+
+def read_sealed(path: Path, kinds: Mapping[str, type]) -> tuple[dict[str, Any], str]:
+    """The fields without the seal, and the SHA-256 of the file. StoreError if a single byte is not as
+    `seal` wrote it."""
+    data = read_plain(path)
+    fields = parse_json(data, path)
+    if fields.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        version = fields["schema_version"]
+        raise StoreError(f"{path}: schema_version is {version!r:.100}, this program reads {SCHEMA_VERSION}")
+    check_keys(fields, {**kinds, "self_sha256": str}, path)
+    stated = fields.pop("self_sha256")
+    try:
+        actual, expected_data = canonical_sha256(fields), seal(fields)
+    except (ValueError, RecursionError) as error:  # 1e999 is read as infinity
+        raise StoreError(f"{path} cannot be written back: {error}") from None
+    if stated != actual:
+        raise StoreError(
+            f"{path} is damaged or was edited: self_sha256 is {stated}, its content has {actual}"
+        )
+    if data != expected_data:
+        raise StoreError(f"{path} is damaged or was edited: it is not spelled as it was written")
+    return fields, hashlib.sha256(data).hexdigest()
+
+
+# --- HDF5 ----------------------------------------------------------------------------------------
+
+
+def schema(specs: Sequence[ArraySpec], num_rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name -> (shape, dtype) of every dataset in a shard's file, in the order in which they are written:
+    the small ones first, so that opening a shard reads little more than its first pages."""
+    tables: dict[str, tuple[tuple[int, ...], np.dtype]] = {SOURCE: ((num_rows, 32), np.dtype("u1"))}
+    tables |= {f"{spec.name}_crc32": ((num_rows,), np.dtype("<u4")) for spec in specs}
+    return tables | {spec.name: ((num_rows, *spec.shape), spec.storage) for spec in specs}
+
+
+def row_crc32(values: np.ndarray) -> np.ndarray:
+    """<u4 [n]: the CRC-32 of each row's bytes; `values` [n, ...] is C-contiguous."""
+    rows = values.reshape(len(values), -1).view(np.uint8)
+    return np.array([zlib.crc32(row.data) for row in rows], "<u4")
+
+
+def source_table(rows: Sequence[ImageEntry]) -> np.ndarray:
+    """u1 [n, 32]: the SHA-256 of each row's photograph."""
+    return np.frombuffer(bytes.fromhex("".join(row.sha256 for row in rows)), np.uint8).reshape(-1, 32)
+
+
+def pack(
+    specs: Sequence[ArraySpec], rows: Sequence[ImageEntry], arrays: dict[str, np.ndarray]
+) -> tuple[bytes, dict]:
+    """The bytes of a shard's HDF5 file and the fields of its record that describe them.
+
+    Made in memory (three times the shard at most), so that writing it is publishing it, as with any file,
+    and a full disk is an ordinary OSError. Equal data give equal bytes.
+    """
+    tables = {SOURCE: source_table(rows)}
+    contiguous = {spec.name: np.ascontiguousarray(arrays[spec.name]) for spec in specs}
+    tables |= {f"{name}_crc32": row_crc32(values) for name, values in contiguous.items()} | contiguous
+    offsets = {}
+    with h5py.File("shard", "w", driver="core", backing_store=False, libver=LIBVER) as file:
+        for name, (shape, dtype) in schema(specs, len(rows)).items():
+            dataset = file.create_dataset(name, shape, dtype, data=tables[name], track_times=False)
+            if name in contiguous:
+                offsets[name] = dataset.id.get_offset()
+        file.flush()
+        data = file.id.get_file_image()
+    fields = {"file_size": len(data), "file_sha256": hashlib.sha256(data).hexdigest(), "offsets": offsets}
+    fields["index_sha256"] = index_sha256(io.BytesIO(data), payload(specs, len(rows), offsets), len(data))
+    return data, fields
+
+
+def payload(specs: Sequence[ArraySpec], num_rows: int, offsets: dict[str, int]) -> list[tuple[int, int]]:
+    """(start, end) of each array's bytes in the file, in file order."""
+    return sorted((offsets[s.name], offsets[s.name] + num_rows * s.row_nbytes) for s in specs)
+
+
+def index_sha256(file: io.BytesIO | io.FileIO, spans: list[tuple[int, int]], size: int) -> str:
+    """SHA-256 of everything in the file but the arrays: HDF5's own structures, CRCs and source hashes."""
+    digest = hashlib.sha256()
+    for start, end in zip(
+        [0, *(end for _, end in spans)], [*(start for start, _ in spans), size], strict=True
+    ):
+        file.seek(start)
+        digest.update(file.read(end - start))
+    return digest.hexdigest()
+
+
+def read_record(
+    path: Path, expected: dict[str, Any], specs: Sequence[ArraySpec]
+) -> tuple[dict[str, Any], str]:
+    """A shard's record and the SHA-256 of its bytes. StoreError unless it agrees with `expected` and its
+    offsets lie apart from each other and inside of the file."""
+    record, digest = read_sealed(path, RECORD_KEYS)
+    for key, wanted in expected.items():
+        if record[key] != wanted:
+            raise StoreError(f"{path}: {key} is {record[key]}, the store says {wanted}")
+    check_keys(record["offsets"], {spec.name: int for spec in specs}, f"{path}: offsets")
+    edges = [edge for span in payload(specs, record["num_rows"], record["offsets"]) for edge in span]
+    size = record["file_size"]
+    datasets = schema(specs, record["num_rows"]).values()
+    overhead = size - sum(math.prod(shape) * dtype.itemsize for shape, dtype in datasets)
+    if edges != sorted(edges) or edges[-1] > size or not 0 <= overhead <= MAX_HDF5_OVERHEAD:
+        raise StoreError(f"{path}: file_size {size:,} and offsets {record['offsets']} do not fit the arrays")
+    return record, digest
+
+
+def check_file(path: Path, record: dict[str, Any]) -> None:
+    """Reads the whole of a shard's file. StoreError if its size or hash is not the record's."""
+    found = hash_file(path)
+    if found != (record["file_size"], record["file_sha256"]):
+        wanted = f"{record['file_size']:,} bytes, SHA-256 {record['file_sha256']}"
+        raise StoreError(
+            f"{path} is damaged: {found[0]:,} bytes, SHA-256 {found[1]}; its record says {wanted}"
+        )
+
+
+def check_index(path: Path, record: dict[str, Any], specs: Sequence[ArraySpec]) -> None:
+    """Reads everything but the arrays. StoreError if size or hash is not the record's."""
+    spans = payload(specs, record["num_rows"], record["offsets"])
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != record["file_size"]:
+            raise StoreError(f"{path} is damaged: {size:,} bytes, its record says {record['file_size']:,}")
+        digest, wanted = index_sha256(file, spans, size), record["index_sha256"]
+    if digest != wanted:
+        raise StoreError(f"{path} is damaged: index_sha256 is {digest}, its record says {wanted}")
+
+
+class ShardFile:
+    """One shard, open for reading. Rows are read by position (pread): a descriptor that a fork inherits is
+    safe to use, threads may share it, and a file that shrinks meanwhile is an error and not a SIGBUS."""
+
+    def __init__(self, path: Path, record: dict, specs: Sequence[ArraySpec], rows: Sequence[ImageEntry]):
+        self.path, self.rows, self.offsets = path, rows, record["offsets"]
+        self.specs = {spec.name: spec for spec in specs}
+        # HDF5 can hang or answer wrongly on damaged structures: it sees only bytes whose hash is right.
+        check_index(path, record, specs)
+        self.tables = read_tables(path, specs, len(rows), self.offsets)
+        if not np.array_equal(self.tables[SOURCE], source_table(rows)):
+            raise StoreError(f"{path}: {SOURCE} is not that of the store's images")
+        self.file = open_plain(path)
+
+    def read(self, row: int, array: str) -> np.ndarray:
+        """Row `row` of this shard, [*shape], writable. StoreError if its CRC-32 is not the stored one."""
+        spec, data, what = self.specs[array], bytearray(), f"{array} of image {self.rows[row].path!r}"
+        position = self.offsets[array] + row * spec.row_nbytes
+        while len(data) < spec.row_nbytes:
+            part = os.pread(self.file.fileno(), spec.row_nbytes - len(data), position + len(data))
+            if not part:
+                raise StoreError(f"{self.path} is damaged: it ends within {what}")
+            data += part
+        actual, expected = zlib.crc32(data), int(self.tables[f"{array}_crc32"][row])
+        if actual != expected:
+            raise StoreError(
+                f"{self.path} is damaged: {what} has CRC-32 {actual:08x}, expected {expected:08x}"
+            )
+        return np.frombuffer(data, spec.storage).reshape(spec.shape)
+
+
+def read_tables(
+    path: Path, specs: Sequence[ArraySpec], num_rows: int, offsets: dict
+) -> dict[str, np.ndarray]:
+    """The CRCs and source hashes of a shard. StoreError unless the file has exactly the schema.
+
+    Each name must be a hard link before it is opened: HDF5 follows external links, external storage and
+    virtual datasets into other files.
+    """
+    wanted, tables = schema(specs, num_rows), {}
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if sorted(file) != sorted(wanted) or len(file.attrs):
+                raise StoreError(f"{sorted(file)}, {len(file.attrs)} attributes; expected {sorted(wanted)}")
+            for name, (shape, dtype) in wanted.items():
+                if type(file.get(name, getlink=True)) is not h5py.HardLink:
+                    raise StoreError(f"{name} is a link to elsewhere")
+                if file.get(name, getclass=True) is not h5py.Dataset:
+                    raise StoreError(f"{name} is no dataset")
+                dataset = file[name]
+                _check_dataset(dataset, shape, dtype, offsets.get(name))
+                if name not in offsets:
+                    tables[name] = dataset[()]
+    except StoreError as error:
+        raise StoreError(f"{path}: {error}") from None
+    except Exception as error:  # h5py raises nearly anything on a damaged file
+        raise StoreError(f"{path} is no readable HDF5 file: {type(error).__name__}: {error}") from error
+    return tables
+
+
+def _check_dataset(
+    dataset: h5py.Dataset, shape: tuple[int, ...], dtype: np.dtype, offset: int | None
+) -> None:
+    creation = dataset.id.get_create_plist()
+    found = {
+        "layout": (creation.get_layout(), h5py.h5d.CONTIGUOUS),
+        "number of external files": (creation.get_external_count(), 0),
+        "number of filters": (creation.get_nfilters(), 0),
+        "shape": (dataset.shape, shape),
+        "largest shape": (dataset.maxshape, shape),
+        "dtype": (dataset.dtype.str, dtype.str),
+        "number of attributes": (len(dataset.attrs), 0),
+    }
+    if offset is not None:
+        found["offset"] = (dataset.id.get_offset(), offset)
+    for what, (value, expected) in found.items():
+        if value != expected:
+            raise StoreError(f"{dataset.name}: {what} is {value}, expected {expected}")

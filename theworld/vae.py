@@ -1,0 +1,127 @@
+"""The frozen Cosmos encoder: a photograph becomes a latent, and what that latent means.
+
+Cosmos-Predict2 carries the Wan 2.1 video VAE. Its convolutions are causal in time, so for a single frame
+every tap but the last one sees zero padding: a causal 3-D convolution acts as the 2-D convolution with
+the weight `weight[:, :, -1]`, exactly (0.64 instead of 1.77 TFLOP an image at 512 x 512 pixels).
+
+Dimensions: B images, C latent channels (16), H, W height and width; latents are 8 times smaller than pixels.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from torch import Tensor, nn
+
+from theworld.weights import hub_revision, model_id, weights_sha256
+
+SPATIAL_FACTOR = 8
+
+
+class FrameConv(nn.Module):
+    """A causal 3-D convolution as it acts on one frame: 2-D, with the kernel's last temporal tap."""
+
+    def __init__(self, conv: WanCausalConv3d) -> None:
+        super().__init__()
+        # `_padding` is torch's F.pad order: (left, right, top, bottom, past, future)
+        self.padding = (conv._padding[2], conv._padding[0])
+        self.stride = conv.stride[1:]
+        self.weight = nn.Parameter(conv.weight[:, :, -1].detach().clone(), requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        """x: float[B, C, 1, H, W] -> float[B, C', 1, H', W']."""
+        assert cache_x is None and x.shape[2] == 1, "one frame, so no frames before it"
+        return F.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
+
+
+def _to_frame_convolutions(encoder: nn.Module) -> None:
+    for module in list(encoder.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, WanCausalConv3d):
+                setattr(module, name, FrameConv(child))
+
+
+class CosmosEncoder:
+    """The encoder half of an `AutoencoderKLWan`, frozen, for single frames.
+
+    `name_or_path` is a hub name (the VAE in its subfolder `vae`) or a local folder: either the VAE's own, or
+    one with a `vae` subfolder. Nothing else of the pipeline is loaded: no diffusion transformer, no text
+    encoder, no guardrail.
+    """
+
+    def __init__(
+        self, name_or_path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
+        self.name = model_id(name_or_path)
+        self.revision = hub_revision(name_or_path, "vae/config.json")
+        self.device = torch.device(device)
+        self.dtype = dtype
+        vae = load_vae(name_or_path)
+        self.config = vae.config
+        if vae.config.patch_size is not None or vae.config.is_residual:
+            raise ValueError(
+                f"{name_or_path}: a VAE of the Wan 2.2 kind (patch_size {vae.config.patch_size}, is_residual "
+                f"{vae.config.is_residual}); TheWorld reads the Wan 2.1 kind that Cosmos-Predict2 carries"
+            )
+        # In float32 and before anything is rearranged, so that it depends on neither dtype nor device.
+        self.weights_sha256 = weights_sha256(
+            {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+        )
+        _to_frame_convolutions(vae.encoder)
+        self.encoder = vae.encoder.to(self.device, dtype).eval().requires_grad_(False)
+        quant = FrameConv(vae.quant_conv) if vae.quant_conv is not None else nn.Identity()
+        self.quant_conv = quant.to(self.device, dtype).eval().requires_grad_(False)
+
+    @property
+    def channels(self) -> int:
+        """The number of latent channels."""
+        return int(self.config.z_dim)
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """The latent's shape (C, H, W) for a square picture of `size` pixels a side."""
+        if size % (2 * SPATIAL_FACTOR) != 0 or size <= 0:
+            raise ValueError(
+                f"latent_size {size}: the side of the picture must be a positive multiple of {2 * SPATIAL_FACTOR}"
+            )
+        return self.channels, size // SPATIAL_FACTOR, size // SPATIAL_FACTOR
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The mean of the posterior, not normalised: diffusers' `encode(pixels).latent_dist.mode()`.
+
+        pixels: float[B, 3, H, W] in [-1, 1], RGB. Returns dtype[B, C, H/8, W/8] on the encoder's device.
+        Raises ValueError for another shape or range: diffusers itself takes 0..255 without a word.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"pixels have shape {tuple(pixels.shape)}; wanted [B, 3, H, W]")
+        low, high = pixels.aminmax()
+        if low < -1 or high > 1:
+            raise ValueError(f"pixels range over [{low:.3g}, {high:.3g}]; wanted [-1, 1] (x / 127.5 - 1)")
+        frames = pixels.to(self.device, self.dtype).unsqueeze(2)
+        moments = self.quant_conv(self.encoder(frames)).squeeze(2)
+        return moments[:, : self.channels]
+
+    def identity(self) -> dict[str, Any]:
+        """The fields of a fingerprint that say which encoder made a latent, and how to normalise it."""
+        return {
+            "cosmos_model_name": self.name,
+            "cosmos_revision": self.revision,
+            "cosmos_weights_sha256": self.weights_sha256,
+            "latents_mean": [float(x) for x in self.config.latents_mean],
+            "latents_std": [float(x) for x in self.config.latents_std],
+            "posterior": "mean",
+            "compute_dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def load_vae(name_or_path: str) -> AutoencoderKLWan:
+    """The whole VAE as diffusers loads it, in float32, from the hub or a local folder."""
+    own_folder = (Path(name_or_path) / "config.json").is_file()
+    if Path(name_or_path).is_dir() and not own_folder and not (Path(name_or_path) / "vae").is_dir():
+        raise ValueError(f"{name_or_path}: neither config.json nor a folder vae/ in it; name a folder with a VAE")
+    subfolder = None if own_folder else "vae"
+    return AutoencoderKLWan.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)

@@ -1,0 +1,201 @@
+"""Annotations of Visual Spatial Reasoning (Liu, Emerson, Collier, TACL 2023) as `Statement` records.
+
+A statement ("The cat is left of the laptop.") is true or false of one photograph. The releases are random and
+zeroshot, each with the splits train, dev ("validation" is the same) and test, one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+# dataset_name -> the release's folder name; the hub's is cambridgeltl/vsr_<release>.
+RELEASES = {"vsr": "random", "vsr_random": "random", "vsr_zeroshot": "zeroshot"}
+# split -> the names that its file may have.
+SPLITS = {
+    "train": ("train",),
+    "dev": ("dev", "validation"),
+    "validation": ("dev", "validation"),
+    "test": ("test",),
+}
+
+# Meta-category -> its relations. The paper's table has "among" under topological too; the later place holds.
+_TABLE = {
+    "adjacency": "adjacent to, against, ahead of, alongside, at the back of, at the edge of, "
+    "at the left side of, at the right side of, at the side of, attached to",
+    "directional": "across, across from, along, around, away from, deep down, down, down from, from, into, "
+    "off, past, through, to, toward, up",
+    "orientation": "facing, facing away from, parallel to, perpendicular to",
+    "projective": "above, behind, below, beneath, beside, in front of, in the middle of, left of, on top of, "
+    "over, right of, under",
+    "proximity": "by, close to, far away from, far from, near",
+    "topological": "at, between, connected to, consists of, contains, detached from, has as a part, in, "
+    "inside, on, out of, outside, part of, surrounding, touching, with, within",
+    "unallocated": "after, among, beyond, enclosed by, next to, opposite to",
+}
+META_CATEGORIES = tuple(_TABLE)
+RELATIONS: dict[str, str] = {
+    name: category for category, names in _TABLE.items() for name in names.split(", ")
+}
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One line of an annotation file."""
+
+    image: str  # path of the photograph below the image folder, with /
+    caption: str
+    label: int  # 1: true of the photograph, 0: false
+    relation: str
+    index: int  # place in its file, from 0: line index + 1
+    image_link: str = ""  # where the photograph was published
+
+
+def meta_category(relation: str) -> str:
+    """The paper's meta-category of a relation; "unknown" for one it does not list ("congruent")."""
+    return RELATIONS.get(relation, "unknown")
+
+
+def load_statements(annotations: str | Path | None, split: str, dataset_name: str = "vsr") -> list[Statement]:
+    """The statements of a split, in the order of its file.
+
+    `annotations` is a folder with train.jsonl, dev.jsonl and test.jsonl (or validation.jsonl), a folder with
+    random/ and zeroshot/ that hold them, the file of the split itself, or None for the hub's dataset_name.
+    Raises ValueError for an unknown split or dataset name and for a bad line (naming file, line, field, value
+    and cure), FileNotFoundError, and OSError where the hub cannot be reached.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    if dataset_name not in RELEASES:
+        raise ValueError(f"dataset_name is {dataset_name!r}; allowed: {', '.join(RELEASES)}")
+    if annotations is None:
+        return load_hub_statements(f"cambridgeltl/vsr_{RELEASES[dataset_name]}", split)
+    return _read_statements(_split_file(Path(annotations), split, dataset_name))
+
+
+def _split_file(path: Path, split: str, dataset_name: str) -> Path:
+    """The file that holds a split."""
+    names = [f"{name}.jsonl" for name in SPLITS[split]]
+    if path.is_file():
+        if path.name not in names:
+            raise ValueError(f"{path} is asked for the split {split}; its file is named {' or '.join(names)}")
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"annotations: no file or folder {path}")
+    release = RELEASES[dataset_name]
+    if path.name in RELEASES.values() and path.name != release:
+        raise ValueError(
+            f"{path} holds {path.name}, dataset_name is {dataset_name}; set it to vsr_{path.name}"
+        )
+    folder = path / release if (path / release).is_dir() else path
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"annotations: no {' or '.join(names)} in {folder}")
+    if len(found) > 1:
+        raise ValueError(f"{folder} has both {' and '.join(names)}, which are one split; keep one")
+    return found[0]
+
+
+def load_hub_statements(repository: str, split: str) -> list[Statement]:
+    """The statements of a split of a data set on the hub, or of a local folder, through `datasets`."""
+    from datasets import load_dataset
+
+    # Named files: by itself `datasets` would guess the splits and call dev "validation".
+    file = f"{SPLITS[split][0]}.jsonl"
+    try:
+        rows = load_dataset(repository, data_files={"rows": file}, split="rows")
+    except OSError as error:
+        cure = "check the network, or set annotations to a folder with the JSONL files"
+        raise OSError(f"cannot load {file} of {repository}: {error}; {cure}") from error
+    return [_statement(row, index, f"{repository}/{file}") for index, row in enumerate(rows)]
+
+
+def _read_statements(path: Path) -> list[Statement]:
+    """All lines of a JSONL file. Only \\n ends a line: captions may hold other separators."""
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path}: holds no statements")
+    return [_statement(_parsed(line, f"{path}:{i + 1}"), i, str(path)) for i, line in enumerate(lines)]
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) != len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"field {next(key for key in keys if keys.count(key) > 1)!a} stands twice")
+        return row
+
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}:{error.colno}: {error.msg}; wanted one JSON object a line") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply; wanted one flat JSON object a line") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; mend the line") from None
+
+
+def _statement(row: Any, index: int, path: str) -> Statement:
+    """A checked row; fields that VSR has beyond ours may be there and are not read."""
+    where = f"{path}:{index + 1}"
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: is {_shown(row)}; wanted one JSON object a line")
+    for field, wanted, is_right in _FIELDS:
+        if field not in row and field != "image_link":
+            raise ValueError(f"{where}: has no field {field}; give {wanted}")
+        if not is_right(row.get(field)):
+            raise ValueError(f"{where}: {field} is {_shown(row[field])}; give {wanted}")
+    return Statement(
+        row["image"], row["caption"], row["label"], row["relation"], index, row.get("image_link") or ""
+    )
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _is_text(value: object) -> bool:
+    """Valid Unicode without NUL: what can be written to files and named on a file system."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _is_filled(value: object) -> bool:
+    return _is_text(value) and bool(str(value).strip())
+
+
+def _is_safe_path(value: object) -> bool:
+    """A relative path in its shortest form, with / between folders, that does not climb."""
+    if not _is_filled(value):
+        return False
+    path = PurePosixPath(str(value))
+    climbs = path.is_absolute() or ".." in path.parts or not path.parts
+    return not climbs and "\\" not in str(value) and str(path) == value
+
+
+# field, what it may hold, its check
+_FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
+    ("image", "a path below the image folder, such as 000000000142.jpg", _is_safe_path),
+    ("caption", "text that is not empty", _is_filled),
+    ("label", "the integer 0 (false) or 1 (true)", lambda label: type(label) is int and label in (0, 1)),
+    ("relation", "text that is not empty", _is_filled),
+    ("image_link", "text, or nothing", lambda link: link is None or _is_text(link)),
+)
+
+
+def images_of(statements: Iterable[Statement]) -> list[str]:
+    """The photographs that statements name, each once, sorted."""
+    return sorted({statement.image for statement in statements})
+
+
+def seen_images(test: Iterable[Statement], train: Iterable[Statement]) -> set[str]:
+    """The photographs of `test` that `train` names too: flag what is measured on them."""
+    return {statement.image for statement in test} & {statement.image for statement in train}

@@ -1,0 +1,48 @@
+"""Phase 3: what a trained projection is worth, beside its controls.
+
+    python tools/eval.py --model_name checkpoints/vsr --cache cache/ --split test --output results.jsonl
+
+Writes one JSON record a statement; every figure it prints follows from those.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from theworld.checkpoint import find_checkpoint
+from theworld.config import ArgumentParser, add_config_arguments
+from theworld.evaluate import SYSTEMS, summarise, table, write_jsonl
+from theworld.score import score
+
+KEYS = "dataset_name annotations num_workers dtype device max_image_pixels eval_batch_size".split()
+
+
+def main() -> int:
+    """Parses arguments, scores, writes the records, prints the table; returns the exit status."""
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model_name", type=Path, required=True, help="a checkpoint, or a folder of checkpoints")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--cache", type=Path, help="cache folder")
+    source.add_argument("--image-dir", "--image_dir", type=Path, help="photographs, encoded on the spot: no cache")
+    parser.add_argument("--split", default="test", help="train, dev or test (default: test)")
+    parser.add_argument("--output", type=Path, default=Path("results.jsonl"), help="default: results.jsonl")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
+    add_config_arguments(parser, KEYS)
+    arguments = parser.parse_args()
+    overrides = {key: value for key, value in vars(arguments).items() if key in KEYS}
+    try:
+        checkpoint = find_checkpoint(arguments.model_name)
+        rows = score(checkpoint, arguments.cache, arguments.image_dir, arguments.split, arguments.systems, overrides)
+        write_jsonl(rows, arguments.output)
+    except (ValueError, OSError) as error:
+        print(f"eval: {error}", file=sys.stderr)
+        return 1
+    summary = summarise(rows)
+    arguments.output.with_suffix(".summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(table(summary))
+    print(f"\nrecords: {arguments.output}; summary: {arguments.output.with_suffix('.summary.json')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Phase 1: encode every photograph that VSR names, once, into a sharded cache.
+
+    python tools/extract_latents.py --config configs/vsr_training.json --image_folder data/images --cache cache/
+
+Run the same command again to go on after any stop. Exit status: 0 done, 1 failed or damaged, 2 wrong usage.
+"""
+
+import sys
+from pathlib import Path
+
+from theworld.cache import LATENTS
+from theworld.config import ArgumentParser, add_config_arguments, config_from_arguments
+from theworld.extract import extract, verify
+
+KEYS = (
+    "cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels latent_size latent_dtype "
+    "encode_batch_size shard_size dtype device num_workers"
+).split()
+
+
+def main() -> int:
+    """Parses arguments, runs phase 1 or its verification, prints; returns the exit status."""
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_config_arguments(parser, KEYS)
+    parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
+    parser.add_argument("--gemma_vision", action="store_true", help="cache Gemma's own vision features too")
+    parser.add_argument("--allow_missing", action="store_true", help="go on without unreadable photographs")
+    parser.add_argument("--verify", action="store_true", help="only read everything back; 1 if anything is wrong")
+    arguments = parser.parse_args()
+    try:
+        if arguments.verify:
+            problems = verify(arguments.cache)
+            print("\n".join(problems) or f"{arguments.cache}: sound")
+            return 1 if problems else 0
+        config = config_from_arguments(arguments)
+        extract(config, arguments.cache, arguments.gemma_vision, arguments.allow_missing)
+    except (ValueError, OSError) as error:
+        print(f"extract_latents: {error}", file=sys.stderr)
+        return 1
+    print(f"done: {arguments.cache / LATENTS}. Next: python tools/train.py --cache {arguments.cache}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Phase 2: train the projection from the cache; Gemma stays frozen and the VAE never loads.
+
+    python tools/train.py --config configs/vsr_training.json --cache cache/
+
+Go on after a stop with --resume_from OUTPUT_DIR (its newest checkpoint) or a checkpoint folder.
+"""
+
+import sys
+from pathlib import Path
+
+from theworld.config import ArgumentParser, add_config_arguments, config_from_arguments
+from theworld.train import NotFinite, Trainer
+
+
+def main() -> int:
+    """Parses arguments, trains, prints; returns the exit status."""
+    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_config_arguments(parser)
+    parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
+    arguments = parser.parse_args()
+    try:
+        checkpoint = Trainer(config_from_arguments(arguments), arguments.cache).run()
+    except (ValueError, OSError, NotFinite) as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    print(f"done: {checkpoint}. Next: python tools/eval.py --model_name {checkpoint} --cache {arguments.cache}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
