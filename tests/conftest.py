@@ -67,7 +67,9 @@ def text_gemma_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def statements() -> list[Statement]:
     """Six statements about three images."""
-    return [Statement(image=i, caption=c, label=y, relation=r, index=n) for n, (i, c, y, r) in enumerate(CAPTIONS)]
+    return [
+        Statement(image=i, caption=c, label=y, relation=r, index=n) for n, (i, c, y, r) in enumerate(CAPTIONS)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +84,13 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def annotations(tmp_path_factory: pytest.TempPathFactory, statements: list[Statement]) -> Path:
-    """A VSR-shaped folder of those statements: all six in train, the first in dev, the last three in test."""
+    """A VSR-shaped folder of those statements: all six in train, the first in dev, the last four in test."""
     folder = tmp_path_factory.mktemp("annotations")
-    rows = [{"image": s.image, "image_link": "", "caption": s.caption, "label": s.label, "relation": s.relation} for s in statements]
-    for split, chosen in (("train", rows), ("dev", rows[:1]), ("test", rows[3:])):
+    rows = [
+        {"image": s.image, "image_link": "", "caption": s.caption, "label": s.label, "relation": s.relation}
+        for s in statements
+    ]
+    for split, chosen in (("train", rows), ("dev", rows[:1]), ("test", rows[2:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     return folder
 

@@ -10,14 +10,8 @@ from pathlib import Path
 import pytest
 
 from theworld import images
-from theworld.config import (
-    ArgumentParser,
-    Config,
-    add_config_arguments,
-    config_from_arguments,
-    load_config,
-    save_config,
-)
+from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from theworld.config import Config, load_config, save_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from theworld.images import (
 PHOTOGRAPHS = Path(__file__).parent.parent.parent / "shared" / "coco"
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
@@ -87,7 +88,7 @@ def pixel(data: bytes) -> list[int]:
         ("I;16", 65_535, [255, 255, 255]),
     ],
 )
-def test_every_mode_of_a_png_gives_the_right_colour(mode: str, colour: object, rgb: list[int]) -> None:
+def test_every_mode_of_a_png_gives_the_right_colour(mode: str, colour: Any, rgb: list[int]) -> None:
     assert pixel(encoded(Image.new(mode, (2, 2), colour))) == rgb
 
 
@@ -210,6 +211,7 @@ def test_every_truncation_is_refused_or_loses_no_pixel(kind: str) -> None:
     assert len(data) - refused <= 20
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 def test_damaged_bytes_are_an_image_error_or_pixels_and_never_another_error(kind: str) -> None:
     data = encoded(noise(), kind)
@@ -266,7 +268,7 @@ def test_a_small_file_of_177_megapixels_is_refused_in_little_memory(tmp_path: Pa
     data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
     assert len(data) < 30_000
     (tmp_path / "bomb.png").write_bytes(data)
-    # A WebP's canvas may be larger than its frames, and PIL's decoder asks for two canvases when it opens one.
+    # A WebP's canvas may be larger than its frames; to open one, PIL's decoder asks for two canvases.
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     webp = bytearray(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
     webp[24:30] = (side - 1).to_bytes(3, "little") * 2

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import QUESTION
 from PIL import Image
 
-from conftest import QUESTION
 from theworld.batch import attention_masks
 from theworld.config import Config
 from theworld.gemma import Gemma
@@ -24,7 +24,9 @@ def make_model(gemma: Gemma, positions: bool = True, **settings: object) -> TheW
     """A model with a random projection whose every part matters."""
     torch.manual_seed(1)
     shape = ProjectionShape(LATENT_SHAPE, gemma.width, patch=2, positions=positions)
-    projection = WorldProjection(shape, [0.1] * 16, [0.9] * 16, gemma.embedding_scale(), gemma.bracket_embeddings())
+    projection = WorldProjection(
+        shape, [0.1] * 16, [0.9] * 16, gemma.embedding_scale(), gemma.bracket_embeddings()
+    )
     if projection.positions is not None:
         torch.nn.init.normal_(projection.positions, std=0.3)
     return TheWorld(gemma, projection, Config(question_template=QUESTION, **settings), {})
@@ -32,7 +34,9 @@ def make_model(gemma: Gemma, positions: bool = True, **settings: object) -> TheW
 
 def latents_of(images: list[str] | tuple[str, ...]) -> torch.Tensor:
     """float32[G, 16, 8, 8], different for each name and the same for the same."""
-    return torch.stack([torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(ord(i[0]))) for i in images])
+    return torch.stack(
+        [torch.randn(LATENT_SHAPE, generator=torch.Generator().manual_seed(ord(i[0]))) for i in images]
+    )
 
 
 def vision_of(gemma: Gemma, photographs: Path, images: list[str] | tuple[str, ...]) -> torch.Tensor | None:
@@ -121,7 +125,9 @@ def test_packed_rows_equal_each_statement_alone_in_loss_and_every_gradient(
     model = make_model(any_gemma)
     loss = torch.stack(
         [
-            F.cross_entropy(reference_logits(model, s, photographs), torch.tensor(any_gemma.answer_ids[s.label]))
+            F.cross_entropy(
+                reference_logits(model, s, photographs), torch.tensor(any_gemma.answer_ids[s.label])
+            )
             for s in statements
         ]
     ).sum()
@@ -208,13 +214,17 @@ def test_the_statement_loss_is_the_mean_next_word_loss_over_true_captions(
     assert float(losses["total"]) == pytest.approx(float(losses["label"]) + 0.5 * wanted, rel=1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing(photographs: Path, statements: list[Statement], gemma: Gemma) -> None:
+def test_gradient_checkpointing_changes_nothing(
+    photographs: Path, statements: list[Statement], gemma: Gemma
+) -> None:
     found = []
     for checkpointing in (False, True):
         own = Gemma(gemma.name)
         model = make_model(own, use_gradient_checkpointing=checkpointing)
         batch = model.packer().pack(statements)
-        model.losses(batch, latents_of(batch.images), vision_of(own, photographs, batch.images))["total"].backward()
+        model.losses(batch, latents_of(batch.images), vision_of(own, photographs, batch.images))[
+            "total"
+        ].backward()
         found.append(gradients(model))
         assert own.text_model.layers[0].gradient_checkpointing is checkpointing
     for name in found[0]:
@@ -235,7 +245,11 @@ def test_what_trains_is_what_is_optimised_is_what_is_saved(gemma: Gemma, tmp_pat
 
     with safe_open(tmp_path / "projection.safetensors", "pt") as file:
         assert set(file.keys()) == names
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "projection.safetensors", "world.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "projection.safetensors",
+        "world.json",
+    ]
 
 
 def test_a_saved_model_loads_equal_and_a_foreign_one_is_refused(gemma: Gemma, tmp_path: Path) -> None:
@@ -247,7 +261,9 @@ def test_a_saved_model_loads_equal_and_a_foreign_one_is_refused(gemma: Gemma, tm
     latents = latents_of(["a", "b"])
     assert torch.equal(loaded.projection(latents), model.projection(latents))
     other = make_model(gemma, positions=False)
-    with pytest.raises(ValueError, match=r"projection\.safetensors: positions has shape \(16, 64\); .* nothing"):
+    with pytest.raises(
+        ValueError, match=r"projection\.safetensors: positions has shape \(16, 64\); .* nothing"
+    ):
         other.load_projection(tmp_path / "projection.safetensors")
     (tmp_path / "world.json").unlink()
     with pytest.raises(ValueError, match=r"no world\.json in it"):

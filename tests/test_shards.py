@@ -305,6 +305,16 @@ def test_a_forged_file_with_right_hashes_is_refused(tmp_path: Path, attack, mess
         shards.ShardFile(path, record, [LATENT], ROWS)
 
 
+def test_a_shard_of_other_photographs_is_refused(tmp_path: Path) -> None:
+    data, record = shards.pack([LATENT], ROWS, VALUES)
+    (tmp_path / "0.h5").write_bytes(data)
+    record["num_rows"] = 2
+    with shards.ShardFile(tmp_path / "0.h5", record, [LATENT], ROWS).file:
+        pass
+    with pytest.raises(StoreError, match="source_sha256 is not that of the store's images"):
+        shards.ShardFile(tmp_path / "0.h5", record, [LATENT], ROWS[::-1])
+
+
 def test_a_file_that_is_no_hdf5_is_refused(tmp_path: Path) -> None:
     (tmp_path / "0.h5").write_bytes(bytes(3000))
     with pytest.raises(StoreError, match="no readable HDF5 file"):

@@ -153,7 +153,7 @@ def test_the_hub_gives_what_the_files_give(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_dataset_name_chooses_the_hubs_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str]] = []
-    monkeypatch.setattr("theworld.vsr.load_hub_statements", lambda *names: asked.append(names) or [])
+    monkeypatch.setattr("theworld.vsr.load_hub_statements", lambda *names: asked.append(names))
     for name in ("vsr", "vsr_random", "vsr_zeroshot"):
         load_statements(None, "dev", name)
     repositories = ("vsr_random", "vsr_random", "vsr_zeroshot")

@@ -2,13 +2,14 @@
 
 One row of a batch (a `Batch` has R rows of L tokens) holds one or more images, each with its statements:
 
-    <bos><start_of_turn>user\\n [W] w1 ... wN [/W] \\n\\n<boi> i1 ... i256 <eoi> | \\n\\nStatement: ... model\\n | \\n\\nStatement: ...
-    |------------------- shared by all statements of the image --------------|  |-------- branch 0 --------|  |- branch 1 -
+    <bos><start_of_turn>user\\n [W] w1 ... wN [/W] \\n\\n<boi> i1 ... i256 <eoi>      shared by the image's statements
+        \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n                      branch 0
+        \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n                      branch 1
 
-A token sees its own image's shared part and its own branch, and nothing else, so a branch has the positions and
-sees the tokens that it would have alone. It looks back (causal); the image tokens also see each other ahead, and so do
-the world tokens unless `world_attention` is "causal". The label sits nowhere in the input: it is what the
-last token of a branch, the newline after `<start_of_turn>model`, has to predict.
+A token sees its own image's shared part and its own branch, and nothing else, so a branch has the positions
+and sees the tokens that it would have alone. It looks back (causal); the image tokens also see each other
+ahead, and so do the world tokens unless `world_attention` is "causal". The label sits nowhere in the input: it
+is what the last token of a branch, the newline after `<start_of_turn>model`, has to predict.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
 
@@ -179,7 +180,9 @@ def _fill_rows(lengths: list[int], capacity: int) -> list[list[int]]:
 def _assemble(groups: list[_Group], rows: list[list[int]], length: int, images: tuple[str, ...]) -> Batch:
     num_rows = len(rows)
     filled = {name: torch.zeros(num_rows, length, dtype=torch.int64) for name in ("token_ids", "positions")}
-    marks = {name: torch.full((num_rows, length), -1, dtype=torch.int32) for name in ("group", "branch", "block")}
+    marks = {
+        name: torch.full((num_rows, length), -1, dtype=torch.int32) for name in ("group", "branch", "block")
+    }
     offsets: dict[int, int] = {}
     for r, row in enumerate(rows):
         column = 0
@@ -195,7 +198,9 @@ def _assemble(groups: list[_Group], rows: list[list[int]], length: int, images: 
 
     def flat(name: str) -> Tensor:
         """All groups' indices, counted through the whole batch."""
-        return torch.tensor([offsets[g.index] + i for g in groups for i in getattr(g, name)], dtype=torch.int64)
+        return torch.tensor(
+            [offsets[g.index] + i for g in groups for i in getattr(g, name)], dtype=torch.int64
+        )
 
     return Batch(
         statements=tuple(s for g in groups for s in g.statements),

@@ -1,8 +1,8 @@
 """A cache folder as the training and evaluation loops see it: images in, tensors out.
 
-    cache/latents/         the Cosmos latents, one float[C, H, W] an image
-    cache/gemma_vision/    optional: Gemma's own pooled SigLIP features, one float[N, V] an image
-    cache/failures.jsonl   images that statements name but that could not be read, with the reason
+cache/latents/         the Cosmos latents, one float[C, H, W] an image
+cache/gemma_vision/    optional: Gemma's own pooled SigLIP features, one float[N, V] an image
+cache/failures.jsonl   images that statements name but that could not be read, with the reason
 """
 
 import json
@@ -60,7 +60,15 @@ def expected_vision(config: Config) -> dict[str, Any]:
 
 
 # Fields of a fingerprint that say how exactly a number was computed, not what it means.
-_PRECISION = {"compute_dtype", "storage_dtype", "encode_batch_size", "torch", "diffusers", "transformers", "pillow"}
+_PRECISION = {
+    "compute_dtype",
+    "storage_dtype",
+    "encode_batch_size",
+    "torch",
+    "diffusers",
+    "transformers",
+    "pillow",
+}
 
 
 def meaning(fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +117,9 @@ class LiveVision:
 class LiveLatents:
     """Latents straight from the photographs, for evaluation without a cache."""
 
-    def __init__(self, encoder: CosmosEncoder, image_folder: str | Path, size: int, max_image_pixels: int) -> None:
+    def __init__(
+        self, encoder: CosmosEncoder, image_folder: str | Path, size: int, max_image_pixels: int
+    ) -> None:
         self.encoder = encoder
         self.image_folder = Path(image_folder)
         self.size = size

@@ -1,9 +1,9 @@
 """Checkpoints for an exact resume: folders `checkpoint-N` that are there whole or not at all.
 
-    projection.safetensors  world.json  config.json    the model, as `TheWorld.from_pretrained` reads it
-    trainer.pt              optimizer and RNG state (read with weights_only=True)
-    trainer.json            step and running figures
-    checkpoint.json         size and SHA-256 of each of the others
+projection.safetensors  world.json  config.json    the model, as `TheWorld.from_pretrained` reads it
+trainer.pt              optimizer and RNG state (read with weights_only=True)
+trainer.json            step and running figures
+checkpoint.json         size and SHA-256 of each of the others
 """
 
 import hashlib
@@ -74,7 +74,9 @@ def find_checkpoint(path: str | Path) -> Path:
         return path
     found = list_checkpoints(path)
     if not found:
-        raise CheckpointError(f"{path}: neither a checkpoint (no {INDEX}) nor a folder with checkpoint-N in it")
+        raise CheckpointError(
+            f"{path}: neither a checkpoint (no {INDEX}) nor a folder with checkpoint-N in it"
+        )
     return found[-1]
 
 

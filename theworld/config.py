@@ -1,14 +1,13 @@
 """The settings of a run: typed, validated, each with its meaning and unit.
 
 A settings file is JSON with `//`, `#` and `/* */` comments and trailing commas; keys that start with "_" or
-"//" are comments too. `load_config` puts it together with overrides; `add_config_arguments` makes a
-command-line flag of every key. A value that is not allowed is refused when a `Config` is made, so a `Config`
+"//" are comments too. `load_config` puts it together with overrides (`theworld.arguments`
+makes a command-line flag of every key). A value that is not allowed is refused when a `Config` is made, so a `Config`
 that exists is a valid one.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -19,6 +18,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from theworld.jsonc import is_comment, read_json_with_comments
 
 DATASET_NAMES = ("vsr", "vsr_random", "vsr_zeroshot")
 DTYPES = ("float32", "float16", "bfloat16")  # of stored latents
@@ -114,7 +115,7 @@ class Config:
         "auto", "of frozen models; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", *COMPUTE)
     )
     device: str = _key("auto", "auto, cpu, cuda or cuda:N; auto: CUDA where there is one")
-    num_workers: int = _key(2, "read and decode; 0: in the main process", "worker processes", at_least=0)
+    num_workers: int = _key(2, "read and decode photographs; 0: one at a time", "threads", at_least=0)
 
     # Evaluation while training, checkpoints, logs
     do_eval: bool = _key(True, "evaluate on dev while training")
@@ -152,12 +153,12 @@ class Config:
         return dataclasses.asdict(self)
 
 
-_FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 _HINTS = typing.get_type_hints(Config)
-_WANTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
+WANTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
 
 # Keys of the guide's file that say the same as ours in other words.
-_RENAMED = {"resume_from_checkpoint": "resume_from"}
+RENAMED = {"resume_from_checkpoint": "resume_from"}
 _MIXED_PRECISION = {"bf16": "bfloat16", "no": "float32"}
 # Keys of the guide's file that ask for nothing while they hold the first value, and why no other is taken.
 _INERT: dict[str, tuple[Any, str]] = {
@@ -190,7 +191,7 @@ def _shown(value: object) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def _type_of(key: str) -> tuple[type, bool]:
+def type_of(key: str) -> tuple[type, bool]:
     """The plain type of a key (bool, int, float or str) and whether null is allowed."""
     options = typing.get_args(_HINTS[key]) or (_HINTS[key],)
     return next(option for option in options if option is not type(None)), type(None) in options
@@ -198,9 +199,9 @@ def _type_of(key: str) -> tuple[type, bool]:
 
 def _allowed(field: dataclasses.Field[Any]) -> str:
     """What a key may hold, in words."""
-    kind, optional = _type_of(field.name)
+    kind, optional = type_of(field.name)
     rules = field.metadata
-    words = ", ".join(rules["choices"]) if "choices" in rules else _WANTED[kind]
+    words = ", ".join(rules["choices"]) if "choices" in rules else WANTED[kind]
     for rule, phrase in (("at_least", "of at least"), ("above", "above"), ("below", "below")):
         if rule in rules:
             words += f" {phrase} {rules[rule]}"
@@ -212,7 +213,7 @@ def _allowed(field: dataclasses.Field[Any]) -> str:
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """`value` in the key's type (an integer becomes a float where one is wanted), or ValueError."""
     rules = field.metadata
-    kind, optional = _type_of(field.name)
+    kind, optional = type_of(field.name)
     refused = _refused(field.name, value, _allowed(field))
     if value is None and optional:
         return None
@@ -228,7 +229,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     if kind is str and (not _is_text(value) or (rules.get("filled") and not value.strip())):
         raise refused
     if "choices" in rules and value not in rules["choices"]:
-        nearest = _nearest(value, rules["choices"])
+        nearest = nearest_name(value, rules["choices"])
         raise _refused(field.name, value, f"{_allowed(field)} (nearest: {nearest})")
     too_low = value < rules.get("at_least", value) or ("above" in rules and value <= rules["above"])
     if too_low or ("below" in rules and value >= rules["below"]):
@@ -247,7 +248,7 @@ def _is_text(value: str) -> bool:
     return "\0" not in value
 
 
-def _nearest(name: str, names: Sequence[str]) -> str:
+def nearest_name(name: str, names: Sequence[str]) -> str:
     return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
@@ -257,7 +258,7 @@ def load_config(path: str | Path | None, overrides: Mapping[str, object] | None 
     Raises ValueError for a syntax error (file:line:column), an unknown key (with the nearest known one) or a
     value that is not allowed, each with the file, or "override", that it came from; OSError for the file.
     """
-    from_file = {} if path is None else _known_keys(_read_json(Path(path)), str(path))
+    from_file = {} if path is None else _known_keys(read_json_with_comments(Path(path)), str(path))
     from_overrides = _known_keys(dict(overrides or {}), "override")
     try:
         return Config(**{**from_file, **from_overrides})
@@ -270,10 +271,10 @@ def _known_keys(values: dict[str, Any], source: str) -> dict[str, Any]:
     """The settings among `values` under our own names; comments dropped, unknown keys refused."""
     known: dict[str, Any] = {}
     for given, value in values.items():
-        key = _RENAMED.get(given, given)
+        key = RENAMED.get(given, given)
         if given == "mixed_precision" and isinstance(value, str) and value in _MIXED_PRECISION:
             key, value = "dtype", _MIXED_PRECISION[value]
-        if _is_comment(key):
+        if is_comment(key):
             continue
         if key in _INERT:
             if value is _INERT[key][0]:
@@ -281,64 +282,13 @@ def _known_keys(values: dict[str, Any], source: str) -> dict[str, Any]:
             # A token must reach no log.
             shown = "set" if key == "hf_token" else _shown(value)
             raise ValueError(f"{source}: {key} is {shown}: {_INERT[key][1]}")
-        if key not in _FIELDS:
-            nearest = _nearest(key, list(_FIELDS))
+        if key not in FIELDS:
+            nearest = nearest_name(key, list(FIELDS))
             raise ValueError(f"{source}: unknown key {_shown(given)}; the nearest known key is {nearest}")
         if key in known and known[key] != value:
             raise ValueError(f"{source}: {key} is given as {_shown(known[key])} and as {_shown(value)}")
         known[key] = value
     return known
-
-
-def _is_comment(key: str) -> bool:
-    return key.startswith(("_", "//"))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The one object of a JSON file with comments and trailing commas; duplicate keys are refused."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen and not _is_comment(key):
-                raise ValueError(f"key {_shown(key)} stands twice")
-            seen[key] = value
-        return seen
-
-    def constant(text: str) -> Any:
-        raise ValueError(f"{text} is not a finite number")
-
-    try:
-        text = _without_comments(path.read_bytes().decode("utf-8-sig"))
-        values = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}:{error.colno}: {error.msg}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: holds {_shown(values)}; wanted one object: {{...}}")
-    return values
-
-
-_STRING = r'"(?:[^"\\\n]|\\.)*"'
-_COMMENT = re.compile(_STRING + r"|//[^\n]*|#[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
-_TRAILING_COMMA = re.compile(_STRING + r"|,(?=\s*[}\]])", re.DOTALL)
-
-
-def _without_comments(text: str) -> str:
-    """Blanks comments and trailing commas; nothing moves, so that line and column of an error stay right."""
-
-    def blank(match: re.Match[str]) -> str:
-        token = match.group()
-        if token.startswith('"'):
-            return token
-        if token.startswith("/*") and (len(token) < 4 or not token.endswith("*/")):
-            raise json.JSONDecodeError("Comment without its end */", text, match.start())
-        return re.sub(r"[^\n]", " ", token)
-
-    return _TRAILING_COMMA.sub(blank, _COMMENT.sub(blank, text))
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -350,69 +300,3 @@ def save_config(config: Config, path: str | Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse's, but no flag may be shortened, and an unknown one is answered with the nearest known one."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options})
-
-    def error(self, message: str) -> typing.NoReturn:
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        if unknown:
-            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            message += f"; the nearest known flag is {_nearest(unknown[1], flags)}"
-        super().error(message)
-
-
-def add_config_arguments(parser: argparse.ArgumentParser, keys: Sequence[str] | None = None) -> None:
-    """Adds --config and a flag for each key (None: all): --batch_size, and the same as --batch-size.
-
-    What is not given does not stand in the namespace, so the file's value holds.
-    """
-    parser.add_argument("--config", metavar="FILE", help="settings: JSON with comments (default: none)")
-    group = parser.add_argument_group("settings", "they go before the file's; none stands for null")
-    for key in _FIELDS if keys is None else keys:
-        kind, optional = _type_of(key)
-        options: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            choices = _FIELDS[key].metadata.get("choices")
-            options["metavar"] = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
-            options["type"] = _parser_of(kind, optional)
-        group.add_argument(f"--{key}", **options, help=_help(_FIELDS[key]))
-        # Other spellings work, but would make --help twice as long.
-        names = [key, *(name for name, ours in _RENAMED.items() if ours == key)]
-        others = {f"--{name}" for own in names for name in (own, own.replace("_", "-"))} - {f"--{key}"}
-        if others:
-            group.add_argument(*sorted(others), **options, help=argparse.SUPPRESS)
-
-
-def _help(field: dataclasses.Field[Any]) -> str:
-    """Meaning, unit and default of a key, as argparse wants it."""
-    default = "none" if field.default is None else field.default
-    if isinstance(default, bool) or "\n" in str(default):
-        default = json.dumps(default)
-    unit = field.metadata["unit"]
-    text = f"{field.metadata['help']} ({unit + '; ' if unit else ''}default: {default})"
-    return text.replace("%", "%%")
-
-
-def _parser_of(kind: type, optional: bool) -> typing.Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        if optional and text.lower() in ("none", "null"):
-            return None
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {_WANTED[kind]}") from None
-
-    return parse
-
-
-def config_from_arguments(arguments: argparse.Namespace) -> Config:
-    """The settings of `--config` with the flags that were given on top. Raises as `load_config` does."""
-    given = {key: value for key, value in vars(arguments).items() if key in _FIELDS}
-    return load_config(getattr(arguments, "config", None), given)

@@ -26,7 +26,9 @@ Fetch = Callable[[Sequence[str]], Tensor]  # image paths -> one row an image
 def shuffled_images(images: Sequence[str], seed: int = 0) -> dict[str, str]:
     """For each image another one: a random cycle through all of them. ValueError for fewer than two."""
     if len(images) < 2:
-        raise ValueError("latents of another image need at least two images; leave 'shuffled' out of --systems")
+        raise ValueError(
+            "latents of another image need at least two images; leave 'shuffled' out of --systems"
+        )
     order = [sorted(images)[i] for i in np.random.default_rng(seed).permutation(len(images))]
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
@@ -53,12 +55,16 @@ def predict(
     # Statements of one image side by side, so that they share its prefix.
     order = sorted(range(len(statements)), key=lambda i: (statements[i].image, i))
     logits = np.zeros((len(statements), 2), dtype=np.float32)
-    for start in tqdm(range(0, len(order), batch_size), desc=system, unit="batch", leave=False, disable=quiet):
+    for start in tqdm(
+        range(0, len(order), batch_size), desc=system, unit="batch", leave=False, disable=quiet
+    ):
         chosen = order[start : start + batch_size]
         batch = packer.pack([statements[i] for i in chosen])
         world = None
         if system == "zero":  # zero after normalisation: the mean latent, which says nothing
-            world = model.projection.latents_mean.expand(len(batch.images), *model.projection.shape.latent_shape)
+            world = model.projection.latents_mean.expand(
+                len(batch.images), *model.projection.shape.latent_shape
+            )
         elif system != "baseline":
             world = latents([other.get(image, image) for image in batch.images]).to(device)
         seen = vision(batch.images).to(device) if vision is not None else None
@@ -84,7 +90,9 @@ def records(
         for system, values in logits.items():
             zero, one = (float(x) for x in values[i])
             if not (math.isfinite(zero) and math.isfinite(one)):
-                raise ValueError(f"{system}: statement {statement.index} ({statement.image}) has logits {zero}, {one}")
+                raise ValueError(
+                    f"{system}: statement {statement.index} ({statement.image}) has logits {zero}, {one}"
+                )
             p_true = 1 / (1 + math.exp(min(zero - one, 700)))
             correct = (one > zero) == (statement.label == 1)
             systems[system] = {"logit_0": zero, "logit_1": one, "p_true": p_true, "correct": correct}
@@ -146,7 +154,10 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for key, name in (("category", "category"), ("relation", "relation"), ("image_seen_in_train", "seen")):
         values = sorted({row[key] for row in rows})
         summary[f"by_{name}"] = {
-            str(v): {s: accuracy([c for c, row in zip(correct[s], rows, strict=True) if row[key] == v]) for s in systems}
+            str(v): {
+                s: accuracy([c for c, row in zip(correct[s], rows, strict=True) if row[key] == v])
+                for s in systems
+            }
             for v in values
         }
     return summary
@@ -155,11 +166,17 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def table(summary: dict[str, Any]) -> str:
     """The summary as text for a terminal."""
     lines = [f"{summary['statements']:,} statements, {summary['images']:,} images"]
-    lines.append(f"{'':<24}{'n':>6}  {'accuracy':>8}  {'95 % interval':<15}  world against it (exact McNemar)")
+    lines.append(
+        f"{'':<24}{'n':>6}  {'accuracy':>8}  {'95 % interval':<15}  world against it (exact McNemar)"
+    )
     lines.append(f"{'majority class':<24}{summary['statements']:>6}  {summary['majority_class']:>8.1%}")
     for system, score in summary["systems"].items():
         lines.append(_row(system, score) + _against(summary.get("world_against", {}).get(system)))
-    for title, key in (("category", "by_category"), ("relation", "by_relation"), ("image seen in training", "by_seen")):
+    for title, key in (
+        ("category", "by_category"),
+        ("relation", "by_relation"),
+        ("image seen in training", "by_seen"),
+    ):
         lines += ["", f"by {title} ({' / '.join(summary['systems'])})"]
         for value, scores in summary[key].items():
             n = next(iter(scores.values()))["n"]

@@ -15,94 +15,23 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from theworld.cache import FAILURES, LATENTS, VISION, latent_pixels, to_numpy
+from theworld.cache import FAILURES, LATENTS, VISION, to_numpy
 from theworld.config import Config
+from theworld.encodings import Encoding, LatentEncoding, VisionEncoding
 from theworld.gemma import Gemma
 from theworld.images import PREPROCESSING, ImageError, decode, read_bytes, sha256
 from theworld.store import ArraySpec, ImageEntry, Store, verify_store
 from theworld.vae import CosmosEncoder
 from theworld.vsr import images_of, load_statements
-from theworld.weights import resolve_device, resolve_dtype, torch_dtype
+from theworld.weights import resolve_device, resolve_dtype
 
 AHEAD = 4  # batches that are read and decoded ahead of the encoder
-
-
-class Encoding(Protocol):
-    """What `extract` needs of an encoder: its name, what a row is, and the way from pixels to a row."""
-
-    name: str
-    arrays: list[ArraySpec]
-
-    def fingerprint(self) -> dict[str, Any]: ...
-
-    def prepare(self, pixels: np.ndarray) -> Tensor: ...
-
-    def encode(self, prepared: list[Tensor]) -> Tensor: ...
-
-
-class LatentEncoding:
-    """Photographs to Cosmos latents."""
-
-    name = LATENTS
-
-    def __init__(self, encoder: CosmosEncoder, size: int, storage_dtype: str | None) -> None:
-        """`size`: side of the square the VAE sees, pixels. `storage_dtype` None stores what is computed."""
-        self.encoder = encoder
-        self.size = size
-        self.storage = storage_dtype or str(encoder.dtype).removeprefix("torch.")
-        self.arrays = [ArraySpec(LATENTS, encoder.latent_shape(size), self.storage)]
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What these numbers mean: encoder, pixels, dtypes, libraries."""
-        own = {"latent_size": self.size, "latent_shape": list(self.arrays[0].shape), "num_world_steps": 0}
-        return {**self.encoder.identity(), **own, **_libraries("diffusers")}
-
-    def prepare(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> float32[3, S, S] in [-1, 1]."""
-        return latent_pixels(pixels, self.size)
-
-    def encode(self, prepared: list[Tensor]) -> Tensor:
-        """B prepared photographs -> storage dtype[B, C, H, W]."""
-        return self.encoder.encode(torch.stack(prepared)).to(torch_dtype(self.storage))
-
-
-class VisionEncoding:
-    """Photographs to Gemma's own pooled vision features, so that training never loads the vision tower."""
-
-    name = VISION
-
-    def __init__(self, gemma: Gemma) -> None:
-        if not gemma.is_multimodal:
-            raise ValueError(f"{gemma.name} is text-only: it has no vision features to cache")
-        self.gemma = gemma
-        self.storage = str(gemma.dtype).removeprefix("torch.")
-        width = int(gemma.model.config.vision_config.hidden_size)
-        self.arrays = [ArraySpec(VISION, (gemma.num_image_tokens, width), self.storage)]
-
-    def fingerprint(self) -> dict[str, Any]:
-        """What these numbers mean: tower, image processor, dtypes, libraries."""
-        return {**self.gemma.vision_identity(), **_libraries("transformers")}
-
-    def prepare(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
-        return self.gemma.pixel_values([pixels])[0]
-
-    def encode(self, prepared: list[Tensor]) -> Tensor:
-        """B prepared photographs -> storage dtype[B, N, V]."""
-        return self.gemma.vision_features(torch.stack(prepared))
-
-
-def _libraries(*names: str) -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "pillow", *names)}
 
 
 @dataclass
@@ -118,7 +47,9 @@ class Source:
 class Stages:
     """Seconds of work in each stage; read and decode are shared by several threads."""
 
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("read", "decode", "encode", "write"), 0.0))
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("read", "decode", "encode", "write"), 0.0)
+    )
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextmanager
@@ -157,7 +88,13 @@ def freeze(
 
     with ThreadPoolExecutor(max(1, source.num_workers)) as pool:
         looked = list(
-            tqdm(pool.map(look, sorted(paths)), total=len(paths), desc="reading photographs", unit="image", leave=False)
+            tqdm(
+                pool.map(look, sorted(paths)),
+                total=len(paths),
+                desc="reading photographs",
+                unit="image",
+                leave=False,
+            )
         )
     entries = [x for x in looked if isinstance(x, ImageEntry)]
     return entries, [x for x in looked if not isinstance(x, ImageEntry)]
@@ -177,7 +114,9 @@ def write_failures(cache: Path, failures: list[tuple[str, str]]) -> None:
     os.replace(temporary, path)
 
 
-def open_store(cache: Path, encoding: Encoding, images: list[ImageEntry], shard_size: int, batch_size: int) -> Store:
+def open_store(
+    cache: Path, encoding: Encoding, images: list[ImageEntry], shard_size: int, batch_size: int
+) -> Store:
     """The store of one encoding in the cache, new or to be resumed; StoreMismatch where it is another one."""
     fingerprint = {
         **encoding.fingerprint(),
@@ -209,7 +148,9 @@ def preflight(store: Store, encoding: Encoding, pending: list[int], source: Sour
     size = sum(_row_bytes(spec) for spec in encoding.arrays) * len(rows)
     free = shutil.disk_usage(store.root).free
     if size > free:
-        raise ValueError(f"{store.root}: {size:,} bytes are needed and {free:,} are free; make room or move --cache")
+        raise ValueError(
+            f"{store.root}: {size:,} bytes are needed and {free:,} are free; make room or move --cache"
+        )
     seconds = 0.0
     if rows:
         start = time.perf_counter()
@@ -247,7 +188,9 @@ def encode_shards(
                 bar.update(len(batch))
             if written is not None:
                 written.result()  # an error of the write before this one
-            written = writer.submit(_write, store, shard, {encoding.arrays[0].name: np.concatenate(encoded)}, stages)
+            written = writer.submit(
+                _write, store, shard, {encoding.arrays[0].name: np.concatenate(encoded)}, stages
+            )
         if written is not None:
             written.result()
     rate = total / max(bar.format_dict["elapsed"], 1e-9)
@@ -279,7 +222,9 @@ def _prepared(
         futures += [readers.submit(prepare, row) for row in rows[submitted:ahead]]
         submitted = ahead
         yield [future.result() for future in futures[start : start + batch_size]]
-        futures[start : start + batch_size] = [Future()] * min(batch_size, len(futures) - start)  # free the pixels
+        futures[start : start + batch_size] = [Future()] * min(
+            batch_size, len(futures) - start
+        )  # free the pixels
 
 
 def _pixels(row: ImageEntry, source: Source, stages: Stages) -> np.ndarray:
@@ -288,7 +233,9 @@ def _pixels(row: ImageEntry, source: Source, stages: Stages) -> np.ndarray:
     with stages.timed("decode"):
         digest = sha256(data)
         if digest != row.sha256:
-            raise ImageError(row.path, f"changed while extracting: SHA-256 was {row.sha256}, is {digest}; run again")
+            raise ImageError(
+                row.path, f"changed while extracting: SHA-256 was {row.sha256}, is {digest}; run again"
+            )
         return decode(data, row.path, max_pixels=source.max_image_pixels)
 
 
@@ -299,7 +246,9 @@ def _row_bytes(spec: ArraySpec) -> int:
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    )
 
 
 def verify(cache: Path) -> list[str]:
@@ -325,7 +274,9 @@ def extract(config: Config, cache: Path, with_vision: bool, allow_missing: bool)
     if not source.folder.is_dir():
         raise ValueError(f"image_folder {source.folder}: not a folder")
     splits = ("train", "dev", "test")
-    paths = images_of([s for x in splits for s in load_statements(config.annotations, x, config.dataset_name)])
+    paths = images_of(
+        [s for x in splits for s in load_statements(config.annotations, x, config.dataset_name)]
+    )
     cache.mkdir(parents=True, exist_ok=True)
     images, failures = freeze(paths, source, known_hashes(cache))
     write_failures(cache, failures)
@@ -336,7 +287,9 @@ def extract(config: Config, cache: Path, with_vision: bool, allow_missing: bool)
             f"All are listed in {cache / FAILURES}. Mend them, or go on without them with --allow_missing"
         )
     if failures:
-        tqdm.write(f"{len(images):,} of {len(paths):,} photographs; {len(failures):,} left out by --allow_missing")
+        tqdm.write(
+            f"{len(images):,} of {len(paths):,} photographs; {len(failures):,} left out by --allow_missing"
+        )
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     encoder = CosmosEncoder(config.cosmos_model_name, dtype, device)

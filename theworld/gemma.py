@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoProcessor,
@@ -63,7 +63,9 @@ class Gemma:
         self.model = _load_model(name_or_path, dtype, self.device, self.attention)
         self.is_multimodal = isinstance(self.model, Gemma3ForConditionalGeneration)
         self.processor = AutoProcessor.from_pretrained(name_or_path) if self.is_multimodal else None
-        self.tokenizer = self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(name_or_path)
+        self.tokenizer = (
+            self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(name_or_path)
+        )
         _check_template(self.tokenizer, self.processor, name_or_path)
         self.text_config = self.model.config.get_text_config()
         self.answer_ids = tuple(_single_token(self.tokenizer, digit) for digit in "01")
@@ -78,7 +80,7 @@ class Gemma:
         return int(self.text_config.hidden_size)
 
     @property
-    def text_model(self) -> nn.Module:
+    def text_model(self) -> Any:
         """The decoder without its head: embeddings in, hidden states out."""
         return self.model.model.language_model if self.is_multimodal else self.model.model
 
@@ -115,8 +117,8 @@ class Gemma:
     @torch.no_grad()
     def embedding_scale(self) -> float:
         """The root mean square of a token's embedding as the first layer sees it, over the vocabulary."""
-        table = self.text_model.embed_tokens.weight
-        return float(table.float().pow(2).mean().sqrt()) * float(self.text_model.embed_tokens.embed_scale)
+        table = self.text_model.embed_tokens
+        return float(table.weight.float().pow(2).mean().sqrt()) * float(table.embed_scale)
 
     @torch.no_grad()
     def bracket_embeddings(self) -> Tensor:
@@ -134,8 +136,8 @@ class Gemma:
     def prompt(self, question_template: str, caption: str, with_world: bool) -> Prompt:
         """The prompt of one statement, tokenised by Gemma's own chat template.
 
-            <bos><start_of_turn>user\\n [W] w1 ... wN [/W] \\n\\n<boi> i1 ... iN <eoi> | \\n\\nStatement: ... <start_of_turn>model\\n
-            `------------------------------- shared ---------------------------------'   `------------- branch --------------'
+            <bos><start_of_turn>user\\n [W] w1 ... wN [/W] \\n\\n<boi> i1 ... iN <eoi>    shared
+            \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n                   branch
 
         Without world tokens the whole is exactly what the processor makes of the same message. With them,
         what is left and right of them is tokenised by itself.
@@ -216,6 +218,7 @@ class Gemma:
 
     def vision_identity(self) -> dict[str, Any]:
         """The fields of a fingerprint that say which eyes made the vision features."""
+        assert self.processor is not None, "a text-only Gemma has no eyes"
         tower = self.model.model.vision_tower.state_dict()
         processor = self.processor.image_processor
         return {

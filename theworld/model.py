@@ -26,7 +26,9 @@ class TheWorld(nn.Module):
     """A frozen Gemma with world tokens. Its parameters, as torch sees them, are those of the projection alone:
     what `parameters()` gives to an optimiser is what trains, and `state_dict()` is what is saved."""
 
-    def __init__(self, gemma: Gemma, projection: WorldProjection, config: Config, fingerprint: dict[str, Any]) -> None:
+    def __init__(
+        self, gemma: Gemma, projection: WorldProjection, config: Config, fingerprint: dict[str, Any]
+    ) -> None:
         """`fingerprint` is that of the latents the projection is for."""
         super().__init__()
         object.__setattr__(self, "gemma", gemma)  # not a submodule: frozen, and saved by whoever published it
@@ -36,7 +38,9 @@ class TheWorld(nn.Module):
         self.fingerprint = fingerprint
         if config.use_gradient_checkpointing:
             text_model = gemma.text_model
-            newer = getattr(text_model, "activation_checkpointing_enable", None)  # the older name goes with v6
+            newer = getattr(
+                text_model, "activation_checkpointing_enable", None
+            )  # the older name goes with v6
             (newer or text_model.gradient_checkpointing_enable)()
             text_model.train()  # transformers checkpoints in training mode only; Gemma has no dropout
 
@@ -72,11 +76,15 @@ class TheWorld(nn.Module):
         folder = Path(folder)
         for name in (PROJECTION_FILE, WORLD_FILE, CONFIG_FILE):
             if not (folder / name).is_file():
-                raise ValueError(f"{folder}: no {name} in it; name a folder such as checkpoints/vsr/checkpoint-500")
+                raise ValueError(
+                    f"{folder}: no {name} in it; name a folder such as checkpoints/vsr/checkpoint-500"
+                )
         config = load_config(folder / CONFIG_FILE, overrides)
         world = json.loads((folder / WORLD_FILE).read_text())
         if world.get("format") != FORMAT_VERSION:
-            raise ValueError(f"{folder / WORLD_FILE}: format {world.get('format')!r}; wanted {FORMAT_VERSION}")
+            raise ValueError(
+                f"{folder / WORLD_FILE}: format {world.get('format')!r}; wanted {FORMAT_VERSION}"
+            )
         if gemma is None:
             device = resolve_device(config.device)
             gemma = Gemma(config.model_name, resolve_dtype(config.dtype, device), device)
@@ -127,7 +135,9 @@ class TheWorld(nn.Module):
     def packer(self, with_world: bool = True) -> Packer:
         """Packs statements the way this model was trained; without world tokens it packs Gemma's own prompts."""
         num_world_tokens = self.projection.shape.num_tokens if with_world else 0
-        return Packer(self.gemma, self.config.question_template, num_world_tokens, self.config.world_attention)
+        return Packer(
+            self.gemma, self.config.question_template, num_world_tokens, self.config.world_attention
+        )
 
     def embed(self, batch: Batch, latents: Tensor | None, vision: Tensor | None) -> Tensor:
         """Token embeddings with the world tokens and image features in their slots: dtype[R, L, D]."""

@@ -87,13 +87,21 @@ def build_tokenizer() -> tokenizers.Tokenizer:
         initial_alphabet=[chr(code) for code in range(33, 127)] + ["▁"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator([scene_text, QUESTION, "user\nmodel\n"] * 20 + [" " + " ".join(WORDS.split())] * 2, trainer)
+    tokenizer.train_from_iterator(
+        [scene_text, QUESTION, "user\nmodel\n"] * 20 + [" " + " ".join(WORDS.split())] * 2, trainer
+    )
     learnt = json.loads(tokenizer.to_str())["model"]
     tokenizer.model = models.BPE(
-        learnt["vocab"], [tuple(m) for m in learnt["merges"]], unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        learnt["vocab"],
+        [tuple(m) for m in learnt["merges"]],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     for token in NEWLINES:
         tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False, special=False)])
     for token in SPECIAL_TOKENS + IMAGE_TOKENS:
@@ -222,7 +230,9 @@ def make_gemma(tokenizer: tokenizers.Tokenizer) -> Gemma3ForConditionalGeneratio
         attn_implementation="sdpa",
     )
     model = Gemma3ForConditionalGeneration(config)
-    with torch.no_grad():  # transformers starts this one at zero; image tokens should come out as large as words
+    with (
+        torch.no_grad()
+    ):  # transformers starts this one at zero; image tokens should come out as large as words
         nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=64**-0.5)
         nn.init.normal_(model.model.language_model.embed_tokens.weight, std=64**-0.5)
     model.generation_config = GenerationConfig(
@@ -277,7 +287,9 @@ def draw_pool(settings: PretrainSettings) -> Pool:
     centres = torch.tensor([[(t.x, t.y) for t in pair] for pair in things])
     thumbnails = torch.from_numpy(np.stack([small for small, _ in drawn])).permute(0, 1, 4, 2, 3)
     pictures = torch.from_numpy(np.stack([p for _, p in drawn if p is not None])).permute(0, 3, 1, 2)
-    return Pool(*(t.contiguous().to(settings.device) for t in (thumbnails, colours, shapes, centres, pictures)))
+    return Pool(
+        *(t.contiguous().to(settings.device) for t in (thumbnails, colours, shapes, centres, pictures))
+    )
 
 
 # --- the Gemma's lessons -------------------------------------------------------------------------------------------
@@ -372,7 +384,9 @@ def read_lesson(
     return states[:, len(head_ids) :], questions
 
 
-def answer_logits(model: Gemma3ForConditionalGeneration, prompts: Prompts, lesson: Lesson, states: Tensor) -> Tensor:
+def answer_logits(
+    model: Gemma3ForConditionalGeneration, prompts: Prompts, lesson: Lesson, states: Tensor
+) -> Tensor:
     """float32[B, V]: what follows the prompt's last token."""
     rows = torch.arange(len(states), device=states.device)
     return model.lm_head(states[rows, prompts.lengths[lesson.statements] - 1])
@@ -414,7 +428,12 @@ def see(model: Gemma3ForConditionalGeneration, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gemma_accuracy(
-    model: Gemma3ForConditionalGeneration, prompts: Prompts, pool: Pool, head: str, views: list[int], shift: int = 0
+    model: Gemma3ForConditionalGeneration,
+    prompts: Prompts,
+    pool: Pool,
+    head: str,
+    views: list[int],
+    shift: int = 0,
 ) -> float:
     """Share of right answers on the pool's last scenes; `shift` shows the first block another scene."""
     scenes = held_out(pool)
@@ -469,8 +488,16 @@ def train_gemma(model: Gemma3ForConditionalGeneration, pool: Pool, settings: Pre
         def accuracy(head: str, views: list[int], shift: int = 0) -> float:
             return round(gemma_accuracy(model, prompts, pool, head, views, shift), 4)
 
-        row = {"step": step, "loss": round(loss, 4), "as_written": accuracy("one", [0]), "clear": accuracy("one", [2])}
-        row |= {"clear_beside": accuracy("beside", [2, 0]), "wrong_beside": accuracy("beside", [2, 0], shift=1)}
+        row = {
+            "step": step,
+            "loss": round(loss, 4),
+            "as_written": accuracy("one", [0]),
+            "clear": accuracy("one", [2]),
+        }
+        row |= {
+            "clear_beside": accuracy("beside", [2, 0]),
+            "wrong_beside": accuracy("beside", [2, 0], shift=1),
+        }
         history.append(row)
         print("gemma", row, flush=True)
 
@@ -507,5 +534,8 @@ def train_vae(vae: AutoencoderKLWan, pool: Pool, settings: PretrainSettings) -> 
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, pictures: Tensor) -> Tensor:
     """uint8[N, 3, P, P] to the posterior's mean, float32[N, 16, P / 8, P / 8]."""
-    parts = [vae.encode((p.float() / 127.5 - 1)[:, :, None]).latent_dist.mode()[:, :, 0] for p in pictures.split(256)]
+    parts = [
+        vae.encode((p.float() / 127.5 - 1)[:, :, None]).latent_dist.mode()[:, :, 0]
+        for p in pictures.split(256)
+    ]
     return torch.cat(parts)

@@ -30,7 +30,9 @@ class ProjectionShape:
         if self.architecture not in ("mlp", "linear"):
             raise ValueError(f"projection {self.architecture!r}: wanted 'mlp' or 'linear'")
         if self.mode == "patch" and (self.patch < 1 or height % self.patch or width % self.patch):
-            raise ValueError(f"world_patch {self.patch} does not divide the latent's {height} x {width} places")
+            raise ValueError(
+                f"world_patch {self.patch} does not divide the latent's {height} x {width} places"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -94,6 +96,8 @@ class WorldProjection(nn.Module):
                 f"std {min(latents_std, default=0)}); wanted {channels} each, every std above 0"
             )
         self.shape = shape
+        self.latents_mean: Tensor
+        self.latents_std: Tensor
         self.register_buffer("latents_mean", torch.tensor(latents_mean)[:, None, None])
         self.register_buffer("latents_std", torch.tensor(latents_std)[:, None, None])
         if shape.architecture == "linear":
@@ -110,7 +114,9 @@ class WorldProjection(nn.Module):
     def patches(self, latents: Tensor) -> Tensor:
         """float[B, C, H, W] -> float[B, N, P], row by row over the picture."""
         if tuple(latents.shape[1:]) != self.shape.latent_shape:
-            raise ValueError(f"latents {tuple(latents.shape[1:])}; this projection takes {self.shape.latent_shape}")
+            raise ValueError(
+                f"latents {tuple(latents.shape[1:])}; this projection takes {self.shape.latent_shape}"
+            )
         if self.shape.mode == "channel":
             return latents.flatten(2)
         p = self.shape.patch

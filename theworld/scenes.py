@@ -26,7 +26,10 @@ _RADIUS = (0.035, 0.060)  # of the width
 _CLEAR_RADIUS = 0.115  # of the width
 _APART_AXIS = 0.12  # of the width: on each axis, so that every relation is plainly true or plainly false
 _APART = 0.26  # of the width: centre to centre, so that things do not touch even when they are drawn clear
-_CLOUDS = ((6, 20.0), (12, 9.0))  # (cells a side, strength of 255): about as large as the small Gemma's pixels
+_CLOUDS = (
+    (6, 20.0),
+    (12, 9.0),
+)  # (cells a side, strength of 255): about as large as the small Gemma's pixels
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def make_scene(seed: int, split: str, index: int) -> Scene:
         if gap.min() >= _APART_AXIS and np.hypot(*gap) >= _APART:
             break
     first, second = (
-        Thing(str(colours[k]), shapes[k], float(centres[k, 0]), float(centres[k, 1]), float(radii[k])) for k in range(2)
+        Thing(str(colours[k]), shapes[k], float(centres[k, 0]), float(centres[k, 1]), float(radii[k]))
+        for k in range(2)
     )
     return Scene(key, (first, second))
 

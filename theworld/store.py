@@ -305,6 +305,7 @@ class Store:
 
     def _entries(self) -> list[dict[str, Any] | None]:
         """What a manifest says of each shard; None for those that have to be written."""
+        self._check_unchanged()
         manifest = _read_manifest(self.root)
         entries: list[dict[str, Any] | None] = [None] * self.num_shards
         for shard in range(self.num_shards):
@@ -334,8 +335,7 @@ class Store:
         """
         rows = self.shard_rows(shard)
         self._check_arrays(rows, arrays)
-        if not files.holds(self.root / "store.json", self.plan.store_bytes):
-            raise StoreError(f"{self.root / 'store.json'} was changed by another process: start again")
+        self._check_unchanged()
         data, described = files.pack(self.plan.arrays, rows, arrays)
         record = {**self.plan.record_fields(shard), **described}
         path, record_path = _paths(self.root, shard)
@@ -350,6 +350,12 @@ class Store:
             self._make_room(shard, wanted, manifest)
         files.publish_bytes(path, data, overwrite=True)  # without a record it is nobody's
         files.publish_bytes(record_path, wanted[record_path])
+
+    def _check_unchanged(self) -> None:
+        """StoreError if another process replaced the image list, or the list is damaged."""
+        for name, data in (("store.json", self.plan.store_bytes), ("images.jsonl", self.plan.images_bytes)):
+            if not files.holds(self.root / name, data):
+                raise StoreError(f"{self.root / name} was changed by another process or damaged: start again")
 
     def _check_arrays(self, rows: list[ImageEntry], arrays: dict[str, np.ndarray]) -> None:
         names = [spec.name for spec in self.plan.arrays]
@@ -402,9 +408,6 @@ class Store:
             raise StoreError(
                 f"{self.root}: {len(pending)} of {self.num_shards} shards are missing: {pending[:10]}"
             )
-        for name, data in (("store.json", self.plan.store_bytes), ("images.jsonl", self.plan.images_bytes)):
-            if not files.holds(self.root / name, data):
-                raise StoreError(f"{self.root / name} was changed or damaged meanwhile: start again")
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "store_sha256": hashlib.sha256(self.plan.store_bytes).hexdigest(),

@@ -5,12 +5,10 @@ rate, nothing else is random. So a run that was resumed gives the same weights, 
 """
 
 import json
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +18,16 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from theworld.batch import Packer
-from theworld.cache import LATENTS, VISION, LiveVision, Rows, expected_latents, expected_vision, in_cache, meaning
+from theworld.cache import (
+    LATENTS,
+    VISION,
+    LiveVision,
+    Rows,
+    expected_latents,
+    expected_vision,
+    in_cache,
+    meaning,
+)
 from theworld.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -33,6 +40,7 @@ from theworld.config import Config
 from theworld.evaluate import Fetch, label_loss, predict
 from theworld.gemma import Gemma
 from theworld.model import TheWorld
+from theworld.schedule import Order, learning_rate, num_train_steps
 from theworld.store import StoreMismatch, fingerprint_differences
 from theworld.vsr import Statement, load_statements
 from theworld.weights import count_parameters, resolve_device, resolve_dtype
@@ -53,59 +61,15 @@ class Data:
     notes: list[str] = field(default_factory=list)
 
 
-class Order:
-    """The endless stream of training statements: epoch after epoch, the images of each in a new random order, the
-    statements of an image side by side (so that they share its prefix). A pure function of (seed, epoch)."""
-
-    def __init__(self, statements: Sequence[Statement], seed: int) -> None:
-        self.seed = seed
-        self.by_image: dict[str, list[Statement]] = {}
-        for statement in statements:
-            self.by_image.setdefault(statement.image, []).append(statement)
-        self.num_statements = len(statements)
-        self._epoch: tuple[int, list[Statement]] = (-1, [])
-
-    def epoch(self, number: int) -> list[Statement]:
-        """All statements in the order of that epoch."""
-        if self._epoch[0] != number:
-            images = sorted(self.by_image)
-            shuffled = np.random.default_rng([self.seed, number]).permutation(len(images))
-            self._epoch = (number, [s for i in shuffled for s in self.by_image[images[i]]])
-        return self._epoch[1]
-
-    def take(self, start: int, count: int) -> list[Statement]:
-        """`count` statements of the stream, from the `start`-th on."""
-        taken: list[Statement] = []
-        while len(taken) < count:
-            number, offset = divmod(start + len(taken), self.num_statements)
-            taken += self.epoch(number)[offset : offset + count - len(taken)]
-        return taken
-
-
-def num_train_steps(config: Config, num_statements: int) -> int:
-    """Optimizer steps of the main phase: each takes exactly batch_size x gradient_accumulation_steps statements."""
-    per_step = config.batch_size * config.gradient_accumulation_steps
-    steps = math.ceil(config.num_epochs * num_statements / per_step)
-    return min(steps, config.max_steps) if config.max_steps is not None else steps
-
-
-def learning_rate(config: Config, step: int, num_steps: int, peak: float) -> float:
-    """Linear warm-up to `peak`, then decay to 0 at `num_steps` (cosine: Loshchilov and Hutter 2017)."""
-    warmup = config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * num_steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    if config.lr_schedule == "constant":
-        return peak
-    return peak * (1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def make_optimizer(model: TheWorld, config: Config) -> torch.optim.AdamW:
     """AdamW over what trains; weight decay on the matrices alone, as is usual."""
     named = model.trainable()
     matrices = [p for name, p in named.items() if name.endswith("weight") and p.ndim >= 2]
     vectors = [p for name, p in named.items() if not (name.endswith("weight") and p.ndim >= 2)]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
 
 
@@ -293,7 +257,12 @@ class Trainer:
     def _log(self, figures: dict[str, float], writer: SummaryWriter | None, bar: tqdm) -> None:
         per_step = self.config.batch_size * self.config.gradient_accumulation_steps
         phase = "align" if self.step <= self.config.align_steps else "train"
-        line = {"step": self.step, "epoch": self.step * per_step / len(self.data.train), "phase": phase, **figures}
+        line = {
+            "step": self.step,
+            "epoch": self.step * per_step / len(self.data.train),
+            "phase": phase,
+            **figures,
+        }
         with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for key, value in figures.items():
@@ -350,7 +319,9 @@ class Trainer:
             cure = "use another --output_dir, or move them away"
             if resumed is None:
                 cure = f"go on with --resume_from {self.output_dir}, " + cure
-            raise CheckpointError(f"{self.output_dir} already holds {', '.join(p.name for p in ahead)}; {cure}")
+            raise CheckpointError(
+                f"{self.output_dir} already holds {', '.join(p.name for p in ahead)}; {cure}"
+            )
 
 
 def _step(path: Path) -> int:

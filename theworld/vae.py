@@ -34,7 +34,8 @@ class FrameConv(nn.Module):
 
     def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
         """x: float[B, C, 1, H, W] -> float[B, C', 1, H', W']."""
-        assert cache_x is None and x.shape[2] == 1, "one frame, so no frames before it"
+        assert cache_x is None, "one frame has no frames before it"
+        assert x.shape[2] == 1, "one frame"
         return F.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
 
 
@@ -122,6 +123,8 @@ def load_vae(name_or_path: str) -> AutoencoderKLWan:
     """The whole VAE as diffusers loads it, in float32, from the hub or a local folder."""
     own_folder = (Path(name_or_path) / "config.json").is_file()
     if Path(name_or_path).is_dir() and not own_folder and not (Path(name_or_path) / "vae").is_dir():
-        raise ValueError(f"{name_or_path}: neither config.json nor a folder vae/ in it; name a folder with a VAE")
+        raise ValueError(
+            f"{name_or_path}: neither config.json nor a folder vae/ in it; name a folder with a VAE"
+        )
     subfolder = None if own_folder else "vae"
     return AutoencoderKLWan.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)

@@ -125,10 +125,11 @@ def _read_statements(path: Path) -> list[Statement]:
 
 def _parsed(line: bytes, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"field {next(key for key in keys if keys.count(key) > 1)!a} stands twice")
+        row: dict[str, Any] = {}
+        for field, value in pairs:
+            if field in row:
+                raise ValueError(f"field {field!a} stands twice")
+            row[field] = value
         return row
 
     try:

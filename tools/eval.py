@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
+from theworld.arguments import ArgumentParser, add_config_arguments
 from theworld.checkpoint import find_checkpoint
-from theworld.config import ArgumentParser, add_config_arguments
 from theworld.evaluate import SYSTEMS, summarise, table, write_jsonl
 from theworld.score import score
 
@@ -20,10 +20,14 @@ KEYS = "dataset_name annotations num_workers dtype device max_image_pixels eval_
 def main() -> int:
     """Parses arguments, scores, writes the records, prints the table; returns the exit status."""
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model_name", type=Path, required=True, help="a checkpoint, or a folder of checkpoints")
+    parser.add_argument(
+        "--model_name", type=Path, required=True, help="a checkpoint, or a folder of checkpoints"
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--cache", type=Path, help="cache folder")
-    source.add_argument("--image-dir", "--image_dir", type=Path, help="photographs, encoded on the spot: no cache")
+    source.add_argument(
+        "--image-dir", "--image_dir", type=Path, help="photographs, encoded on the spot: no cache"
+    )
     parser.add_argument("--split", default="test", help="train, dev or test (default: test)")
     parser.add_argument("--output", type=Path, default=Path("results.jsonl"), help="default: results.jsonl")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
@@ -32,7 +36,9 @@ def main() -> int:
     overrides = {key: value for key, value in vars(arguments).items() if key in KEYS}
     try:
         checkpoint = find_checkpoint(arguments.model_name)
-        rows = score(checkpoint, arguments.cache, arguments.image_dir, arguments.split, arguments.systems, overrides)
+        rows = score(
+            checkpoint, arguments.cache, arguments.image_dir, arguments.split, arguments.systems, overrides
+        )
         write_jsonl(rows, arguments.output)
     except (ValueError, OSError) as error:
         print(f"eval: {error}", file=sys.stderr)

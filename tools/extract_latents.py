@@ -1,15 +1,16 @@
 """Phase 1: encode every photograph that VSR names, once, into a sharded cache.
 
-    python tools/extract_latents.py --config configs/vsr_training.json --image_folder data/images --cache cache/
+    python tools/extract_latents.py --config configs/vsr_training.json --image_folder images/ --cache cache/
 
-Run the same command again to go on after any stop. Exit status: 0 done, 1 failed or damaged, 2 wrong usage.
+Run the same command again to go on after any stop.
+Exit status: 0 done, 1 failed or damaged, 2 wrong usage.
 """
 
 import sys
 from pathlib import Path
 
+from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
 from theworld.cache import LATENTS
-from theworld.config import ArgumentParser, add_config_arguments, config_from_arguments
 from theworld.extract import extract, verify
 
 KEYS = (
@@ -25,7 +26,9 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
     parser.add_argument("--gemma_vision", action="store_true", help="cache Gemma's own vision features too")
     parser.add_argument("--allow_missing", action="store_true", help="go on without unreadable photographs")
-    parser.add_argument("--verify", action="store_true", help="only read everything back; 1 if anything is wrong")
+    parser.add_argument(
+        "--verify", action="store_true", help="only read everything back; 1 if anything is wrong"
+    )
     arguments = parser.parse_args()
     try:
         if arguments.verify:

@@ -8,7 +8,7 @@ Go on after a stop with --resume_from OUTPUT_DIR (its newest checkpoint) or a ch
 import sys
 from pathlib import Path
 
-from theworld.config import ArgumentParser, add_config_arguments, config_from_arguments
+from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
 from theworld.train import NotFinite, Trainer
 
 
@@ -23,7 +23,9 @@ def main() -> int:
     except (ValueError, OSError, NotFinite) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
-    print(f"done: {checkpoint}. Next: python tools/eval.py --model_name {checkpoint} --cache {arguments.cache}")
+    print(
+        f"done: {checkpoint}. Next: python tools/eval.py --model_name {checkpoint} --cache {arguments.cache}"
+    )
     return 0
 
 

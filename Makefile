@@ -1,0 +1,39 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SEED ?= 0
+
+.PHONY: demo demo-seeds test test-heavy lint format check clean
+
+demo: $(VENV)/.installed  ## the main job end to end on drawn scenes and embedded models
+	$(BIN)/python tools/demo.py --seed $(SEED)
+
+demo-seeds: $(VENV)/.installed  ## the demo for three seeds
+	for seed in 0 1 2; do $(BIN)/python tools/demo.py --seed $$seed --output checkpoints/demo-$$seed || exit 1; done
+
+test: $(VENV)/.installed  ## the tests, without the heavy ones
+	$(BIN)/python -m pytest -m "not heavy"
+
+test-heavy: $(VENV)/.installed  ## the tests that take minutes
+	$(BIN)/python -m pytest -m heavy
+
+lint: $(VENV)/.installed  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed  ## rewrite files in the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: lint test  ## what CI runs before the demo
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and f"Python {v} is too old: TheWorld needs 3.11 or newer; name one with make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:  ## remove the virtual environment and tool caches; results stay
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache

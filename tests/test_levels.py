@@ -1,0 +1,55 @@
+"""A file imports only from levels below its own, so that every part can be read before those that use it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+LEVELS = [
+    {"jsonc", "console", "shards", "vsr", "images", "weights", "scenes"},
+    {"config", "store", "vae", "gemma", "projection"},
+    {"arguments", "cache", "batch", "schedule"},
+    {"encodings", "model"},
+    {"extract", "checkpoint", "evaluate"},
+    {"train", "score"},
+    {"report", "demo", "pretrain"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
+PACKAGE = Path(__file__).parent.parent / "theworld"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "theworld":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("theworld."):
+            names.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("theworld.")}
+    return names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_from_lower_levels_only(module: str) -> None:
+    assert module in LEVEL, f"{module} has no level: give it one in this test and in the README"
+    for other in imported(PACKAGE / f"{module}.py"):
+        assert LEVEL[other] < LEVEL[module], (
+            f"{module} (level {LEVEL[module]}) imports {other} ({LEVEL[other]})"
+        )
+
+
+def test_the_core_does_not_know_the_demo() -> None:
+    for module in set(MODULES) - {"demo", "scenes", "pretrain"}:
+        assert not imported(PACKAGE / f"{module}.py") & {"demo", "scenes", "pretrain"}
+        assert "embedded" not in (PACKAGE / f"{module}.py").read_text()
+
+
+def test_files_stay_short() -> None:
+    root = PACKAGE.parent
+    tools = {p.name: len(p.read_text().splitlines()) for p in (root / "tools").glob("*.py")}
+    assert {name: n for name, n in tools.items() if n > 75} == {}
+    modules = {p.name: len(p.read_text().splitlines()) for p in PACKAGE.glob("*.py")}
+    assert {name: n for name, n in modules.items() if n > 330} == {}

@@ -1,0 +1,285 @@
+"""The three phases together, on the embedded models: what a user's run rests on."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import EMBEDDED_VAE
+from theworld.cache import LATENTS, VISION, LiveLatents, LiveVision, Rows
+from theworld.checkpoint import CheckpointError, list_checkpoints
+from theworld.config import Config
+from theworld.evaluate import SYSTEMS, summarise
+from theworld.extract import extract, verify
+from theworld.gemma import Gemma
+from theworld.images import read_image, square, to_unit_range
+from theworld.score import score
+from theworld.store import StoreError, StoreMismatch
+from theworld.train import NotFinite, Trainer
+from theworld.vae import CosmosEncoder, load_vae
+
+
+@pytest.fixture
+def cache(config: Config, tmp_path: Path) -> Path:
+    """A finished cache with latents and vision features of the three photographs."""
+    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
+    return tmp_path / "cache"
+
+
+def weights(checkpoint: Path) -> bytes:
+    return (checkpoint / "projection.safetensors").read_bytes()
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "statements_per_second"} for line in lines]
+
+
+def test_extraction_writes_exactly_these_files_and_they_verify(cache: Path) -> None:
+    files = sorted(str(p.relative_to(cache)) for p in cache.rglob("*") if p.is_file())
+    own = ["images.jsonl", "manifest.json", "shards/00000.h5", "shards/00000.json", "shards/00001.h5"]
+    own += ["shards/00001.json", "store.json"]
+    assert files == [f"{store}/{name}" for store in ("gemma_vision", "latents") for name in own]
+    assert verify(cache) == []
+
+
+def test_cached_latents_equal_diffusers_own_encoding(cache: Path, config: Config) -> None:
+    vae = load_vae(str(EMBEDDED_VAE))
+    rows = Rows(cache / LATENTS, LATENTS)
+    for image in ("a.png", "b.png", "c.png"):
+        pixels = to_unit_range(square(read_image(Path(str(config.image_folder)), image), 64))
+        assert pixels.min() >= -1
+        assert pixels.max() <= 1
+        with torch.no_grad():
+            wanted = vae.encode(torch.from_numpy(pixels)[None, :, None]).latent_dist.mode()[0, :, 0]
+        torch.testing.assert_close(rows([image])[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_second_run_of_extraction_changes_no_byte(cache: Path, config: Config) -> None:
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in cache.rglob("*") if p.is_file()}
+    extract(config, cache, with_vision=True, allow_missing=False)
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in cache.rglob("*") if p.is_file()} == before
+
+
+def test_extraction_resumes_to_the_same_bytes(
+    cache: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+    for name in ("manifest.json", "shards/00001.json", "shards/00001.h5"):
+        (cache / LATENTS / name).unlink()
+    extract(config, cache, with_vision=True, allow_missing=False)
+    assert {p: p.read_bytes() for p in cache.rglob("*") if p.is_file()} == before
+    assert "resuming: 1 of 2 shards valid" in capsys.readouterr().out
+
+
+def test_unreadable_photographs_are_all_named_before_anything_is_encoded(
+    config: Config, tmp_path: Path
+) -> None:
+    folder = tmp_path / "photographs"
+    shutil.copytree(str(config.image_folder), folder)
+    (folder / "a.png").unlink()
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:500])
+    config, cache = replace(config, image_folder=str(folder)), tmp_path / "cache"
+    with pytest.raises(ValueError, match=r"2 of 3 photographs cannot be read:\n  a\.png: .*\n  b\.png: "):
+        extract(config, cache, with_vision=False, allow_missing=False)
+    rows = [json.loads(line) for line in (cache / "failures.jsonl").read_text().splitlines()]
+    assert [row["path"] for row in rows] == ["a.png", "b.png"]
+    assert all(row["reason"] for row in rows)
+    assert not (cache / LATENTS).exists()
+
+
+def test_allow_missing_goes_on_and_every_later_step_says_so(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photographs"
+    shutil.copytree(str(config.image_folder), folder)
+    (folder / "b.png").unlink()
+    config, cache = replace(config, image_folder=str(folder)), tmp_path / "cache"
+    extract(config, cache, with_vision=True, allow_missing=True)
+    assert "2 of 3 photographs; 1 left out by --allow_missing" in capsys.readouterr().out
+    checkpoint = Trainer(config, cache).run()
+    note = "5 of 6 statements, 2 of 3 images (1 left out by --allow_missing)"
+    assert f"train: {note}" in capsys.readouterr().out
+    score(checkpoint, cache, None, "train", ["baseline"], {})
+    assert f"scoring {note}" in capsys.readouterr().out
+    # Missing without having been left out is another matter.
+    (cache / "failures.jsonl").unlink()
+    with pytest.raises(StoreError, match=r"1 of 3 images .* such as b\.png; run tools/extract_latents\.py"):
+        Trainer(replace(config, output_dir=str(tmp_path / "other")), cache)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "field"),
+    [
+        ("latent_size", 80, "latent_size: cached 64, wanted 80"),
+        ("cosmos_model_name", "a/b", "cosmos_model_name"),
+    ],
+)
+def test_a_cache_of_other_settings_is_refused_before_any_model_loads(
+    cache: Path, config: Config, setting: str, value: object, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("theworld.train.Gemma", None)
+    with pytest.raises(StoreMismatch, match=field):
+        Trainer(replace(config, **{setting: value}), cache)
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cache: Path, config: Config, tmp_path: Path) -> None:
+    config = replace(
+        config, align_steps=3, statement_loss_weight=0.3, max_steps=5, save_steps=1, save_total_limit=None
+    )
+    whole = Trainer(config, cache).run()
+    assert whole.name == "checkpoint-8"
+    for stop in (2, 3, 5):  # inside the start at the image tokens, at its end, in the main phase
+        other = replace(config, output_dir=str(tmp_path / f"stopped-{stop}"))
+        trainer = Trainer(other, cache)
+        trainer.output_dir.mkdir()
+        while trainer.step < stop:
+            trainer.train_step()
+        resumed = Trainer(replace(other, resume_from=str(trainer.save())), cache)
+        assert resumed.step == stop
+        last = resumed.run()
+        assert weights(last) == weights(whole)
+        assert torch.equal(
+            torch.load(last / "trainer.pt", weights_only=True)["optimizer"]["state"][0]["exp_avg_sq"],
+            torch.load(whole / "trainer.pt", weights_only=True)["optimizer"]["state"][0]["exp_avg_sq"],
+        )
+        tail = [line for line in metrics(whole.parent) if line["step"] > stop + 1]
+        assert [line for line in metrics(last.parent) if line["step"] > stop + 1] == tail
+
+
+class VaeInTheLoop:
+    """Latents encoded afresh at every step, by diffusers' own 3-D path."""
+
+    def __init__(self, rows: Rows, config: Config) -> None:
+        self.reader = rows.reader
+        self.vae = load_vae(config.cosmos_model_name)
+        self.folder = Path(str(config.image_folder))
+
+    def __call__(self, images: list[str]) -> torch.Tensor:
+        pixels = [to_unit_range(square(read_image(self.folder, image), 64)) for image in images]
+        with torch.no_grad():
+            return self.vae.encode(torch.from_numpy(np.stack(pixels))[:, :, None]).latent_dist.mode()[:, :, 0]
+
+
+def test_training_from_the_cache_equals_training_with_the_vae_in_the_loop(
+    cache: Path, config: Config
+) -> None:
+    cached, live = Trainer(config, cache), Trainer(config, cache)
+    live.data.latents = VaeInTheLoop(cached.data.latents, config)  # type: ignore[assignment]
+    live.data.vision = LiveVision(live.model.gemma, str(config.image_folder), 10**8)
+    live.data.vision.gemma = Gemma(config.model_name)  # a run from the cache has dropped its vision tower
+    for _ in range(4):
+        cached.train_step()
+        live.train_step()
+    assert cached.window["loss"] == pytest.approx(live.window["loss"], abs=1e-5)
+    for name, parameter in cached.model.trainable().items():
+        torch.testing.assert_close(live.model.trainable()[name], parameter, atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_weights_do_not_change_by_a_bit_and_have_no_gradient(cache: Path, config: Config) -> None:
+    trainer = Trainer(config, cache)
+    frozen = {name: p.clone() for name, p in trainer.model.gemma.model.named_parameters()}
+    trained = {name: p.detach().clone() for name, p in trainer.model.trainable().items()}
+    for _ in range(2):
+        trainer.train_step()
+    for name, parameter in trainer.model.gemma.model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, frozen[name])
+    assert all(not torch.equal(p, trained[name]) for name, p in trainer.model.trainable().items())
+
+
+def test_training_never_loads_the_vae(cache: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("theworld.vae.load_vae", None)
+    assert Trainer(replace(config, max_steps=1), cache).run().name == "checkpoint-1"
+
+
+def test_training_without_cached_vision_reads_the_photographs_and_gives_the_same(
+    cache: Path, config: Config, tmp_path: Path
+) -> None:
+    from_cache = load_file(Trainer(config, cache).run() / "projection.safetensors")
+    shutil.rmtree(cache / VISION)
+    live = load_file(
+        Trainer(replace(config, output_dir=str(tmp_path / "live")), cache).run() / "projection.safetensors"
+    )
+    for name in from_cache:  # not to the bit: the tower rounds differently in batches of another size
+        torch.testing.assert_close(live[name], from_cache[name], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"give --image_folder, or extract them once .* --gemma_vision"):
+        Trainer(replace(config, image_folder=None, output_dir=str(tmp_path / "blind")), cache)
+
+
+def test_a_text_only_gemma_trains_and_evaluates(cache: Path, config: Config, text_gemma_folder: Path) -> None:
+    config = replace(config, model_name=str(text_gemma_folder), do_eval=False)
+    shutil.rmtree(cache / VISION)
+    checkpoint = Trainer(config, cache).run()
+    summary = summarise(score(checkpoint, cache, None, "test", SYSTEMS, {}))
+    assert set(summary["systems"]) == set(SYSTEMS)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
+    cache: Path, config: Config
+) -> None:
+    trainer = Trainer(config, cache)
+    trainer.output_dir.mkdir()
+    trainer.train_step()
+    before = {name: p.detach().clone() for name, p in trainer.model.trainable().items()}
+    saved = trainer.save()
+    content = weights(saved)
+    rows = trainer.data.latents
+    trainer.data.latents = lambda images: rows(images) * float("nan")  # type: ignore[assignment]
+    with pytest.raises(NotFinite, match=r"step 2: the loss is nan \(learning rate 0\.\d+; images [abc]\.png"):
+        trainer.train_step()
+    for name, parameter in trainer.model.trainable().items():
+        assert torch.equal(parameter, before[name])
+    assert weights(saved) == content
+
+
+def test_a_run_does_not_write_over_the_checkpoints_of_another(cache: Path, config: Config) -> None:
+    first = Trainer(config, cache).run()
+    assert [p.name for p in list_checkpoints(first.parent)] == ["checkpoint-2", "checkpoint-4"]
+    with pytest.raises(
+        CheckpointError, match=r"already holds checkpoint-2, checkpoint-4; go on with --resume_from"
+    ):
+        Trainer(config, cache)
+
+
+def test_damaged_checkpoints_are_refused(cache: Path, config: Config) -> None:
+    last = Trainer(config, cache).run()
+    for name in ("projection.safetensors", "trainer.pt", "trainer.json", "config.json", "world.json"):
+        content = (last / name).read_bytes()
+        (last / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(CheckpointError, match=f"{name} is damaged"):
+            Trainer(replace(config, resume_from=str(last)), cache)
+        (last / name).write_bytes(content)
+    (last / "trainer.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"trainer\.pt is missing"):
+        Trainer(replace(config, resume_from=str(last)), cache)
+
+
+def test_scores_from_photographs_equal_scores_from_the_cache(cache: Path, config: Config) -> None:
+    checkpoint = Trainer(config, cache).run()
+    one = score(checkpoint, cache, None, "test", SYSTEMS, {})
+    two = score(checkpoint, None, Path(str(config.image_folder)), "test", SYSTEMS, {})
+    for a, b in zip(one, two, strict=True):
+        for system in SYSTEMS:
+            assert a["systems"][system]["logit_1"] == pytest.approx(b["systems"][system]["logit_1"], abs=1e-4)
+
+
+def test_a_projection_for_other_latents_is_refused_at_evaluation(
+    cache: Path, config: Config, tmp_path: Path
+) -> None:
+    checkpoint = Trainer(config, cache).run()
+    other = tmp_path / "other"
+    extract(replace(config, latent_size=80), other, with_vision=True, allow_missing=False)
+    with pytest.raises(StoreMismatch, match="latent_size: cached 80, wanted 64"):
+        score(checkpoint, other, None, "test", ["world"], {})
+
+
+def test_live_latents_are_those_of_the_encoder(config: Config) -> None:
+    encoder = CosmosEncoder(config.cosmos_model_name)
+    live = LiveLatents(encoder, str(config.image_folder), 64, 10**8)
+    assert live(["a.png", "b.png"]).shape == (2, 16, 8, 8)

@@ -1,0 +1,77 @@
+"""Every setting as a command-line flag."""
+
+import argparse
+import dataclasses
+import json
+import re
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from theworld.config import FIELDS, RENAMED, WANTED, Config, load_config, nearest_name, type_of
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but no flag may be shortened, and an unknown one is answered with the nearest known one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> typing.NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            message += f"; the nearest known flag is {nearest_name(unknown[1], flags)}"
+        super().error(message)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, keys: Sequence[str] | None = None) -> None:
+    """Adds --config and a flag for each key (None: all): --batch_size, and the same as --batch-size.
+
+    What is not given does not stand in the namespace, so the file's value holds.
+    """
+    parser.add_argument("--config", metavar="FILE", help="settings: JSON with comments (default: none)")
+    group = parser.add_argument_group("settings", "they go before the file's; none stands for null")
+    for key in FIELDS if keys is None else keys:
+        kind, optional = type_of(key)
+        options: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            choices = FIELDS[key].metadata.get("choices")
+            options["metavar"] = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+            options["type"] = _parser_of(kind, optional)
+        group.add_argument(f"--{key}", **options, help=_help(FIELDS[key]))
+        # Other spellings work, but would make --help twice as long.
+        names = [key, *(name for name, ours in RENAMED.items() if ours == key)]
+        others = {f"--{name}" for own in names for name in (own, own.replace("_", "-"))} - {f"--{key}"}
+        if others:
+            group.add_argument(*sorted(others), **options, help=argparse.SUPPRESS)
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    """Meaning, unit and default of a key, as argparse wants it."""
+    default = "none" if field.default is None else field.default
+    if isinstance(default, bool) or "\n" in str(default):
+        default = json.dumps(default)
+    unit = field.metadata["unit"]
+    text = f"{field.metadata['help']} ({unit + '; ' if unit else ''}default: {default})"
+    return text.replace("%", "%%")
+
+
+def _parser_of(kind: type, optional: bool) -> typing.Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if optional and text.lower() in ("none", "null"):
+            return None
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {WANTED[kind]}") from None
+
+    return parse
+
+
+def config_from_arguments(arguments: argparse.Namespace) -> Config:
+    """The settings of `--config` with the flags that were given on top. Raises as `load_config` does."""
+    given = {key: value for key, value in vars(arguments).items() if key in FIELDS}
+    return load_config(getattr(arguments, "config", None), given)

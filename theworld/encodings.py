@@ -1,0 +1,83 @@
+"""The two encoders as phase 1 runs them: what a row of their store is, and the way from pixels to it."""
+
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from theworld.cache import LATENTS, VISION, latent_pixels
+from theworld.gemma import Gemma
+from theworld.store import ArraySpec
+from theworld.vae import CosmosEncoder
+from theworld.weights import torch_dtype
+
+
+class Encoding(Protocol):
+    """What `extract` needs of an encoder: its name, what a row is, and the way from pixels to a row."""
+
+    name: str
+    arrays: list[ArraySpec]
+
+    def fingerprint(self) -> dict[str, Any]: ...
+
+    def prepare(self, pixels: np.ndarray) -> Tensor: ...
+
+    def encode(self, prepared: list[Tensor]) -> Tensor: ...
+
+
+class LatentEncoding:
+    """Photographs to Cosmos latents."""
+
+    name = LATENTS
+
+    def __init__(self, encoder: CosmosEncoder, size: int, storage_dtype: str | None) -> None:
+        """`size`: side of the square the VAE sees, pixels. `storage_dtype` None stores what is computed."""
+        self.encoder = encoder
+        self.size = size
+        self.storage = storage_dtype or str(encoder.dtype).removeprefix("torch.")
+        self.arrays = [ArraySpec(LATENTS, encoder.latent_shape(size), self.storage)]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What these numbers mean: encoder, pixels, dtypes, libraries."""
+        own = {"latent_size": self.size, "latent_shape": list(self.arrays[0].shape), "num_world_steps": 0}
+        return {**self.encoder.identity(), **own, **_libraries("diffusers")}
+
+    def prepare(self, pixels: np.ndarray) -> Tensor:
+        """uint8[H, W, 3] -> float32[3, S, S] in [-1, 1]."""
+        return latent_pixels(pixels, self.size)
+
+    def encode(self, prepared: list[Tensor]) -> Tensor:
+        """B prepared photographs -> storage dtype[B, C, H, W]."""
+        return self.encoder.encode(torch.stack(prepared)).to(torch_dtype(self.storage))
+
+
+class VisionEncoding:
+    """Photographs to Gemma's own pooled vision features, so that training never loads the vision tower."""
+
+    name = VISION
+
+    def __init__(self, gemma: Gemma) -> None:
+        if not gemma.is_multimodal:
+            raise ValueError(f"{gemma.name} is text-only: it has no vision features to cache")
+        self.gemma = gemma
+        self.storage = str(gemma.dtype).removeprefix("torch.")
+        width = int(gemma.model.config.vision_config.hidden_size)
+        self.arrays = [ArraySpec(VISION, (gemma.num_image_tokens, width), self.storage)]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What these numbers mean: tower, image processor, dtypes, libraries."""
+        return {**self.gemma.vision_identity(), **_libraries("transformers")}
+
+    def prepare(self, pixels: np.ndarray) -> Tensor:
+        """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
+        return self.gemma.pixel_values([pixels])[0]
+
+    def encode(self, prepared: list[Tensor]) -> Tensor:
+        """B prepared photographs -> storage dtype[B, N, V]."""
+        return self.gemma.vision_features(torch.stack(prepared))
+
+
+def _libraries(*names: str) -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "pillow", *names)}

@@ -1,0 +1,61 @@
+"""JSON as people write it: with `//`, `#` and `/* */` comments and trailing commas."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+
+def read_json_with_comments(path: Path) -> dict[str, Any]:
+    """The one object of a file. Keys that stand twice, NaN and infinity are refused.
+
+    Raises ValueError with file:line:column for a syntax error; OSError for the file.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen and not is_comment(key):
+                raise ValueError(f"key {json.dumps(key)} stands twice")
+            seen[key] = value
+        return seen
+
+    def constant(text: str) -> Any:
+        raise ValueError(f"{text} is not a finite number")
+
+    try:
+        text = _without_comments(path.read_bytes().decode("utf-8-sig"))
+        values = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}:{error.colno}: {error.msg}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds a {type(values).__name__}; wanted one object: {{...}}")
+    return values
+
+
+_STRING = r'"(?:[^"\\\n]|\\.)*"'
+_COMMENT = re.compile(_STRING + r"|//[^\n]*|#[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
+_TRAILING_COMMA = re.compile(_STRING + r"|,(?=\s*[}\]])", re.DOTALL)
+
+
+def _without_comments(text: str) -> str:
+    """Blanks comments and trailing commas; nothing moves, so that line and column of an error stay right."""
+
+    def blank(match: re.Match[str]) -> str:
+        token = match.group()
+        if token.startswith('"'):
+            return token
+        if token.startswith("/*") and (len(token) < 4 or not token.endswith("*/")):
+            raise json.JSONDecodeError("Comment without its end */", text, match.start())
+        return re.sub(r"[^\n]", " ", token)
+
+    return _TRAILING_COMMA.sub(blank, _COMMENT.sub(blank, text))
+
+
+def is_comment(key: str) -> bool:
+    """Whether a key is a comment: "_comment", "//" and the like."""
+    return key.startswith(("_", "//"))

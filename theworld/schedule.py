@@ -1,0 +1,60 @@
+"""What each optimizer step sees and how far it goes: pure functions of (settings, step), so a resume is exact."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from theworld.config import Config
+from theworld.vsr import Statement
+
+
+class Order:
+    """The endless stream of training statements: epoch after epoch, the images of each in a new random order, the
+    statements of an image side by side (so that they share its prefix). A pure function of (seed, epoch)."""
+
+    def __init__(self, statements: Sequence[Statement], seed: int) -> None:
+        self.seed = seed
+        self.by_image: dict[str, list[Statement]] = {}
+        for statement in statements:
+            self.by_image.setdefault(statement.image, []).append(statement)
+        self.num_statements = len(statements)
+        self._epoch: tuple[int, list[Statement]] = (-1, [])
+
+    def epoch(self, number: int) -> list[Statement]:
+        """All statements in the order of that epoch."""
+        if self._epoch[0] != number:
+            images = sorted(self.by_image)
+            shuffled = np.random.default_rng([self.seed, number]).permutation(len(images))
+            self._epoch = (number, [s for i in shuffled for s in self.by_image[images[i]]])
+        return self._epoch[1]
+
+    def take(self, start: int, count: int) -> list[Statement]:
+        """`count` statements of the stream, from the `start`-th on."""
+        taken: list[Statement] = []
+        while len(taken) < count:
+            number, offset = divmod(start + len(taken), self.num_statements)
+            taken += self.epoch(number)[offset : offset + count - len(taken)]
+        return taken
+
+
+def num_train_steps(config: Config, num_statements: int) -> int:
+    """Optimizer steps of the main phase: each takes exactly batch_size x gradient_accumulation_steps statements."""
+    per_step = config.batch_size * config.gradient_accumulation_steps
+    steps = math.ceil(config.num_epochs * num_statements / per_step)
+    return min(steps, config.max_steps) if config.max_steps is not None else steps
+
+
+def learning_rate(config: Config, step: int, num_steps: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then decay to 0 at `num_steps` (cosine: Loshchilov and Hutter 2017)."""
+    warmup = (
+        config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * num_steps)
+    )
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    if config.lr_schedule == "constant":
+        return peak
+    return peak * (
+        1 - progress if config.lr_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    )
