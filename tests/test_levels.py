@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "shards", "vsr", "images", "weights", "scenes"},
-    {"config", "store", "vae", "gemma", "projection"},
-    {"arguments", "cache", "batch", "schedule"},
+    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes"},
+    {"config", "shards", "vae", "gemma", "projection"},
+    {"arguments", "plan"},
+    {"store", "schedule"},
+    {"cache", "batch"},
     {"encodings", "model"},
     {"extract", "checkpoint", "evaluate"},
     {"train", "score"},
-    {"report", "demo", "pretrain"},
+    {"demo", "pretrain"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PACKAGE = Path(__file__).parent.parent / "theworld"

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import EMBEDDED_VAE
 from safetensors.torch import load_file
 
-from conftest import EMBEDDED_VAE
 from theworld.cache import LATENTS, VISION, LiveLatents, LiveVision, Rows
 from theworld.checkpoint import CheckpointError, list_checkpoints
 from theworld.config import Config

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from theworld import shards
+from theworld import files, shards
 from theworld.shards import ArraySpec, ImageEntry, StoreError
 
 LATENT = ArraySpec("latent", (2, 2), "bfloat16")
@@ -101,7 +101,7 @@ def test_any_hdf5_program_reads_a_shard(tmp_path: Path) -> None:
 )
 def test_json_is_parsed_strictly(text: str, message: str) -> None:
     with pytest.raises(StoreError, match=message):
-        shards.parse_json(text.encode(), "x.json")
+        files.parse_json(text.encode(), "x.json")
 
 
 @pytest.mark.parametrize(
@@ -116,22 +116,22 @@ def test_json_is_parsed_strictly(text: str, message: str) -> None:
     ],
 )
 def test_keys_and_types_are_exact(tmp_path: Path, fields: dict, message: str) -> None:
-    (tmp_path / "x.json").write_bytes(shards.seal(fields))
+    (tmp_path / "x.json").write_bytes(files.seal(fields))
     with pytest.raises(StoreError, match=message):
-        shards.read_sealed(tmp_path / "x.json", {"number": int, "sha256": str})
+        files.read_sealed(tmp_path / "x.json", {"number": int, "sha256": str})
 
 
 @pytest.mark.parametrize(
     ("old", "new"), [("1.5", "2.5"), ("1.5", "1.50"), ("\n", "\n\n"), ("1e-05", "1E-05")]
 )
 def test_a_sealed_file_may_not_be_spelled_otherwise(tmp_path: Path, old: str, new: str) -> None:
-    text = shards.seal({"list": [1.5, 0.00001]}).decode()
+    text = files.seal({"list": [1.5, 0.00001]}).decode()
     path = tmp_path / "x.json"
     path.write_text(text)
-    assert shards.read_sealed(path, {"list": list})[0] == {"list": [1.5, 0.00001]}
+    assert files.read_sealed(path, {"list": list})[0] == {"list": [1.5, 0.00001]}
     path.write_text(text.replace(old, new))
     with pytest.raises(StoreError, match="damaged or was edited"):
-        shards.read_sealed(path, {"list": list})
+        files.read_sealed(path, {"list": list})
 
 
 def test_only_plain_files_are_opened(tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ def test_only_plain_files_are_opened(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "target")
     for name in ("fifo", "link", "."):
         with pytest.raises(StoreError, match="expected a plain file"):
-            shards.read_plain(tmp_path / name)
+            files.read_plain(tmp_path / name)
     with pytest.raises(StoreError, match="is missing"):
-        shards.read_plain(tmp_path / "target" / "below")
+        files.read_plain(tmp_path / "target" / "below")
 
 
 # --- publishing ----------------------------------------------------------------------------------
@@ -150,12 +150,12 @@ def test_only_plain_files_are_opened(tmp_path: Path) -> None:
 
 def test_publishing_twice_takes_equal_bytes_only(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    shards.publish_bytes(path, b"one")
-    shards.publish_bytes(path, b"one")
+    files.publish_bytes(path, b"one")
+    files.publish_bytes(path, b"one")
     with pytest.raises(StoreError, match="never overwritten"):
-        shards.publish_bytes(path, b"two")
+        files.publish_bytes(path, b"two")
     assert path.read_bytes() == b"one"
-    shards.publish_bytes(path, b"two", overwrite=True)
+    files.publish_bytes(path, b"two", overwrite=True)
     assert os.listdir(tmp_path) == ["x"]
     assert path.read_bytes() == b"two"
 
@@ -173,7 +173,7 @@ def test_a_failing_disk_publishes_nothing(
 
     monkeypatch.setattr(os, function, failing)
     with pytest.raises(OSError, match=r"3 bytes needed, .* free; nothing was published") as caught:
-        shards.publish_bytes(tmp_path / "x", b"one")
+        files.publish_bytes(tmp_path / "x", b"one")
     assert caught.value.errno == errno.ENOSPC
     assert caught.value.filename == str(tmp_path / "x")
     assert os.listdir(tmp_path) == []
@@ -185,7 +185,7 @@ def test_a_write_that_the_system_cuts_short_publishes_nothing(tmp_path: Path) ->
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
-            shards.publish_bytes(tmp_path / "x", bytes(5000))
+            files.publish_bytes(tmp_path / "x", bytes(5000))
         except OSError as error:
             os._exit(error.errno or 1)
         os._exit(0)
@@ -329,8 +329,8 @@ def test_offsets_outside_of_the_file_are_refused(tmp_path: Path, offsets: dict) 
     fixed = {"schema_version": 1, "shard": 0, "first_row": 0, "num_rows": 2}
     fixed |= {"fingerprint_sha256": "0" * 64, "rows_sha256": "0" * 64}
     path = tmp_path / "0.json"
-    path.write_bytes(shards.seal({**fixed, **described, "offsets": offsets}))
+    path.write_bytes(files.seal({**fixed, **described, "offsets": offsets}))
     with pytest.raises(StoreError, match="offsets"):
         shards.read_record(path, fixed, [LATENT])
-    path.write_bytes(shards.seal({**fixed, **described}))
+    path.write_bytes(files.seal({**fixed, **described}))
     assert shards.read_record(path, fixed, [LATENT])[0] == json.loads(json.dumps({**fixed, **described}))

@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 
-from theworld import shards
+from theworld import files, shards
 from theworld.store import (
     ArraySpec,
     ImageEntry,
@@ -76,7 +76,7 @@ def tree(root: Path) -> dict[str, bytes]:
     return {
         path.relative_to(root).as_posix(): path.read_bytes()
         for path in paths
-        if not shards.TEMPORARY.fullmatch(path.name)
+        if not files.TEMPORARY.fullmatch(path.name)
     }
 
 
@@ -659,8 +659,8 @@ def test_a_forged_list_with_right_hashes_is_refused(tmp_path: Path, change: Call
     path, store = tmp_path / "images.jsonl", json.loads((tmp_path / "store.json").read_text())
     path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
     del store["self_sha256"]
-    store["images_sha256"] = shards.hash_file(path)[1]
-    (tmp_path / "store.json").write_bytes(shards.seal(store))
+    store["images_sha256"] = files.hash_file(path)[1]
+    (tmp_path / "store.json").write_bytes(files.seal(store))
     with pytest.raises(StoreError, match=re.escape(message)):
         StoreReader(tmp_path)
 
@@ -673,17 +673,17 @@ def test_a_forged_shard_with_right_hashes_everywhere_is_refused(tmp_path: Path) 
         file["feature"] = h5py.ExternalLink("/etc/passwd", "/feature")
     record = json.loads(record_path.read_text())
     del record["self_sha256"]
-    size, digest = shards.hash_file(path)
+    size, digest = files.hash_file(path)
     with path.open("rb", buffering=0) as raw:
         spans = shards.payload([LATENT, FEATURE], 2, record["offsets"])
         index = shards.index_sha256(raw, spans, size)
     record |= {"file_size": size, "file_sha256": digest, "index_sha256": index}
-    record_path.write_bytes(shards.seal(record))
+    record_path.write_bytes(files.seal(record))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     del manifest["self_sha256"]
     manifest["shards"][1] = {"file_size": size, "file_sha256": digest}
-    manifest["shards"][1]["record_sha256"] = shards.hash_file(record_path)[1]
-    (tmp_path / "manifest.json").write_bytes(shards.seal(manifest))
+    manifest["shards"][1]["record_sha256"] = files.hash_file(record_path)[1]
+    (tmp_path / "manifest.json").write_bytes(files.seal(manifest))
     with pytest.raises(StoreError, match="feature is a link to elsewhere"):
         StoreReader(tmp_path).read("e.jpg", "latent")
     assert ["feature is a link to elsewhere" in problem for problem in verify_store(tmp_path)] == [True]

@@ -9,10 +9,11 @@ Letters: B scenes of a batch, T tokens, V vocabulary, D width, S the Gemma's pic
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -295,39 +296,56 @@ def draw_pool(settings: PretrainSettings) -> Pool:
 # --- the Gemma's lessons -------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Head:
+    """What stands before a question: token ids with image blocks, and what follows from them."""
+
+    ids: Tensor  # int64[T]
+    image_at: Tensor  # int64: where the image tokens stand
+    mask: Tensor  # bool[1, 1, T + Q, T + Q], Q tokens of a question: causal, and both ways within an image block
+
+
 class Prompts:
-    """Token ids of the prompts about scenes: a head with zero to two image blocks, and a table of questions."""
+    """Token ids of the prompts about scenes: heads with one or two image blocks, and a table of questions."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, device: str) -> None:
         self.tokenizer, self.device = tokenizer, device
         self.answers = torch.tensor([tokenizer.token_to_id(digit) for digit in "01"], device=device)
-        self.image_id = tokenizer.token_to_id(IMAGE_TOKENS[2])
-        boi, eoi, image = IMAGE_TOKENS
-        block = f"{boi}{image * TOKENS_PER_IMAGE}{eoi}"
-        start = "<bos><start_of_turn>user\n"
-        # One picture as the processor writes it, two as it writes them, and two without a newline before the first.
-        self.heads = {
-            "one": self._ids(f"{start}\n\n{block}"),
-            "two": self._ids(f"{start}\n\n{block}\n\n\n\n{block}"),
-            "beside": torch.cat([self._ids(f"{start}"), self._ids(f"{block}"), self._ids(f"\n\n{block}")]),
-        }
-        questions = [self._question(*words) for words in self._statements()]
+        things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+        questions = [self._question(a, r, b) for r in RELATIONS for a in things for b in things]
         self.lengths = torch.tensor([len(q) for q in questions], device=device)
-        self.questions = nn.utils.rnn.pad_sequence(questions, batch_first=True)  # int64[4 * 12 * 12, longest]
-        before_relation = self._ids("\n\nStatement: The red ball is")
-        self.relation_at = len(before_relation)  # where in a question the relation's first word stands
-        self.statement_at = len(self._ids("\n\nStatement:"))  # and where the statement's first word does
+        self.questions = nn.utils.rnn.pad_sequence(questions, batch_first=True)  # int64[4 * 12 * 12, Q]
+        self.statement_at = len(self._ids("\n\nStatement:"))  # where in a question its first word stands
+        self.relation_at = len(self._ids("\n\nStatement: The red ball is"))  # and the relation's first word
+        boi, eoi, image = IMAGE_TOKENS
+        block, start = f"{boi}{image * TOKENS_PER_IMAGE}{eoi}", "<bos><start_of_turn>user\n"
+        self.heads = {
+            "one": self._head(f"{start}\n\n{block}"),  # as the processor writes one picture
+            "two": self._head(f"{start}\n\n{block}\n\n\n\n{block}"),  # as it writes two
+            "beside": self._head(
+                start, block, f"\n\n{block}"
+            ),  # a block before the picture, without newlines
+        }
 
     def _ids(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, device=self.device)
 
-    def _statements(self) -> Iterator[tuple[str, str, str]]:
-        things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-        return ((first, relation, second) for relation in RELATIONS for first in things for second in things)
-
     def _question(self, first: str, relation: str, second: str) -> Tensor:
         question = QUESTION.format(caption=f"The {first} is {relation} the {second}.")
         return self._ids(f"\n\n{question}<end_of_turn>\n<start_of_turn>model\n")
+
+    def _head(self, *pieces: str) -> Head:
+        ids = torch.cat([self._ids(piece) for piece in pieces])
+        is_image = ids == self.tokenizer.token_to_id(IMAGE_TOKENS[2])
+        return Head(ids, is_image.nonzero()[:, 0], block_mask(F.pad(is_image, (0, self.questions.shape[1]))))
+
+
+def block_mask(is_image: Tensor) -> Tensor:
+    """bool[T] -> bool[1, 1, T, T]: causal, and within a run of image tokens in both directions."""
+    starts = is_image & ~F.pad(is_image, (1, 0))[:-1]
+    block = torch.where(is_image, starts.cumsum(0), 0)
+    causal = torch.ones(len(is_image), len(is_image), dtype=torch.bool, device=is_image.device).tril()
+    return (causal | ((block[:, None] == block) & is_image))[None, None]
 
 
 @dataclass(frozen=True)
@@ -352,36 +370,25 @@ def draw_lesson(pool: Pool, scenes: Tensor) -> Lesson:
     return Lesson(scenes, statements, labels)
 
 
-def block_mask(token_ids: Tensor, image_id: int) -> Tensor:
-    """bool[1, 1, T, T]: causal, and within an image block in both directions, for int64[T] token ids."""
-    is_image = token_ids == image_id
-    starts = is_image & ~F.pad(is_image, (1, 0))[:-1]
-    block = torch.where(is_image, starts.cumsum(0), 0)
-    causal = torch.ones(len(token_ids), len(token_ids), dtype=torch.bool, device=token_ids.device).tril()
-    return (causal | ((block[:, None] == block) & is_image))[None, None]
-
-
 def read_lesson(
-    model: Gemma3ForConditionalGeneration, prompts: Prompts, lesson: Lesson, head: str, images: list[Tensor]
+    model: Gemma3ForConditionalGeneration, prompts: Prompts, lesson: Lesson, head: Head, images: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Runs the prompts: hidden states float32[B, T, D] of the questions' T tokens, and their ids int64[B, T].
+    """Runs the prompts: hidden states float32[B, Q, D] of the questions' tokens, and their ids int64[B, Q].
 
     `images` holds the image tokens of each block in order, float32[B, 16, D].
     """
     questions = prompts.questions[lesson.statements]
-    batch_size, head_ids = len(questions), prompts.heads[head]
-    ids = torch.cat([head_ids.expand(batch_size, -1), questions], dim=1)
-    is_image = ids == prompts.image_id
-    embeds = model.model.language_model.embed_tokens(ids.masked_fill(is_image, 0))
-    embeds = embeds.masked_scatter(is_image[..., None], torch.cat(images, dim=1))
-    mask = block_mask(ids[0], prompts.image_id)
+    ids = torch.cat([head.ids.expand(len(questions), -1), questions], dim=1)
+    embeds = model.model.language_model.embed_tokens(ids).index_copy(
+        1, head.image_at, torch.cat(images, dim=1)
+    )
     states = model.model.language_model(
         inputs_embeds=embeds,
-        attention_mask={"full_attention": mask, "sliding_attention": mask},  # T is far below the window
+        attention_mask={"full_attention": head.mask, "sliding_attention": head.mask},  # the window is longer
         position_ids=torch.arange(ids.shape[1], device=ids.device)[None],
         use_cache=False,
     ).last_hidden_state
-    return states[:, len(head_ids) :], questions
+    return states[:, len(head.ids) :], questions
 
 
 def answer_logits(
@@ -393,7 +400,7 @@ def answer_logits(
 
 
 def lesson_loss(
-    model: Gemma3ForConditionalGeneration, prompts: Prompts, lesson: Lesson, head: str, images: list[Tensor]
+    model: Gemma3ForConditionalGeneration, prompts: Prompts, lesson: Lesson, head: Head, images: list[Tensor]
 ) -> Tensor:
     """Cross-entropy of the answer, plus that of the statement's words where the statement is true.
 
@@ -401,24 +408,23 @@ def lesson_loss(
     word after "The red ball is" has, so it counts most.
     """
     states, questions = read_lesson(model, prompts, lesson, head, images)
-    target = prompts.answers[lesson.labels]
-    loss = 0.5 * F.cross_entropy(answer_logits(model, prompts, lesson, states), target)
-    true = lesson.labels == 1
+    answer = F.cross_entropy(answer_logits(model, prompts, lesson, states), prompts.answers[lesson.labels])
     start, relation = prompts.statement_at, prompts.relation_at
-    logits = model.lm_head(states[true, start - 1 : relation + 3])
-    words = F.cross_entropy(logits.transpose(1, 2), questions[true, start : relation + 4], reduction="none")
-    return loss + words.mean() + words[:, relation - start].mean()
+    logits = model.lm_head(states[:, start - 1 : relation + 3])
+    words = F.cross_entropy(logits.transpose(1, 2), questions[:, start : relation + 4], reduction="none")
+    words = (words * lesson.labels[:, None]).sum(0) / lesson.labels.sum().clamp(min=1)
+    return 0.5 * answer + words.mean() + words[relation - start]
 
 
-def gemma_curriculum(progress: float, rng: np.random.Generator) -> tuple[str, list[int]]:
+def gemma_curriculum(progress: float, rng: np.random.Generator) -> tuple[str, tuple[int, ...]]:
     """Which prompt the next batch has and the views in its blocks: first clear pictures alone, then all kinds."""
-    if progress < 0.2:
-        return "one", [2]
-    lessons: list[tuple[str, list[int]]] = [
-        ("one", [0]), ("one", [0]), ("one", [1]), ("one", [2]),
-        ("beside", [2, 0]), ("beside", [2, 0]), ("beside", [2, 0]), ("beside", [1, 0]), ("two", [2, 0]), ("two", [0, 2]),
+    if progress < 0.3:
+        return "one", (2,)
+    kinds: list[tuple[str, tuple[int, ...]]] = [
+        *[("one", (0,))] * 2, ("one", (1,)), ("one", (2,)),
+        *[("beside", (2, 0))] * 3, ("beside", (1, 0)), ("two", (2, 0)), ("two", (0, 2)),
     ]  # fmt: skip
-    return lessons[int(rng.integers(len(lessons)))]
+    return kinds[int(rng.integers(len(kinds)))]
 
 
 def see(model: Gemma3ForConditionalGeneration, pixels: Tensor) -> Tensor:
@@ -451,25 +457,57 @@ def held_out(pool: Pool) -> Tensor:
     return torch.arange(total - min(4096, max(1, total // 10)), total, device=pool.colours.device)
 
 
-def run_steps(
-    parameters: list[nn.Parameter], steps: int, learning_rate: float, loss_at: Callable[[int], Tensor],
-    report: Callable[[int, float], None],
-) -> None:  # fmt: skip
-    """AdamW with warm-up and cosine decay; reports the mean loss twenty times."""
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    losses = torch.zeros(steps, device=parameters[0].device)
-    every = max(1, steps // 20)
-    for step in range(steps):
-        warm, left = min(1.0, (step + 1) / min(300, steps)), 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.param_groups[0]["lr"] = learning_rate * warm * max(0.01, left)
-        loss = loss_at(step)
-        optimizer.zero_grad()
+class Steps:
+    """AdamW with clipping, warm-up and cosine decay. On CUDA each kind of step is captured once and replayed.
+
+    The models are so small that starting kernels one by one would take most of the time.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], learning_rate: float, loss_of: Callable[[Any], Tensor]
+    ) -> None:
+        self.parameters, self.learning_rate, self.loss_of = parameters, learning_rate, loss_of
+        self.on_cuda = parameters[0].is_cuda
+        rate = torch.tensor(0.0, device=parameters[0].device)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, capturable=self.on_cuda
+        )
+        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.num_seen: dict[Any, int] = {}
+
+    def run(self, steps: int, kind_at: Callable[[int], Any], report: Callable[[int, float], None]) -> None:
+        """`kind_at(step)` names the step's kind, `report(step, mean loss)` is called twenty times."""
+        losses = torch.zeros(steps, device=self.parameters[0].device)
+        every = max(1, steps // 20)
+        for step in range(steps):
+            warm, left = min(1.0, (step + 1) / min(300, steps)), 0.5 * (1 + math.cos(math.pi * step / steps))
+            self.optimizer.param_groups[0]["lr"].fill_(self.learning_rate * warm * max(0.01, left))
+            losses[step] = self._step(kind_at(step))
+            if (step + 1) % every == 0:
+                report(step + 1, float(losses[step + 1 - every : step + 1].mean()))
+
+    def _step(self, kind: Any) -> Tensor:
+        self.num_seen[kind] = self.num_seen.get(kind, 0) + 1
+        if (
+            not self.on_cuda or self.num_seen[kind] <= 3
+        ):  # three plain steps first: libraries allocate and choose
+            return self._plain_step(kind)
+        if kind not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = self._plain_step(kind)
+            self.graphs[kind] = graph, loss
+        graph, loss = self.graphs[kind]
+        graph.replay()
+        return loss
+
+    def _plain_step(self, kind: Any) -> Tensor:
+        loss = self.loss_of(kind)
+        self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        losses[step] = loss.detach()
-        if (step + 1) % every == 0:
-            report(step + 1, float(losses[step + 1 - every : step + 1].mean()))
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return loss.detach()
 
 
 def train_gemma(model: Gemma3ForConditionalGeneration, pool: Pool, settings: PretrainSettings) -> list[dict]:
@@ -478,15 +516,14 @@ def train_gemma(model: Gemma3ForConditionalGeneration, pool: Pool, settings: Pre
     rng, history = np.random.default_rng(settings.seed), []
     num_scenes = len(pool.colours) - len(held_out(pool))
 
-    def loss_at(step: int) -> Tensor:
-        head, views = gemma_curriculum(step / settings.gemma_steps, rng)
+    def loss_of(kind: tuple[str, tuple[int, ...]]) -> Tensor:
         scenes = torch.randint(num_scenes, (settings.batch_size,), device=settings.device)
-        images = [see(model, pool.pixels(scenes, view)) for view in views]
-        return lesson_loss(model, prompts, draw_lesson(pool, scenes), head, images)
+        images = [see(model, pool.pixels(scenes, view)) for view in kind[1]]
+        return lesson_loss(model, prompts, draw_lesson(pool, scenes), prompts.heads[kind[0]], images)
 
     def report(step: int, loss: float) -> None:
         def accuracy(head: str, views: list[int], shift: int = 0) -> float:
-            return round(gemma_accuracy(model, prompts, pool, head, views, shift), 4)
+            return round(gemma_accuracy(model, prompts, pool, prompts.heads[head], views, shift), 4)
 
         row = {
             "step": step,
@@ -501,7 +538,8 @@ def train_gemma(model: Gemma3ForConditionalGeneration, pool: Pool, settings: Pre
         history.append(row)
         print("gemma", row, flush=True)
 
-    run_steps(list(model.parameters()), settings.gemma_steps, settings.learning_rate, loss_at, report)
+    steps = Steps(list(model.parameters()), settings.learning_rate, loss_of)
+    steps.run(settings.gemma_steps, lambda step: gemma_curriculum(step / settings.gemma_steps, rng), report)
     return history
 
 
@@ -514,7 +552,7 @@ def train_vae(vae: AutoencoderKLWan, pool: Pool, settings: PretrainSettings) -> 
     # The convolutions over time are never run for one frame, so they have no gradient and stay as they were.
     parameters = [p for name, p in vae.named_parameters() if "time_conv" not in name]
 
-    def loss_at(step: int) -> Tensor:
+    def loss_of(_: None) -> Tensor:
         chosen = torch.randint(len(pool.pictures), (settings.vae_batch_size,), device=settings.device)
         pixels = (pool.pictures[chosen].float() / 127.5 - 1)[:, :, None]
         posterior = vae.encode(pixels).latent_dist
@@ -524,7 +562,7 @@ def train_vae(vae: AutoencoderKLWan, pool: Pool, settings: PretrainSettings) -> 
         history.append({"step": step, "loss": round(loss, 6)})
         print("vae", history[-1], flush=True)
 
-    run_steps(parameters, settings.vae_steps, settings.vae_learning_rate, loss_at, report)
+    Steps(parameters, settings.vae_learning_rate, loss_of).run(settings.vae_steps, lambda _: None, report)
     latents = encode(vae, pool.pictures[: min(2048, len(pool.pictures))])
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

@@ -1,23 +1,15 @@
-"""One shard of a store: files published by rename, sealed JSON, and an HDF5 file of one exact schema.
+"""One shard of a store: its HDF5 file of one exact schema, and its record.
 
-The bytes are specified in cache/README.md. Nothing here knows of models, and everything that is read
-is taken for damaged until its hash says otherwise.
+The bytes are specified in cache/README.md. Nothing here knows of models.
 """
 
-import collections
-import contextlib
-import errno
 import hashlib
 import io
-import json
 import math
 import os
 import re
-import secrets
-import shutil
-import stat
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +17,16 @@ from typing import Any
 import h5py
 import numpy as np
 
-SCHEMA_VERSION = 1
+from theworld.files import HEX_SHA256, StoreError, check_keys, hash_file, open_plain, read_sealed
+
 STORAGE: dict[str, np.dtype] = {
     d: np.dtype(s) for d, s in [("float32", "<f4"), ("float16", "<f2"), ("bfloat16", "<u2")]
 }
 SOURCE = "source_sha256"
-MAX_JSON_BYTES = 1 << 30
 MAX_ROW_BYTES = 1 << 30
 MAX_HDF5_OVERHEAD = 1 << 20
 # The oldest format: HDF5 1.14 and 2.0 write the same bytes with it; with newer ones they do not.
 LIBVER = ("earliest", "v110")
-TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
-HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 RECORD_KEYS = {
     "schema_version": int,
     "shard": int,
@@ -49,10 +39,6 @@ RECORD_KEYS = {
     "index_sha256": str,
     "offsets": dict,
 }
-
-
-class StoreError(ValueError):
-    """A store is damaged, incomplete or ill-formed."""
 
 
 @dataclass(frozen=True)
@@ -111,178 +97,6 @@ class ArraySpec:
         return (values & 0x7F80) != 0x7F80 if self.dtype == "bfloat16" else np.isfinite(values)
 
 
-# --- files ---------------------------------------------------------------------------------------
-
-
-def open_plain(path: Path) -> io.FileIO:
-    """Opens for reading, unbuffered. StoreError if it is missing or no plain file: a FIFO would block,
-    a link leads outside of the store."""
-    try:
-        mode = path.lstat().st_mode
-        if not stat.S_ISREG(mode):
-            raise StoreError(f"{path} is {stat.filemode(mode)}, expected a plain file")
-        return io.FileIO(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(f"{path} is missing") from None
-
-
-def hash_file(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a plain file."""
-    with open_plain(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
-
-
-def holds(path: Path, data: bytes) -> bool:
-    """Whether a plain file has exactly these bytes."""
-    try:
-        if path.lstat().st_size != len(data):
-            return False
-        return hash_file(path) == (len(data), hashlib.sha256(data).hexdigest())
-    except (FileNotFoundError, NotADirectoryError, StoreError):
-        return False
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what file systems say that cannot sync a folder at all
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def publish_bytes(path: Path, data: bytes, overwrite: bool = False) -> None:
-    """Puts `data` at `path`, whole or not at all, and durable on return.
-
-    The same bytes may be published again; other bytes are a StoreError, unless `overwrite`. On any error
-    nothing of `data` stays under `path`. Raises OSError with the bytes needed and free.
-    """
-    if holds(path, data):
-        return sync_folder(path.parent)  # whoever renamed it may not have come this far
-    if os.path.lexists(path) and not overwrite:
-        raise StoreError(f"{path} is already there with other content; it is never overwritten")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if not holds(temporary, data):
-            raise StoreError(f"{temporary}: what was read back differs from what was written")
-        os.replace(temporary, path)
-        try:
-            sync_folder(path.parent)
-        except OSError:
-            path.unlink()
-            raise
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        detail = (
-            f"{error.strerror or error}; {len(data):,} bytes needed, {free:,} free; nothing was published"
-        )
-        raise OSError(error.errno, detail, str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):  # after the rename, or where nothing can be written
-            temporary.unlink()
-
-
-def check_unique(names: Sequence[str], what: str) -> None:
-    """StoreError that names the first that stands twice."""
-    for name, number in collections.Counter(names).items():
-        if number > 1:
-            raise StoreError(f"{what} {name!r} stands twice")
-
-
-# --- JSON ----------------------------------------------------------------------------------------
-
-
-def canonical_json(value: Any) -> bytes:
-    """The one spelling that is hashed and compared: sorted keys, no spaces, ASCII, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def canonical_sha256(value: Any) -> str:
-    return hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def parse_json(data: bytes, where: object) -> dict[str, Any]:
-    """Strict: one object, ASCII, no duplicate keys, no NaN. Raises StoreError that names `where`."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        check_unique([key for key, _ in pairs], "key")
-        return dict(pairs)
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        value = json.loads(data.decode("ascii"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise StoreError(f"{where} holds {type(value).__name__}, expected an object")
-    return value
-
-
-def check_keys(fields: Any, kinds: Mapping[str, type], where: object) -> None:
-    """Exactly these keys, of exactly these types; integers from 0, *sha256 as hex digits. StoreError."""
-    if not isinstance(fields, dict):
-        raise StoreError(f"{where}: {fields!r:.100} is no object")
-    for key in sorted(kinds.keys() ^ fields.keys()):
-        raise StoreError(f"{where}: key {key!r} is {'missing' if key in kinds else 'unknown'}")
-    for key, kind in kinds.items():
-        value, right_type = fields[key], type(fields[key]) is kind
-        if not right_type or (kind is int and not 0 <= value < 1 << 62):
-            raise StoreError(f"{where}: {key} is {value!r:.100}, expected {kind.__name__}")
-        if key.endswith("sha256") and not HEX_SHA256.fullmatch(value):
-            raise StoreError(f"{where}: {key} is {value!r:.100}, expected 64 hex digits")
-
-
-def seal(fields: dict[str, Any]) -> bytes:
-    """A JSON file that carries its own hash: `self_sha256`, over the canonical rest."""
-    sealed = {**fields, "self_sha256": canonical_sha256(fields)}
-    return (json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
-
-
-def read_plain(path: Path) -> bytes:
-    """All of a small plain file. StoreError if it is missing, no plain file or too large."""
-    with open_plain(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON_BYTES:
-            raise StoreError(f"{path}: {size:,} bytes, limit {MAX_JSON_BYTES:,}")
-        return file.readall()
-
-
-def read_sealed(path: Path, kinds: Mapping[str, type]) -> tuple[dict[str, Any], str]:
-    """The fields without the seal, and the SHA-256 of the file. StoreError if a single byte is not as
-    `seal` wrote it."""
-    data = read_plain(path)
-    fields = parse_json(data, path)
-    if fields.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-        version = fields["schema_version"]
-        raise StoreError(f"{path}: schema_version is {version!r:.100}, this program reads {SCHEMA_VERSION}")
-    check_keys(fields, {**kinds, "self_sha256": str}, path)
-    stated = fields.pop("self_sha256")
-    try:
-        actual, expected_data = canonical_sha256(fields), seal(fields)
-    except (ValueError, RecursionError) as error:  # 1e999 is read as infinity
-        raise StoreError(f"{path} cannot be written back: {error}") from None
-    if stated != actual:
-        raise StoreError(
-            f"{path} is damaged or was edited: self_sha256 is {stated}, its content has {actual}"
-        )
-    if data != expected_data:
-        raise StoreError(f"{path} is damaged or was edited: it is not spelled as it was written")
-    return fields, hashlib.sha256(data).hexdigest()
-
-
-# --- HDF5 ----------------------------------------------------------------------------------------
-
-
 def schema(specs: Sequence[ArraySpec], num_rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Name -> (shape, dtype) of every dataset in a shard's file, in the order in which they are written:
     the small ones first, so that opening a shard reads little more than its first pages."""
@@ -300,6 +114,24 @@ def row_crc32(values: np.ndarray) -> np.ndarray:
 def source_table(rows: Sequence[ImageEntry]) -> np.ndarray:
     """u1 [n, 32]: the SHA-256 of each row's photograph."""
     return np.frombuffer(bytes.fromhex("".join(row.sha256 for row in rows)), np.uint8).reshape(-1, 32)
+
+
+def check_arrays(
+    specs: Sequence[ArraySpec], rows: Sequence[ImageEntry], arrays: dict[str, np.ndarray]
+) -> None:
+    """StoreError unless there is [n, *shape] of the stored dtype for each array, and every value is finite."""
+    names = [spec.name for spec in specs]
+    if arrays.keys() != set(names):
+        raise StoreError(f"arrays are {sorted(arrays)}, expected {sorted(names)}")
+    for spec in specs:
+        values, shape = arrays[spec.name], (len(rows), *spec.shape)
+        if values.shape != shape or values.dtype != spec.storage:
+            found, wanted = f"{values.dtype} {values.shape}", f"{spec.storage} {shape}"
+            raise StoreError(f"{spec.name} is {found}, expected {wanted}")
+        finite = spec.finite(values).reshape(len(rows), -1).all(1)
+        bad = [rows[row].path for row in np.flatnonzero(~finite).tolist()]
+        if bad:
+            raise StoreError(f"{spec.name} is not finite for {len(bad)} of {len(rows)} images: {bad[:3]}")
 
 
 def pack(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from theworld.arguments import ArgumentParser, add_config_arguments
 from theworld.checkpoint import find_checkpoint
+from theworld.console import quiet_libraries
 from theworld.evaluate import SYSTEMS, summarise, table, write_jsonl
 from theworld.score import score
 
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
     add_config_arguments(parser, KEYS)
     arguments = parser.parse_args()
+    quiet_libraries()
     overrides = {key: value for key, value in vars(arguments).items() if key in KEYS}
     try:
         checkpoint = find_checkpoint(arguments.model_name)

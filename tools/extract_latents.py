@@ -11,6 +11,7 @@ from pathlib import Path
 
 from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
 from theworld.cache import LATENTS
+from theworld.console import quiet_libraries
 from theworld.extract import extract, verify
 
 KEYS = (
@@ -30,6 +31,7 @@ def main() -> int:
         "--verify", action="store_true", help="only read everything back; 1 if anything is wrong"
     )
     arguments = parser.parse_args()
+    quiet_libraries()
     try:
         if arguments.verify:
             problems = verify(arguments.cache)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from theworld.console import quiet_libraries
 from theworld.train import NotFinite, Trainer
 
 
@@ -18,6 +19,7 @@ def main() -> int:
     add_config_arguments(parser)
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
     arguments = parser.parse_args()
+    quiet_libraries()
     try:
         checkpoint = Trainer(config_from_arguments(arguments), arguments.cache).run()
     except (ValueError, OSError, NotFinite) as error:

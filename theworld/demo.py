@@ -1,0 +1,140 @@
+"""The main job at toy size: drawn scenes through all three phases, then a table and two pictures."""
+
+import json
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from theworld.config import load_config
+from theworld.evaluate import SYSTEMS, summarise, table, write_jsonl
+from theworld.extract import extract
+from theworld.scenes import write_scenes
+from theworld.score import score
+from theworld.train import Trainer
+
+matplotlib.use("agg")  # draws into files; needs no screen
+from matplotlib import pyplot
+
+MARKER = "demo.json"
+NUM_SCENES = {"train": 3000, "dev": 100, "test": 500}
+NAMES = {
+    "baseline": "no world tokens",
+    "world": "world tokens",
+    "zero": "zero latents",
+    "shuffled": "another image's latents",
+}
+COLOURS = {"baseline": "#8a8f98", "world": "#0b7a75", "zero": "#c9a227", "shuffled": "#b5533c"}
+
+
+def run_demo(
+    config_path: Path, output: Path, seed: int, num_scenes: dict[str, int] | None = None
+) -> dict[str, Any]:
+    """Draws, extracts, trains, evaluates and shows; returns the result line.
+
+    Everything goes under `output`; an earlier demo's output there is removed, any other folder is refused.
+    """
+    start = time.perf_counter()
+    _make_room(output)
+    print(f"1/4 drawing scenes (seed {seed})", flush=True)
+    write_scenes(output / "scenes", num_scenes or NUM_SCENES, seed=seed)
+    config = replace(
+        load_config(config_path),
+        annotations=str(output / "scenes"),
+        image_folder=str(output / "scenes" / "images"),
+        output_dir=str(output / "run"),
+        seed=seed,
+    )
+    print("2/4 phase 1: photographs to latents, once", flush=True)
+    extract(config, output / "cache", with_vision=True, allow_missing=False)
+    print("3/4 phase 2: the projection learns from the cache", flush=True)
+    checkpoint = Trainer(config, output / "cache").run()
+    print("4/4 phase 3: held-out scenes, with controls", flush=True)
+    rows = score(checkpoint, output / "cache", None, "test", SYSTEMS, {})
+    write_jsonl(rows, output / "results.jsonl")
+    summary = summarise(rows)
+    print("\n" + table(summary) + "\n")
+    draw_result(summary, output / "run" / "metrics.jsonl", output / "result.png")
+    draw_scenes(rows, output / "scenes" / "images", output / "scenes.png")
+    print(f"pictures: {output / 'result.png'}, {output / 'scenes.png'}")
+    result = {
+        "statements": summary["statements"],
+        **{
+            system: round(summary["systems"][system]["accuracy"], 4)
+            for system in ("baseline", "world", "zero", "shuffled")
+        },
+        "p_value": summary["world_against"]["baseline"]["p_value"],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    (output / MARKER).write_text(json.dumps(result) + "\n")
+    return result
+
+
+def _make_room(output: Path) -> None:
+    if output.exists() and any(output.iterdir()):
+        if not (output / MARKER).is_file():
+            raise ValueError(
+                f"{output} holds something that no demo wrote; name another --output or move it away"
+            )
+        print(f"removing the output of an earlier demo in {output}")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).write_text("{}\n")
+
+
+def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
+    """Two panels: the loss while training, and the accuracies with their intervals."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(11, 4.2), width_ratios=(1, 1.15), layout="constrained"
+    )
+    label_lines = [line for line in lines if line["phase"] == "train" and "loss" in line]
+    left.plot([x["step"] for x in label_lines], [x["loss"] for x in label_lines], color=COLOURS["world"])
+    left.axhline(np.log(2), color="#555555", linewidth=0.8, linestyle=":")
+    left.annotate(
+        "chance, 0.693", (label_lines[-1]["step"], np.log(2)), (0, 4), ha="right", textcoords="offset points"
+    )
+    left.set(xlabel="optimizer step", ylabel="loss at the label token, nats", title="Training")
+    left.set_ylim(bottom=0)
+    order = ["baseline", "world", "zero", "shuffled"]
+    for row, system in enumerate(order):
+        value = summary["systems"][system]
+        right.barh(row, value["accuracy"], color=COLOURS[system], height=0.62)
+        right.plot([value["low"], value["high"]], [row, row], color="black", linewidth=1.4)
+        right.annotate(
+            f"{value['accuracy']:.1%}", (value["high"], row), (6, 0), va="center", textcoords="offset points"
+        )
+    right.axvline(summary["majority_class"], color="#555555", linewidth=0.8, linestyle=":")
+    right.set_yticks(range(len(order)), [NAMES[s] for s in order])
+    right.invert_yaxis()
+    right.set(xlim=(0, 1.12), xlabel="accuracy; black: 95 % interval; dotted: majority class")
+    right.set_title(f"{summary['statements']:,} statements about held-out scenes")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_scenes(rows: list[dict[str, Any]], images: Path, path: Path, count: int = 8) -> None:
+    """The first scenes with their statements and what the model says with and without world tokens."""
+    first = {row["image"]: row for row in reversed(rows)}
+    figure, axes = pyplot.subplots(2, count // 2, figsize=(11, 7), layout="constrained")
+    for axis, row in zip(axes.flat, [first[image] for image in sorted(first)[:count]], strict=False):
+        axis.imshow(Image.open(images / row["image"]))
+        world, baseline = row["systems"]["world"], row["systems"]["baseline"]
+        axis.set_title(row["statement"].replace(" is ", "\nis "), fontsize=9)
+        axis.set_xlabel(
+            f"{'true' if row['label'] else 'false'}; says true: {world['p_true']:.0%} with world, "
+            f"{baseline['p_true']:.0%} without",
+            fontsize=7.5,
+            color=COLOURS["world"] if world["correct"] else COLOURS["shuffled"],
+        )
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,207 @@
+"""What a store holds, decided before its first shard is written, and what its manifest says at the end."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from theworld import files
+from theworld.files import SCHEMA_VERSION, StoreError, canonical_json
+from theworld.shards import ArraySpec, ImageEntry
+
+ABSENT = "(absent)"
+STORE_KEYS = {"schema_version": int, "fingerprint": dict, "arrays": list, "shard_size": int}
+STORE_KEYS |= {"num_images": int, "num_rows": int, "images_sha256": str}
+ARRAY_KEYS = {"name": str, "shape": list, "dtype": str}
+IMAGE_KEYS = {"path": str, "sha256": str}
+MANIFEST_KEYS = {"schema_version": int, "store_sha256": str, "num_images": int, "num_rows": int}
+MANIFEST_KEYS |= {"shards": list}
+ENTRY_KEYS = {"file_size": int, "file_sha256": str, "record_sha256": str}
+
+Difference = tuple[str, object, object]
+Record = dict[str, Any]
+
+
+class StoreMismatch(StoreError):
+    """A sound store that holds something else than what is wanted.
+
+    `differences`: (field, cached, wanted) each; the message shows them.
+    """
+
+    def __init__(self, root: Path, differences: list[Difference]):
+        self.root, self.differences = root, differences
+        lines = [f"{root} holds something else than what is wanted:"]
+        for field, cached, wanted in differences:
+            lines.append(f"  {field}: cached {_show(cached)}, wanted {_show(wanted)}")
+        super().__init__("\n".join([*lines, "Use another --cache folder, or change the setting back."]))
+
+    def __reduce__(self) -> tuple:
+        return StoreMismatch, (self.root, self.differences)
+
+
+def _show(value: object) -> str:
+    return ABSENT if value == ABSENT else json.dumps(value)
+
+
+def fingerprint_differences(cached: dict, wanted: dict) -> list[Difference]:
+    """(field, cached, wanted) of every field that differs, by name; 1, 1.0 and true are three values."""
+    fields = sorted(cached.keys() | wanted.keys())
+    pairs = [(field, cached.get(field, ABSENT), wanted.get(field, ABSENT)) for field in fields]
+    return [pair for pair in pairs if canonical_json(pair[1]) != canonical_json(pair[2])]
+
+
+def image_differences(cached: dict[str, str], wanted: dict[str, str]) -> list[Difference]:
+    """How many images, and the first paths that differ, with their hashes."""
+    paths = sorted(path for path in cached.keys() | wanted.keys() if cached.get(path) != wanted.get(path))
+    pairs: list[Difference] = [
+        (f"image {p}", cached.get(p, ABSENT), wanted.get(p, ABSENT)) for p in paths[:5]
+    ]
+    return [("number of images", len(cached), len(wanted)), *pairs]
+
+
+def check_fingerprint(fingerprint: dict) -> dict[str, Any]:
+    """A copy as JSON gives it back. StoreError unless flat: str to scalars or lists of scalars."""
+    for key, value in fingerprint.items():
+        scalars = value if isinstance(value, list | tuple) else [value]
+        if not isinstance(key, str) or not all(isinstance(x, str | int | float | None) for x in scalars):
+            raise StoreError(
+                f"fingerprint: {key!r} is {value!r:.100}, expected a scalar or a list of scalars"
+            )
+    try:
+        return json.loads(canonical_json(fingerprint))
+    except ValueError as error:
+        raise StoreError(f"fingerprint: {error}") from None
+
+
+class Plan:
+    """What a store will hold, decided before its first shard is written: the content of store.json and
+    images.jsonl. StoreError if anything in it is ill-formed."""
+
+    def __init__(
+        self, fingerprint: dict, images: Sequence[ImageEntry], arrays: Sequence[ArraySpec], shard_size: int
+    ):
+        files.check_unique([entry.path for entry in images], "image")
+        files.check_unique([spec.name for spec in arrays], "array")
+        if not images or not arrays:
+            raise StoreError(f"a store needs images and arrays, got {len(images)} and {len(arrays)}")
+        if type(shard_size) is not int or not 0 < shard_size < 1 << 31:
+            raise StoreError(f"shard_size is {shard_size!r}, expected a positive integer")
+        self.fingerprint = check_fingerprint(fingerprint)
+        self.fingerprint_sha256 = files.canonical_sha256(self.fingerprint)
+        self.arrays, self.shard_size = list(arrays), shard_size
+        self.images = {entry.path: entry.sha256 for entry in sorted(images, key=lambda entry: entry.path)}
+        first_paths: dict[str, str] = {}
+        for path, sha256 in self.images.items():
+            first_paths.setdefault(sha256, path)
+        self.rows = [ImageEntry(path, sha256) for sha256, path in first_paths.items()]
+        self.row_of = {sha256: row for row, sha256 in enumerate(first_paths)}
+        self.num_shards = math.ceil(len(self.rows) / shard_size)
+
+    @cached_property
+    def images_bytes(self) -> bytes:
+        """images.jsonl"""
+        return b"".join(canonical_json({"path": p, "sha256": s}) + b"\n" for p, s in self.images.items())
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """store.json, without its seal"""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "fingerprint": self.fingerprint,
+            "arrays": [{"name": s.name, "shape": list(s.shape), "dtype": s.dtype} for s in self.arrays],
+            "shard_size": self.shard_size,
+            "num_images": len(self.images),
+            "num_rows": len(self.rows),
+            "images_sha256": hashlib.sha256(self.images_bytes).hexdigest(),
+        }
+
+    @cached_property
+    def store_bytes(self) -> bytes:
+        return files.seal(self.fields)
+
+    def shard_rows(self, shard: int) -> list[ImageEntry]:
+        if not 0 <= shard < self.num_shards:
+            raise IndexError(f"shard {shard} of {self.num_shards}")
+        return self.rows[shard * self.shard_size : (shard + 1) * self.shard_size]
+
+    def record_fields(self, shard: int) -> Record:
+        """What the record of a shard says, whatever its file holds."""
+        rows = self.shard_rows(shard)
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "shard": shard,
+            "first_row": shard * self.shard_size,
+            "num_rows": len(rows),
+            "fingerprint_sha256": self.fingerprint_sha256,
+            "rows_sha256": hashlib.sha256(b"".join(bytes.fromhex(row.sha256) for row in rows)).hexdigest(),
+        }
+
+    @classmethod
+    def load(cls, root: Path) -> "Plan":
+        """Reads store.json and images.jsonl. StoreError unless every byte is as it was written."""
+        fields, _ = files.read_sealed(root / "store.json", STORE_KEYS)
+        path, stated = root / "images.jsonl", fields["images_sha256"]
+        data = files.read_plain(path)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest != stated:
+            raise StoreError(f"{path} is damaged: SHA-256 is {digest}, store.json says {stated}")
+        images = []
+        for number, line in enumerate(data.splitlines(), start=1):
+            image = files.parse_json(line, f"{path}, line {number}")
+            files.check_keys(image, IMAGE_KEYS, f"{path}, line {number}")
+            images.append(ImageEntry(**image))
+        for array in fields["arrays"]:
+            files.check_keys(array, ARRAY_KEYS, f"{root / 'store.json'}: arrays")
+        arrays = [ArraySpec(**array) for array in fields["arrays"]]
+        plan = cls(fields["fingerprint"], images, arrays, fields["shard_size"])
+        if plan.images_bytes != data or plan.fields != fields:
+            raise StoreError(
+                f"{root}: images.jsonl and store.json do not agree, or are not in canonical form"
+            )
+        return plan
+
+
+def paths(root: Path, shard: int) -> tuple[Path, Path]:
+    """A shard's file and its record."""
+    return root / "shards" / f"{shard:05}.h5", root / "shards" / f"{shard:05}.json"
+
+
+def surplus(root: Path, num_shards: int) -> list[Path]:
+    """Files named like shards that are none of this store's."""
+    known = {path for shard in range(num_shards) for path in paths(root, shard)}
+    names = (path for path in (root / "shards").iterdir() if re.fullmatch(r"[0-9]+\.(h5|json)", path.name))
+    return sorted(path for path in names if path not in known)
+
+
+def read_manifest(root: Path) -> dict[str, Any] | None:
+    """None if there is none. StoreError if it is damaged or names another store.json."""
+    path = root / "manifest.json"
+    if not os.path.lexists(path):
+        return None
+    manifest, _ = files.read_sealed(path, MANIFEST_KEYS)
+    for entry in manifest["shards"]:
+        files.check_keys(entry, ENTRY_KEYS, f"{path}: shards")
+    store, digest = files.read_sealed(root / "store.json", STORE_KEYS)
+    store |= {"store_sha256": digest, "shards": math.ceil(store["num_rows"] / max(store["shard_size"], 1))}
+    for key, found in {**manifest, "shards": len(manifest["shards"])}.items():
+        if found != store[key]:
+            raise StoreError(f"{path}: {key} is {found}, store.json has {store[key]}")
+    return manifest
+
+
+def entry(record: Record, record_sha256: str) -> dict[str, Any]:
+    """What the manifest says of a shard."""
+    return {key: record[key] for key in ("file_size", "file_sha256")} | {"record_sha256": record_sha256}
+
+
+def check_entry(manifest: dict, shard: int, record: Record, record_sha256: str, where: object) -> None:
+    """StoreError unless a shard's record is the one that the manifest lists."""
+    for key, found in entry(record, record_sha256).items():
+        listed = manifest["shards"][shard][key]
+        if found != listed:
+            raise StoreError(f"{where}: {key} of shard {shard} is {found}, the manifest says {listed}")
