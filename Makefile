@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+# Threads that wait without spinning: small models stay fast on a machine that does other things too.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo demo-seeds test test-heavy lint format check clean
 

@@ -61,10 +61,12 @@ class Packer:
         num_world_tokens: int,
         world_attention: str = "bidirectional",
         row_tokens: int | None = None,
+        max_length: int | None = None,
     ) -> None:
         """`num_world_tokens` 0 leaves the world part out, brackets too. `row_tokens`: a row takes images while
         they fit into so many tokens; None: as many as the longest image of the batch needs (good where masks
-        are dense), and one row for all where attention is flex."""
+        are dense), and one row for all where attention is flex. `max_length`: a statement that takes more
+        tokens with its image is an error; nothing is ever cut."""
         if world_attention not in ("bidirectional", "causal"):
             raise ValueError(f"world_attention {world_attention!r}: wanted 'bidirectional' or 'causal'")
         self.gemma = gemma
@@ -72,13 +74,23 @@ class Packer:
         self.num_world_tokens = num_world_tokens
         self.world_attention = world_attention
         self.row_tokens = row_tokens
+        self.max_length = max_length
+        self.flex = gemma.attention == "flex_attention"
         self._prompts: dict[str, Prompt] = {}
 
     def prompt(self, caption: str) -> Prompt:
         """The tokenised prompt of one caption."""
         if caption not in self._prompts:
             with_world = self.num_world_tokens > 0
-            self._prompts[caption] = self.gemma.prompt(self.question_template, caption, with_world)
+            prompt = self.gemma.prompt(self.question_template, caption, with_world)
+            length = (
+                len(prompt.shared) + len(prompt.branch) + (self.num_world_tokens + 2 if with_world else 0)
+            )
+            if self.max_length is not None and length > self.max_length:
+                raise ValueError(
+                    f"{caption!r} takes {length} tokens with its image; max_seq_length is {self.max_length}"
+                )
+            self._prompts[caption] = prompt
         return self._prompts[caption]
 
     def pack(self, statements: Sequence[Statement]) -> Batch:
@@ -89,7 +101,7 @@ class Packer:
         groups = [self._group(index, own) for index, own in enumerate(by_image.values())]
         rows = _fill_rows([len(g.token_ids) for g in groups], self._capacity(groups))
         length = max(sum(len(groups[i].token_ids) for i in row) for row in rows)
-        if self.gemma.attention == "flex_attention":
+        if self.flex:
             length = -(-length // FLEX_BLOCK) * FLEX_BLOCK
         return _assemble(groups, rows, length, tuple(by_image))
 
@@ -97,7 +109,7 @@ class Packer:
         lengths = [len(g.token_ids) for g in groups]
         if self.row_tokens is not None:
             return max(self.row_tokens, *lengths)
-        return sum(lengths) if self.gemma.attention == "flex_attention" else max(lengths)
+        return sum(lengths) if self.flex else max(lengths)
 
     def _group(self, index: int, statements: list[Statement]) -> "_Group":
         prompts = [self.prompt(s.caption) for s in statements]

@@ -68,6 +68,8 @@ class Gemma:
         )
         _check_template(self.tokenizer, self.processor, name_or_path)
         self.text_config = self.model.config.get_text_config()
+        added = self.tokenizer.added_tokens_decoder.values()
+        self._control_tokens = sorted(token.content for token in added if token.special)
         self.answer_ids = tuple(_single_token(self.tokenizer, digit) for digit in "01")
         if not vision and self.is_multimodal:
             self.model.model.vision_tower = None
@@ -143,7 +145,7 @@ class Gemma:
         what is left and right of them is tokenised by itself.
         """
         caption = caption.strip()
-        for token in self.tokenizer.all_special_tokens:
+        for token in self._control_tokens:
             if token in caption:
                 raise ValueError(f"caption {caption!r} holds Gemma's control token {token!r}; remove it")
         text = self._render(question_template.replace("{caption}", caption))

@@ -134,9 +134,13 @@ class TheWorld(nn.Module):
 
     def packer(self, with_world: bool = True) -> Packer:
         """Packs statements the way this model was trained; without world tokens it packs Gemma's own prompts."""
-        num_world_tokens = self.projection.shape.num_tokens if with_world else 0
+        config, shape = self.config, self.projection.shape
         return Packer(
-            self.gemma, self.config.question_template, num_world_tokens, self.config.world_attention
+            self.gemma,
+            config.question_template,
+            num_world_tokens=shape.num_tokens if with_world else 0,
+            world_attention=config.world_attention,
+            max_length=config.max_seq_length,
         )
 
     def embed(self, batch: Batch, latents: Tensor | None, vision: Tensor | None) -> Tensor:

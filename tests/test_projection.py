@@ -1,0 +1,82 @@
+"""Latents to world tokens: nothing lost, right places, right scale."""
+
+import pytest
+import torch
+
+from theworld.projection import ProjectionShape, WorldProjection
+
+
+def make(mode: str = "patch", **settings: object) -> WorldProjection:
+    torch.manual_seed(0)
+    shape = ProjectionShape((3, 4, 6), width=8, mode=mode, **{"patch": 2, **settings})
+    return WorldProjection(shape, [0.0, 1.0, 2.0], [1.0, 2.0, 4.0], scale=5.0)
+
+
+def test_a_patch_holds_all_channels_of_its_place_row_by_row() -> None:
+    latents = torch.arange(72.0).view(1, 3, 4, 6)
+    patches = make().patches(latents)
+    assert patches.shape == (1, 6, 12)
+    # Token 4 is the patch of rows 2-3 and columns 2-3.
+    assert patches[0, 4].tolist() == latents[0, :, 2:4, 2:4].flatten().tolist()
+    assert sorted(patches.flatten().tolist()) == list(range(72))
+
+
+def test_channel_mode_gives_one_token_a_channel() -> None:
+    latents = torch.arange(72.0).view(1, 3, 4, 6)
+    assert torch.equal(make("channel").patches(latents), latents.flatten(2))
+
+
+@pytest.mark.parametrize(("patch", "tokens", "values"), [(4, 256, 256), (2, 1024, 64), (1, 4096, 16)])
+def test_token_counts_of_a_512_pixel_photograph(patch: int, tokens: int, values: int) -> None:
+    shape = ProjectionShape((16, 64, 64), width=2560, patch=patch)
+    assert (shape.num_tokens, shape.values_per_token) == (tokens, values)
+    assert ProjectionShape.from_dict(shape.to_dict()) == shape
+
+
+def test_inputs_are_normalised_by_channel() -> None:
+    projection = make(architecture="linear")
+    projection.layers = torch.nn.Identity()
+    projection.norm = torch.nn.Identity()  # type: ignore[assignment]
+    latents = (
+        torch.tensor([0.0, 1.0, 2.0])[None, :, None, None]
+        + torch.tensor([1.0, 2.0, 4.0])[None, :, None, None]
+    )
+    assert torch.equal(projection(latents.expand(1, 3, 4, 6)), torch.ones(1, 6, 12))
+
+
+def test_tokens_start_at_the_given_scale() -> None:
+    tokens = make()(torch.randn(2, 3, 4, 6))
+    assert tokens.shape == (2, 6, 8)
+    torch.testing.assert_close(tokens.pow(2).mean(-1).sqrt(), torch.full((2, 6), 5.0), atol=1e-2, rtol=0)
+
+
+def test_parameter_counts() -> None:
+    def count(projection: WorldProjection) -> int:
+        return sum(p.numel() for p in projection.parameters())
+
+    assert count(make(architecture="linear")) == 12 * 8 + 8 + 8 + 2 * 8
+    assert count(make()) == 12 * 8 + 8 + 8 * 8 + 8 + 8 + 2 * 8
+    assert count(make(hidden=5, positions=True)) == 12 * 5 + 5 + 5 * 8 + 8 + 8 + 2 * 8 + 6 * 8
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"patch": 3}, "world_patch 3 does not divide the latent's 4 x 6 places"),
+        ({"mode": "pixel"}, "world_mode 'pixel'"),
+        ({"architecture": "conv"}, "projection 'conv'"),
+    ],
+)
+def test_impossible_shapes_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ProjectionShape((3, 4, 6), width=8, **settings)
+
+
+def test_latents_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"latents \(3, 4, 4\); this projection takes \(3, 4, 6\)"):
+        make()(torch.zeros(1, 3, 4, 4))
+
+
+def test_statistics_of_another_number_of_channels_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 and 3 numbers"):
+        WorldProjection(ProjectionShape((3, 4, 4), 8, patch=2), [0.0, 0.0], [1.0, 1.0, 1.0])
