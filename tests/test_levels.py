@@ -8,12 +8,13 @@ import pytest
 LEVELS = [
     {"jsonc", "console", "files", "vsr", "images", "weights", "scenes"},
     {"config", "shards", "vae", "gemma", "projection"},
-    {"arguments", "plan"},
+    {"arguments", "metrics", "plan"},
     {"store", "schedule"},
     {"cache", "batch"},
     {"encodings", "model"},
     {"extract", "checkpoint", "evaluate"},
-    {"train", "score"},
+    {"data", "score"},
+    {"train"},
     {"demo", "pretrain"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from theworld.cache import LATENTS, VISION, LiveLatents, LiveVision, Rows
 from theworld.checkpoint import CheckpointError, list_checkpoints
 from theworld.config import Config
-from theworld.evaluate import SYSTEMS, summarise
 from theworld.extract import extract, verify
 from theworld.gemma import Gemma
 from theworld.images import read_image, square, to_unit_range
+from theworld.metrics import SYSTEMS, summarise
 from theworld.score import score
 from theworld.store import StoreError, StoreMismatch
 from theworld.train import NotFinite, Trainer
@@ -123,7 +123,7 @@ def test_allow_missing_goes_on_and_every_later_step_says_so(
 def test_a_cache_of_other_settings_is_refused_before_any_model_loads(
     cache: Path, config: Config, setting: str, value: object, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("theworld.train.Gemma", None)
+    monkeypatch.setattr("theworld.data.Gemma", None)
     with pytest.raises(StoreMismatch, match=field):
         Trainer(replace(config, **{setting: value}), cache)
 
@@ -214,10 +214,18 @@ def test_training_without_cached_vision_reads_the_photographs_and_gives_the_same
 
 def test_a_text_only_gemma_trains_and_evaluates(cache: Path, config: Config, text_gemma_folder: Path) -> None:
     config = replace(config, model_name=str(text_gemma_folder), do_eval=False)
-    shutil.rmtree(cache / VISION)
     checkpoint = Trainer(config, cache).run()
     summary = summarise(score(checkpoint, cache, None, "test", SYSTEMS, {}))
     assert set(summary["systems"]) == set(SYSTEMS)
+
+
+def test_a_start_at_image_tokens_needs_as_many_of_them(
+    cache: Path, config: Config, text_gemma_folder: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"align_steps 5: 4 world tokens .* and 16 image tokens"):
+        Trainer(replace(config, align_steps=5, world_patch=4), cache)
+    with pytest.raises(ValueError, match=r"align_steps 5: 16 world tokens .* and 0 image tokens"):
+        Trainer(replace(config, align_steps=5, model_name=str(text_gemma_folder)), cache)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(

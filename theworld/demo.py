@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from theworld.config import load_config
-from theworld.evaluate import SYSTEMS, summarise, table, write_jsonl
 from theworld.extract import extract
+from theworld.metrics import SYSTEMS, summarise, table, write_jsonl
 from theworld.scenes import write_scenes
 from theworld.score import score
 from theworld.train import Trainer

@@ -92,7 +92,7 @@ def freeze(
                 pool.map(look, sorted(paths)),
                 total=len(paths),
                 desc="reading photographs",
-                unit="image",
+                unit=" images",
                 leave=False,
             )
         )
@@ -175,7 +175,7 @@ def encode_shards(
     stages = Stages()
     total = sum(len(store.shard_rows(shard)) for shard in pending)
     workers = max(1, source.num_workers)
-    bar = tqdm(total=total, desc=encoding.name, unit="image", smoothing=0.1)
+    bar = tqdm(total=total, desc=encoding.name, unit=" images", smoothing=0.1)
     with bar, ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer:
         written: Future[None] | None = None
         for shard in pending:

@@ -233,16 +233,22 @@ class Gemma:
         }
 
 
-def _load_model(name: str, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name)
-    classes = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
-    if config.model_type not in classes:
+def is_multimodal(name_or_path: str) -> bool:
+    """Whether a Gemma sees photographs, from its config alone. ValueError for a model of another kind."""
+    model_type = AutoConfig.from_pretrained(name_or_path).model_type
+    if model_type not in _CLASSES:
         raise ValueError(
-            f"model_name {name!r}: model_type {config.model_type!r}; wanted a Gemma 3 ({', '.join(classes)})"
+            f"model_name {name_or_path!r}: model_type {model_type!r}; wanted a Gemma 3 ({', '.join(_CLASSES)})"
         )
-    model = classes[config.model_type].from_pretrained(
-        name, config=config, dtype=dtype, device_map=str(device), attn_implementation=attention
-    )
+    return model_type == "gemma3"
+
+
+_CLASSES = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
+
+
+def _load_model(name: str, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
+    kind = _CLASSES["gemma3" if is_multimodal(name) else "gemma3_text"]
+    model = kind.from_pretrained(name, dtype=dtype, device_map=str(device), attn_implementation=attention)
     return model.eval().requires_grad_(False)
 
 

@@ -1,7 +1,7 @@
 """Drawn scenes in the shape of VSR: two coloured things on a marbled ground, and statements about them.
 
 A scene is a pure function of (seed, split, index), so a data set is drawn where it is needed and never shipped.
-The things are small and the ground is cloudy: a picture a few pixels wide loses them, the picture itself does not.
+The things are small and the ground is cloudy: seen a few pixels wide they are all but lost.
 
 Letters: H = W = size, the picture's height and width in pixels.
 """
@@ -22,14 +22,10 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 PICTURE_SIZE = 192  # pixels
 
 _MARGIN = 0.13  # of the width: no centre lies nearer to an edge
-_RADIUS = (0.035, 0.060)  # of the width
-_CLEAR_RADIUS = 0.115  # of the width
+_RADIUS = (0.050, 0.075)  # of the width
 _APART_AXIS = 0.12  # of the width: on each axis, so that every relation is plainly true or plainly false
-_APART = 0.26  # of the width: centre to centre, so that things do not touch even when they are drawn clear
-_CLOUDS = (
-    (6, 20.0),
-    (12, 9.0),
-)  # (cells a side, strength of 255): about as large as the small Gemma's pixels
+_APART = 0.22  # of the width: centre to centre, so that things do not touch
+_CLOUDS = ((5, 26.0), (10, 9.0))  # (cells a side, strength of 255): as large as the small Gemma's pixels
 
 
 @dataclass(frozen=True)
@@ -107,20 +103,15 @@ def make_statements(scene: Scene, num_statements: int = 2) -> list[SceneStatemen
     return statements
 
 
-def draw_scene(scene: Scene, size: int = PICTURE_SIZE, clarity: float = 0.0) -> np.ndarray:
-    """The picture as uint8[H, W, 3].
-
-    `clarity` 0 is the picture as it is written to a data set. Towards 1 the things grow and the clouds fade, at the
-    same places and in the same colours: the small Gemma learns to read on such pictures.
-    """
-    picture = _draw_ground(scene, size, strength=1 - clarity)
+def draw_scene(scene: Scene, size: int = PICTURE_SIZE) -> np.ndarray:
+    """The picture as uint8[H, W, 3]."""
+    picture = _draw_ground(scene, size)
     for thing in scene.things:
-        radius = thing.radius + clarity * (_CLEAR_RADIUS - thing.radius)
-        _draw_thing(picture, thing, radius * size)
+        _draw_thing(picture, thing, thing.radius * size)
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
-def _draw_ground(scene: Scene, size: int, strength: float) -> np.ndarray:
+def _draw_ground(scene: Scene, size: int) -> np.ndarray:
     """A plain pastel ground with coloured clouds of two sizes, float32[H, W, 3]."""
     rng = np.random.default_rng([*scene.key, 2])
     ground = np.full((size, size, 3), rng.uniform(150, 205, size=3), dtype=np.float32)
@@ -128,7 +119,7 @@ def _draw_ground(scene: Scene, size: int, strength: float) -> np.ndarray:
         for channel in range(3):
             grid = Image.fromarray(rng.uniform(-1.7, 1.7, size=(cells, cells)).astype(np.float32))
             cloud = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
-            ground[:, :, channel] += strength * amplitude * cloud
+            ground[:, :, channel] += amplitude * cloud
     return ground
 
 

@@ -15,7 +15,8 @@ from theworld.cache import (
     meaning,
 )
 from theworld.config import Config
-from theworld.evaluate import Fetch, predict, records
+from theworld.evaluate import Fetch, predict
+from theworld.metrics import records
 from theworld.model import TheWorld
 from theworld.store import StoreMismatch, fingerprint_differences
 from theworld.vae import CosmosEncoder
@@ -43,8 +44,6 @@ def score(
     else:
         assert image_folder is not None
         latents, vision = _from_photographs(model, config, image_folder)
-    if not model.gemma.is_multimodal:
-        vision = None
     size = config.eval_batch_size or config.batch_size
     logits = {s: predict(model, statements, latents, vision, s, size, quiet=False) for s in systems}
     return records(statements, logits, seen_images(statements, train) if split != "train" else set())
@@ -59,18 +58,23 @@ def _from_cache(
         raise StoreMismatch(cache / LATENTS, differences)
     statements, note = in_cache(statements, latents, cache)
     print(f"scoring {note}")
+    if not model.gemma.is_multimodal:
+        return latents, None, statements
     if (cache / VISION).exists():
         return latents, Rows(cache / VISION, VISION, expected_vision(model.config)), statements
-    if model.gemma.is_multimodal and model.config.image_folder is None:
+    if model.config.image_folder is None:
         raise ValueError(
             f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or score "
             "from photographs with --image-dir"
         )
-    folder = model.config.image_folder or ""
-    return latents, LiveVision(model.gemma, folder, model.config.max_image_pixels), statements
+    return (
+        latents,
+        LiveVision(model.gemma, model.config.image_folder, model.config.max_image_pixels),
+        statements,
+    )
 
 
-def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch]:
+def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch | None]:
     encoder = CosmosEncoder(config.cosmos_model_name, model.gemma.dtype, model.gemma.device)
     identity = encoder.identity()
     trained = {key: model.fingerprint[key] for key in identity}
@@ -78,4 +82,6 @@ def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fe
     if differences:
         raise StoreMismatch(folder, differences)
     latents = LiveLatents(encoder, folder, config.latent_size, config.max_image_pixels)
+    if not model.gemma.is_multimodal:
+        return latents, None
     return latents, LiveVision(model.gemma, folder, config.max_image_pixels)

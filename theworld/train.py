@@ -7,7 +7,6 @@ rate, nothing else is random. So a run that was resumed gives the same weights, 
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from theworld.batch import Packer
-from theworld.cache import (
-    LATENTS,
-    VISION,
-    LiveVision,
-    Rows,
-    expected_latents,
-    expected_vision,
-    in_cache,
-    meaning,
-)
+from theworld.cache import meaning
 from theworld.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -37,28 +27,18 @@ from theworld.checkpoint import (
     save_checkpoint,
 )
 from theworld.config import Config
-from theworld.evaluate import Fetch, label_loss, predict
-from theworld.gemma import Gemma
+from theworld.data import load_data, load_model
+from theworld.evaluate import predict
+from theworld.metrics import label_loss
 from theworld.model import TheWorld
 from theworld.schedule import Order, learning_rate, num_train_steps
 from theworld.store import StoreMismatch, fingerprint_differences
-from theworld.vsr import Statement, load_statements
-from theworld.weights import count_parameters, resolve_device, resolve_dtype
+from theworld.vsr import Statement
+from theworld.weights import count_parameters
 
 
 class NotFinite(ArithmeticError):
     """A loss or gradient that is not a number; the step, its images and settings are in the message."""
-
-
-@dataclass
-class Data:
-    """What a run trains and evaluates on."""
-
-    train: list[Statement]
-    dev: list[Statement]
-    latents: Rows
-    vision: Fetch | None  # None for a text-only Gemma
-    notes: list[str] = field(default_factory=list)
 
 
 def make_optimizer(model: TheWorld, config: Config) -> torch.optim.AdamW:
@@ -71,37 +51,6 @@ def make_optimizer(model: TheWorld, config: Config) -> torch.optim.AdamW:
         {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
-
-
-def load_data(config: Config, cache: Path) -> tuple[Data, bool]:
-    """Statements and cache, checked against the settings before any model loads; and whether vision is cached."""
-    latents = Rows(cache / LATENTS, LATENTS, expected_latents(config))
-    train = load_statements(config.annotations, "train", config.dataset_name)
-    dev = load_statements(config.annotations, "dev", config.dataset_name) if config.do_eval else []
-    train = train[: config.num_samples]
-    train, train_note = in_cache(train, latents, cache)
-    dev, dev_note = in_cache(dev, latents, cache)
-    if not train:
-        raise ValueError(f"{config.annotations}: no training statement has its image in {cache}")
-    cached = (cache / VISION).exists()
-    vision = Rows(cache / VISION, VISION, expected_vision(config)) if cached else None
-    return Data(train, dev, latents, vision, [f"train: {train_note}", f"dev: {dev_note}"]), cached
-
-
-def load_model(config: Config, data: Data, vision_cached: bool) -> TheWorld:
-    """Gemma and a new projection. Without cached vision features a Gemma that sees reads the photographs."""
-    device = resolve_device(config.device)
-    gemma = Gemma(config.model_name, resolve_dtype(config.dtype, device), device, vision=not vision_cached)
-    if not gemma.is_multimodal:
-        data.vision = None
-    elif not vision_cached:
-        if config.image_folder is None:
-            raise ValueError(
-                "this Gemma looks at the photographs, and the cache has no features of them: give --image_folder, or "
-                "extract them once with tools/extract_latents.py --gemma_vision"
-            )
-        data.vision = LiveVision(gemma, config.image_folder, config.max_image_pixels)
-    return TheWorld.from_config(config, gemma, data.latents.reader.fingerprint)
 
 
 class Trainer:
@@ -122,6 +71,7 @@ class Trainer:
         self.order = Order(self.data.train, config.seed)
         self.num_steps = config.align_steps + num_train_steps(config, len(self.data.train))
         self.optimizer = make_optimizer(self.model, config)
+        self._check_align()
         if resumed is not None:
             self._resume(resumed)
 
@@ -141,7 +91,7 @@ class Trainer:
             micro = statements[start : start + config.batch_size]
             losses = self._align_loss(micro) if step < config.align_steps else self._label_loss(micro)
             if not torch.isfinite(losses["total"]):
-                self._stop("loss", float(losses["total"]), micro, rate)
+                self._stop("loss", losses["total"].item(), micro, rate)
             (losses["total"] / per_step).backward()
             figures["loss"] += float(losses["label"])
             figures["statement_loss"] += float(losses["statement"])
@@ -174,15 +124,20 @@ class Trainer:
         assert self.data.vision is not None
         target = self.model.gemma.image_features(self.data.vision(images)).float()
         tokens = self.model.projection(self.data.latents(images).to(device))
-        if tokens.shape != target.shape:
-            raise ValueError(
-                f"align_steps {self.config.align_steps}: {tokens.shape[1]} world tokens and {target.shape[1]} image "
-                "tokens do not lie on the same places; choose a world_patch that gives as many, or align_steps 0"
-            )
         scale = target.pow(2).mean()  # so that the loss is a share of the image tokens' own size
         loss = F.mse_loss(tokens, target) / scale * len(images)
         zero = torch.zeros_like(loss).detach()
         return {"total": loss, "label": loss.detach(), "statement": zero, "correct": zero}
+
+    def _check_align(self) -> None:
+        """A start at Gemma's image tokens needs as many of them as there are world tokens, on the same places."""
+        world, image = self.model.projection.shape.num_tokens, self.model.gemma.num_image_tokens
+        if self.config.align_steps and (world != image or self.config.world_mode != "patch"):
+            raise ValueError(
+                f"align_steps {self.config.align_steps}: {world} world tokens (world_mode {self.config.world_mode}) "
+                f"and {image} image tokens do not lie on the same places; choose a world_patch that gives as many, "
+                "or align_steps 0"
+            )
 
     def _set_learning_rate(self) -> float:
         config = self.config
@@ -211,7 +166,9 @@ class Trainer:
             tqdm.write(line)
         writer = SummaryWriter(str(self.output_dir / "logs")) if self.config.log_to_tensorboard else None
         last = find_checkpoint(self.config.resume_from) if self.config.resume_from else self.output_dir
-        with tqdm(total=self.num_steps, initial=self.step, desc="train", unit="step", smoothing=0.05) as bar:
+        with tqdm(
+            total=self.num_steps, initial=self.step, desc="train", unit=" steps", smoothing=0.05
+        ) as bar:
             start, done = time.perf_counter(), 0
             for figures in self._steps():
                 bar.update()

@@ -10,9 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-from theworld.console import quiet_libraries
-from theworld.demo import run_demo
-
 
 def main() -> int:
     """Parses arguments, runs the demo, prints the result line; returns the exit status."""
@@ -25,6 +22,10 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and order (default: 0)")
     arguments = parser.parse_args()
+    # After the arguments: torch takes seconds to load, and --help should not.
+    from theworld.console import quiet_libraries
+    from theworld.demo import run_demo
+
     quiet_libraries()
     try:
         result = run_demo(arguments.config, arguments.output, arguments.seed)

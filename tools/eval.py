@@ -10,10 +10,7 @@ import sys
 from pathlib import Path
 
 from theworld.arguments import ArgumentParser, add_config_arguments
-from theworld.checkpoint import find_checkpoint
-from theworld.console import quiet_libraries
-from theworld.evaluate import SYSTEMS, summarise, table, write_jsonl
-from theworld.score import score
+from theworld.metrics import SYSTEMS, summarise, table, write_jsonl
 
 KEYS = "dataset_name annotations num_workers dtype device max_image_pixels eval_batch_size".split()
 
@@ -34,6 +31,11 @@ def main() -> int:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
     add_config_arguments(parser, KEYS)
     arguments = parser.parse_args()
+    # After the arguments: torch takes seconds to load, and --help should not.
+    from theworld.checkpoint import find_checkpoint
+    from theworld.console import quiet_libraries
+    from theworld.score import score
+
     quiet_libraries()
     overrides = {key: value for key, value in vars(arguments).items() if key in KEYS}
     try:

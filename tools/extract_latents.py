@@ -10,9 +10,6 @@ import sys
 from pathlib import Path
 
 from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
-from theworld.cache import LATENTS
-from theworld.console import quiet_libraries
-from theworld.extract import extract, verify
 
 KEYS = (
     "cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels latent_size latent_dtype "
@@ -31,6 +28,10 @@ def main() -> int:
         "--verify", action="store_true", help="only read everything back; 1 if anything is wrong"
     )
     arguments = parser.parse_args()
+    # After the arguments: torch takes seconds to load, and --help should not.
+    from theworld.console import quiet_libraries
+    from theworld.extract import extract, verify
+
     quiet_libraries()
     try:
         if arguments.verify:
@@ -42,7 +43,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"extract_latents: {error}", file=sys.stderr)
         return 1
-    print(f"done: {arguments.cache / LATENTS}. Next: python tools/train.py --cache {arguments.cache}")
+    print(f"done: {arguments.cache}. Next: python tools/train.py --cache {arguments.cache}")
     return 0
 
 

@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
-from theworld.console import quiet_libraries
-from theworld.train import NotFinite, Trainer
 
 
 def main() -> int:
@@ -19,6 +17,10 @@ def main() -> int:
     add_config_arguments(parser)
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
     arguments = parser.parse_args()
+    # After the arguments: torch takes seconds to load, and --help should not.
+    from theworld.console import quiet_libraries
+    from theworld.train import NotFinite, Trainer
+
     quiet_libraries()
     try:
         checkpoint = Trainer(config_from_arguments(arguments), arguments.cache).run()

@@ -1,0 +1,125 @@
+"""Every tool as a user runs it: a process, its output, its exit status."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import EMBEDDED_GEMMA, EMBEDDED_VAE, ROOT
+
+
+def tool(name: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs tools/<name>.py from the project's root, without a network."""
+    done = subprocess.run(
+        [sys.executable, f"tools/{name}.py", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory, photographs: Path, annotations: Path) -> Path:
+    """A settings file of a tiny run."""
+    folder = tmp_path_factory.mktemp("tools")
+    path = folder / "tiny.json"
+    path.write_text(
+        json.dumps(
+            {
+                "model_name": str(EMBEDDED_GEMMA),
+                "cosmos_model_name": str(EMBEDDED_VAE),
+                "annotations": str(annotations),
+                "image_folder": str(photographs),
+                "output_dir": str(folder / "run"),
+                "latent_size": 64,
+                "world_patch": 2,
+                "batch_size": 2,
+                "max_steps": 2,
+                "device": "cpu",
+            }
+        )
+    )
+    return path
+
+
+def test_the_three_phases_one_after_the_other(settings: Path) -> None:
+    cache, run = settings.parent / "cache", settings.parent / "run"
+    done = tool("extract_latents", "--config", settings, "--cache", cache, "--gemma_vision")
+    assert "latents: 3 of 3 images to encode in 1 of 1 shards" in done.stdout
+    assert "GiB free), about " in done.stdout
+    assert "images/s" in done.stderr
+    assert "bound by" in done.stderr
+    assert tool("extract_latents", "--verify", "--cache", cache).stdout == f"{cache}: sound\n"
+
+    done = tool("train", "--config", settings, "--cache", cache)
+    assert "trains: projection, 8,512 parameters (3.084%); frozen: Gemma, 267,520 (96.916%)" in done.stdout
+    assert f"done: {run / 'checkpoint-2'}" in done.stdout
+    assert "statements_per_second=" in done.stderr
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint-2", "logs", "metrics.jsonl"]
+    assert list((run / "logs").glob("events.out.tfevents.*"))
+
+    output = settings.parent / "results.jsonl"
+    done = tool("eval", "--model_name", run, "--cache", cache, "--split", "test", "--output", output)
+    for line in ("majority class", "world ", "baseline ", "zero ", "shuffled ", "by category", "by relation"):
+        assert line in done.stdout
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
+    assert set(rows[0]["systems"]) == {"world", "baseline", "zero", "shuffled"}
+    summary = json.loads(output.with_suffix(".summary.json").read_text())
+    assert summary["statements"] == 4
+
+    photographs = json.loads(settings.read_text())["image_folder"]
+    other = settings.parent / "direct.jsonl"
+    tool("eval", "--model_name", run / "checkpoint-2", "--image-dir", photographs, "--output", other)
+    for a, b in zip(rows, [json.loads(line) for line in other.read_text().splitlines()], strict=True):
+        assert a["systems"]["world"]["p_true"] == pytest.approx(b["systems"]["world"]["p_true"], abs=1e-4)
+
+
+def test_a_flipped_bit_is_found_and_named(settings: Path, tmp_path: Path) -> None:
+    tool("extract_latents", "--config", settings, "--cache", tmp_path)
+    shard = tmp_path / "latents" / "shards" / "00000.h5"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(bytes(content))
+    done = tool("extract_latents", "--verify", "--cache", tmp_path, check=False)
+    assert done.returncode == 1
+    assert "00000.h5" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "status", "message"),
+    [
+        ("extract_latents", ["--cache", "nowhere"], 1, "image_folder is not set: give --image_folder"),
+        ("extract_latents", ["--verify", "--cache", "nowhere"], 1, "nowhere: no store in it"),
+        ("extract_latents", ["--latent_sise", "64"], 2, "the nearest known flag is --latent_size"),
+        ("train", ["--cache", "nowhere"], 1, "nowhere"),
+        ("train", ["--learning_rate", "fast"], 2, "'fast' is not a finite number"),
+        ("train", ["--no-freeze_cosmos_vae"], 1, "a cache cannot follow a VAE that trains"),
+        ("train", ["--push_to_hub"], 1, "not built yet"),
+        ("train", ["--config", "nowhere.json"], 1, "nowhere.json"),
+        ("eval", ["--model_name", "nowhere", "--cache", "c"], 1, "nowhere: neither a checkpoint"),
+        ("eval", ["--model_name", "nowhere"], 2, "one of the arguments --cache --image-dir"),
+    ],
+)
+def test_wrong_usage_is_answered_in_words(name: str, arguments: list[str], status: int, message: str) -> None:
+    done = tool(name, *arguments, check=False)
+    assert done.returncode == status
+    assert message in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["extract_latents", "train", "eval", "demo"])
+def test_help_shows_every_flag_with_its_default(name: str) -> None:
+    text = tool(name, "--help").stdout
+    assert "default" in text
+    if name == "train":
+        assert "--learning_rate" in text
+        assert "(per step; default: 0.0001)" in text

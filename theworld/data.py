@@ -1,0 +1,54 @@
+"""What a run trains and evaluates on, checked against its settings before any model loads."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from theworld.cache import LATENTS, VISION, LiveVision, Rows, expected_latents, expected_vision, in_cache
+from theworld.config import Config
+from theworld.evaluate import Fetch
+from theworld.gemma import Gemma, is_multimodal
+from theworld.model import TheWorld
+from theworld.vsr import Statement, load_statements
+from theworld.weights import resolve_device, resolve_dtype
+
+
+@dataclass
+class Data:
+    """What a run trains and evaluates on."""
+
+    train: list[Statement]
+    dev: list[Statement]
+    latents: Rows
+    vision: Fetch | None  # None for a text-only Gemma
+    notes: list[str] = field(default_factory=list)
+
+
+def load_data(config: Config, cache: Path) -> tuple[Data, bool]:
+    """Statements and cache, checked against the settings before any model loads; and whether vision is cached."""
+    latents = Rows(cache / LATENTS, LATENTS, expected_latents(config))
+    train = load_statements(config.annotations, "train", config.dataset_name)
+    dev = load_statements(config.annotations, "dev", config.dataset_name) if config.do_eval else []
+    train = train[: config.num_samples]
+    train, train_note = in_cache(train, latents, cache)
+    dev, dev_note = in_cache(dev, latents, cache)
+    if not train:
+        raise ValueError(f"{config.annotations}: no training statement has its image in {cache}")
+    cached = is_multimodal(config.model_name) and (cache / VISION).exists()
+    vision = Rows(cache / VISION, VISION, expected_vision(config)) if cached else None
+    return Data(train, dev, latents, vision, [f"train: {train_note}", f"dev: {dev_note}"]), cached
+
+
+def load_model(config: Config, data: Data, vision_cached: bool) -> TheWorld:
+    """Gemma and a new projection. Without cached vision features a Gemma that sees reads the photographs."""
+    device = resolve_device(config.device)
+    gemma = Gemma(config.model_name, resolve_dtype(config.dtype, device), device, vision=not vision_cached)
+    if not gemma.is_multimodal:
+        data.vision = None
+    elif not vision_cached:
+        if config.image_folder is None:
+            raise ValueError(
+                "this Gemma looks at the photographs, and the cache has no features of them: give --image_folder, or "
+                "extract them once with tools/extract_latents.py --gemma_vision"
+            )
+        data.vision = LiveVision(gemma, config.image_folder, config.max_image_pixels)
+    return TheWorld.from_config(config, gemma, data.latents.reader.fingerprint)
