@@ -67,8 +67,9 @@ def test_vision_features_in_two_halves_are_transformers_image_features(
 
 
 def test_without_its_vision_tower_it_says_so() -> None:
-    blind = Gemma(str(EMBEDDED_GEMMA), vision=False)
-    with pytest.raises(ValueError, match="loaded without its vision tower"):
+    blind = Gemma(str(EMBEDDED_GEMMA))
+    blind.drop_vision()
+    with pytest.raises(ValueError, match="without its vision tower"):
         blind.vision_features(torch.zeros(1, 3, 8, 8))
 
 

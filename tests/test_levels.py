@@ -7,14 +7,14 @@ import pytest
 
 LEVELS = [
     {"jsonc", "console", "files", "vsr", "images", "weights", "scenes"},
-    {"config", "shards", "vae", "gemma", "projection"},
+    {"config", "shards", "vae", "gemma", "projection", "small_models"},
     {"arguments", "metrics", "plan"},
     {"store", "schedule"},
     {"cache", "batch"},
     {"encodings", "model"},
     {"extract", "checkpoint", "evaluate"},
-    {"data", "score"},
-    {"train"},
+    {"data"},
+    {"train", "score"},
     {"demo", "pretrain"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import EMBEDDED_VAE
 from safetensors.torch import load_file
+from transformers import Gemma3ForConditionalGeneration
 
 from theworld.cache import LATENTS, VISION, LiveLatents, LiveVision, Rows
 from theworld.checkpoint import CheckpointError, list_checkpoints
@@ -126,6 +127,16 @@ def test_a_cache_of_other_settings_is_refused_before_any_model_loads(
     monkeypatch.setattr("theworld.data.Gemma", None)
     with pytest.raises(StoreMismatch, match=field):
         Trainer(replace(config, **{setting: value}), cache)
+
+
+def test_features_of_other_eyes_are_refused(cache: Path, config: Config, tmp_path: Path) -> None:
+    model = Gemma3ForConditionalGeneration.from_pretrained(config.model_name)
+    other = tmp_path / "gemma"  # the same name, other weights
+    shutil.copytree(config.model_name, other)
+    next(model.model.vision_tower.parameters()).data.add_(1.0)
+    model.save_pretrained(other)
+    with pytest.raises(StoreMismatch, match="vision_weights_sha256"):
+        Trainer(replace(config, model_name=str(other)), cache)
 
 
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cache: Path, config: Config, tmp_path: Path) -> None:

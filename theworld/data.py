@@ -3,11 +3,21 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from theworld.cache import LATENTS, VISION, LiveVision, Rows, expected_latents, expected_vision, in_cache
+from theworld.cache import (
+    LATENTS,
+    VISION,
+    LiveVision,
+    Rows,
+    expected_latents,
+    expected_vision,
+    in_cache,
+    meaning,
+)
 from theworld.config import Config
 from theworld.evaluate import Fetch
 from theworld.gemma import Gemma, is_multimodal
 from theworld.model import TheWorld
+from theworld.store import StoreMismatch, fingerprint_differences
 from theworld.vsr import Statement, load_statements
 from theworld.weights import resolve_device, resolve_dtype
 
@@ -41,10 +51,12 @@ def load_data(config: Config, cache: Path) -> tuple[Data, bool]:
 def load_model(config: Config, data: Data, vision_cached: bool) -> TheWorld:
     """Gemma and a new projection. Without cached vision features a Gemma that sees reads the photographs."""
     device = resolve_device(config.device)
-    gemma = Gemma(config.model_name, resolve_dtype(config.dtype, device), device, vision=not vision_cached)
-    if not gemma.is_multimodal:
-        data.vision = None
-    elif not vision_cached:
+    gemma = Gemma(config.model_name, resolve_dtype(config.dtype, device), device)
+    if gemma.is_multimodal and vision_cached:
+        assert isinstance(data.vision, Rows)
+        check_same_eyes(gemma, data.vision)
+        gemma.drop_vision()
+    elif gemma.is_multimodal:
         if config.image_folder is None:
             raise ValueError(
                 "this Gemma looks at the photographs, and the cache has no features of them: give --image_folder, or "
@@ -52,3 +64,13 @@ def load_model(config: Config, data: Data, vision_cached: bool) -> TheWorld:
             )
         data.vision = LiveVision(gemma, config.image_folder, config.max_image_pixels)
     return TheWorld.from_config(config, gemma, data.latents.reader.fingerprint)
+
+
+def check_same_eyes(gemma: Gemma, vision: Rows) -> None:
+    """StoreMismatch if cached features come from another tower. Cast weights have other bits, so towers are
+    compared where they were loaded in the same dtype."""
+    cached, own = vision.reader.fingerprint, gemma.vision_identity()
+    if cached["compute_dtype"] == own["compute_dtype"]:
+        differences = fingerprint_differences(meaning({k: cached.get(k) for k in own}), meaning(own))
+        if differences:
+            raise StoreMismatch(vision.reader.root, differences)

@@ -48,11 +48,9 @@ class Gemma:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         attention: str | None = None,
-        vision: bool = True,
     ) -> None:
         """`attention` is transformers' name (default: flex on CUDA, sdpa on the CPU; only those, since the
-        FlashAttention kernels ignore block masks without a word). `vision=False` drops the SigLIP tower once
-        the weights are read: for runs whose image features come from a cache.
+        FlashAttention kernels ignore block masks without a word).
         """
         self.name = name_or_path
         self.device = torch.device(device)
@@ -71,8 +69,6 @@ class Gemma:
         added = self.tokenizer.added_tokens_decoder.values()
         self._control_tokens = sorted(token.content for token in added if token.special)
         self.answer_ids = tuple(_single_token(self.tokenizer, digit) for digit in "01")
-        if not vision and self.is_multimodal:
-            self.model.model.vision_tower = None
 
     # ---- parts
 
@@ -206,7 +202,7 @@ class Gemma:
         """
         tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
         if tower is None:
-            raise ValueError("this Gemma was loaded without its vision tower (vision=False)")
+            raise ValueError("this Gemma was without its vision tower (drop_vision)")
         patches = tower(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
         grid = patches.transpose(1, 2).unflatten(2, (projector.patches_per_image,) * 2)
         return F.avg_pool2d(grid, projector.kernel_size).flatten(2).transpose(1, 2)
@@ -217,6 +213,10 @@ class Gemma:
         projector = self.model.model.multi_modal_projector
         normed = projector.mm_soft_emb_norm(vision_features.to(self.device, self.dtype))
         return normed @ projector.mm_input_projection_weight
+
+    def drop_vision(self) -> None:
+        """Frees the vision tower: for runs whose features come from a cache."""
+        self.model.model.vision_tower = None
 
     def vision_identity(self) -> dict[str, Any]:
         """The fields of a fingerprint that say which eyes made the vision features."""

@@ -15,6 +15,7 @@ from theworld.cache import (
     meaning,
 )
 from theworld.config import Config
+from theworld.data import check_same_eyes
 from theworld.evaluate import Fetch, predict
 from theworld.metrics import records
 from theworld.model import TheWorld
@@ -61,7 +62,9 @@ def _from_cache(
     if not model.gemma.is_multimodal:
         return latents, None, statements
     if (cache / VISION).exists():
-        return latents, Rows(cache / VISION, VISION, expected_vision(model.config)), statements
+        vision = Rows(cache / VISION, VISION, expected_vision(model.config))
+        check_same_eyes(model.gemma, vision)
+        return latents, vision, statements
     if model.config.image_folder is None:
         raise ValueError(
             f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or score "
