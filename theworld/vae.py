@@ -58,10 +58,10 @@ class CosmosEncoder:
         self, name_or_path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> None:
         self.name = model_id(name_or_path)
-        self.revision = hub_revision(name_or_path, "vae/config.json")
         self.device = torch.device(device)
         self.dtype = dtype
         vae = load_vae(name_or_path)
+        self.revision = hub_revision(name_or_path, "vae/config.json")
         self.config = vae.config
         if vae.config.patch_size is not None or vae.config.is_residual:
             raise ValueError(
