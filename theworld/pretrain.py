@@ -8,11 +8,16 @@ wants to give the Gemma a sharp block has to learn to write one. The VAE has no 
 Letters: B scenes of a batch, T and Q tokens, V vocabulary, D width, S the Gemma's picture size and P the VAE's.
 """
 
+import json
 import math
+import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -422,3 +427,37 @@ def encode(vae: AutoencoderKLWan, pictures: Tensor) -> Tensor:
         vae.encode(to_pixels(part)[:, :, None]).latent_dist.mode()[:, :, 0] for part in pictures.split(256)
     ]
     return torch.cat(parts)
+
+
+# --- both ----------------------------------------------------------------------------------------------------------
+
+
+def make_models(folder: Path, settings: PretrainSettings, command: str) -> None:
+    """Draws the scenes, teaches both models and writes `folder`/gemma, `folder`/vae and `folder`/training.json."""
+    torch.manual_seed(settings.seed)
+    torch.backends.cudnn.benchmark = True
+    started = time.perf_counter()
+    pool = draw_pool(settings)
+    seconds = {"scenes": time.perf_counter() - started}
+    gemma, vae = make_gemma(build_tokenizer()).to(settings.device), make_vae().to(settings.device)
+    started = time.perf_counter()
+    history = {"vae": train_vae(vae, pool, settings)}
+    seconds["vae"] = time.perf_counter() - started
+    started = time.perf_counter()
+    history["gemma"] = train_gemma(gemma, pool, settings)
+    seconds["gemma"] = time.perf_counter() - started
+    gemma.eval().save_pretrained(folder / "gemma")
+    save_processor(folder / "gemma")
+    vae.eval().save_pretrained(folder / "vae")
+    on_cuda = torch.device(settings.device).type == "cuda"
+    record = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "settings": asdict(settings),
+        "device": torch.cuda.get_device_name(settings.device) if on_cuda else platform.processor() or "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "tokenizers", "pillow")},
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "parameters": {name: sum(p.numel() for p in m.parameters()) for name, m in (("gemma", gemma), ("vae", vae))},
+        "history": history,
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
