@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT
+
 from theworld.cache import LATENTS, Rows
 from theworld.config import Config
 from theworld.extract import extract, verify

@@ -112,6 +112,7 @@ def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
     right.axvline(summary["majority_class"], color="#555555", linewidth=0.8, linestyle=":")
     right.set_yticks(range(len(order)), [NAMES[s] for s in order])
     right.invert_yaxis()
+    right.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     right.set(xlim=(0, 1.12), xlabel="accuracy; black: 95 % interval; dotted: majority class")
     right.set_title(f"{summary['statements']:,} statements about held-out scenes")
     for axes in (left, right):
@@ -123,7 +124,7 @@ def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
 def draw_scenes(rows: list[dict[str, Any]], images: Path, path: Path, count: int = 8) -> None:
     """The first scenes with their statements and what the model says with and without world tokens."""
     first = {row["image"]: row for row in reversed(rows)}
-    figure, axes = pyplot.subplots(2, count // 2, figsize=(11, 7), layout="constrained")
+    figure, axes = pyplot.subplots(2, count // 2, figsize=(11, 6.6), layout="constrained")
     for axis, row in zip(axes.flat, [first[image] for image in sorted(first)[:count]], strict=False):
         axis.imshow(Image.open(images / row["image"]))
         world, baseline = row["systems"]["world"], row["systems"]["baseline"]

@@ -38,6 +38,9 @@ from theworld.small_models import (
     TOKENS_PER_IMAGE,
     VAE_PIXELS,
     build_tokenizer,
+    make_gemma,
+    make_vae,
+    save_processor,
 )
 
 POOL_SEED = 9_000_000  # the scenes to learn from are never those of a data set with a small seed
@@ -51,7 +54,7 @@ class PretrainSettings:
     device: str = "cpu"
     num_scenes: int = 60_000  # scenes drawn to learn from
     gemma_steps: int = 6_000
-    vae_steps: int = 8_000
+    vae_steps: int = 4_000
     batch_size: int = 512  # statements a step of the Gemma
     vae_batch_size: int = 64  # pictures a step of the VAE
     learning_rate: float = 1e-3
@@ -132,6 +135,12 @@ class Prompts:
                 start, block, f"\n\n{block}"
             ),  # a block before the picture, without newlines
         }
+
+    def token_ids(self) -> Tensor:
+        """int64: every token that stands in some lesson."""
+        return torch.cat(
+            [self.questions.flatten(), self.answers, *(head.ids for head in self.heads.values())]
+        ).unique()
 
     def _ids(self, text: str) -> Tensor:
         return torch.tensor(self.tokenizer.encode(text, add_special_tokens=False).ids, device=self.device)
@@ -367,6 +376,10 @@ def train_gemma(model: Gemma3ForConditionalGeneration, pool: Pool, settings: Pre
         history.append(row)
         print("gemma", row, flush=True)
 
+    taught = torch.zeros(model.config.text_config.vocab_size, 1, device=settings.device)
+    taught[prompts.token_ids()] = 1
+    # Words of no lesson keep their first embeddings; pushed down as wrong answers only, they would grow for ever.
+    model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * taught)
     parameters = [*model.parameters(), *pupil.sharp_sight.parameters()]
     steps = Steps(parameters, settings.learning_rate, loss_of)
     steps.run(settings.gemma_steps, lambda step: gemma_curriculum(step / settings.gemma_steps, rng), report)
@@ -435,19 +448,20 @@ def encode(vae: AutoencoderKLWan, pictures: Tensor) -> Tensor:
 def make_models(folder: Path, settings: PretrainSettings, command: str) -> None:
     """Draws the scenes, teaches both models and writes `folder`/gemma, `folder`/vae and `folder`/training.json."""
     torch.manual_seed(settings.seed)
+    torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     started = time.perf_counter()
     pool = draw_pool(settings)
     seconds = {"scenes": time.perf_counter() - started}
     gemma, vae = make_gemma(build_tokenizer()).to(settings.device), make_vae().to(settings.device)
     started = time.perf_counter()
-    history = {"vae": train_vae(vae, pool, settings)}
-    seconds["vae"] = time.perf_counter() - started
-    started = time.perf_counter()
-    history["gemma"] = train_gemma(gemma, pool, settings)
+    history = {"gemma": train_gemma(gemma, pool, settings)}
     seconds["gemma"] = time.perf_counter() - started
     gemma.eval().save_pretrained(folder / "gemma")
     save_processor(folder / "gemma")
+    started = time.perf_counter()
+    history["vae"] = train_vae(vae, pool, settings)
+    seconds["vae"] = time.perf_counter() - started
     vae.eval().save_pretrained(folder / "vae")
     on_cuda = torch.device(settings.device).type == "cuda"
     record = {
@@ -455,9 +469,13 @@ def make_models(folder: Path, settings: PretrainSettings, command: str) -> None:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "settings": asdict(settings),
         "device": torch.cuda.get_device_name(settings.device) if on_cuda else platform.processor() or "cpu",
-        "versions": {name: version(name) for name in ("torch", "transformers", "diffusers", "tokenizers", "pillow")},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "diffusers", "tokenizers", "pillow")
+        },
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "parameters": {name: sum(p.numel() for p in m.parameters()) for name, m in (("gemma", gemma), ("vae", vae))},
+        "parameters": {
+            name: sum(p.numel() for p in m.parameters()) for name, m in (("gemma", gemma), ("vae", vae))
+        },
         "history": history,
     }
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

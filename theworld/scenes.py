@@ -62,6 +62,8 @@ class SceneStatement:
 
 def make_scene(seed: int, split: str, index: int) -> Scene:
     """The scene of (seed, split, index): the same on every call, different from every other one."""
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: wanted one of {', '.join(SPLITS)}")
     key = (seed, SPLITS.index(split), index)
     rng = np.random.default_rng([*key, 0])
     colours = rng.permutation(list(COLOURS))[:2]

@@ -40,6 +40,9 @@ def main() -> int:
             return 1 if problems else 0
         config = config_from_arguments(arguments)
         extract(config, arguments.cache, arguments.gemma_vision, arguments.allow_missing)
+    except KeyboardInterrupt:
+        print("\nextract_latents: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"extract_latents: {error}", file=sys.stderr)
         return 1

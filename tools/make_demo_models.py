@@ -26,7 +26,9 @@ HELP = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to write gemma/ and vae/ into")
     for field in fields(PretrainSettings):
         text = f"{HELP[field.name]} (default: {field.default})"
@@ -34,7 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = vars(parser.parse_args(arguments))
     output = options.pop("output")
     given = sys.argv[1:] if arguments is None else arguments
-    make_models(output, PretrainSettings(**options), shlex.join(["python", "tools/make_demo_models.py", *given]))
+    make_models(
+        output, PretrainSettings(**options), shlex.join(["python", "tools/make_demo_models.py", *given])
+    )
     print(f"wrote {output / 'gemma'}, {output / 'vae'} and {output / 'training.json'}")
 
 

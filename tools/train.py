@@ -24,6 +24,9 @@ def main() -> int:
     quiet_libraries()
     try:
         checkpoint = Trainer(config_from_arguments(arguments), arguments.cache).run()
+    except KeyboardInterrupt:
+        print("\ntrain: interrupted; go on with --resume_from and the same --output_dir", file=sys.stderr)
+        return 130
     except (ValueError, OSError, NotFinite) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1

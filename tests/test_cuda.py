@@ -1,0 +1,69 @@
+"""The same on a CUDA GPU: flex attention, bfloat16, training. Skipped where there is none."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EMBEDDED_VAE
+from test_model import gradients, latents_of, make_model, vision_of
+
+from theworld.config import Config
+from theworld.extract import extract, verify
+from theworld.gemma import Gemma
+from theworld.metrics import SYSTEMS
+from theworld.score import score
+from theworld.train import Trainer
+from theworld.vae import CosmosEncoder
+from theworld.vsr import Statement
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+
+@pytest.mark.parametrize("kind", ["multimodal", "text-only"])
+def test_flex_attention_equals_dense_masks(
+    kind: str, gemma: Gemma, text_gemma_folder: Path, photographs: Path, statements: list[Statement]
+) -> None:
+    name = gemma.name if kind == "multimodal" else str(text_gemma_folder)
+    found = []
+    for attention, device in (("sdpa", "cpu"), ("flex_attention", "cuda")):
+        own = Gemma(name, torch.float32, device, attention)
+        model = make_model(own)
+        batch = model.packer().pack(statements)
+        vision = vision_of(own, photographs, batch.images)
+        latents = latents_of(batch.images).to(device)
+        losses = model.losses(batch.to(device), latents, vision, statement_loss_weight=0.5)
+        losses["total"].backward()
+        found.append((losses["logits"].cpu(), {k: v.cpu() for k, v in gradients(model).items()}))
+    (logits, wanted), (flex_logits, flex) = found
+    # float32 on two devices: the kernels add in other orders
+    torch.testing.assert_close(flex_logits, logits, atol=1e-3, rtol=1e-3)
+    for key in wanted:
+        scale = wanted[key].abs().max()
+        torch.testing.assert_close(flex[key] / scale, wanted[key] / scale, atol=2e-3, rtol=0)
+
+
+def test_bfloat16_latents_are_close_to_float32() -> None:
+    pixels = torch.rand(4, 3, 64, 64) * 2 - 1
+    exact = CosmosEncoder(str(EMBEDDED_VAE)).encode(pixels)
+    rounded = CosmosEncoder(str(EMBEDDED_VAE), torch.bfloat16, "cuda").encode(pixels).float().cpu()
+    assert float((rounded - exact).norm() / exact.norm()) < 2e-2
+
+
+def test_the_three_phases_on_the_gpu(config: Config, tmp_path: Path) -> None:
+    config = replace(config, device="cuda", max_steps=40, learning_rate=3e-3, save_steps=20, eval_steps=40)
+    cache = tmp_path / "cache"
+    extract(config, cache, with_vision=True, allow_missing=False)
+    assert verify(cache) == []
+    trainer = Trainer(config, cache)
+    assert trainer.model.gemma.dtype == torch.bfloat16
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    losses = []
+    while trainer.step < 40:
+        trainer.window = dict.fromkeys(trainer.window, 0.0)
+        trainer.train_step()
+        losses.append(trainer.window["loss"])
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    trainer.output_dir.mkdir()
+    rows = score(trainer.save(), cache, None, "test", SYSTEMS, {})
+    assert len(rows) == 4
