@@ -2,7 +2,17 @@
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """A progress bar; in a log file, where each refresh is a line, it refreshes twice a minute only."""
+    return tqdm(iterable, mininterval=0.1 if sys.stderr.isatty() else 30.0, **options)
 
 
 def quiet_libraries() -> None:

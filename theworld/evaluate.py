@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from theworld.console import progress
 from theworld.metrics import SYSTEMS
 from theworld.model import TheWorld
 from theworld.vsr import Statement, images_of
@@ -50,7 +50,7 @@ def predict(
     # Statements of one image side by side, so that they share its prefix.
     order = sorted(range(len(statements)), key=lambda i: (statements[i].image, i))
     logits = np.zeros((len(statements), 2), dtype=np.float32)
-    for start in tqdm(
+    for start in progress(
         range(0, len(order), batch_size), desc=system, unit=" batches", leave=False, disable=quiet
     ):
         chosen = order[start : start + batch_size]

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from theworld.cache import FAILURES, LATENTS, VISION, to_numpy
 from theworld.config import Config
+from theworld.console import progress
 from theworld.encodings import Encoding, LatentEncoding, VisionEncoding
 from theworld.gemma import Gemma
 from theworld.images import PREPROCESSING, ImageError, decode, read_bytes, sha256
@@ -88,7 +89,7 @@ def freeze(
 
     with ThreadPoolExecutor(max(1, source.num_workers)) as pool:
         looked = list(
-            tqdm(
+            progress(
                 pool.map(look, sorted(paths)),
                 total=len(paths),
                 desc="reading photographs",
@@ -175,7 +176,7 @@ def encode_shards(
     stages = Stages()
     total = sum(len(store.shard_rows(shard)) for shard in pending)
     workers = max(1, source.num_workers)
-    bar = tqdm(total=total, desc=encoding.name, unit=" images", smoothing=0.1)
+    bar = progress(total=total, desc=encoding.name, unit=" images", smoothing=0.1)
     with bar, ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer:
         written: Future[None] | None = None
         for shard in pending:

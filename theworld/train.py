@@ -27,6 +27,7 @@ from theworld.checkpoint import (
     save_checkpoint,
 )
 from theworld.config import Config
+from theworld.console import progress
 from theworld.data import load_data, load_model
 from theworld.evaluate import predict
 from theworld.metrics import label_loss
@@ -166,7 +167,7 @@ class Trainer:
             tqdm.write(line)
         writer = SummaryWriter(str(self.output_dir / "logs")) if self.config.log_to_tensorboard else None
         last = find_checkpoint(self.config.resume_from) if self.config.resume_from else self.output_dir
-        with tqdm(
+        with progress(
             total=self.num_steps, initial=self.step, desc="train", unit=" steps", smoothing=0.05
         ) as bar:
             start, done = time.perf_counter(), 0
@@ -247,25 +248,25 @@ class Trainer:
     def save(self) -> Path:
         """Publishes checkpoint-<step>, then removes the oldest ones beyond save_total_limit."""
         state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
-        progress = {"step": self.step, "window": self.window, "num_statements": len(self.data.train)}
-        path = save_checkpoint(self.output_dir, self.step, self.model, state, progress)
+        record = {"step": self.step, "window": self.window, "num_statements": len(self.data.train)}
+        path = save_checkpoint(self.output_dir, self.step, self.model, state, record)
         rotate(self.output_dir, self.config.save_total_limit)
         return path
 
     def _resume(self, path: Path) -> None:
-        state, progress = load_checkpoint(path, self.model.gemma.device)
+        state, record = load_checkpoint(path, self.model.gemma.device)
         world = json.loads((path / "world.json").read_text())
         fingerprint = self.data.latents.reader.fingerprint
         differences = fingerprint_differences(meaning(world["fingerprint"]), meaning(fingerprint))
         if differences:
             raise StoreMismatch(self.data.latents.reader.root, differences)
-        if progress["num_statements"] != len(self.data.train):
+        if record["num_statements"] != len(self.data.train):
             raise CheckpointError(
                 f"{path} was trained on {progress['num_statements']} statements, now there are "
                 f"{len(self.data.train)}; use the same --annotations and cache"
             )
         self.model.load_projection(path / "projection.safetensors")
-        self.step, self.window = progress["step"], progress["window"]
+        self.step, self.window = record["step"], record["window"]
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"].cpu())
 
