@@ -16,6 +16,7 @@ LEVELS = [
     {"data"},
     {"train", "score"},
     {"small_models"},
+    {"lessons"},
     {"demo", "pretrain"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -46,7 +47,7 @@ def test_a_module_imports_from_lower_levels_only(module: str) -> None:
 
 
 def test_the_core_does_not_know_the_demo() -> None:
-    demo = {"demo", "scenes", "pretrain", "small_models"}
+    demo = {"demo", "scenes", "pretrain", "small_models", "lessons"}
     for module in set(MODULES) - demo:
         assert not imported(PACKAGE / f"{module}.py") & demo
         assert "embedded" not in (PACKAGE / f"{module}.py").read_text()

@@ -96,7 +96,7 @@ def test_things_are_apart_inside_and_of_different_colours() -> None:
         assert first.colour != second.colour
         assert min(abs(first.x - second.x), abs(first.y - second.y)) >= 0.12
         for thing in (first, second):
-            assert 1.5 * thing.radius < min(thing.x, thing.y, 1 - thing.x, 1 - thing.y)
+            assert thing.radius < min(thing.x, thing.y, 1 - thing.x, 1 - thing.y)
 
 
 def test_a_thing_is_drawn_in_its_colour_at_its_place() -> None:

@@ -22,7 +22,7 @@ matplotlib.use("agg")  # draws into files; needs no screen
 from matplotlib import pyplot
 
 MARKER = "demo.json"
-NUM_SCENES = {"train": 3000, "dev": 100, "test": 500}
+NUM_SCENES = {"train": 6000, "dev": 100, "test": 500}
 NAMES = {
     "baseline": "no world tokens",
     "world": "world tokens",

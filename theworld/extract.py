@@ -11,10 +11,12 @@ import os
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -216,16 +218,12 @@ def _prepared(
     def prepare(row: ImageEntry) -> Tensor:
         return encoding.prepare(_pixels(row, source, stages))
 
-    futures: list[Future[Tensor]] = []
-    submitted = 0
-    for start in range(0, len(rows), batch_size):
-        ahead = min(len(rows), start + (AHEAD + 1) * batch_size)
-        futures += [readers.submit(prepare, row) for row in rows[submitted:ahead]]
-        submitted = ahead
-        yield [future.result() for future in futures[start : start + batch_size]]
-        futures[start : start + batch_size] = [Future()] * min(
-            batch_size, len(futures) - start
-        )  # free the pixels
+    waiting = iter(rows)
+    ahead = deque(readers.submit(prepare, row) for row in islice(waiting, (AHEAD + 1) * batch_size))
+    while ahead:
+        batch = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
+        ahead.extend(readers.submit(prepare, row) for row in islice(waiting, batch_size))
+        yield batch
 
 
 def _pixels(row: ImageEntry, source: Source, stages: Stages) -> np.ndarray:

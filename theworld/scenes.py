@@ -1,7 +1,7 @@
 """Drawn scenes in the shape of VSR: two coloured things on a marbled ground, and statements about them.
 
 A scene is a pure function of (seed, split, index), so a data set is drawn where it is needed and never shipped.
-The things are small and the ground is cloudy: seen a few pixels wide they are all but lost.
+Who sees a picture as 4 x 4 points misses most of the things; the picture itself shows them plainly.
 
 Letters: H = W = size, the picture's height and width in pixels.
 """
@@ -22,10 +22,10 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 PICTURE_SIZE = 192  # pixels
 
 _MARGIN = 0.13  # of the width: no centre lies nearer to an edge
-_RADIUS = (0.050, 0.075)  # of the width
+RADIUS = (0.075, 0.105)  # smallest and largest, of the width
 _APART_AXIS = 0.12  # of the width: on each axis, so that every relation is plainly true or plainly false
-_APART = 0.22  # of the width: centre to centre, so that things do not touch
-_CLOUDS = ((5, 26.0), (10, 9.0))  # (cells a side, strength of 255): as large as the small Gemma's pixels
+_APART = 0.27  # of the width: centre to centre, so that things do not touch
+_CLOUDS = ((5, 9.0), (10, 4.0))  # (cells a side, strength of 255): soft
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,18 @@ class SceneStatement:
     label: int
 
 
-def make_scene(seed: int, split: str, index: int) -> Scene:
-    """The scene of (seed, split, index): the same on every call, different from every other one."""
+def make_scene(seed: int, split: str, index: int, radius: tuple[float, float] = RADIUS) -> Scene:
+    """The scene of (seed, split, index): the same on every call, different from every other one.
+
+    `radius`: smallest and largest of a thing, as a share of the picture's width.
+    """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: wanted one of {', '.join(SPLITS)}")
     key = (seed, SPLITS.index(split), index)
     rng = np.random.default_rng([*key, 0])
     colours = rng.permutation(list(COLOURS))[:2]
     shapes = [SHAPES[int(rng.integers(len(SHAPES)))] for _ in range(2)]
-    radii = rng.uniform(*_RADIUS, size=2)
+    radii = rng.uniform(*radius, size=2)
     while True:
         centres = rng.uniform(_MARGIN, 1 - _MARGIN, size=(2, 2))
         gap = np.abs(centres[0] - centres[1])

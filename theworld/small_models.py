@@ -141,7 +141,7 @@ def save_processor(folder: Path) -> None:
         "do_pan_and_scan": False,
         "do_resize": True,
         "size": {"height": GEMMA_PIXELS, "width": GEMMA_PIXELS},
-        "resample": int(Image.Resampling.BILINEAR),
+        "resample": int(Image.Resampling.NEAREST),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
