@@ -266,6 +266,12 @@ def test_a_run_does_not_write_over_the_checkpoints_of_another(cache: Path, confi
         Trainer(config, cache)
 
 
+def test_a_resume_on_other_statements_is_refused(cache: Path, config: Config) -> None:
+    last = Trainer(config, cache).run()
+    with pytest.raises(CheckpointError, match="was trained on 6 statements, now there are 5"):
+        Trainer(replace(config, resume_from=str(last), num_samples=5), cache)
+
+
 def test_damaged_checkpoints_are_refused(cache: Path, config: Config) -> None:
     last = Trainer(config, cache).run()
     for name in ("projection.safetensors", "trainer.pt", "trainer.json", "config.json", "world.json"):

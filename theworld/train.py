@@ -262,7 +262,7 @@ class Trainer:
             raise StoreMismatch(self.data.latents.reader.root, differences)
         if record["num_statements"] != len(self.data.train):
             raise CheckpointError(
-                f"{path} was trained on {progress['num_statements']} statements, now there are "
+                f"{path} was trained on {record['num_statements']} statements, now there are "
                 f"{len(self.data.train)}; use the same --annotations and cache"
             )
         self.model.load_projection(path / "projection.safetensors")
