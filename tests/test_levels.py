@@ -11,7 +11,7 @@ LEVELS = [
     {"arguments", "metrics", "plan"},
     {"store", "schedule"},
     {"cache", "batch"},
-    {"encodings", "model"},
+    {"encodings", "listing", "model"},
     {"extract", "checkpoint", "evaluate"},
     {"data"},
     {"train", "score"},

@@ -94,6 +94,12 @@ def test_unreadable_photographs_are_all_named_before_anything_is_encoded(
     assert not (cache / LATENTS).exists()
 
 
+def test_a_damaged_image_list_is_named(cache: Path, config: Config) -> None:
+    (cache / LATENTS / "images.jsonl").write_text("{")
+    with pytest.raises(StoreError, match=r"latents/images\.jsonl is damaged: .* extract again"):
+        extract(config, cache, with_vision=False, allow_missing=False)
+
+
 def test_allow_missing_goes_on_and_every_later_step_says_so(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

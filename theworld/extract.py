@@ -6,8 +6,6 @@ What a shard holds depends on the frozen image list alone, and the batches insid
 so any run, however often interrupted, gives the same files.
 """
 
-import json
-import os
 import shutil
 import threading
 import time
@@ -29,21 +27,13 @@ from theworld.console import progress
 from theworld.encodings import Encoding, LatentEncoding, VisionEncoding
 from theworld.gemma import Gemma
 from theworld.images import PREPROCESSING, ImageError, decode, read_bytes, sha256
+from theworld.listing import Source, freeze, known_hashes, write_failures
 from theworld.store import ArraySpec, ImageEntry, Store, verify_store
 from theworld.vae import CosmosEncoder
 from theworld.vsr import images_of, load_statements
 from theworld.weights import resolve_device, resolve_dtype
 
 AHEAD = 4  # batches that are read and decoded ahead of the encoder
-
-
-@dataclass
-class Source:
-    """Where photographs come from, under which limits."""
-
-    folder: Path
-    max_image_pixels: int
-    num_workers: int
 
 
 @dataclass
@@ -71,52 +61,6 @@ class Stages:
         return max(self.seconds, key=lambda s: self.seconds[s] / max(1, shared.get(s, 1)))
 
 
-def freeze(
-    paths: Sequence[str], source: Source, known: dict[str, str]
-) -> tuple[list[ImageEntry], list[tuple[str, str]]]:
-    """Reads every photograph: (the readable ones with their hashes, sorted; the others with the reason).
-
-    A photograph is decoded before it counts, except where `known` (path -> SHA-256) has seen the same bytes.
-    """
-
-    def look(path: str) -> ImageEntry | tuple[str, str]:
-        try:
-            data = read_bytes(source.folder, path)
-            digest = sha256(data)
-            if known.get(path) != digest:
-                decode(data, path, max_pixels=source.max_image_pixels)
-        except ImageError as error:
-            return path, error.reason
-        return ImageEntry(path, digest)
-
-    with ThreadPoolExecutor(max(1, source.num_workers)) as pool:
-        looked = list(
-            progress(
-                pool.map(look, sorted(paths)),
-                total=len(paths),
-                desc="reading photographs",
-                unit=" images",
-                leave=False,
-            )
-        )
-    entries = [x for x in looked if isinstance(x, ImageEntry)]
-    return entries, [x for x in looked if not isinstance(x, ImageEntry)]
-
-
-def write_failures(cache: Path, failures: list[tuple[str, str]]) -> None:
-    """`failures.jsonl`, path and reason a line; no file where nothing failed."""
-    path = cache / FAILURES
-    if not failures:
-        path.unlink(missing_ok=True)
-        return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"path": p, "reason": r}, ensure_ascii=False) + "\n" for p, r in failures)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def open_store(
     cache: Path, encoding: Encoding, images: list[ImageEntry], shard_size: int, batch_size: int
 ) -> Store:
@@ -130,21 +74,9 @@ def open_store(
     return Store.create(cache / encoding.name, fingerprint, images, encoding.arrays, shard_size)
 
 
-def known_hashes(cache: Path) -> dict[str, str]:
-    """path -> SHA-256 of photographs that an earlier run on this cache has already decoded."""
-    known: dict[str, str] = {}
-    for name in (LATENTS, VISION):
-        path = cache / name / "images.jsonl"
-        if path.is_file():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            known |= {row["path"]: row["sha256"] for row in rows}
-    return known
-
-
-def preflight(store: Store, encoding: Encoding, pending: list[int], source: Source) -> str:
+def preflight(store: Store, encoding: Encoding, pending: list[int], source: Source, batch_size: int) -> str:
     """One line before the start: how many images, how large, how much room, about how long.
 
-    The estimate is one photograph, read to encoded, times the number to do: on a GPU the true time is shorter.
     Raises ValueError where the disk has not the room.
     """
     rows = [row for shard in pending for row in store.shard_rows(shard)]
@@ -154,16 +86,28 @@ def preflight(store: Store, encoding: Encoding, pending: list[int], source: Sour
         raise ValueError(
             f"{store.root}: {size:,} bytes are needed and {free:,} are free; make room or move --cache"
         )
-    seconds = 0.0
-    if rows:
-        start = time.perf_counter()
-        encoding.encode([encoding.prepare(_pixels(rows[0], source, Stages()))])
-        seconds = (time.perf_counter() - start) * len(rows)
+    seconds = _seconds_an_image(rows[:batch_size], encoding, source) * len(rows) if rows else 0.0
     return (
         f"{encoding.name}: {len(rows):,} of {len(store.rows):,} images to encode in {len(pending)} of "
         f"{store.num_shards} shards, {size / 2**20:,.1f} MiB on disk ({free / 2**30:,.1f} GiB free), "
         f"about {_duration(seconds)}"
     )
+
+
+def _seconds_an_image(rows: Sequence[ImageEntry], encoding: Encoding, source: Source) -> float:
+    """Measured on the first batch, the second time around since the first one pays for starting up; on its first
+    photograph alone where even that takes more than a second."""
+
+    def timed(chosen: Sequence[ImageEntry]) -> float:
+        start = time.perf_counter()
+        encoding.encode([encoding.prepare(_pixels(row, source, Stages())) for row in chosen])
+        return (time.perf_counter() - start) / len(chosen)
+
+    alone = timed(rows[:1])
+    if alone > 1:
+        return alone
+    timed(rows)
+    return timed(rows)
 
 
 def encode_shards(
@@ -305,7 +249,7 @@ def run(encoding: Encoding, cache: Path, images: list[ImageEntry], source: Sourc
         tqdm.write(note)
     if pending and len(pending) < store.num_shards:
         tqdm.write(f"resuming: {store.num_shards - len(pending)} of {store.num_shards} shards valid")
-    tqdm.write(preflight(store, encoding, pending, source))
+    tqdm.write(preflight(store, encoding, pending, source, config.encode_batch_size))
     if pending:
         encode_shards(store, encoding, pending, source, config.encode_batch_size)
     if not store.is_complete:
