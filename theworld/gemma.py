@@ -47,15 +47,16 @@ class Gemma:
         name_or_path: str,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
-        attention: str | None = None,
+        attention: str = "sdpa",
     ) -> None:
-        """`attention` is transformers' name (default: flex on CUDA, sdpa on the CPU; only those, since the
-        FlashAttention kernels ignore block masks without a word).
+        """`attention` is transformers' name: "sdpa", "eager" or "flex_attention"; the FlashAttention kernels ignore
+        block masks without a word. flex gives the same results, but transformers runs it uncompiled here, with
+        whole score matrices in memory, so it is not the default.
         """
         self.name = name_or_path
         self.device = torch.device(device)
         self.dtype = dtype
-        self.attention = attention or ("flex_attention" if self.device.type == "cuda" else "sdpa")
+        self.attention = attention
         if self.attention not in ("sdpa", "eager", "flex_attention"):
             raise ValueError(f"attention {self.attention!r}: wanted sdpa, eager or flex_attention")
         self.model = _load_model(name_or_path, dtype, self.device, self.attention)
