@@ -2,24 +2,26 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import EMBEDDED_VAE
+from conftest import EMBEDDED_VAE, ROOT
 from safetensors.torch import load_file
 from transformers import Gemma3ForConditionalGeneration
 
-from theworld.cache import LATENTS, VISION, LiveLatents, LiveVision, Rows
+from theworld.cache import LATENTS, VISION, LiveVision, Rows
 from theworld.checkpoint import CheckpointError, list_checkpoints
-from theworld.config import Config
+from theworld.config import Config, save_config
 from theworld.extract import extract, verify
 from theworld.gemma import Gemma
 from theworld.images import read_image, square, to_unit_range
 from theworld.metrics import SYSTEMS, summarise
-from theworld.score import score
+from theworld.score import LiveLatents, score
 from theworld.store import StoreError, StoreMismatch
 from theworld.train import NotFinite, Trainer
 from theworld.vae import CosmosEncoder, load_vae
@@ -211,9 +213,18 @@ def test_frozen_weights_do_not_change_by_a_bit_and_have_no_gradient(cache: Path,
     assert all(not torch.equal(p, trained[name]) for name, p in trainer.model.trainable().items())
 
 
-def test_training_never_loads_the_vae(cache: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("theworld.vae.load_vae", None)
-    assert Trainer(replace(config, max_steps=1), cache).run().name == "checkpoint-1"
+def test_training_never_loads_the_vae(cache: Path, config: Config, tmp_path: Path) -> None:
+    save_config(replace(config, max_steps=1), tmp_path / "config.json")
+    arguments = ["train", "--config", str(tmp_path / "config.json"), "--cache", str(cache)]
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = {arguments!r}\n"
+        "try:\n    runpy.run_path('tools/train.py', run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
+        "assert 'theworld.vae' not in sys.modules and 'diffusers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
+    assert (Path(config.output_dir) / "checkpoint-1").is_dir()
 
 
 def test_training_without_cached_vision_reads_the_photographs_and_gives_the_same(

@@ -19,7 +19,6 @@ from theworld.config import Config
 from theworld.gemma import Gemma
 from theworld.images import read_image, square, to_unit_range
 from theworld.store import StoreError, StoreReader
-from theworld.vae import CosmosEncoder
 from theworld.vsr import Statement, images_of
 from theworld.weights import model_id
 
@@ -112,26 +111,6 @@ class LiveVision:
         """dtype[len(images), N, V]. Raises ImageError for a photograph that cannot be read."""
         pixels = [read_image(self.image_folder, image, max_pixels=self.max_image_pixels) for image in images]
         return self.gemma.vision_features(self.gemma.pixel_values(pixels))
-
-
-class LiveLatents:
-    """Latents straight from the photographs, for evaluation without a cache."""
-
-    def __init__(
-        self, encoder: CosmosEncoder, image_folder: str | Path, size: int, max_image_pixels: int
-    ) -> None:
-        self.encoder = encoder
-        self.image_folder = Path(image_folder)
-        self.size = size
-        self.max_image_pixels = max_image_pixels
-
-    def __call__(self, images: Sequence[str]) -> Tensor:
-        """dtype[len(images), C, H, W], each encoded by itself. Raises ImageError for an unreadable one."""
-        rows = []
-        for image in images:
-            pixels = read_image(self.image_folder, image, max_pixels=self.max_image_pixels)
-            rows.append(self.encoder.encode(latent_pixels(pixels, self.size)[None]))
-        return torch.cat(rows)
 
 
 def read_failures(cache: str | Path) -> dict[str, str]:

@@ -21,12 +21,14 @@ def quiet_libraries() -> None:
     For tools, not for library code: it changes settings of the whole process. Warnings stay on.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its notice after a fork
-    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    diffusers_logging.set_verbosity_error()
+    if "diffusers" in sys.modules:  # training has no need of it, so it is not imported for this
+        from diffusers.utils import logging as diffusers_logging
+
+        diffusers_logging.disable_progress_bar()
+        diffusers_logging.set_verbosity_error()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|diffusers|huggingface_hub")

@@ -4,24 +4,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from theworld.cache import (
     LATENTS,
     VISION,
-    LiveLatents,
     LiveVision,
     Rows,
     expected_vision,
     in_cache,
+    latent_pixels,
     meaning,
 )
 from theworld.config import Config
 from theworld.data import check_same_eyes
 from theworld.evaluate import Fetch, predict
+from theworld.images import read_image
 from theworld.metrics import records
 from theworld.model import TheWorld
 from theworld.store import StoreMismatch, fingerprint_differences
 from theworld.vae import CosmosEncoder
 from theworld.vsr import Statement, load_statements, seen_images
+
+
+class LiveLatents:
+    """Latents straight from the photographs, for evaluation without a cache."""
+
+    def __init__(
+        self, encoder: CosmosEncoder, image_folder: str | Path, size: int, max_image_pixels: int
+    ) -> None:
+        self.encoder = encoder
+        self.image_folder = Path(image_folder)
+        self.size = size
+        self.max_image_pixels = max_image_pixels
+
+    def __call__(self, images: Sequence[str]) -> Tensor:
+        """dtype[len(images), C, H, W], each encoded by itself. Raises ImageError for an unreadable one."""
+        rows = []
+        for image in images:
+            pixels = read_image(self.image_folder, image, max_pixels=self.max_image_pixels)
+            rows.append(self.encoder.encode(latent_pixels(pixels, self.size)[None]))
+        return torch.cat(rows)
 
 
 def score(
