@@ -85,6 +85,11 @@ class Config:
     )
     world_positions: bool = _key(False, "add a trained vector for each place")
     world_attention: str = _key("bidirectional", "among world tokens", choices=("bidirectional", "causal"))
+    world_position: str = _key(
+        "before",
+        "world tokens stand before or after the image; after trains faster",
+        choices=("before", "after"),
+    )
 
     # Objective
     statement_loss_weight: float = _key(
@@ -115,7 +120,11 @@ class Config:
         "auto", "of frozen models; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", *COMPUTE)
     )
     device: str = _key("auto", "auto, cpu, cuda or cuda:N; auto: CUDA where there is one")
-    num_workers: int = _key(2, "read and decode photographs; 0: one at a time", "threads", at_least=0)
+    compile: bool | None = _key(None, "compile the frozen models; none: on CUDA")
+    fp8: bool = _key(False, "frozen linears in 8 bits, on a Hopper GPU: faster, not exact")
+    num_workers: int | None = _key(
+        None, "read and decode photographs; 0: in this one; none: one a core", "processes", at_least=0
+    )
 
     # Evaluation while training, checkpoints, logs
     do_eval: bool = _key(True, "evaluate on dev while training")

@@ -6,6 +6,7 @@ What a shard holds depends on the frozen image list alone, and the batches insid
 so any run, however often interrupted, gives the same files.
 """
 
+import os
 import shutil
 import threading
 import time
@@ -213,7 +214,8 @@ def extract(config: Config, cache: Path, with_vision: bool, allow_missing: bool)
     """
     if config.image_folder is None:
         raise ValueError("image_folder is not set: give --image_folder, the folder with the COCO photographs")
-    source = Source(Path(config.image_folder), config.max_image_pixels, config.num_workers)
+    workers = config.num_workers if config.num_workers is not None else len(os.sched_getaffinity(0))
+    source = Source(Path(config.image_folder), config.max_image_pixels, workers)
     if not source.folder.is_dir():
         raise ValueError(f"image_folder {source.folder}: not a folder")
     splits = ("train", "dev", "test")
