@@ -31,7 +31,7 @@ def test_flex_attention_equals_dense_masks(
         model = make_model(own)
         batch = model.packer().pack(statements)
         vision = vision_of(own, photographs, batch.images)
-        latents = latents_of(batch.images).to(device)
+        latents = latents_of(batch.worlds).to(device)
         losses = model.losses(batch.to(device), latents, vision, statement_loss_weight=0.5)
         losses["total"].backward()
         found.append((losses["logits"].cpu(), {k: v.cpu() for k, v in gradients(model).items()}))

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes"},
+    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes", "fp8"},
     {"config", "shards", "vae", "gemma", "projection"},
     {"arguments", "metrics", "plan"},
     {"store", "schedule"},
     {"cache", "batch"},
+    {"decoder", "masks"},
     {"encodings", "listing", "model"},
     {"extract", "checkpoint", "evaluate"},
     {"data"},

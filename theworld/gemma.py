@@ -132,14 +132,16 @@ class Gemma:
 
     # ---- prompts
 
-    def prompt(self, question_template: str, caption: str, with_world: bool) -> Prompt:
+    def prompt(
+        self, question_template: str, caption: str, with_world: bool, world_position: str = "before"
+    ) -> Prompt:
         """The prompt of one statement, tokenised by Gemma's own chat template.
 
             <bos><start_of_turn>user\\n [W] w1 ... wN [/W] \\n\\n<boi> i1 ... iN <eoi>    shared
             \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n                   branch
 
         Without world tokens the whole is exactly what the processor makes of the same message. With them,
-        what is left and right of them is tokenised by itself.
+        what is left and right of them is tokenised by itself. `world_position` "after": they follow <eoi>.
         """
         caption = caption.strip()
         for token in self._control_tokens:
@@ -150,6 +152,8 @@ class Gemma:
         start = text.index(caption, question_start)
         image = self.processor.full_image_sequence if self.processor else ""
         cut = text.index(image) if image else question_start
+        if world_position == "after":
+            cut += len(image.rstrip())  # right behind <eoi>, a sure boundary between tokens
         pieces = [text[:cut], text[cut:]] if with_world else [text]
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
