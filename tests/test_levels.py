@@ -7,14 +7,16 @@ import pytest
 
 LEVELS = [
     {"jsonc", "console", "files", "vsr", "images", "weights", "scenes", "fp8"},
-    {"config", "shards", "vae", "gemma", "projection"},
+    {"config", "shards", "vae", "gemma", "projection", "processes"},
     {"arguments", "metrics", "plan"},
     {"store", "schedule"},
     {"cache", "batch"},
     {"decoder", "masks"},
     {"encodings", "listing", "model"},
-    {"extract", "checkpoint", "evaluate"},
+    {"extract", "checkpoint", "feed"},
+    {"evaluate"},
     {"data"},
+    {"objectives"},
     {"train", "score"},
     {"small_models"},
     {"lessons"},

@@ -36,6 +36,10 @@ class TheWorld(nn.Module):
         super().__init__()
         object.__setattr__(self, "gemma", gemma)  # not a submodule: frozen, and saved by whoever published it
         self.gemma: Gemma
+        channels = projection.latents_mean.cpu()
+        self.mean_latent = channels.expand(
+            projection.shape.latent_shape
+        )  # on the CPU, where batches are made
         self.projection = projection.to(gemma.device)
         self.config = config
         self.fingerprint = fingerprint
@@ -132,7 +136,7 @@ class TheWorld(nn.Module):
                 parameter.copy_(state[name])
 
     def packer(self, with_world: bool = True) -> Packer:
-        """Packs statements the way this model was trained; without world tokens it packs Gemma's own prompts."""
+        """Packs statements the way this model was trained; without world tokens as Gemma's own prompts."""
         config, shape = self.config, self.projection.shape
         return Packer(
             self.gemma,
@@ -165,14 +169,15 @@ class TheWorld(nn.Module):
         if not batch.worlds:
             return None
         named = [world for world in batch.worlds if world != ZERO]
-        mean = self.projection.latents_mean.cpu().expand(self.projection.shape.latent_shape)
         if not named:
-            return mean.expand(len(batch.worlds), -1, -1, -1)
+            return self.mean_latent.expand(len(batch.worlds), -1, -1, -1).clone()
         rows = fetch(named)
         if len(named) == len(batch.worlds):
             return rows
         found = iter(rows)
-        return torch.stack([mean if world == ZERO else next(found).float().cpu() for world in batch.worlds])
+        return torch.stack(
+            [self.mean_latent if w == ZERO else next(found).float().cpu() for w in batch.worlds]
+        )
 
     def hidden(
         self, batch: Batch, latents: Tensor | None, vision: Tensor | None, wanted: Tensor | None = None
@@ -215,9 +220,9 @@ class TheWorld(nn.Module):
         return {"total": total, "label": label.detach(), "statement": statement.detach(), "logits": answers}
 
 
-def load_gemma(config: Config) -> Gemma:
-    """The Gemma that the settings name, as they want it computed."""
-    device = resolve_device(config.device)
+def load_gemma(config: Config, device: torch.device | None = None) -> Gemma:
+    """The Gemma that the settings name, as they want it computed; `device` goes before theirs."""
+    device = device or resolve_device(config.device)
     # Flex attention is only fast, and only small, in compiled code.
     fast = device.type == "cuda" and wants_compile(config.compile, device)
     attention = "flex_attention" if fast else "sdpa"
