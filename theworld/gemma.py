@@ -49,17 +49,17 @@ class Gemma:
         device: str | torch.device = "cpu",
         attention: str = "sdpa",
     ) -> None:
-        """`attention` is transformers' name: "sdpa", "eager" or "flex_attention"; the FlashAttention kernels ignore
-        block masks without a word. flex gives the same results, but transformers runs it uncompiled here, with
-        whole score matrices in memory, so it is not the default.
+        """`attention`: how packed rows are read, "sdpa" with dense masks or "flex_attention" with block masks, which
+        give the same; flex needs rows of whole blocks, and is for compiled code on a GPU. (The FlashAttention kernels
+        ignore such masks without a word.) transformers' own forward always has sdpa.
         """
         self.name = name_or_path
         self.device = torch.device(device)
         self.dtype = dtype
         self.attention = attention
-        if self.attention not in ("sdpa", "eager", "flex_attention"):
-            raise ValueError(f"attention {self.attention!r}: wanted sdpa, eager or flex_attention")
-        self.model = _load_model(name_or_path, dtype, self.device, self.attention)
+        if self.attention not in ("sdpa", "flex_attention"):
+            raise ValueError(f"attention {self.attention!r}: wanted sdpa or flex_attention")
+        self.model = _load_model(name_or_path, dtype, self.device)
         self.is_multimodal = isinstance(self.model, Gemma3ForConditionalGeneration)
         self.processor = AutoProcessor.from_pretrained(name_or_path) if self.is_multimodal else None
         self.tokenizer = (
@@ -251,9 +251,9 @@ def is_multimodal(name_or_path: str) -> bool:
 _CLASSES = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
 
 
-def _load_model(name: str, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
+def _load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     kind = _CLASSES["gemma3" if is_multimodal(name) else "gemma3_text"]
-    model = kind.from_pretrained(name, dtype=dtype, device_map=str(device), attn_implementation=attention)
+    model = kind.from_pretrained(name, dtype=dtype, device_map=str(device), attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
 
 

@@ -226,4 +226,8 @@ def load_gemma(config: Config, device: torch.device | None = None) -> Gemma:
     # Flex attention is only fast, and only small, in compiled code.
     fast = device.type == "cuda" and wants_compile(config.compile, device)
     attention = "flex_attention" if fast else "sdpa"
-    return Gemma(config.model_name, resolve_dtype(config.dtype, device), device, attention)
+    dtype = resolve_dtype(config.dtype, device)
+    if dtype == torch.bfloat16:
+        # What stays in float32 is the projection: TF32 rounds its products to 10 bits, the frozen models have 7.
+        torch.set_float32_matmul_precision("high")
+    return Gemma(config.model_name, dtype, device, attention)
