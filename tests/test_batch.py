@@ -121,6 +121,7 @@ def test_worlds_may_come_from_other_images_or_say_nothing(gemma: Gemma, statemen
 def test_after_the_image_the_world_is_one_of_its_children(gemma: Gemma, statements: list[Statement]) -> None:
     packer = Packer(gemma, QUESTION, 4, world_position="after")
     batch = packer.pack([statements[0], statements[0]], ["a.png", None])
+    assert batch.num_frozen == len(gemma.prompt(QUESTION, statements[0].caption, True, "after").shared)
     prompt = gemma.prompt(QUESTION, statements[0].caption, True, "after")
     shared, branch = prompt.shared, prompt.branch
     assert prompt.world_at == len(shared)
@@ -147,36 +148,59 @@ def test_flex_rows_are_padded_to_whole_blocks(gemma: Gemma, statements: list[Sta
     assert torch.equal(mask_mod(torch.tensor(0), torch.tensor(0), q, k), dense)
 
 
+def test_what_nothing_trained_reaches_stands_in_the_first_columns(
+    gemma: Gemma, statements: list[Statement]
+) -> None:
+    packer = Packer(gemma, QUESTION, 4, world_position="after", row_tokens=200)
+    batch = packer.pack(statements)
+    shared = len(gemma.prompt(QUESTION, statements[0].caption, True, "after").shared)
+    assert batch.num_frozen == 2 * shared  # two images in the fuller row
+    columns = torch.cat([batch.world_slots.flatten(), batch.label_rows]) % batch.token_ids.shape[1]
+    assert int(columns.min()) >= batch.num_frozen
+    assert int((batch.image_slots % batch.token_ids.shape[1]).max()) < batch.num_frozen
+    sees = attention_masks(batch, 1024, "sdpa")["full_attention"][:, 0]
+    assert not sees[:, : batch.num_frozen, batch.num_frozen :].any()
+    assert packer.pack(statements, [None] * 6).num_frozen == 0
+    assert Packer(gemma, QUESTION, 4).pack(statements).num_frozen == 0
+
+
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("position", ["before", "after"])
 @pytest.mark.parametrize("world_tokens", [4, 300, 700])
 @pytest.mark.parametrize("window", [None, 24, 200])
 def test_blocks_leave_nothing_out_and_whole_ones_are_whole(
-    gemma: Gemma, statements: list[Statement], world_tokens: int, window: int | None, attention: str
+    gemma: Gemma,
+    statements: list[Statement],
+    world_tokens: int,
+    window: int | None,
+    attention: str,
+    position: str,
 ) -> None:
-    packer = Packer(gemma, QUESTION, world_tokens, attention)
+    packer = Packer(gemma, QUESTION, world_tokens, attention, position)
     packer.flex = True
     worlds = (
         [s.image for s in statements] + [ZERO] * 6 + ["b.png", "b.png", "c.png", "a.png", "a.png", "a.png"]
     )
     batch = packer.pack([*statements, *statements, *statements], worlds)
-    sees = attention_masks(batch, window or 1 << 30, "sdpa")["sliding_attention"][0, 0]
-    blocks = (
-        sees.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).transpose(1, 2).flatten(2)
-    )  # B, B, 128 x 128
-    some, every = (found[0] for found in visible_blocks(batch, window))
-    assert not (blocks.any(-1) & ~some).any()
-    assert not (every & ~blocks.all(-1)).any()
-    assert not (every & ~some).any()
-    if window is None or window >= 128:  # and little more is looked at than has to be
-        assert int(some.sum()) <= 1.35 * int(blocks.any(-1).sum())
-    mask = attention_masks(batch, window or 1 << 30, "flex_attention")["sliding_attention"]
-    listed = torch.zeros_like(some)
-    for kind in ("kv", "full_kv"):
-        count, which = getattr(mask, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_indices")[0, 0]
-        for q in range(len(count)):
-            assert not listed[q, which[q, : count[q]].long()].any()
-            listed[q, which[q, : count[q]].long()] = True
-    assert torch.equal(listed, some)
+    frozen, length = batch.num_frozen, batch.token_ids.shape[1]
+    assert (frozen > 0) is (position == "after")
+    for part in [(0, length), (0, frozen), (frozen, length)] if frozen else [(0, length)]:
+        sees = attention_masks(batch, window or 1 << 30, "sdpa", part)["sliding_attention"][0, 0]
+        blocks = sees.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).transpose(1, 2).flatten(2)
+        some, every = (found[0] for found in visible_blocks(batch, window, *part))
+        assert not (blocks.any(-1) & ~some).any()
+        assert not (every & ~blocks.all(-1)).any()
+        assert not (every & ~some).any()
+        if window is None or window >= 128:  # and little more is looked at than has to be
+            assert int(some.sum()) <= (1.4 if window is None else 1.6) * int(blocks.any(-1).sum())
+        mask = attention_masks(batch, window or 1 << 30, "flex_attention", part)["sliding_attention"]
+        listed = torch.zeros_like(some)
+        for kind in ("kv", "full_kv"):
+            count, which = getattr(mask, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_indices")[0, 0]
+            for q in range(len(count)):
+                assert not listed[q, which[q, : count[q]].long()].any()
+                listed[q, which[q, : count[q]].long()] = True
+        assert torch.equal(listed, some)
 
 
 def test_a_statement_longer_than_the_limit_is_an_error(gemma: Gemma, statements: list[Statement]) -> None:

@@ -31,7 +31,7 @@ def test_hidden_states_and_input_gradients_are_transformers_own(
     wanted = torch.tensor([5, 40, int(batch.label_rows[1])])
     theirs = everything.flatten(0, 1)[wanted]
     (their_gradient,) = torch.autograd.grad(theirs.square().sum(), x)
-    ours = Decoder(own_gemma)(x, batch.position_ids, masks, wanted)
+    ours = Decoder(own_gemma)(x, batch, wanted)
     (our_gradient,) = torch.autograd.grad(ours.square().sum(), x)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(our_gradient, their_gradient, atol=1e-4, rtol=1e-5)

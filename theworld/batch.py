@@ -10,10 +10,13 @@ L tokens) holds trees, each laid out parent first, children after one another:
 
 With `world_position` "after" the image is the parent and the world its child; without world tokens the first two are
 one segment. A token sees the segments on its own path and nothing else, so a statement has the positions and sees the
-tokens that it would have alone. In the row that is one number a token: `end`, where the subtree of its segment ends;
-k is seen by q if k <= q < end[k]. The image tokens also see each other ahead, and so do the world tokens unless
-`world_attention` is "causal". The label sits nowhere in the input: it is what the last token of a statement's segment,
-the newline after `<start_of_turn>model`, has to predict.
+tokens that it would have alone. That is two numbers a token: its `place` in the order above, and the `end` of its
+segment's subtree there; k is seen by q if place[k] <= place[q] < end[k]. The image tokens also see each other ahead,
+and so do the world tokens unless `world_attention` is "causal". The label sits nowhere in the input: it is what the
+last token of a statement's segment, the newline after `<start_of_turn>model`, has to predict.
+
+Segments above a world in its tree (an image, where the world stands after it) depend on nothing that trains. They
+stand in the first columns of a row, `num_frozen` of them, so that no gradient is computed for them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +43,8 @@ class Batch:
     images: tuple[str, ...]  # whose features each block of image tokens holds
     token_ids: Tensor  # int64[R, L]; 0 where a world token, a bracket or padding stands
     position_ids: Tensor  # int64[R, L]
-    end: Tensor  # int64[R, L]: the column at which the subtree of a token's segment ends
+    place: Tensor  # int64[R, L]: the place in the order of the row's trees; below 0, all different: padding
+    end: Tensor  # int64[R, L]: the place at which the subtree of a token's segment ends
     block: Tensor  # int64[R, L]: the same number for tokens that see each other both ways; -1: causal
     world_slots: Tensor  # int64[W, N + 2]: flat indices of [W], w1 ... wN, [/W]; W worlds, which may be none
     image_slots: Tensor  # int64[G, I]: flat indices of the image tokens of G images, which may be none
@@ -49,6 +53,7 @@ class Batch:
     word_rows: Tensor  # int64[T]: flat indices of tokens that predict a caption token of a true statement
     words: Tensor  # int64[T]: those caption tokens
     word_counts: Tensor  # int64[T]: how many tokens the caption of each has
+    num_frozen: int  # columns of each row that nothing trained has part in
 
     def _map(self, change: Any) -> "Batch":
         moved: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -119,10 +124,9 @@ class Packer:
             path = [*self._shared(prompt, statement.image, world), _Segment(index, prompt.branch)]
             leaves.append((_add(roots, path), prompt))
         nodes = list(roots.values())
-        length = _lay_out(nodes, self._capacity([node.size() for node in nodes]))
-        if self.flex:
-            length = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
-        return _assemble(nodes, leaves, statements, self.gemma.answer_ids, length)
+        multiple = ROW_MULTIPLE if self.flex else 1
+        num_frozen, length = _lay_out(nodes, self._capacity([node.size() for node in nodes]), multiple)
+        return _assemble(nodes, leaves, statements, self.gemma.answer_ids, num_frozen, length)
 
     def _capacity(self, sizes: list[int]) -> int:
         if self.row_tokens is not None:
@@ -179,6 +183,13 @@ class _Node:
     children: "dict[Any, _Node]" = field(default_factory=dict)
     row: int = 0
     column: int = 0
+    place: int = 0
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether world tokens stand below it, and none in it or above."""
+        worlds = any(child.segment.world is not None for child in self.children.values())
+        return worlds and self.segment.world is None
 
     def size(self) -> int:
         """Tokens of the whole subtree."""
@@ -200,16 +211,23 @@ def _add(roots: dict[Any, _Node], path: Sequence[_Segment]) -> _Node:
     return node
 
 
-def _lay_out(roots: list[_Node], capacity: int) -> int:
-    """Gives every node its row and column; returns how many tokens the longest row has."""
+def _lay_out(roots: list[_Node], capacity: int, multiple: int) -> tuple[int, int]:
+    """Gives every node its row, column and place; returns how many columns are frozen, and how many there are."""
+    rows = [
+        [node for index in members for node in roots[index].walk()]
+        for members in _fill_rows([root.size() for root in roots], capacity)
+    ]
+    frozen = [sum(len(n.segment.token_ids) for n in nodes if n.is_frozen) for nodes in rows]
+    num_frozen = -(-max(frozen) // multiple) * multiple
     longest = 0
-    for row, members in enumerate(_fill_rows([root.size() for root in roots], capacity)):
-        column = 0
-        for node in (node for index in members for node in roots[index].walk()):
-            node.row, node.column = row, column
-            column += len(node.segment.token_ids)
-        longest = max(longest, column)
-    return longest
+    for row, nodes in enumerate(rows):
+        place, columns = 0, {True: 0, False: num_frozen}
+        for node in nodes:
+            node.row, node.place, node.column = row, place, columns[node.is_frozen]
+            place += len(node.segment.token_ids)
+            columns[node.is_frozen] += len(node.segment.token_ids)
+        longest = max(longest, columns[False])
+    return num_frozen, -(-longest // multiple) * multiple
 
 
 def _fill_rows(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -232,13 +250,15 @@ def _assemble(
     leaves: list[tuple[_Node, Prompt]],
     statements: Sequence[Statement],
     answer_ids: Sequence[int],
+    num_frozen: int,
     length: int,
 ) -> Batch:
     nodes = [node for root in roots for node in root.walk()]
     shape = (1 + max(node.row for node in nodes), length)
     token_ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     block = np.full(shape, -1, np.int64)
-    end = np.tile(np.arange(1, length + 1), (shape[0], 1))  # a padding token sees itself, so no row is empty
+    place = np.tile(-2 - np.arange(length), (shape[0], 1))
+    end = place + 1  # a padding token sees itself, so that no row of scores is empty
     worlds: list[str] = []
     images: list[str] = []
     slots: dict[str, list[np.ndarray]] = {"world": [], "image": []}
@@ -247,14 +267,15 @@ def _assemble(
         stop = column + len(segment.token_ids)
         token_ids[row, column:stop] = segment.token_ids
         positions[row, column:stop] = np.arange(node.position, node.position + stop - column)
-        end[row, column:stop] = column + node.size()
+        place[row, column:stop] = np.arange(node.place, node.place + stop - column)
+        end[row, column:stop] = node.place + node.size()
         block[row, column + segment.ahead[0] : column + segment.ahead[1]] = (
             column  # a number of its own in the row
         )
-        for names, kind, place in ((worlds, "world", segment.world), (images, "image", segment.image)):
-            if place is not None:
-                names.append(place[0])
-                slots[kind].append(np.arange(*place[1:]) + row * length + column)
+        for names, kind, span in ((worlds, "world", segment.world), (images, "image", segment.image)):
+            if span is not None:
+                names.append(span[0])
+                slots[kind].append(np.arange(*span[1:]) + row * length + column)
     starts = [node.row * length + node.column for node, _ in leaves]
     captions = [
         (start, prompt.branch, range(*prompt.caption))
@@ -271,6 +292,7 @@ def _assemble(
         images=tuple(images),
         token_ids=integers(token_ids),
         position_ids=integers(positions),
+        place=integers(place),
         end=integers(end),
         block=integers(block),
         world_slots=integers(slots["world"]).view(len(worlds), -1 if worlds else 0),
@@ -282,4 +304,5 @@ def _assemble(
         word_rows=integers([start + i - 1 for start, _, caption in captions for i in caption]),
         words=integers([branch[i] for _, branch, caption in captions for i in caption]),
         word_counts=integers([len(caption) for _, _, caption in captions for _ in caption]),
+        num_frozen=num_frozen,
     )

@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
+from theworld.batch import Batch
 from theworld.fp8 import Fp8Weight, fp8_linear, to_fp8
 from theworld.gemma import Gemma
+from theworld.masks import attention_masks
 
 Weight = Tensor | Fp8Weight
 
@@ -70,29 +72,47 @@ class Decoder:
         self.kinds = list(config.layer_types)
         model = gemma.text_model
         self.layers = [_merged(layer, fp8) for layer in model.layers]
-        self._layer, self._last = decoder_layer, last_layer
+        self.functions: dict[Any, Any] = {
+            f: f for f in (decoder_layer, last_layer, two_part_layer, two_part_last_layer)
+        }
         if compiled:
             # As a whole or not at all: outside of compiled code flex attention writes out every score.
-            self._layer = torch.compile(decoder_layer, fullgraph=True)
-            self._last = torch.compile(last_layer, fullgraph=True)
+            self.functions = {f: torch.compile(f, fullgraph=True) for f in self.functions}
             torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
 
-    def __call__(self, x: Tensor, position_ids: Tensor, masks: dict[str, Any], wanted: Tensor) -> Tensor:
-        """Hidden states after the final norm, dtype[K, D], of the tokens whose flat indices are `wanted`, int64[K].
+    def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
+        """Hidden states after the final norm, dtype[K, D], of the tokens of x, dtype[R, L, D], whose flat indices are
+        `wanted`, int64[K]. Frozen columns (see `theworld.batch`) take part, but have no gradient and are not wanted."""
+        length, frozen = x.shape[1], batch.num_frozen
+        if not frozen:
+            mask = self._masks(x, batch, (0, length))
+            for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
+                x = self._run(decoder_layer, x, layer, *mask[kind])
+            x = self._run(last_layer, x, self.layers[-1], *mask[self.kinds[-1]], wanted)
+        else:
+            still, x = x[:, :frozen].detach(), x[:, frozen:]
+            wanted = wanted - (wanted // length + 1) * frozen  # counted without the frozen columns
+            masks = self._masks(still, batch, (0, frozen)), self._masks(x, batch, (frozen, length))
+            for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
+                still, x = self._run(two_part_layer, still, x, layer, *masks[0][kind], *masks[1][kind])
+            last = masks[0][self.kinds[-1]][:2], masks[1][self.kinds[-1]]
+            x = self._run(two_part_last_layer, still, x, self.layers[-1], *last[0], *last[1], wanted)
+        return rms_norm(x, self.gemma.text_model.norm.weight, self.shape.epsilon)
 
-        x: embeddings, dtype[R, L, D]; position_ids: int64[R, L]; masks: see `theworld.masks`, dense ones bool.
-        """
-        model, flex = self.gemma.text_model, self.gemma.attention == "flex_attention"
-        turns = {kind: model.rotary_emb(x, position_ids, kind) for kind in sorted(set(self.kinds))}
-        if not flex:  # once for all layers; -inf where a token may not see
-            masks = {kind: x.new_zeros(m.shape).masked_fill(~m, -torch.inf) for kind, m in masks.items()}
-        for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
-            x = self._run(self._layer, x, layer, *turns[kind], masks[kind])
-        kind = self.kinds[-1]
-        x = self._run(self._last, x, self.layers[-1], *turns[kind], masks[kind], wanted)
-        return rms_norm(x, model.norm.weight, self.shape.epsilon)
+    def _masks(
+        self, x: Tensor, batch: Batch, queries: tuple[int, int]
+    ) -> dict[str, tuple[Tensor, Tensor, Any]]:
+        """By kind of layer cos, sin and mask of some columns, which `x` holds; dense masks are added to the scores."""
+        rotary = self.gemma.text_model.rotary_emb
+        positions = batch.position_ids[:, slice(*queries)]
+        masks = attention_masks(batch, self.gemma.sliding_window, self.gemma.attention, queries)
+        for kind, mask in masks.items():
+            if isinstance(mask, Tensor):
+                masks[kind] = x.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        return {kind: (*rotary(x, positions, kind), masks[kind]) for kind in sorted(set(self.kinds))}
 
-    def _run(self, function: Any, *arguments: Any) -> Tensor:
+    def _run(self, function: Any, *arguments: Any) -> Any:
+        function = self.functions[function]
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(function, *arguments, self.shape, use_reentrant=False)
         return function(*arguments, self.shape)
@@ -100,38 +120,67 @@ class Decoder:
 
 def decoder_layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
     """dtype[R, L, D] -> dtype[R, L, D]."""
-    attended = attention(rms_norm(x, w.before_attention, shape.epsilon), w, cos, sin, mask, shape)
-    return _after_attention(x, attended, w, shape.epsilon)
+    query, key, value = _heads(x, w, cos, sin, shape)
+    return _after_attention(x, attention(query, key, value, mask, shape), w, shape)
 
 
 def last_layer(
     x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor, shape: Shape
 ) -> Tensor:
     """dtype[R, L, D] -> dtype[K, D]: nothing reads the other tokens, so most of the layer is for these alone."""
-    attended = attention(rms_norm(x, w.before_attention, shape.epsilon), w, cos, sin, mask, shape)
-    return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape.epsilon)
+    query, key, value = _heads(x, w, cos, sin, shape)
+    attended = attention(query, key, value, mask, shape)
+    return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
 
 
-def _after_attention(x: Tensor, attended: Tensor, w: Layer, epsilon: float) -> Tensor:
-    x = x + rms_norm(linear(attended, w.out), w.after_attention, epsilon)
-    gate, up = linear(rms_norm(x, w.before_mlp, epsilon), w.gate_up).chunk(2, -1)
-    return x + rms_norm(linear(F.gelu(gate, approximate="tanh") * up, w.down), w.after_mlp, epsilon)
+def two_part_layer(
+    still: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor, mask: Any,
+    shape: Shape,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A layer over rows whose first part, without gradient, sees nothing of the second: both parts again."""
+    query0, key0, value0 = _heads(still, w, cos0, sin0, shape)
+    query, key, value = _heads(x, w, cos, sin, shape)
+    attended0 = attention(query0, key0, value0, mask0, shape)
+    attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
+    return _after_attention(still, attended0, w, shape), _after_attention(x, attended, w, shape)
 
 
-def attention(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
-    """dtype[R, L, D] -> dtype[R, L, H E]: grouped queries, normalised queries and keys, rotary positions."""
-    heads, groups, width, scale, epsilon = shape
-    projected = linear(x, w.qkv).unflatten(-1, (-1, width)).transpose(1, 2)  # R, H + 2 G, L, E
+def two_part_last_layer(
+    still: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor,
+    shape: Shape,
+) -> Tensor:  # fmt: skip
+    """As `last_layer`, of rows in two parts; the tokens wanted are of the second, and so are their indices."""
+    _, key0, value0 = _heads(still, w, cos0, sin0, shape)
+    query, key, value = _heads(x, w, cos, sin, shape)
+    attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
+    return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
+
+
+def _heads(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries dtype[R, H, L, E], keys and values dtype[R, G, L, E]: the first two normalised and turned."""
+    heads, groups, width, _, epsilon = shape
+    projected = linear(rms_norm(x, w.before_attention, epsilon), w.qkv)
+    projected = projected.unflatten(-1, (-1, width)).transpose(1, 2)  # R, H + 2 G, L, E
     query, key, value = projected.split((heads, groups, groups), 1)
     query = _turn(rms_norm(query, w.query_norm, epsilon), cos, sin)
-    key = _turn(rms_norm(key, w.key_norm, epsilon), cos, sin)
+    return query, _turn(rms_norm(key, w.key_norm, epsilon), cos, sin), value
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape) -> Tensor:
+    """dtype[R, Q, H E]: H / G queries share a key."""
     if isinstance(mask, Tensor):
-        repeats = heads // groups
+        repeats = shape.num_heads // shape.num_key_value_heads
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=shape.scale)
     else:
-        attended = flex_attention(query, key, value, block_mask=mask, scale=scale, enable_gqa=True)
+        attended = flex_attention(query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True)
     return attended.transpose(1, 2).flatten(2)
+
+
+def _after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tensor:
+    x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
+    gate, up = linear(rms_norm(x, w.before_mlp, shape.epsilon), w.gate_up).chunk(2, -1)
+    return x + rms_norm(linear(F.gelu(gate, approximate="tanh") * up, w.down), w.after_mlp, shape.epsilon)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

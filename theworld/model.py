@@ -17,7 +17,6 @@ from theworld.batch import ZERO, Batch, Packer
 from theworld.config import Config, load_config, save_config
 from theworld.decoder import Decoder
 from theworld.gemma import Gemma
-from theworld.masks import attention_masks
 from theworld.projection import ProjectionShape, WorldProjection
 from theworld.weights import model_id, resolve_device, resolve_dtype, wants_compile
 
@@ -183,14 +182,13 @@ class TheWorld(nn.Module):
         self, batch: Batch, latents: Tensor | None, vision: Tensor | None, wanted: Tensor | None = None
     ) -> Tensor:
         """The language model's last hidden states, dtype[K, D], of the tokens with the flat indices `wanted`
-        (int64[K]; None: all R x L). `batch` lies on Gemma's device.
+        (int64[K]; None: all R x L, where no columns are frozen). `batch` lies on Gemma's device.
 
         latents: float[W, C, H, W] as the VAE gives them; vision: float[G, I, V] from `Gemma.vision_features`.
         """
         if wanted is None:
             wanted = torch.arange(batch.token_ids.numel(), device=batch.token_ids.device)
-        masks = attention_masks(batch, self.gemma.sliding_window, self.gemma.attention)
-        return self.decoder(self.embed(batch, latents, vision), batch.position_ids, masks, wanted)
+        return self.decoder(self.embed(batch, latents, vision), batch, wanted)
 
     def forward(self, batch: Batch, latents: Tensor | None = None, vision: Tensor | None = None) -> Tensor:
         """float32[S, vocabulary]: what follows each statement's prompt."""
