@@ -47,6 +47,6 @@ def test_a_loop_that_is_left_leaves_no_thread_behind() -> None:
 
 
 def test_a_pass_without_a_batch_moves_too() -> None:
-    one = Pass((), None, torch.ones(2), None).pin().to(torch.device("cpu"))
+    one = Pass((), None, torch.ones(2), None).pin(torch.device("cpu")).to(torch.device("cpu"))
     assert one.batch is None
     assert torch.equal(one.latents, torch.ones(2))

@@ -36,15 +36,15 @@ class Pass:
 
         return Pass(self.statements, move(self.batch), move(self.latents), move(self.vision))
 
-    def pin(self) -> "Pass":
-        """The same in page-locked memory, from which a GPU copies by itself; as it is without a GPU."""
+    def pin(self, device: torch.device) -> "Pass":
+        """The same in page-locked memory, from which a GPU copies by itself; as it is for another device."""
 
         def pinned(value: Any) -> Any:
             if value is None or (isinstance(value, Tensor) and value.is_cuda):
                 return value
             return value.pin_memory()
 
-        if not torch.cuda.is_available():
+        if device.type != "cuda":
             return self
         return Pass(self.statements, pinned(self.batch), pinned(self.latents), pinned(self.vision))
 
@@ -60,7 +60,7 @@ def make_pass(
     """Packs statements (see `Packer.pack`) and fetches what their images have."""
     batch = packer.pack(statements, worlds)
     seen = vision(batch.images) if vision is not None else None
-    return Pass(batch.statements, batch, model.latents(batch, latents), seen).pin()
+    return Pass(batch.statements, batch, model.latents(batch, latents), seen).pin(model.gemma.device)
 
 
 def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:

@@ -43,11 +43,11 @@ def check_align(model: TheWorld) -> None:
         )
 
 
-def align_pass(data: Data, statements: list[Statement]) -> Pass:
+def align_pass(model: TheWorld, data: Data, statements: list[Statement]) -> Pass:
     """The rows of the statements' images, without a language model's batch."""
     images = [s.image for s in statements]
     assert data.vision is not None
-    return Pass(tuple(statements), None, data.latents(images), data.vision(images)).pin()
+    return Pass(tuple(statements), None, data.latents(images), data.vision(images)).pin(model.gemma.device)
 
 
 def align_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:

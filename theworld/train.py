@@ -85,7 +85,7 @@ class Trainer:
         parts = split(statements, passes * self.processes.count, shared, len(example.branch))
         own = parts[self.processes.rank * passes : (self.processes.rank + 1) * passes]
         if aligning:
-            return [align_pass(self.data, part) for part in own if part]
+            return [align_pass(self.model, self.data, part) for part in own if part]
         fetch = (self.data.latents, self.data.vision)
         return [make_pass(self.model, self.packer, part, *fetch) for part in own if part]
 
