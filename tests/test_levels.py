@@ -9,6 +9,7 @@ LEVELS = [
     {"jsonc", "console", "files", "vsr", "images", "weights", "scenes"},
     {"config", "shards", "vae", "gemma", "projection"},
     {"arguments", "metrics", "plan"},
+    {"reader"},
     {"store", "schedule"},
     {"cache", "batch"},
     {"encodings", "listing", "model"},

@@ -29,14 +29,21 @@ class StoreError(ValueError):
     """A store is damaged, incomplete or ill-formed."""
 
 
-def open_plain(path: Path) -> io.FileIO:
+class PlainFile(io.FileIO):
+    """Closes with the last reference to it: whoever holds one can read on, whatever others do meanwhile."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def open_plain(path: Path) -> PlainFile:
     """Opens for reading, unbuffered. StoreError if it is missing or no plain file: a FIFO would block,
     a link leads outside of the store."""
     try:
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode):
             raise StoreError(f"{path} is {stat.filemode(mode)}, expected a plain file")
-        return io.FileIO(path)
+        return PlainFile(path)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path} is missing") from None
 
@@ -56,6 +63,17 @@ def holds(path: Path, data: bytes) -> bool:
         return hash_file(path) == (len(data), hashlib.sha256(data).hexdigest())
     except (FileNotFoundError, NotADirectoryError, StoreError):
         return False
+
+
+def identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when a plain file is replaced or written to; None if there is none. Opened for it, because
+    network file systems answer from memory otherwise."""
+    try:
+        with open_plain(path) as file:
+            status = os.fstat(file.fileno())
+    except StoreError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def sync_folder(folder: Path) -> None:

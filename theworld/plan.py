@@ -94,18 +94,23 @@ class Plan:
         self.fingerprint = check_fingerprint(fingerprint)
         self.fingerprint_sha256 = files.canonical_sha256(self.fingerprint)
         self.arrays, self.shard_size = list(arrays), shard_size
-        self.images = {entry.path: entry.sha256 for entry in sorted(images, key=lambda entry: entry.path)}
-        first_paths: dict[str, str] = {}
-        for path, sha256 in self.images.items():
-            first_paths.setdefault(sha256, path)
-        self.rows = [ImageEntry(path, sha256) for sha256, path in first_paths.items()]
-        self.row_of = {sha256: row for row, sha256 in enumerate(first_paths)}
+        ordered = sorted(images, key=lambda entry: entry.path)
+        self.images = {entry.path: entry.sha256 for entry in ordered}
+        first: dict[str, ImageEntry] = {}
+        for image in ordered:
+            first.setdefault(image.sha256, image)
+        self.rows = list(first.values())
+        row_of = {sha256: row for row, sha256 in enumerate(first)}
+        self.row_of = {path: row_of[sha256] for path, sha256 in self.images.items()}
         self.num_shards = math.ceil(len(self.rows) / shard_size)
 
     @cached_property
     def images_bytes(self) -> bytes:
-        """images.jsonl"""
-        return b"".join(canonical_json({"path": p, "sha256": s}) + b"\n" for p, s in self.images.items())
+        """images.jsonl: the canonical JSON of each line, put together by hand because there can be millions."""
+        lines = [
+            f'{{"path":{json.dumps(path)},"sha256":"{digest}"}}\n' for path, digest in self.images.items()
+        ]
+        return "".join(lines).encode("ascii")
 
     @cached_property
     def fields(self) -> dict[str, Any]:
@@ -150,20 +155,39 @@ class Plan:
         digest = hashlib.sha256(data).hexdigest()
         if digest != stated:
             raise StoreError(f"{path} is damaged: SHA-256 is {digest}, store.json says {stated}")
-        images = []
-        for number, line in enumerate(data.splitlines(), start=1):
-            image = files.parse_json(line, f"{path}, line {number}")
-            files.check_keys(image, IMAGE_KEYS, f"{path}, line {number}")
-            images.append(ImageEntry(**image))
         for array in fields["arrays"]:
             files.check_keys(array, ARRAY_KEYS, f"{root / 'store.json'}: arrays")
         arrays = [ArraySpec(**array) for array in fields["arrays"]]
+        images = _cut_lines(data) or _parse_lines(data, path)
         plan = cls(fields["fingerprint"], images, arrays, fields["shard_size"])
         if plan.images_bytes != data or plan.fields != fields:
+            _parse_lines(data, path)  # names the line, where it is one
             raise StoreError(
                 f"{root}: images.jsonl and store.json do not agree, or are not in canonical form"
             )
         return plan
+
+
+def _cut_lines(data: bytes) -> list[ImageEntry] | None:
+    """The images of a canonical images.jsonl, whose values stand at known places of each line; of any other file
+    None, or other images: it is sound if, and only if, these are written as it is."""
+    try:
+        return [
+            ImageEntry(line[9:-78] if "\\" not in line else json.loads(line[8:-77]), line[-66:-2])
+            for line in data.decode("ascii").split("\n")[:-1]
+        ]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _parse_lines(data: bytes, where: Path) -> list[ImageEntry]:
+    """The same by the book, ten times slower. StoreError that names the line."""
+    images = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        image = files.parse_json(line, f"{where}, line {number}")
+        files.check_keys(image, IMAGE_KEYS, f"{where}, line {number}")
+        images.append(ImageEntry(**image))
+    return images
 
 
 def paths(root: Path, shard: int) -> tuple[Path, Path]:
