@@ -42,7 +42,7 @@ class StoreReader:
         one differs, StoreError if the store is unfinished or its JSON damaged. Reads no shard."""
         self.root = Path(root)
         self._plan = plan = Plan.load(self.root)
-        self.fingerprint, self.images, self.num_rows = plan.fingerprint, plan.images, len(plan.rows)
+        self.fingerprint, self.images, self.num_rows = plan.fingerprint, plan.images, plan.num_rows
         self.arrays = {spec.name: spec for spec in plan.arrays}
         self._shards: dict[int, shards.ShardFile] = {}  # small: offsets and CRCs
         self._recent: OrderedDict[int, shards.ShardFile] = OrderedDict()  # those with an open file

