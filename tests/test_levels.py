@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes"},
+    {"jsonc", "console", "images", "weights", "scenes"},
+    {"files", "vsr"},
     {"config", "shards", "vae", "gemma", "projection"},
     {"arguments", "metrics", "plan"},
     {"reader"},

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from theworld.jsonc import unique_keys
+
 SCHEMA_VERSION = 1
 MAX_JSON_BYTES = 1 << 30
 STALE_SECONDS = 24 * 3600
@@ -145,15 +147,11 @@ def canonical_sha256(value: Any) -> str:
 def parse_json(data: bytes, where: object) -> dict[str, Any]:
     """Strict: one object, ASCII, no duplicate keys, no NaN. Raises StoreError that names `where`."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        check_unique([key for key, _ in pairs], "key")
-        return dict(pairs)
-
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        value = json.loads(data.decode("ascii"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(data.decode("ascii"), object_pairs_hook=unique_keys("key"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
