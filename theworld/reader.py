@@ -91,13 +91,14 @@ class StoreReader:
         opened = self._shards.get(shard)
         if opened is None:
             opened = self._shards[shard] = self._open_shard(shard)
-        values = opened.read(position, array, out)
-        # Without a lock: each call is atomic, and a file closes only with the last reference to it.
-        self._recent.pop(shard, None)
-        self._recent[shard] = opened
-        if len(self._recent) > self.max_open_files:
-            self._recent.popitem(last=False)[1].file = None
-        return values
+        try:
+            return opened.read(position, array, out)
+        finally:
+            # Without a lock: each call is atomic, and a file closes only with the last reference to it.
+            self._recent.pop(shard, None)
+            self._recent[shard] = opened
+            if len(self._recent) > self.max_open_files:
+                self._recent.popitem(last=False)[1].file = None
 
     def nbytes(self, array: str) -> int:
         """Bytes of all rows of an array."""
