@@ -128,7 +128,7 @@ class StoreReader:
         shards.check_file(paths(self.root, shard)[0], self._read_record(shard))  # before HDF5 sees any of it
         opened = self._open_shard(shard)
         for spec in self._plan.arrays:
-            for row in range(len(opened.rows)):
+            for row in range(len(opened.images)):
                 opened.read(row, spec.name)
 
     def verify(self) -> list[str]:

@@ -236,7 +236,8 @@ class ShardFile:
     safe to use, threads may share it, and a file that shrinks meanwhile is an error and not a SIGBUS."""
 
     def __init__(self, path: Path, record: dict, specs: Sequence[ArraySpec], rows: Sequence[ImageEntry]):
-        self.path, self.rows, self.offsets = path, rows, record["offsets"]
+        self.path, self.offsets = path, record["offsets"]
+        self.images = [row.path for row in rows]
         self.file: PlainFile | None = None
         self.specs = {spec.name: spec for spec in specs}
         # HDF5 can hang or answer wrongly on damaged structures: it sees only bytes whose hash is right.
@@ -254,7 +255,7 @@ class ShardFile:
         spec = self.specs[array]
         values = np.empty(spec.shape, spec.storage) if out is None else out
         assert (values.shape, values.dtype, values.flags.c_contiguous) == (spec.shape, spec.storage, True)
-        data, what = values.reshape(-1).view(np.uint8).data, f"{array} of image {self.rows[row].path!r}"
+        data, what = values.reshape(-1).view(np.uint8).data, f"{array} of image {self.images[row]!r}"
         file = self.file
         if file is None:
             file = self.file = open_plain(self.path)
