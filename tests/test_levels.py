@@ -7,13 +7,13 @@ import pytest
 
 LEVELS = [
     {"jsonc", "console", "files", "vsr", "images", "weights", "scenes"},
-    {"config", "shards", "vae", "gemma", "projection"},
+    {"config", "shards", "vae", "gemma", "projection", "parts"},
     {"arguments", "metrics", "plan"},
     {"store", "schedule"},
-    {"cache", "batch"},
+    {"cache", "batch", "reading"},
     {"encodings", "listing", "model"},
-    {"extract", "checkpoint", "evaluate"},
-    {"data"},
+    {"stages", "checkpoint", "evaluate"},
+    {"data", "extract"},
     {"train", "score"},
     {"small_models"},
     {"lessons"},
