@@ -21,9 +21,9 @@ from theworld.gemma import Gemma
 from theworld.images import PREPROCESSING
 from theworld.listing import freeze, known_hashes, write_failures
 from theworld.parts import Part, this_part
-from theworld.stages import batches_of, encode_shards
 from theworld.plan import paths
 from theworld.reading import Batches, Source, num_workers
+from theworld.stages import batches_of, encode_shards
 from theworld.store import ArraySpec, ImageEntry, Store, verify_store
 from theworld.vae import CosmosEncoder
 from theworld.vsr import images_of, load_statements
