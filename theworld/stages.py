@@ -23,6 +23,7 @@ from tqdm import tqdm
 from theworld.cache import to_numpy
 from theworld.console import progress
 from theworld.encodings import Encoding
+from theworld.images import ImageError
 from theworld.reading import Batches, Prepared, Source, in_processes, workers_for
 from theworld.store import ImageEntry, Store
 
@@ -169,12 +170,17 @@ def encode_shards(
 
 
 def _encoded(loader: Iterable[Prepared], encoding: Encoding, stages: Stages) -> Iterator[Tensor]:
-    """The rows of each batch on the host, while the encoder already has the batch after it."""
+    """The rows of each batch on the host, while the encoder already has the batch after it.
+
+    Raises the error of a batch after the rows of those before it.
+    """
     flying: deque[Flight] = deque()
+    error: ImageError | None = None
     for batch in loader:
         stages.add(batch.seconds)
-        if batch.error is not None:
-            raise batch.error
+        error = batch.error
+        if error is not None:
+            break
         with stages.timed("encode"):
             flying.append(Flight(encoding, batch))
             rows = flying.popleft().land() if len(flying) == IN_FLIGHT else None
@@ -184,3 +190,5 @@ def _encoded(loader: Iterable[Prepared], encoding: Encoding, stages: Stages) -> 
         with stages.timed("encode"):
             rows = flight.land()
         yield rows
+    if error is not None:
+        raise error
