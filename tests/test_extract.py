@@ -173,11 +173,11 @@ def test_what_is_wrong_is_said_once_by_processes_launched_together(job: Path, tm
     assert "Traceback" not in errors.split("torch/distributed")[0]
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.heavy)])
 def test_an_interrupted_tool_says_one_line_and_leaves_no_process(
     tmp_path: Path, stop: signal.Signals
 ) -> None:
-    make_photographs(tmp_path, 200, 400)
+    make_photographs(tmp_path, 300, 100)
     run = start(*command(tmp_path, tmp_path / "cache", "--num_workers", "2", "--latent_size", "256"))
     shards = tmp_path / "cache" / "latents" / "shards"
     deadline = time.monotonic() + 60

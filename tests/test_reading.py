@@ -1,6 +1,7 @@
 """Batches of photographs, made in this process or in others."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -62,8 +63,6 @@ def test_an_unusable_photograph_comes_back_as_its_error(
 def test_workers_run_on_one_thread_and_leave_signals_to_the_main_process(
     photographs: Path, rows: list[ImageEntry]
 ) -> None:
-    import signal
-
     def look(_: np.ndarray) -> Tensor:
         ignored = [signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGINT, signal.SIGTERM)]
         return torch.tensor([torch.get_num_threads(), *ignored, os.getpid() != main])
@@ -71,6 +70,15 @@ def test_workers_run_on_one_thread_and_leave_signals_to_the_main_process(
     main = os.getpid()
     (batch,) = in_processes(Batches([rows[:1]], Source(photographs, 10**6, 1), look, 1), 1)
     assert batch.pixels.tolist() == [[1, 1, 1, 1]]
+
+
+def test_a_killed_worker_is_an_error_in_words(photographs: Path, rows: list[ImageEntry]) -> None:
+    def die(_: np.ndarray) -> Tensor:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+    with pytest.raises(OSError, match=r"a reading process has died: DataLoader worker .*\. Try fewer --num"):
+        list(in_processes(Batches([rows[:1]], Source(photographs, 10**6, 1), die, 1), 1))
 
 
 def test_workers_are_as_many_as_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

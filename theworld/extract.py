@@ -123,12 +123,11 @@ def extract(
     unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded.
     """
     part = this_part(part)
+    images = part.from_first(lambda: list_images(config, cache, _source(config, part), allow_missing))
     source = _source(config, part)
     device = resolve_device(part.device(config.device))
     if device.index is not None:
         torch.cuda.set_device(device)  # pinned memory and events are of the current one
-    cache.mkdir(parents=True, exist_ok=True)
-    images = part.from_first(lambda: list_images(config, cache, source, allow_missing))
     dtype = resolve_dtype(config.dtype, device)
     compiled = device.type == "cuda" if config.compile is None else config.compile
     encoder = CosmosEncoder(config.cosmos_model_name, dtype, device, compiled)
@@ -157,6 +156,7 @@ def list_images(config: Config, cache: Path, source: Source, allow_missing: bool
     names = images_of(
         [s for x in splits for s in load_statements(config.annotations, x, config.dataset_name)]
     )
+    cache.mkdir(parents=True, exist_ok=True)
     images, failures = freeze(names, source, known_hashes(cache))
     write_failures(cache, failures)
     if failures and not (allow_missing and images):

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,9 +125,12 @@ def workers_for(num_photographs: int, num_items: int, wanted: int, item_bytes: i
     )
 
 
-def in_processes(items: Dataset[Any], workers: int, pinned: bool = False) -> DataLoader[Any]:
-    """The items in their order, made by so many processes (0: this one), a few ahead; `pinned`: for copies to a GPU."""
-    return DataLoader(
+def in_processes(items: Dataset[Any], workers: int, pinned: bool = False) -> Iterator[Any]:
+    """The items in their order, made by so many processes (0: this one), a few ahead; `pinned`: for copies to a GPU.
+
+    Raises OSError if one of the processes is killed, as Linux does where memory is short.
+    """
+    loader = DataLoader(
         items,
         batch_size=None,
         num_workers=workers,
@@ -137,6 +140,13 @@ def in_processes(items: Dataset[Any], workers: int, pinned: bool = False) -> Dat
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_leave_signals_to_main if workers else None,
     )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).rstrip(" .")
+        raise OSError(f"a reading process has died: {reason}. Try fewer --num_workers") from error
 
 
 def _as_it_is(item: Any) -> Any:
