@@ -37,7 +37,8 @@ def test_a_compiled_encoder_is_part_of_the_fingerprint() -> None:
 def test_gemmas_image_processor_works_in_another_process(gemma: Gemma, photographs: Path) -> None:
     encoding = VisionEncoding(gemma)
     row = ImageEntry("a.png", sha256((photographs / "a.png").read_bytes()))
-    (batch,) = in_processes(Batches([[row]], Source(photographs, 10**6, 1), encoding.prepare, 1), 1)
+    with in_processes(Batches([[row]], Source(photographs, 10**6, 1), encoding.prepare, 1), 1) as items:
+        (batch,) = items
     wanted = gemma.pixel_values([read_image(photographs, "a.png")])
     assert torch.equal(batch.pixels, wanted)
     assert torch.equal(encoding.encode(batch.pixels), gemma.vision_features(wanted))

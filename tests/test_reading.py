@@ -1,5 +1,6 @@
 """Batches of photographs, made in this process or in others."""
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -31,9 +32,8 @@ def test_batches_come_in_order_padded_with_zeros_and_timed(
     photographs: Path, rows: list[ImageEntry], workers: int
 ) -> None:
     source = Source(photographs, 10**6, workers)
-    found: list[Prepared] = list(
-        in_processes(Batches([rows[:2], rows[2:], rows[1:]], source, corner, 2), workers)
-    )
+    with in_processes(Batches([rows[:2], rows[2:], rows[1:]], source, corner, 2), workers) as items:
+        found: list[Prepared] = list(items)
     assert [batch.num_photographs for batch in found] == [2, 1, 2]
     corners = [corner(read_image(photographs, row.path)) for row in rows]
     wanted = [corners[:2], [corners[2], torch.zeros(2, 3, dtype=torch.uint8)], corners[1:]]
@@ -52,7 +52,8 @@ def test_an_unusable_photograph_comes_back_as_its_error(
     batches = Batches(
         [[rows[0], changed], [ImageEntry("gone.png", "0" * 64)]], Source(photographs, 10**6, 1), corner, 2
     )
-    first, second = in_processes(batches, workers)
+    with in_processes(batches, workers) as items:
+        first, second = items
     assert first.pixels is None
     assert str(first.error) == (
         f"b.png: changed while extracting: SHA-256 was {'0' * 64}, is {rows[1].sha256}; run again"
@@ -68,7 +69,8 @@ def test_workers_run_on_one_thread_and_leave_signals_to_the_main_process(
         return torch.tensor([torch.get_num_threads(), *ignored, os.getpid() != main])
 
     main = os.getpid()
-    (batch,) = in_processes(Batches([rows[:1]], Source(photographs, 10**6, 1), look, 1), 1)
+    with in_processes(Batches([rows[:1]], Source(photographs, 10**6, 1), look, 1), 1) as items:
+        (batch,) = items
     assert batch.pixels.tolist() == [[1, 1, 1, 1]]
 
 
@@ -77,8 +79,18 @@ def test_a_killed_worker_is_an_error_in_words(photographs: Path, rows: list[Imag
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
-    with pytest.raises(OSError, match=r"a reading process has died: DataLoader worker .*\. Try fewer --num"):
-        list(in_processes(Batches([rows[:1]], Source(photographs, 10**6, 1), die, 1), 1))
+    batches = Batches([rows[:1]], Source(photographs, 10**6, 1), die, 1)
+    words = r"a reading process has died: DataLoader worker .*\. Try fewer --num_workers"
+    with pytest.raises(OSError, match=words), in_processes(batches, 1) as items:
+        list(items)
+
+
+def test_workers_end_with_the_block(photographs: Path, rows: list[ImageEntry]) -> None:
+    batches = Batches([rows[:1]] * 20, Source(photographs, 10**6, 2), corner, 1)
+    with in_processes(batches, 2) as items:
+        next(items)
+        assert len(multiprocessing.active_children()) == 2
+    assert multiprocessing.active_children() == []
 
 
 def test_workers_are_as_many_as_cores_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:

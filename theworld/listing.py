@@ -54,8 +54,9 @@ def freeze(
     # One process beside this one, which only waits, would gain nothing.
     workers = workers_for(len(paths), len(looks), source.num_workers)[0] if source.num_workers > 1 else 0
     looked: list[Look] = []
-    with progress(total=len(paths), desc="reading photographs", unit=" images", leave=False) as bar:
-        for found in in_processes(looks, workers):
+    bar = progress(total=len(paths), desc="reading photographs", unit=" images", leave=False)
+    with bar, in_processes(looks, workers) as chunks:
+        for found in chunks:
             looked += found
             bar.update(len(found))
     entries = [x for x in looked if isinstance(x, ImageEntry)]

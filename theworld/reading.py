@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,10 +126,12 @@ def workers_for(num_photographs: int, num_items: int, wanted: int, item_bytes: i
     )
 
 
-def in_processes(items: Dataset[Any], workers: int, pinned: bool = False) -> Iterator[Any]:
+@contextmanager
+def in_processes(items: Dataset[Any], workers: int, pinned: bool = False) -> Iterator[Iterator[Any]]:
     """The items in their order, made by so many processes (0: this one), a few ahead; `pinned`: for copies to a GPU.
 
-    Raises OSError if one of the processes is killed, as Linux does where memory is short.
+    The processes have ended when the block is left, however it is left. Raises OSError if one of them is killed, as
+    Linux does where memory is short.
     """
     loader = DataLoader(
         items,
@@ -140,13 +143,18 @@ def in_processes(items: Dataset[Any], workers: int, pinned: bool = False) -> Ite
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_leave_signals_to_main if workers else None,
     )
+    iterator: Any = iter(loader)
     try:
-        yield from loader
+        yield iterator
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
         reason = str(error).rstrip(" .")
         raise OSError(f"a reading process has died: {reason}. Try fewer --num_workers") from error
+    finally:
+        if workers:
+            # The garbage collector would do it too, but perhaps in the thread that has to tell the workers to stop.
+            iterator._shutdown_workers()
 
 
 def _as_it_is(item: Any) -> Any:

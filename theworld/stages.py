@@ -150,13 +150,12 @@ def encode_shards(
     workers, note = workers_for(total, len(batches), source.num_workers, blank.nbytes * batch_size)
     if note and not quiet:
         log(f"{encoding.name}: {note}")
-    loader = in_processes(
-        Batches(batches, source, encoding.prepare, batch_size), workers, pinned=encoding.device.type == "cuda"
-    )
-    with progress(total=total, desc=encoding.name, unit=" images", smoothing=0.1, disable=quiet) as bar:
+    items = Batches(batches, source, encoding.prepare, batch_size)
+    bar = progress(total=total, desc=encoding.name, unit=" images", smoothing=0.1, disable=quiet)
+    with bar, in_processes(items, workers, pinned=encoding.device.type == "cuda") as prepared:
         writer = ShardWriter(store, pending, stages)
         try:
-            for rows in _encoded(loader, encoding, stages):
+            for rows in _encoded(prepared, encoding, stages):
                 writer.add(rows)
                 bar.set_postfix_str(f"bound by {stages.bound(workers)}", refresh=False)
                 bar.update(len(rows))
