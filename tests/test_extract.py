@@ -16,13 +16,13 @@ import torch
 from conftest import EMBEDDED_VAE, ROOT
 from PIL import Image
 
-from theworld import reading
+from theworld import files, reading
 from theworld.config import Config, save_config
 from theworld.extract import _seconds_an_image, extract, preflight, verify
 from theworld.images import sha256
 from theworld.parts import part_of
 from theworld.reading import Source
-from theworld.store import ArraySpec, ImageEntry, Store
+from theworld.store import ArraySpec, ImageEntry, Store, StoreError
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -193,6 +193,24 @@ def test_an_interrupted_tool_says_one_line_and_leaves_no_process(
     assert "done:" not in out
     with pytest.raises(ProcessLookupError):  # nobody is left of its group
         os.killpg(run.pid, 0)
+
+
+def test_the_same_bytes_may_be_published_by_two_parts_at_the_same_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, holds = tmp_path / "manifest.json", files.holds
+
+    def another_is_faster(asked: Path, data: bytes) -> bool:
+        monkeypatch.setattr(files, "holds", holds)
+        found = holds(asked, data)
+        path.write_bytes(b"the same")
+        return found
+
+    monkeypatch.setattr(files, "holds", another_is_faster)
+    files.publish_bytes(path, b"the same")
+    assert path.read_bytes() == b"the same"
+    with pytest.raises(StoreError, match="already there with other content"):
+        files.publish_bytes(path, b"other")
 
 
 class Timed:
