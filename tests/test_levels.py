@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "images", "weights", "scenes", "fp8"},
+    {"jsonc", "console", "images", "weights", "scenes", "fp8", "parts"},
     {"files", "vsr"},
     {"config", "shards", "vae", "gemma", "projection", "processes"},
     {"arguments", "metrics", "plan"},
     {"reader"},
     {"store", "schedule"},
-    {"cache", "batch"},
+    {"cache", "batch", "reading"},
     {"masks"},
     {"decoder"},
     {"encodings", "listing", "model"},
-    {"extract", "checkpoint", "feed"},
-    {"evaluate"},
+    {"stages", "checkpoint", "feed"},
+    {"evaluate", "extract"},
     {"data"},
     {"objectives"},
     {"train", "score"},

@@ -100,6 +100,7 @@ def test_a_flipped_bit_is_found_and_named(settings: Path, tmp_path: Path) -> Non
         ("extract_latents", ["--cache", "nowhere"], 1, "image_folder is not set: give --image_folder"),
         ("extract_latents", ["--verify", "--cache", "nowhere"], 1, "nowhere: no store in it"),
         ("extract_latents", ["--latent_sise", "64"], 2, "the nearest known flag is --latent_size"),
+        ("extract_latents", ["--part", "9/8"], 2, "--part: '9/8' is not I/N with I from 1 to N, such as 3/8"),
         ("train", ["--cache", "nowhere"], 1, "nowhere"),
         ("train", ["--learning_rate", "fast"], 2, "'fast' is not a finite number"),
         ("train", ["--no-freeze_cosmos_vae"], 1, "a cache cannot follow a VAE that trains"),

@@ -1,14 +1,17 @@
 """One frame through 2-D convolutions is exactly what diffusers' 3-D encoder gives."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import EMBEDDED_VAE
 from diffusers import AutoencoderKLWan
 
-from theworld.vae import CosmosEncoder, load_vae
+from theworld.images import to_unit_range
+from theworld.vae import CosmosEncoder, FrameConv, load_vae, unit_range
 
 
 @pytest.mark.parametrize("downsample", [[False, True, True], [True, True, False]])
@@ -22,6 +25,56 @@ def test_encoding_equals_diffusers_for_random_weights(tmp_path: Path, downsample
         wanted = vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
     assert wanted.std() > 1e-3
     torch.testing.assert_close(encoder.encode(pixels), wanted, atol=1e-5, rtol=1e-5)
+
+
+def close_to_diffusers(encoder: CosmosEncoder, size: int) -> None:
+    """Latents of random bytes within 1e-5, relative, of diffusers' own 3-D encoding."""
+    pixels = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=torch.manual_seed(0))
+    with torch.no_grad():
+        wanted = (
+            load_vae(str(EMBEDDED_VAE)).encode(unit_range(pixels)[:, :, None]).latent_dist.mode()[:, :, 0]
+        )
+    assert float((encoder.encode(pixels) - wanted).norm() / wanted.norm()) < 1e-5
+
+
+def test_weights_and_pixels_in_channels_last_equal_diffusers() -> None:
+    encoder = CosmosEncoder(str(EMBEDDED_VAE))
+    kernels = [p for p in encoder.encoder.parameters() if p.ndim == 4 and min(p.shape[1:]) > 1]
+    assert len(kernels) == 17
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    seen: list[bool] = []
+
+    def look(module: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        frames = inputs[0].squeeze(2) if inputs[0].ndim == 5 else inputs[0]
+        seen.append(frames.is_contiguous(memory_format=torch.channels_last))
+
+    for module in encoder.encoder.modules():
+        if isinstance(module, FrameConv | torch.nn.Conv2d):
+            module.register_forward_pre_hook(look)
+    close_to_diffusers(encoder, 64)
+    assert seen
+    assert all(seen)
+
+
+def test_the_encoder_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend="eager")
+    )  # traces, generates nothing
+    close_to_diffusers(CosmosEncoder(str(EMBEDDED_VAE), compile=True), 32)
+
+
+@pytest.mark.heavy
+def test_the_compiled_encoder_equals_diffusers() -> None:
+    close_to_diffusers(CosmosEncoder(str(EMBEDDED_VAE), compile=True), 64)
+
+
+def test_every_byte_becomes_the_same_number_on_the_device() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    found = unit_range(torch.from_numpy(pixels).permute(2, 0, 1))
+    assert found.dtype == torch.float32
+    assert found.numpy().tobytes() == to_unit_range(pixels).tobytes()
+    encoder, levels = CosmosEncoder(str(EMBEDDED_VAE)), torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    assert torch.equal(encoder.encode(levels), encoder.encode(found[None]))
 
 
 def test_identity_names_weights_and_normalisation_and_holds_no_path(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What a run trains and evaluates on, checked against its settings before any model loads."""
 
+import contextlib
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +21,8 @@ from theworld.config import Config
 from theworld.feed import Fetch
 from theworld.gemma import Gemma, is_multimodal
 from theworld.model import TheWorld, load_gemma
-from theworld.store import StoreMismatch, fingerprint_differences
-from theworld.vsr import Statement, load_statements
+from theworld.store import StoreError, StoreMismatch, fingerprint_differences
+from theworld.vsr import Statement, images_of, load_statements
 
 
 @dataclass
@@ -32,6 +34,19 @@ class Data:
     latents: Rows
     vision: Fetch | None  # None for a text-only Gemma
     notes: list[str] = field(default_factory=list)
+
+    def read_ahead(self) -> None:
+        """Starts to read what training is going to ask for, in file order, beside it. Stops without a word at what
+        cannot be read: the step that needs it says so."""
+        images = images_of([*self.train, *self.dev])
+
+        def read() -> None:
+            for rows in (self.latents, self.vision):
+                if isinstance(rows, Rows):
+                    with contextlib.suppress(StoreError, OSError):
+                        rows.preload(images)
+
+        threading.Thread(target=read, daemon=True).start()
 
 
 def load_data(config: Config, cache: Path) -> tuple[Data, bool]:

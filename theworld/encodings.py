@@ -7,24 +7,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from theworld.cache import LATENTS, VISION, latent_pixels
+from theworld.cache import LATENTS, VISION
 from theworld.gemma import Gemma
+from theworld.images import square
 from theworld.store import ArraySpec
 from theworld.vae import CosmosEncoder
 from theworld.weights import torch_dtype
 
 
 class Encoding(Protocol):
-    """What `extract` needs of an encoder: its name, what a row is, and the way from pixels to a row."""
+    """What `extract` needs of an encoder: its name, what a row is, and the way from pixels to a row.
+
+    `prepare` runs in other processes: it may not touch a GPU. `encode` may return before a GPU is done.
+    """
 
     name: str
     arrays: list[ArraySpec]
+    device: torch.device
+    compiled: bool
 
     def fingerprint(self) -> dict[str, Any]: ...
 
     def prepare(self, pixels: np.ndarray) -> Tensor: ...
 
-    def encode(self, prepared: list[Tensor]) -> Tensor: ...
+    def encode(self, prepared: Tensor) -> Tensor: ...
 
 
 class LatentEncoding:
@@ -35,22 +41,29 @@ class LatentEncoding:
     def __init__(self, encoder: CosmosEncoder, size: int, storage_dtype: str | None) -> None:
         """`size`: side of the square the VAE sees, pixels. `storage_dtype` None stores what is computed."""
         self.encoder = encoder
+        self.device, self.compiled = encoder.device, encoder.compiled
         self.size = size
         self.storage = storage_dtype or str(encoder.dtype).removeprefix("torch.")
         self.arrays = [ArraySpec(LATENTS, encoder.latent_shape(size), self.storage)]
 
     def fingerprint(self) -> dict[str, Any]:
         """What these numbers mean: encoder, pixels, dtypes, libraries."""
-        own = {"latent_size": self.size, "latent_shape": list(self.arrays[0].shape), "num_world_steps": 0}
+        own: dict[str, Any] = {
+            "latent_size": self.size,
+            "latent_shape": list(self.arrays[0].shape),
+            "num_world_steps": 0,
+        }
+        if self.compiled:  # rounds elsewhere than the same model uncompiled
+            own["compiled"] = True
         return {**self.encoder.identity(), **own, **_libraries("diffusers")}
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> float32[3, S, S] in [-1, 1]."""
-        return latent_pixels(pixels, self.size)
+        """uint8[H, W, 3] -> uint8[S, S, 3]: a quarter of the bytes that it is in [-1, 1]."""
+        return torch.from_numpy(square(pixels, self.size))
 
-    def encode(self, prepared: list[Tensor]) -> Tensor:
-        """B prepared photographs -> storage dtype[B, C, H, W]."""
-        return self.encoder.encode(torch.stack(prepared)).to(torch_dtype(self.storage))
+    def encode(self, prepared: Tensor) -> Tensor:
+        """uint8[B, S, S, 3] -> storage dtype[B, C, H, W]."""
+        return self.encoder.encode(prepared.permute(0, 3, 1, 2)).to(torch_dtype(self.storage))
 
 
 class VisionEncoding:
@@ -58,25 +71,29 @@ class VisionEncoding:
 
     name = VISION
 
-    def __init__(self, gemma: Gemma) -> None:
+    def __init__(self, gemma: Gemma, compile: bool = False) -> None:
         if not gemma.is_multimodal:
             raise ValueError(f"{gemma.name} is text-only: it has no vision features to cache")
         self.gemma = gemma
+        self.device, self.compiled = gemma.device, compile
+        if compile:
+            gemma.compile_vision()
         self.storage = str(gemma.dtype).removeprefix("torch.")
         width = int(gemma.model.config.vision_config.hidden_size)
         self.arrays = [ArraySpec(VISION, (gemma.num_image_tokens, width), self.storage)]
 
     def fingerprint(self) -> dict[str, Any]:
         """What these numbers mean: tower, image processor, dtypes, libraries."""
-        return {**self.gemma.vision_identity(), **_libraries("transformers")}
+        own = {"compiled": True} if self.compiled else {}
+        return {**self.gemma.vision_identity(), **own, **_libraries("transformers")}
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
         """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
         return self.gemma.pixel_values([pixels])[0]
 
-    def encode(self, prepared: list[Tensor]) -> Tensor:
-        """B prepared photographs -> storage dtype[B, N, V]."""
-        return self.gemma.vision_features(torch.stack(prepared))
+    def encode(self, prepared: Tensor) -> Tensor:
+        """float32[B, 3, S, S] -> storage dtype[B, N, V]."""
+        return self.gemma.vision_features(prepared.to(self.device, non_blocking=True))
 
 
 def _libraries(*names: str) -> dict[str, str]:

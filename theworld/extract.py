@@ -1,65 +1,33 @@
 """Phase 1: photographs through a frozen encoder into a store, once, resumable. It serves both encoders.
 
-    read ─> decode ─> encode ─> write      read and decode in threads ahead of the encoder, write behind it
+    list ─> check ─> encode (see `theworld.stages`) ─> publish
 
-What a shard holds depends on the frozen image list alone, and the batches inside it on nothing but the shard,
-so any run, however often interrupted, gives the same files.
+Any number of processes may share the work (see `theworld.parts`); whoever finds all shards committed publishes.
 """
 
 import os
 import shutil
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+import torch
 from tqdm import tqdm
 
-from theworld.cache import FAILURES, LATENTS, VISION, to_numpy
+from theworld.cache import FAILURES, LATENTS, VISION
 from theworld.config import Config
-from theworld.console import progress
 from theworld.encodings import Encoding, LatentEncoding, VisionEncoding
 from theworld.gemma import Gemma
-from theworld.images import PREPROCESSING, ImageError, decode, read_bytes, sha256
-from theworld.listing import Source, freeze, known_hashes, write_failures
+from theworld.images import PREPROCESSING
+from theworld.listing import freeze, known_hashes, write_failures
+from theworld.parts import Part, this_part
+from theworld.plan import paths
+from theworld.reading import Batches, Source, num_workers
+from theworld.stages import batches_of, encode_shards
 from theworld.store import ArraySpec, ImageEntry, Store, verify_store
 from theworld.vae import CosmosEncoder
 from theworld.vsr import images_of, load_statements
-from theworld.weights import resolve_device, resolve_dtype
-
-AHEAD = 4  # batches that are read and decoded ahead of the encoder
-
-
-@dataclass
-class Stages:
-    """Seconds of work in each stage; read and decode are shared by several threads."""
-
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("read", "decode", "encode", "write"), 0.0)
-    )
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time the block takes to `stage`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.seconds[stage] += time.perf_counter() - start
-
-    def bound(self, num_workers: int) -> str:
-        """The stage that the others wait for."""
-        shared = {"read": num_workers, "decode": num_workers}
-        return max(self.seconds, key=lambda s: self.seconds[s] / max(1, shared.get(s, 1)))
+from theworld.weights import resolve_device, resolve_dtype, wants_compile
 
 
 def open_store(
@@ -87,7 +55,7 @@ def preflight(store: Store, encoding: Encoding, pending: list[int], source: Sour
         raise ValueError(
             f"{store.root}: {size:,} bytes are needed and {free:,} are free; make room or move --cache"
         )
-    seconds = _seconds_an_image(rows[:batch_size], encoding, source) * len(rows) if rows else 0.0
+    seconds = _seconds_an_image(store, encoding, pending, source, batch_size) * len(rows) if rows else 0.0
     return (
         f"{encoding.name}: {len(rows):,} of {len(store.rows):,} images to encode in {len(pending)} of "
         f"{store.num_shards} shards, {size / 2**20:,.1f} MiB on disk ({free / 2**30:,.1f} GiB free), "
@@ -95,92 +63,31 @@ def preflight(store: Store, encoding: Encoding, pending: list[int], source: Sour
     )
 
 
-def _seconds_an_image(rows: Sequence[ImageEntry], encoding: Encoding, source: Source) -> float:
-    """Measured on the first batch, the second time around since the first one pays for starting up; on its first
-    photograph alone where even that takes more than a second."""
+def _seconds_an_image(
+    store: Store, encoding: Encoding, pending: list[int], source: Source, batch_size: int
+) -> float:
+    """Of the slower of the two that go on at the same time: reading, measured on the first photograph, and encoding,
+    measured on a blank batch. An encoder that starts slowly is started first, on a batch as it will get them, so
+    nothing is compiled twice. On a CPU one blank photograph is enough where a batch would take more than a second.
+    """
+    batch = Batches([batches_of(store, pending, 1)[0]], source, encoding.prepare, 1)[0]
+    if batch.pixels is None:
+        return 0.0  # the run is about to say why
+    reading = sum(batch.seconds.values()) / max(1, source.num_workers)
 
-    def timed(chosen: Sequence[ImageEntry]) -> float:
+    def encoding_seconds(size: int) -> float:
         start = time.perf_counter()
-        encoding.encode([encoding.prepare(_pixels(row, source, Stages())) for row in chosen])
-        return (time.perf_counter() - start) / len(chosen)
+        encoding.encode(blank.expand(size, *blank.shape[1:]).contiguous()).cpu()
+        return (time.perf_counter() - start) / size
 
-    alone = timed(rows[:1])
-    if alone > 1:
-        return alone
-    timed(rows)
-    return timed(rows)
-
-
-def encode_shards(
-    store: Store,
-    encoding: Encoding,
-    pending: list[int],
-    source: Source,
-    batch_size: int,
-    log: Callable[[str], None] = tqdm.write,
-) -> None:
-    """Encodes and commits the pending shards. Raises ImageError if a photograph changed since it was listed."""
-    stages = Stages()
-    total = sum(len(store.shard_rows(shard)) for shard in pending)
-    workers = max(1, source.num_workers)
-    bar = progress(total=total, desc=encoding.name, unit=" images", smoothing=0.1)
-    with bar, ThreadPoolExecutor(workers) as readers, ThreadPoolExecutor(1) as writer:
-        written: Future[None] | None = None
-        for shard in pending:
-            batches = _prepared(store.shard_rows(shard), encoding, source, batch_size, readers, stages)
-            encoded: list[np.ndarray] = []
-            for batch in batches:
-                with stages.timed("encode"):
-                    encoded.append(to_numpy(encoding.encode(batch)))
-                bar.set_postfix_str(f"bound by {stages.bound(workers)}", refresh=False)
-                bar.update(len(batch))
-            if written is not None:
-                written.result()  # an error of the write before this one
-            written = writer.submit(
-                _write, store, shard, {encoding.arrays[0].name: np.concatenate(encoded)}, stages
-            )
-        if written is not None:
-            written.result()
-    rate = total / max(bar.format_dict["elapsed"], 1e-9)
-    log(f"{encoding.name}: {total:,} images, {rate:,.1f} images/s, bound by {stages.bound(workers)}")
-
-
-def _write(store: Store, shard: int, arrays: dict[str, np.ndarray], stages: Stages) -> None:
-    with stages.timed("write"):
-        store.write_shard(shard, arrays)
-
-
-def _prepared(
-    rows: Sequence[ImageEntry],
-    encoding: Encoding,
-    source: Source,
-    batch_size: int,
-    readers: ThreadPoolExecutor,
-    stages: Stages,
-) -> Iterator[list[Tensor]]:
-    """The shard's photographs, prepared, in batches of fixed membership; a few batches ahead."""
-
-    def prepare(row: ImageEntry) -> Tensor:
-        return encoding.prepare(_pixels(row, source, stages))
-
-    waiting = iter(rows)
-    ahead = deque(readers.submit(prepare, row) for row in islice(waiting, (AHEAD + 1) * batch_size))
-    while ahead:
-        batch = [ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))]
-        ahead.extend(readers.submit(prepare, row) for row in islice(waiting, batch_size))
-        yield batch
-
-
-def _pixels(row: ImageEntry, source: Source, stages: Stages) -> np.ndarray:
-    with stages.timed("read"):
-        data = read_bytes(source.folder, row.path)
-    with stages.timed("decode"):
-        digest = sha256(data)
-        if digest != row.sha256:
-            raise ImageError(
-                row.path, f"changed while extracting: SHA-256 was {row.sha256}, is {digest}; run again"
-            )
-        return decode(data, row.path, max_pixels=source.max_image_pixels)
+    blank = torch.zeros_like(batch.pixels)
+    starts_slowly = encoding.compiled or encoding.device.type == "cuda"
+    if not starts_slowly:
+        alone = encoding_seconds(1)
+        if alone * 2 * batch_size > 1:
+            return max(reading, alone)
+    encoding_seconds(batch_size)
+    return max(reading, encoding_seconds(batch_size))
 
 
 def _row_bytes(spec: ArraySpec) -> int:
@@ -206,53 +113,93 @@ def verify(cache: Path) -> list[str]:
     return problems
 
 
-def extract(config: Config, cache: Path, with_vision: bool, allow_missing: bool) -> None:
-    """Phase 1 as `tools/extract_latents.py` runs it: list, check, encode, publish.
+def extract(
+    config: Config, cache: Path, with_vision: bool, allow_missing: bool, part: Part | None = None
+) -> bool:
+    """Phase 1 as `tools/extract_latents.py` runs it: list, check, encode, publish. `part`: of independent tasks.
 
-    Raises ValueError if photographs are missing or unreadable and `allow_missing` is not given: all of them are
-    then in `failures.jsonl`, and nothing was encoded.
+    Returns whether all of the cache is there now, which it is not before the last task is done, and False in the
+    processes of one run that leave the last word to the first. Raises ValueError if photographs are missing or
+    unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded.
     """
+    part = this_part(part)
+    images = part.from_first(lambda: list_images(config, cache, _source(config, part), allow_missing))
+    source = _source(config, part)
+    device = resolve_device(part.device(config.device))
+    if device.index is not None:
+        torch.cuda.set_device(device)  # pinned memory and events are of the current one
+    dtype = resolve_dtype(config.dtype, device)
+    compiled = wants_compile(config.compile, device)
+    encoder = CosmosEncoder(config.cosmos_model_name, dtype, device, compiled)
+    latents = LatentEncoding(encoder, config.latent_size, config.latent_dtype)
+    complete = run(latents, cache, images, source, config, part)
+    if with_vision:
+        vision = VisionEncoding(Gemma(config.model_name, dtype, device), compiled)
+        complete = run(vision, cache, images, source, config, part) and complete
+    part.leave()
+    return complete and part.speaks
+
+
+def _source(config: Config, part: Part) -> Source:
     if config.image_folder is None:
         raise ValueError("image_folder is not set: give --image_folder, the folder with the COCO photographs")
-    workers = config.num_workers if config.num_workers is not None else len(os.sched_getaffinity(0))
+    workers = num_workers(config.num_workers, part.local_count)
     source = Source(Path(config.image_folder), config.max_image_pixels, workers)
     if not source.folder.is_dir():
         raise ValueError(f"image_folder {source.folder}: not a folder")
+    return source
+
+
+def list_images(config: Config, cache: Path, source: Source, allow_missing: bool) -> list[ImageEntry]:
+    """The readable photographs that statements name; the others are in `failures.jsonl`. Raises as `extract`."""
     splits = ("train", "dev", "test")
-    paths = images_of(
+    names = images_of(
         [s for x in splits for s in load_statements(config.annotations, x, config.dataset_name)]
     )
     cache.mkdir(parents=True, exist_ok=True)
-    images, failures = freeze(paths, source, known_hashes(cache))
+    images, failures = freeze(names, source, known_hashes(cache))
     write_failures(cache, failures)
     if failures and not (allow_missing and images):
         some = "\n".join(f"  {path}: {reason}" for path, reason in failures[:5])
         raise ValueError(
-            f"{len(failures):,} of {len(paths):,} photographs cannot be read:\n{some}\n"
+            f"{len(failures):,} of {len(names):,} photographs cannot be read:\n{some}\n"
             f"All are listed in {cache / FAILURES}. Mend them, or go on without them with --allow_missing"
         )
     if failures:
         tqdm.write(
-            f"{len(images):,} of {len(paths):,} photographs; {len(failures):,} left out by --allow_missing"
+            f"{len(images):,} of {len(names):,} photographs; {len(failures):,} left out by --allow_missing"
         )
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
-    encoder = CosmosEncoder(config.cosmos_model_name, dtype, device)
-    run(LatentEncoding(encoder, config.latent_size, config.latent_dtype), cache, images, source, config)
-    if with_vision:
-        run(VisionEncoding(Gemma(config.model_name, dtype, device)), cache, images, source, config)
+    return images
 
 
-def run(encoding: Encoding, cache: Path, images: list[ImageEntry], source: Source, config: Config) -> None:
-    """Brings one encoding's store from whatever state it is in to its manifest."""
-    store = open_store(cache, encoding, images, config.shard_size, config.encode_batch_size)
-    pending = store.pending()
+def run(
+    encoding: Encoding, cache: Path, images: list[ImageEntry], source: Source, config: Config, part: Part
+) -> bool:
+    """Brings this part's shards of one encoding's store from whatever state they are in to commitment, and the
+    store to its manifest if all shards are there. Returns whether they are."""
+    with part.first_goes_first():
+        store = open_store(cache, encoding, images, config.shard_size, config.encode_batch_size)
+    all_pending = store.pending()
+    pending = [shard for shard in all_pending if part.owns(shard)]
+    say = tqdm.write if part.speaks else _say_nothing
     for note in store.notes:
-        tqdm.write(note)
-    if pending and len(pending) < store.num_shards:
-        tqdm.write(f"resuming: {store.num_shards - len(pending)} of {store.num_shards} shards valid")
-    tqdm.write(preflight(store, encoding, pending, source, config.encode_batch_size))
+        say(note)
+    if all_pending and len(all_pending) < store.num_shards:
+        say(f"resuming: {store.num_shards - len(all_pending)} of {store.num_shards} shards valid")
+    say(preflight(store, encoding, pending, source, config.encode_batch_size))
     if pending:
-        encode_shards(store, encoding, pending, source, config.encode_batch_size)
-    if not store.is_complete:
-        store.publish()
+        encode_shards(store, encoding, pending, source, config.encode_batch_size, not part.speaks)
+    part.wait()
+    missing = [s for s in range(store.num_shards) if not os.path.lexists(paths(store.root, s)[1])]
+    if missing:
+        say(
+            f"{encoding.name}: {len(missing):,} of {store.num_shards:,} shards are still missing: those of other "
+            "parts. Whichever part finishes last completes the store"
+        )
+    elif part.speaks and not store.is_complete:
+        store.publish()  # which reads every byte of all of them
+    return not missing
+
+
+def _say_nothing(_: str) -> None:
+    pass

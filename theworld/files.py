@@ -98,7 +98,8 @@ def publish_bytes(path: Path, data: bytes, overwrite: bool = False) -> None:
     """
     if holds(path, data):
         return sync_folder(path.parent)  # whoever renamed it may not have come this far
-    if os.path.lexists(path) and not overwrite:
+    # Asked again: another process may have published the same since.
+    if not overwrite and os.path.lexists(path) and not holds(path, data):
         raise StoreError(f"{path} is already there with other content; it is never overwritten")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:

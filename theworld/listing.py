@@ -1,25 +1,46 @@
 """Which photographs phase 1 encodes: those that statements name and that can be read; the others by name and reason."""
 
 import json
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+
+from torch.utils.data import Dataset
 
 from theworld.cache import FAILURES, LATENTS, VISION
 from theworld.console import progress
+from theworld.files import publish_bytes
 from theworld.images import ImageError, decode, read_bytes, sha256
+from theworld.reading import Source, in_processes, workers_for
 from theworld.store import ImageEntry, StoreError
 
+CHUNK = 16  # photographs that a process looks at before it answers
 
-@dataclass
-class Source:
-    """Where photographs come from, under which limits."""
+Look = ImageEntry | tuple[str, str]  # a readable photograph, or the path and reason of another
 
-    folder: Path
-    max_image_pixels: int
-    num_workers: int
+
+class Looks(Dataset[list[Look]]):
+    """Item n is what was found at the n-th `CHUNK` paths."""
+
+    def __init__(self, paths: Sequence[str], source: Source, known: dict[str, str]) -> None:
+        self.paths = paths
+        self.source = source
+        self.known = known
+
+    def __len__(self) -> int:
+        return -(-len(self.paths) // CHUNK)
+
+    def __getitem__(self, number: int) -> list[Look]:
+        return [self._look(path) for path in self.paths[number * CHUNK : (number + 1) * CHUNK]]
+
+    def _look(self, path: str) -> Look:
+        try:
+            data = read_bytes(self.source.folder, path)
+            digest = sha256(data)
+            if self.known.get(path) != digest:
+                decode(data, path, max_pixels=self.source.max_image_pixels)
+        except ImageError as error:
+            return path, error.reason
+        return ImageEntry(path, digest)
 
 
 def freeze(
@@ -29,27 +50,15 @@ def freeze(
 
     A photograph is decoded before it counts, except where `known` (path -> SHA-256) has seen the same bytes.
     """
-
-    def look(path: str) -> ImageEntry | tuple[str, str]:
-        try:
-            data = read_bytes(source.folder, path)
-            digest = sha256(data)
-            if known.get(path) != digest:
-                decode(data, path, max_pixels=source.max_image_pixels)
-        except ImageError as error:
-            return path, error.reason
-        return ImageEntry(path, digest)
-
-    with ThreadPoolExecutor(max(1, source.num_workers)) as pool:
-        looked = list(
-            progress(
-                pool.map(look, sorted(paths)),
-                total=len(paths),
-                desc="reading photographs",
-                unit=" images",
-                leave=False,
-            )
-        )
+    looks = Looks(sorted(paths), source, known)
+    # One process beside this one, which only waits, would gain nothing.
+    workers = workers_for(len(paths), len(looks), source.num_workers)[0] if source.num_workers > 1 else 0
+    looked: list[Look] = []
+    bar = progress(total=len(paths), desc="reading photographs", unit=" images", leave=False)
+    with bar, in_processes(looks, workers) as chunks:
+        for found in chunks:
+            looked += found
+            bar.update(len(found))
     entries = [x for x in looked if isinstance(x, ImageEntry)]
     return entries, [x for x in looked if not isinstance(x, ImageEntry)]
 
@@ -60,12 +69,8 @@ def write_failures(cache: Path, failures: list[tuple[str, str]]) -> None:
     if not failures:
         path.unlink(missing_ok=True)
         return
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"path": p, "reason": r}, ensure_ascii=False) + "\n" for p, r in failures)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    lines = (json.dumps({"path": p, "reason": r}, ensure_ascii=False) + "\n" for p, r in failures)
+    publish_bytes(path, "".join(lines).encode(), overwrite=True)
 
 
 def known_hashes(cache: Path) -> dict[str, str]:

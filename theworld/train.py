@@ -185,6 +185,7 @@ class Trainer:
         return last
 
     def _steps(self) -> Iterator[dict[str, float]]:
+        self.data.read_ahead()
         for passes in ahead(self.prepare(step) for step in range(self.step, self.num_steps)):
             yield self.train_step(passes)
 

@@ -55,9 +55,15 @@ class CosmosEncoder:
     """
 
     def __init__(
-        self, name_or_path: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+        self,
+        name_or_path: str,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        compile: bool = False,
     ) -> None:
+        """`compile`: with torch.compile, once for each shape of batch (half a minute at the first one)."""
         self.name = model_id(name_or_path)
+        self.compiled = compile
         self.device = torch.device(device)
         self.dtype = dtype
         vae = load_vae(name_or_path)
@@ -73,9 +79,14 @@ class CosmosEncoder:
             {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
         )
         _to_frame_convolutions(vae.encoder)
-        self.encoder = vae.encoder.to(self.device, dtype).eval().requires_grad_(False)
         quant = FrameConv(vae.quant_conv) if vae.quant_conv is not None else nn.Identity()
-        self.quant_conv = quant.to(self.device, dtype).eval().requires_grad_(False)
+        self.encoder, self.quant_conv = (self._frozen(module) for module in (vae.encoder, quant))
+        self._run = torch.compile(self._means, fullgraph=True, dynamic=False) if compile else self._means
+
+    def _frozen(self, module: nn.Module) -> nn.Module:
+        # channels_last, the order in which a GPU's convolutions read: without it each one turns its input around
+        module.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module.eval().requires_grad_(False)
 
     @property
     def channels(self) -> int:
@@ -94,16 +105,22 @@ class CosmosEncoder:
     def encode(self, pixels: Tensor) -> Tensor:
         """The mean of the posterior, not normalised: diffusers' `encode(pixels).latent_dist.mode()`.
 
-        pixels: float[B, 3, H, W] in [-1, 1], RGB. Returns dtype[B, C, H/8, W/8] on the encoder's device.
-        Raises ValueError for another shape or range: diffusers itself takes 0..255 without a word.
+        pixels: uint8[B, 3, H, W], RGB, or float[B, 3, H, W], the same in [-1, 1]. Returns dtype[B, C, H/8, W/8] on
+        the encoder's device; with uint8 there it does not wait for a GPU. Raises ValueError for another shape or
+        range: diffusers itself takes 0..255 without a word.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"pixels have shape {tuple(pixels.shape)}; wanted [B, 3, H, W]")
-        low, high = pixels.aminmax()
-        if low < -1 or high > 1:
-            raise ValueError(f"pixels range over [{low:.3g}, {high:.3g}]; wanted [-1, 1] (x / 127.5 - 1)")
-        frames = pixels.to(self.device, self.dtype).unsqueeze(2)
-        moments = self.quant_conv(self.encoder(frames)).squeeze(2)
+        if pixels.dtype == torch.uint8:
+            pixels = unit_range(pixels.to(self.device, non_blocking=True))
+        else:
+            low, high = pixels.aminmax()
+            if low < -1 or high > 1:
+                raise ValueError(f"pixels range over [{low:.3g}, {high:.3g}]; wanted [-1, 1] (x / 127.5 - 1)")
+        return self._run(pixels.to(self.device, self.dtype, memory_format=torch.channels_last))
+
+    def _means(self, pixels: Tensor) -> Tensor:
+        moments = self.quant_conv(self.encoder(pixels.unsqueeze(2))).squeeze(2)
         return moments[:, : self.channels]
 
     def identity(self) -> dict[str, Any]:
@@ -117,6 +134,15 @@ class CosmosEncoder:
             "posterior": "mean",
             "compute_dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """uint8[...] -> float32[...] in [-1, 1] on the same device: to the bit `images.to_unit_range`.
+
+    The divisor is a tensor there, because by a plain number CUDA multiplies with the rounded 1 / 127.5. For the same
+    reason this is left out of what is compiled.
+    """
+    return pixels.float() / torch.full((), 127.5, device=pixels.device) - 1
 
 
 def load_vae(name_or_path: str) -> AutoencoderKLWan:

@@ -2,18 +2,21 @@
 
     python tools/extract_latents.py --config configs/vsr_training.json --image_folder images/ --cache cache/
 
-Run the same command again to go on after any stop.
-Exit status: 0 done, 1 failed or damaged, 2 wrong usage.
+Run the same command again to go on after any stop. `accelerate launch tools/extract_latents.py ...` shares the work
+among the GPUs of a machine; independent tasks share it with `--part 1/8` to `--part 8/8`.
+Exit status: 0 done, 1 failed or damaged, 2 wrong usage, 130 interrupted.
 """
 
+import signal
 import sys
 from pathlib import Path
 
 from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from theworld.parts import part_of
 
 KEYS = (
     "cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels latent_size latent_dtype "
-    "encode_batch_size shard_size dtype device num_workers"
+    "encode_batch_size shard_size dtype device compile num_workers"
 ).split()
 
 
@@ -24,6 +27,7 @@ def main() -> int:
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
     parser.add_argument("--gemma_vision", action="store_true", help="cache Gemma's own vision features too")
     parser.add_argument("--allow_missing", action="store_true", help="go on without unreadable photographs")
+    parser.add_argument("--part", type=part_of, metavar="I/N", help="only the I-th of N parts (default: all)")
     parser.add_argument(
         "--verify", action="store_true", help="only read everything back; 1 if anything is wrong"
     )
@@ -33,20 +37,24 @@ def main() -> int:
     from theworld.extract import extract, verify
 
     quiet_libraries()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the reading processes too
     try:
         if arguments.verify:
             problems = verify(arguments.cache)
             print("\n".join(problems) or f"{arguments.cache}: sound")
             return 1 if problems else 0
         config = config_from_arguments(arguments)
-        extract(config, arguments.cache, arguments.gemma_vision, arguments.allow_missing)
+        complete = extract(
+            config, arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part
+        )
     except KeyboardInterrupt:
         print("\nextract_latents: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"extract_latents: {error}", file=sys.stderr)
         return 1
-    print(f"done: {arguments.cache}. Next: python tools/train.py --cache {arguments.cache}")
+    if complete:
+        print(f"done: {arguments.cache}. Next: python tools/train.py --cache {arguments.cache}")
     return 0
 
 
