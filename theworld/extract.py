@@ -179,13 +179,13 @@ def run(
     store to its manifest if all shards are there. Returns whether they are."""
     with part.first_goes_first():
         store = open_store(cache, encoding, images, config.shard_size, config.encode_batch_size)
-    all_pending = store.pending()
-    pending = [shard for shard in all_pending if part.owns(shard)]
+    own = [shard for shard in range(store.num_shards) if part.owns(shard)]
+    pending = store.pending(own)
     say = tqdm.write if part.speaks else _say_nothing
     for note in store.notes:
         say(note)
-    if all_pending and len(all_pending) < store.num_shards:
-        say(f"resuming: {store.num_shards - len(all_pending)} of {store.num_shards} shards valid")
+    if pending and len(pending) < len(own):
+        say(f"resuming: {len(own) - len(pending)} of {len(own)} shards valid")
     say(preflight(store, encoding, pending, source, config.encode_batch_size))
     if pending:
         encode_shards(store, encoding, pending, source, config.encode_batch_size, not part.speaks)
