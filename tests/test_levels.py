@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes"},
+    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes", "results"},
+    {"baseline", "standins", "standin_models"},
     {"config", "shards", "vae", "gemma", "projection"},
     {"arguments", "metrics", "plan"},
     {"store", "schedule"},
@@ -18,6 +19,10 @@ LEVELS = [
     {"small_models"},
     {"lessons"},
     {"demo", "pretrain"},
+    {"chip"},
+    {"workbench"},
+    {"growth", "measure_encoders", "measure_training"},
+    {"bench"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PACKAGE = Path(__file__).parent.parent / "theworld"
@@ -46,10 +51,12 @@ def test_a_module_imports_from_lower_levels_only(module: str) -> None:
         )
 
 
-def test_the_core_does_not_know_the_demo() -> None:
+def test_the_core_does_not_know_the_demo_or_the_measurements() -> None:
     demo = {"demo", "scenes", "pretrain", "small_models", "lessons"}
-    for module in set(MODULES) - demo:
-        assert not imported(PACKAGE / f"{module}.py") & demo
+    measurements = {"results", "standins", "standin_models", "baseline", "chip", "workbench", "growth"}
+    measurements |= {"measure_encoders", "measure_training", "bench"}
+    for module in set(MODULES) - demo - measurements:
+        assert not imported(PACKAGE / f"{module}.py") & (demo | measurements)
         assert "embedded" not in (PACKAGE / f"{module}.py").read_text()
 
 
