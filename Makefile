@@ -15,7 +15,7 @@ demo-seeds: $(VENV)/.installed  ## the demo for three seeds
 	for seed in 0 1 2; do $(BIN)/python tools/demo.py --seed $$seed --output checkpoints/demo-$$seed || exit 1; done
 
 bench: $(VENV)/.installed  ## how fast each phase is here, at small shapes, beside what one would otherwise run
-	$(BIN)/python tools/bench.py --shapes small
+	$(BIN)/python tools/bench.py --shapes small --variants "batch 8 x 2" checkpointing
 
 test: $(VENV)/.installed  ## the tests, without the heavy ones
 	$(BIN)/python -m pytest -m "not heavy"

@@ -14,7 +14,7 @@ from theworld.standin_models import num_world_tokens
 from theworld.store import ArraySpec, ImageEntry, Store, StoreReader
 from theworld.train import Trainer
 from theworld.vsr import Statement
-from theworld.workbench import WARM_UP, Workbench
+from theworld.workbench import Workbench
 
 ROW = (16, 2, 2)  # of a tiny latent: what grows with the number of images is all that is left
 READS = 2000
@@ -76,7 +76,9 @@ def growth_statements(bench: Workbench) -> None:
             tokens = trainer.packer.pack(statements).token_ids.numel()
             bench.free()
             call = _forward_and_backward(trainer, statements)
-            seconds = time_calls(call, bench.device, bench.shapes.repeats, WARM_UP, bench.shapes.steps)
+            seconds = time_calls(
+                call, bench.device, bench.shapes.repeats, bench.shapes.warm_up, bench.shapes.steps
+            )
             row = spread([size / s for s in seconds]) | {"unit": "statements/s", "tokens": tokens}
             row |= {"statements": size, "memory_gib": bench.peak_gib()}
             bench.results.add("growth_statements", name, row)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from theworld.baseline import EndToEnd
-from theworld.chip import language_flops, synchronize, time_calls, work_of
+from theworld.chip import language_flops, projection_flops, synchronize, time_calls, work_of
 from theworld.results import Row, spread
 from theworld.score import score
 from theworld.train import Trainer
-from theworld.vsr import load_statements
+from theworld.vsr import Statement, load_statements
 from theworld.workbench import (
-    WARM_UP,
     Workbench,
     branch_tokens,
     last_metrics,
+    quietly,
     run_tool,
     statements_a_step,
     stopwatch,
@@ -51,13 +51,14 @@ def part_train(bench: Workbench) -> None:
     memory = {}
     for name, step in steps.items():
         bench.free()
-        time_calls(step, bench.device, WARM_UP)
+        time_calls(step, bench.device, bench.shapes.warm_up)
         memory[name] = bench.peak_gib()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(bench.shapes.repeats):
         for name, step in steps.items():
-            bench.free()  # what the other one's allocator keeps is in this one's way
-            step()
+            if bench.device.type == "cuda":
+                bench.free()  # what the other one's allocator keeps is in this one's way
+                step()
             seconds[name] += time_calls(step, bench.device, bench.shapes.steps, warm_up=0)
     for name, own in seconds.items():
         row = spread([sizes[name] / s for s in own]) | {"unit": "statements/s", "memory_gib": memory[name]}
@@ -131,7 +132,7 @@ def _kernels(bench: Workbench, trainer: Trainer) -> dict[str, Any]:
 
 def part_variants(bench: Workbench) -> None:
     """Other kinds of runs, one after the other."""
-    for name in bench.variants:
+    for name in bench.variants or VARIANTS:
         with bench.results.attempt("variants", name):
             bench.results.add("variants", name, bench.train_row(**VARIANTS[name]))
         bench.free()
@@ -164,27 +165,38 @@ def part_evaluate(bench: Workbench) -> None:
     output, cache = bench.fresh("evaluate"), bench.cache()
     config = bench.config(max_steps=1, output_dir=str(output))
     trainer = Trainer(config, cache)
-    checkpoint = trainer.run()
+    with quietly():
+        checkpoint = trainer.run()
     test = load_statements(config.annotations, "test", config.dataset_name)
-    flops = _evaluation_flops(trainer, test[: 4 * config.batch_size])
+    flops: list[float] = []  # of one answer, by system
+    with bench.results.attempt("evaluate", "counted work"):
+        flops = [_answer_flops(trainer, test[:64], system != "baseline") for system in SYSTEMS]
     del trainer
-    seconds = {}
+    names, seconds = {1: "one system", len(SYSTEMS): "all four"}, {}
     for systems in (SYSTEMS[:1], SYSTEMS):
         bench.free()
+        torch._dynamo.reset()
         start = time.perf_counter()
-        rows = score(checkpoint, cache, None, "test", systems, {})
+        with quietly():
+            rows = score(checkpoint, cache, None, "test", systems, {})
         synchronize(bench.device)
         seconds[len(systems)] = time.perf_counter() - start
         row: Row = {"seconds": seconds[len(systems)], "statements": len(rows), "memory_gib": bench.peak_gib()}
         row |= {"rate": len(rows) * len(systems) / seconds[len(systems)], "unit": "answers/s"}
-        bench.results.add("evaluate", " ".join(systems), row)
-    steady = (len(SYSTEMS) - 1) * len(test) / max(1e-9, seconds[4] - seconds[1])
-    row = {"rate": steady, "unit": "answers/s", "world_gflop": flops / 1e9}
-    bench.results.add("evaluate", "without the start", row | {"mfu": steady * flops / bench.rates["flops"]})
+        bench.results.add("evaluate", names[len(systems)], row)
+    steady = max(1e-9, seconds[4] - seconds[1])  # of the last three systems
+    row = {"rate": 3 * len(test) / steady, "unit": "answers/s"}
+    if flops:
+        row |= {
+            "gflop": sum(flops[1:]) / 3e9,
+            "mfu": sum(flops[1:]) * len(test) / steady / bench.rates["flops"],
+        }
+    bench.results.add("evaluate", "without the start", row)
 
 
-def _evaluation_flops(trainer: Trainer, statements: Sequence[Any]) -> float:
-    """FLOPs of one answer with world tokens: forward alone."""
+def _answer_flops(trainer: Trainer, statements: Sequence[Statement], with_world: bool) -> float:
+    """FLOPs of one answer: forward alone, the statements of an image side by side."""
     chosen = sorted(statements, key=lambda s: s.image)
-    work = work_of(trainer.packer.pack(chosen), trainer.model.gemma.sliding_window)
-    return language_flops(trainer.model.gemma.text_config, [work])["forward"] / len(chosen)
+    work = work_of(trainer.model.packer(with_world).pack(chosen), trainer.model.gemma.sliding_window)
+    projection = projection_flops(trainer.model.projection.shape) if with_world else 0
+    return language_flops(trainer.model.gemma.text_config, [work], projection)["forward"] / len(chosen)

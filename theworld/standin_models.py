@@ -44,6 +44,7 @@ class Shapes:
     batch_size: int  # ours, statements in one pass
     baseline_batch_size: int  # statements in one pass of the end-to-end baseline
     encode_batch_size: int  # ours, photographs
+    warm_up: int  # training steps before any counts: compilation, allocator, page cache
     repeats: int  # of each measurement
     steps: int  # of training in each repeat
     store_rows: tuple[int, ...]  # sizes of stores, for growth
@@ -87,6 +88,7 @@ REAL = Shapes(
     batch_size=16,
     baseline_batch_size=8,
     encode_batch_size=32,
+    warm_up=3,
     repeats=5,
     steps=8,
     store_rows=(1_000, 20_000, 200_000),
@@ -119,16 +121,17 @@ SMALL = Shapes(
     image_tokens=64,
     vae={"base_dim": 16},
     latent_size=128,
-    share=0.01,
+    share=0.005,
     photograph=(640, 480),
     num_pictures=8,
-    batch_size=16,
+    batch_size=8,
     baseline_batch_size=8,
     encode_batch_size=8,
+    warm_up=1,
     repeats=3,
     steps=1,
     store_rows=(1_000, 5_000, 20_000),
-    world_patches=(8, 4, 2, 1),
+    world_patches=(4, 2, 1),
 )
 
 # For tests: as small as the classes allow.
@@ -164,6 +167,7 @@ TINY = Shapes(
     batch_size=4,
     baseline_batch_size=2,
     encode_batch_size=2,
+    warm_up=1,
     repeats=1,
     steps=1,
     store_rows=(10, 30),

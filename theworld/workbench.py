@@ -1,6 +1,7 @@
 """What measurements stand on: model folders, data, a cache, trainers, and how a step's time and work are counted."""
 
 import gc
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ EMBEDDED = Path(__file__).parent / "embedded"
 # With the stand-ins' tokenizer a branch takes as many tokens as a VSR statement does with Gemma's and the guide's
 # question: about 42.
 QUESTION = "Look at the picture. Statement: {caption} Is this true or false?\nAnswer (only '0' or '1'):"
-WARM_UP = 3  # training steps before any counts: compilation, allocator, page cache
 
 
 @dataclass
@@ -64,7 +64,8 @@ class Workbench:
 
     @property
     def data_folder(self) -> Path:
-        return self.folder / f"data-{self.shapes.name}-{self.shapes.share:g}"
+        share = f"{self.shapes.share:g}" if self.annotations is None else "given"
+        return self.folder / f"data-{self.shapes.name}-{share}"
 
     def config(self, **changes: Any) -> Config:
         """The settings of a run here: the guide's, with `changes`; it never ends by itself and evaluates nothing."""
@@ -118,15 +119,22 @@ class Workbench:
         yield
         print(f"made {what} in {time.perf_counter() - start:.1f} s", flush=True)
 
+    @property
+    def cache_folder(self) -> Path:
+        return self.folder / f"cache-{self.data_folder.name}"
+
+    def has_cache(self) -> bool:
+        """Whether both of its stores are finished."""
+        stores = (self.cache_folder / name / "manifest.json" for name in ("latents", "gemma_vision"))
+        return all(path.exists() for path in stores)
+
     def cache(self) -> Path:
         """The finished cache of latents and vision features, extracted if it is not there."""
-        cache = self.folder / f"cache-{self.data_folder.name}"
-        stores = [cache / name / "manifest.json" for name in ("latents", "gemma_vision")]
-        if not all(path.exists() for path in stores):
-            with self._told("cache"):
-                extract(self.config(), cache, with_vision=True, allow_missing=False)
+        if not self.has_cache():
+            with self._told("cache"), quietly():
+                extract(self.config(), self.cache_folder, with_vision=True, allow_missing=False)
             self.free()
-        return cache
+        return self.cache_folder
 
     def fresh(self, name: str) -> Path:
         """An empty folder for one measurement."""
@@ -175,7 +183,7 @@ class Workbench:
         trainer = self.trainer(**changes)
         loaded = time.perf_counter() - start
         first = self.step_seconds(trainer, 1)[0]
-        self.step_seconds(trainer, WARM_UP - 1)
+        self.step_seconds(trainer, self.shapes.warm_up - 1)
         seconds = self.step_seconds(trainer, self.shapes.repeats * self.shapes.steps)
         statements = statements_a_step(trainer.config)
         row = spread([statements / s for s in seconds]) | {
@@ -228,6 +236,13 @@ def branch_tokens(packer: Packer, config: Config) -> Row:
         "longest": max(own),
         "shared_tokens": shared,
     }
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keeps what others print off the terminal, which shows figures here; progress bars and errors stay."""
+    with redirect_stdout(io.StringIO()):
+        yield
 
 
 @contextmanager
