@@ -49,6 +49,7 @@ def test_one_frame_costs_less_than_half_of_what_diffusers_computes() -> None:
     attention = 4 * 64**2 * 32
     assert found == {"frame": frame + attention, "as_it_is": as_it_is + attention}
     assert found["frame"] < found["as_it_is"] / 2
+    assert vae_encode_flops(load_vae(str(EMBEDDED_VAE)).bfloat16(), 64) == found
 
 
 def test_vision_flops_are_those_of_the_tower(gemma: Gemma) -> None:

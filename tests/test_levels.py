@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes", "results"},
-    {"baseline", "standins", "standin_models"},
+    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes"},
     {"config", "shards", "vae", "gemma", "projection"},
     {"arguments", "metrics", "plan"},
     {"store", "schedule"},
@@ -19,7 +18,7 @@ LEVELS = [
     {"small_models"},
     {"lessons"},
     {"demo", "pretrain"},
-    {"chip"},
+    {"results", "standins", "standin_models", "baseline", "chip"},
     {"workbench"},
     {"growth", "measure_encoders", "measure_training"},
     {"bench"},

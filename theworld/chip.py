@@ -83,12 +83,13 @@ def vae_encode_flops(vae: Any, size: int) -> dict[str, int]:
         counted["frame"] += flops
 
     vae = vae.to("meta")
+    dtype = next(vae.parameters()).dtype
     hooks = [
         m.register_forward_hook(convolution) for m in vae.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)
     ]
     hooks += [m.register_forward_hook(attention) for m in vae.modules() if isinstance(m, WanAttentionBlock)]
     with torch.no_grad():
-        vae.encode(torch.empty(1, 3, 1, size, size, device="meta"))
+        vae.encode(torch.empty(1, 3, 1, size, size, device="meta", dtype=dtype))
     for hook in hooks:
         hook.remove()
     return counted

@@ -51,6 +51,7 @@ class Workbench:
     annotations: Path | None = None  # VSR's own; None: stand-ins
     image_folder: Path | None = None  # COCO's photographs; None: stand-ins
     variants: tuple[str, ...] = ()  # kinds of runs to measure
+    changes: dict[str, Any] = field(default_factory=dict)  # of the settings, for all that is measured
     rates: dict[str, float] = field(default_factory=dict)  # of the chip: flops and bytes a second
 
     @property
@@ -68,7 +69,8 @@ class Workbench:
         return self.folder / f"data-{self.shapes.name}-{share}"
 
     def config(self, **changes: Any) -> Config:
-        """The settings of a run here: the guide's, with `changes`; it never ends by itself and evaluates nothing."""
+        """The settings of a run here: the guide's, with `changes` on top. It never ends by itself and does not
+        evaluate."""
         settings: dict[str, Any] = {
             "model_name": str(self.folder / f"gemma-{self.shapes.name}"),
             "cosmos_model_name": str(self.folder / f"vae-{self.shapes.name}"),
@@ -88,7 +90,7 @@ class Workbench:
         # The smallest patch that still gives as many world tokens as image tokens, as the guide's 256 and 256.
         side = self.shapes.latent_size // 8
         settings["world_patch"] = max(1, side // math.isqrt(self.shapes.image_tokens))
-        return Config(**(settings | changes))
+        return Config(**(settings | self.changes | changes))
 
     def prepare(self) -> None:
         """Makes what is not there yet: models, statements, photographs. Says how long each took."""

@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--annotations", type=Path, help="VSR's own folder (default: stand-ins)")
     parser.add_argument("--image_folder", type=Path, help="their photographs (default: stand-ins)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--changes", type=json.loads, default={}, help="of the settings, JSON (default: {})")
     arguments = parser.parse_args()
     quiet_libraries()
     shapes = SHAPES[arguments.shapes]
@@ -58,6 +59,7 @@ def main() -> int:
         arguments.annotations and arguments.annotations.resolve(),
         arguments.image_folder and arguments.image_folder.resolve(),
         tuple(arguments.variants),
+        arguments.changes,
     )
     summary = run_parts(bench, arguments.parts)
     print(f"\n{results.table()}\n\nfigures: {arguments.output}")
