@@ -4,13 +4,18 @@ import pytest
 import torch
 from conftest import CAPTIONS, QUESTION
 
-from theworld.batch import Packer, attention_masks
+from theworld.batch import ZERO, Packer
 from theworld.gemma import Gemma
+from theworld.masks import attention_masks, visible_blocks
 from theworld.vsr import Statement
 
 
 def pack(gemma: Gemma, statements: list[Statement], num_world_tokens: int = 4):
     return Packer(gemma, QUESTION, num_world_tokens).pack(statements)
+
+
+def shared_of(gemma: Gemma) -> tuple[int, ...]:
+    return gemma.prompt(QUESTION, "It is so.", with_world=True).shared
 
 
 def test_two_statements_share_one_prefix(gemma: Gemma, statements: list[Statement]) -> None:
@@ -23,8 +28,8 @@ def test_two_statements_share_one_prefix(gemma: Gemma, statements: list[Statemen
     prefix, first, second = len(shared) + 6, len(prompts[0].branch), len(prompts[1].branch)
     positions = [*range(prefix), *range(prefix, prefix + first), *range(prefix, prefix + second)]
     assert batch.position_ids.tolist() == [positions]
-    assert batch.branch.tolist() == [[-1] * prefix + [0] * first + [1] * second]
-    assert batch.group.unique().tolist() == [0]
+    total = prefix + first + second
+    assert batch.end.tolist() == [[total] * prefix + [prefix + first] * first + [total] * second]
     assert batch.world_slots.tolist() == [[4, 5, 6, 7, 8, 9]]
     assert batch.image_slots.tolist() == [list(range(12, 28))]  # after two tokens: \n\n and <start_of_image>
     assert batch.label_rows.tolist() == [prefix + first - 1, prefix + first + second - 1]
@@ -44,8 +49,7 @@ def test_blocks_see_ahead_within_themselves_and_nowhere_else(
     ahead = [(q, k) for q in range(length) for k in range(q + 1, length) if sees[q, k]]
     world, image = range(5, 9), range(12, 28)
     assert ahead == [(q, k) for block in (world, image) for q in block for k in block if k > q]
-    prefix = int((batch.branch == -1).sum())
-    first = int((batch.branch == 0).sum())
+    prefix, first = len(shared_of(gemma)) + 6, len(gemma.prompt(QUESTION, CAPTIONS[0][1], True).branch)
     assert not sees[prefix + first :, prefix : prefix + first].any()  # one statement never sees another
     assert sees[prefix + first :, :prefix].all()
 
@@ -61,27 +65,74 @@ def test_the_sliding_window_counts_positions_not_places_in_the_row(
     assert seen.tolist() == list(range(int(position[last]) - 7, int(position[last]) + 1))
 
 
-def test_images_never_see_each_other_and_padding_sees_only_padding(
+def test_images_never_see_each_other_and_padding_sees_only_itself(
     gemma: Gemma, statements: list[Statement]
 ) -> None:
     packer = Packer(gemma, QUESTION, 4, row_tokens=200)
     batch = packer.pack(statements)
-    assert (batch.group == -1).any()
     sees = attention_masks(batch, 1024, "sdpa")["full_attention"][:, 0]
-    same = batch.group[:, :, None] == batch.group[:, None, :]
+    of_image = torch.full_like(batch.token_ids, -1).flatten()
+    for number, slots in enumerate(batch.world_slots):
+        start = int(slots[0]) - 4
+        of_image[start : int(batch.end.flatten()[start]) + start // sees.shape[1] * sees.shape[1]] = number
+    of_image = of_image.view_as(batch.token_ids)
+    padding = of_image == -1
+    assert padding.any()
+    assert set(of_image.unique().tolist()) == {-1, 0, 1, 2}
+    same = of_image[:, :, None] == of_image[:, None, :]
     assert not (sees & ~same).any()
+    assert torch.equal(sees[padding].nonzero()[:, 1], padding.nonzero()[:, 1])
     assert sees.any(-1).all()  # no row of scores is empty, so none becomes NaN
 
 
-def test_order_of_statements_and_labels_agree(gemma: Gemma) -> None:
+def test_statements_and_labels_keep_the_order_given(gemma: Gemma) -> None:
     mixed = [
         Statement(image=i, caption=c, label=y, relation=r, index=n) for n, (i, c, y, r) in enumerate(CAPTIONS)
     ]
     mixed = [mixed[n] for n in (3, 0, 2, 5, 1, 4)]
     batch = pack(gemma, mixed)
-    assert [s.index for s in batch.statements] == [3, 5, 4, 0, 1, 2]
-    assert batch.images == ("c.png", "a.png", "b.png")
-    assert batch.labels.tolist() == [gemma.answer_ids[s.label] for s in batch.statements]
+    assert [s.index for s in batch.statements] == [3, 0, 2, 5, 1, 4]
+    assert batch.images == batch.worlds == ("c.png", "a.png", "b.png")
+    assert batch.labels.tolist() == [gemma.answer_ids[s.label] for s in mixed]
+    branches = [gemma.prompt(QUESTION, s.caption, True).branch for s in mixed]
+    flat = batch.token_ids.flatten()
+    for row, branch in zip(batch.label_rows.tolist(), branches, strict=True):
+        assert flat[row + 1 - len(branch) : row + 1].tolist() == list(branch)
+
+
+def test_worlds_may_come_from_other_images_or_say_nothing(gemma: Gemma, statements: list[Statement]) -> None:
+    own, other, zero, none = [statements[2]] * 4
+    packer = Packer(gemma, QUESTION, 4, row_tokens=10_000)
+    batch = packer.pack([own, other, zero, none, statements[3]], ["b.png", "a.png", ZERO, None, "b.png"])
+    # The last statement's image is another one, but its world is that of the first statement, so they share it.
+    assert batch.worlds == ("b.png", "a.png", ZERO)
+    assert batch.images == ("b.png", "c.png", "b.png", "b.png", "b.png")
+    shared = len(shared_of(gemma))
+    plain = gemma.prompt(QUESTION, statements[2].caption, with_world=False)
+    dog, cup = (len(gemma.prompt(QUESTION, s.caption, True).branch) for s in statements[2:4])
+    lengths = [
+        10 + 2 * (shared - 4) + dog + cup,
+        2 * (shared + 6 + dog),
+        len(plain.shared) + len(plain.branch),
+    ]
+    assert batch.token_ids.numel() == sum(lengths)
+
+
+def test_after_the_image_the_world_is_one_of_its_children(gemma: Gemma, statements: list[Statement]) -> None:
+    packer = Packer(gemma, QUESTION, 4, world_position="after")
+    batch = packer.pack([statements[0], statements[0]], ["a.png", None])
+    assert batch.num_frozen == len(gemma.prompt(QUESTION, statements[0].caption, True, "after").shared)
+    prompt = gemma.prompt(QUESTION, statements[0].caption, True, "after")
+    shared, branch = prompt.shared, prompt.branch
+    assert prompt.world_at == len(shared)
+    assert batch.token_ids.tolist() == [[*shared, *[0] * 6, *branch, *branch]]
+    n, b = len(shared), len(branch)
+    assert batch.position_ids.tolist() == [[*range(n + 6 + b), *range(n, n + b)]]
+    assert batch.world_slots.tolist() == [list(range(n, n + 6))]
+    assert batch.images == ("a.png",)
+    sees = attention_masks(batch, 1024, "sdpa")["full_attention"][0, 0]
+    assert sees[-1, :n].all()  # the statement without world tokens shares the image
+    assert not sees[-1, n : n + 6 + b].any()  # and sees nothing of the world
 
 
 def test_flex_rows_are_padded_to_whole_blocks(gemma: Gemma, statements: list[Statement]) -> None:
@@ -95,6 +146,61 @@ def test_flex_rows_are_padded_to_whole_blocks(gemma: Gemma, statements: list[Sta
     mask_mod = masks["full_attention"].mask_mod
     q, k = torch.meshgrid(torch.arange(len(dense)), torch.arange(len(dense)), indexing="ij")
     assert torch.equal(mask_mod(torch.tensor(0), torch.tensor(0), q, k), dense)
+
+
+def test_what_nothing_trained_reaches_stands_in_the_first_columns(
+    gemma: Gemma, statements: list[Statement]
+) -> None:
+    packer = Packer(gemma, QUESTION, 4, world_position="after", row_tokens=200)
+    batch = packer.pack(statements)
+    shared = len(gemma.prompt(QUESTION, statements[0].caption, True, "after").shared)
+    assert batch.num_frozen == 2 * shared  # two images in the fuller row
+    columns = torch.cat([batch.world_slots.flatten(), batch.label_rows]) % batch.token_ids.shape[1]
+    assert int(columns.min()) >= batch.num_frozen
+    assert int((batch.image_slots % batch.token_ids.shape[1]).max()) < batch.num_frozen
+    sees = attention_masks(batch, 1024, "sdpa")["full_attention"][:, 0]
+    assert not sees[:, : batch.num_frozen, batch.num_frozen :].any()
+    assert packer.pack(statements, [None] * 6).num_frozen == 0
+    assert Packer(gemma, QUESTION, 4).pack(statements).num_frozen == 0
+
+
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+@pytest.mark.parametrize("position", ["before", "after"])
+@pytest.mark.parametrize("world_tokens", [4, 300, 700])
+@pytest.mark.parametrize("window", [None, 24, 200])
+def test_blocks_leave_nothing_out_and_whole_ones_are_whole(
+    gemma: Gemma,
+    statements: list[Statement],
+    world_tokens: int,
+    window: int | None,
+    attention: str,
+    position: str,
+) -> None:
+    packer = Packer(gemma, QUESTION, world_tokens, attention, position)
+    packer.flex = True
+    worlds = (
+        [s.image for s in statements] + [ZERO] * 6 + ["b.png", "b.png", "c.png", "a.png", "a.png", "a.png"]
+    )
+    batch = packer.pack([*statements, *statements, *statements], worlds)
+    frozen, length = batch.num_frozen, batch.token_ids.shape[1]
+    assert (frozen > 0) is (position == "after")
+    for part in [(0, length), (0, frozen), (frozen, length)] if frozen else [(0, length)]:
+        sees = attention_masks(batch, window or 1 << 30, "sdpa", part)["sliding_attention"][0, 0]
+        blocks = sees.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).transpose(1, 2).flatten(2)
+        some, every = (found[0] for found in visible_blocks(batch, window, *part))
+        assert not (blocks.any(-1) & ~some).any()
+        assert not (every & ~blocks.all(-1)).any()
+        assert not (every & ~some).any()
+        if window is None or window >= 128:  # and little more is looked at than has to be
+            assert int(some.sum()) <= (1.4 if window is None else 1.6) * int(blocks.any(-1).sum())
+        mask = attention_masks(batch, window or 1 << 30, "flex_attention", part)["sliding_attention"]
+        listed = torch.zeros_like(some)
+        for kind in ("kv", "full_kv"):
+            count, which = getattr(mask, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_indices")[0, 0]
+            for q in range(len(count)):
+                assert not listed[q, which[q, : count[q]].long()].any()
+                listed[q, which[q, : count[q]].long()] = True
+        assert torch.equal(listed, some)
 
 
 def test_a_statement_longer_than_the_limit_is_an_error(gemma: Gemma, statements: list[Statement]) -> None:

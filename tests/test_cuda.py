@@ -31,7 +31,7 @@ def test_flex_attention_equals_dense_masks(
         model = make_model(own)
         batch = model.packer().pack(statements)
         vision = vision_of(own, photographs, batch.images)
-        latents = latents_of(batch.images).to(device)
+        latents = latents_of(batch.worlds).to(device)
         losses = model.losses(batch.to(device), latents, vision, statement_loss_weight=0.5)
         losses["total"].backward()
         found.append((losses["logits"].cpu(), {k: v.cpu() for k, v in gradients(model).items()}))
@@ -41,6 +41,32 @@ def test_flex_attention_equals_dense_masks(
     for key in wanted:
         scale = wanted[key].abs().max()
         torch.testing.assert_close(flex[key] / scale, wanted[key] / scale, atol=2e-3, rtol=0)
+
+
+def test_eight_bit_linears_train_nearly_alike(
+    gemma: Gemma, photographs: Path, statements: list[Statement]
+) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no 8-bit products on this GPU")
+    losses = []
+    for fp8 in (False, True):
+        own = Gemma(gemma.name, torch.bfloat16, "cuda", "flex_attention")
+        model = make_model(own, fp8=fp8)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        batch = model.packer().pack(statements)
+        vision, latents = vision_of(own, photographs, batch.images), latents_of(batch.worlds).to("cuda")
+        batch = batch.to("cuda")
+        own_losses = []
+        for _ in range(100):
+            loss = model.losses(batch, latents, vision)["total"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            own_losses.append(float(loss))
+        losses.append(own_losses)
+    exact, rounded = (torch.tensor(x) for x in losses)
+    assert float((rounded[:10] - exact[:10]).abs().max() / exact[:10].mean()) < 0.1
+    assert float(rounded[-10:].mean()) < 0.5 * float(rounded[0])
 
 
 def test_bfloat16_latents_are_close_to_float32() -> None:

@@ -6,14 +6,18 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes"},
-    {"config", "shards", "vae", "gemma", "projection"},
+    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes", "fp8"},
+    {"config", "shards", "vae", "gemma", "projection", "processes"},
     {"arguments", "metrics", "plan"},
     {"store", "schedule"},
     {"cache", "batch"},
+    {"masks"},
+    {"decoder"},
     {"encodings", "listing", "model"},
-    {"extract", "checkpoint", "evaluate"},
+    {"extract", "checkpoint", "feed"},
+    {"evaluate"},
     {"data"},
+    {"objectives"},
     {"train", "score"},
     {"small_models"},
     {"lessons"},

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from conftest import QUESTION
 from PIL import Image
 
-from theworld.batch import attention_masks
+from theworld.batch import ZERO
 from theworld.config import Config
 from theworld.gemma import Gemma
 from theworld.images import read_image
+from theworld.masks import attention_masks
 from theworld.model import TheWorld
 from theworld.projection import ProjectionShape, WorldProjection
 from theworld.vsr import Statement, images_of
@@ -40,7 +41,7 @@ def latents_of(images: list[str] | tuple[str, ...]) -> torch.Tensor:
 
 
 def vision_of(gemma: Gemma, photographs: Path, images: list[str] | tuple[str, ...]) -> torch.Tensor | None:
-    if not gemma.is_multimodal:
+    if not images:
         return None
     return gemma.vision_features(gemma.pixel_values([read_image(photographs, i) for i in images]))
 
@@ -85,7 +86,7 @@ def test_without_world_tokens_the_logits_are_transformers_own(
 def reference_logits(model: TheWorld, statement: Statement, photographs: Path) -> torch.Tensor:
     """One statement alone, written out plainly: concatenated embeddings and a mask by transformers' own rules."""
     gemma = model.gemma
-    prompt = gemma.prompt(QUESTION, statement.caption, with_world=True)
+    prompt = gemma.prompt(QUESTION, statement.caption, True, model.config.world_position)
     ids = torch.tensor([*prompt.shared, *prompt.branch])
     at = prompt.world_at
     assert at is not None
@@ -102,7 +103,8 @@ def reference_logits(model: TheWorld, statement: Statement, photographs: Path) -
     sees = torch.ones(length, length).tril().bool()
     sees[at + 1 : at + 1 + n, at + 1 : at + 1 + n] = True
     if gemma.is_multimodal:
-        image = (ids == gemma.image_token_id).nonzero().flatten() + n + 2
+        image = (ids == gemma.image_token_id).nonzero().flatten()
+        image = image + n + 2 if image[0] >= at else image
         sees[image[0] : image[-1] + 1, image[0] : image[-1] + 1] = True
     distance = torch.arange(length)[:, None] - torch.arange(length)[None]
     near = sees & (distance < gemma.sliding_window)
@@ -119,10 +121,11 @@ def gradients(model: TheWorld) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("position", ["before", "after"])
 def test_packed_rows_equal_each_statement_alone_in_loss_and_every_gradient(
-    any_gemma: Gemma, photographs: Path, statements: list[Statement]
+    any_gemma: Gemma, photographs: Path, statements: list[Statement], position: str
 ) -> None:
-    model = make_model(any_gemma)
+    model = make_model(any_gemma, world_position=position)
     loss = torch.stack(
         [
             F.cross_entropy(
@@ -135,7 +138,7 @@ def test_packed_rows_equal_each_statement_alone_in_loss_and_every_gradient(
     wanted = gradients(model)
     batch = model.packer().pack(statements)
     vision = vision_of(any_gemma, photographs, batch.images)
-    losses = model.losses(batch, latents_of(batch.images), vision)
+    losses = model.losses(batch, latents_of(batch.worlds), vision)
     losses["total"].backward()
     found = gradients(model)
     torch.testing.assert_close(losses["total"], loss, atol=1e-5, rtol=1e-5)
@@ -156,9 +159,34 @@ def test_how_images_are_laid_into_rows_does_not_change_the_logits(
     batch = packer.pack(statements)
     assert batch.token_ids.shape[0] == (3 if row_tokens is None else 2)
     with torch.no_grad():
-        ours = model(batch, latents_of(batch.images), vision_of(gemma, photographs, batch.images))
+        ours = model(batch, latents_of(batch.worlds), vision_of(gemma, photographs, batch.images))
         alone = torch.stack([reference_logits(model, s, photographs) for s in batch.statements])
     torch.testing.assert_close(ours, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_all_systems_in_one_batch_answer_as_each_in_its_own(
+    any_gemma: Gemma, photographs: Path, statements: list[Statement], position: str
+) -> None:
+    """Worlds of other images, worlds that say nothing and none at all share what they can, and change nothing."""
+    model = make_model(any_gemma, world_position=position)
+    packer = model.packer()
+    other = {"a.png": "b.png", "b.png": "c.png", "c.png": "a.png"}
+    systems = [[s.image for s in statements], [other[s.image] for s in statements], [ZERO] * 6, [None] * 6]
+
+    def answers(asked: list[Statement], worlds: list[str | None]) -> torch.Tensor:
+        batch = packer.pack(asked, worlds)
+        with torch.no_grad():
+            return model(
+                batch, model.latents(batch, latents_of), vision_of(any_gemma, photographs, batch.images)
+            )
+
+    apart = [answers(statements, worlds) for worlds in systems]
+    together = answers(statements * 4, [world for worlds in systems for world in worlds])
+    torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=1e-5)
+    assert all((apart[i] - apart[j]).abs().max() > 1e-2 for i in range(4) for j in range(i))
+    own = torch.stack([reference_logits(model, s, photographs) for s in statements])
+    torch.testing.assert_close(apart[0], own, atol=1e-5, rtol=1e-5)
 
 
 def test_causal_world_tokens_do_not_see_ahead(gemma: Gemma, statements: list[Statement]) -> None:
@@ -177,7 +205,7 @@ def test_the_loss_depends_on_the_label_token_alone(
     model = make_model(gemma)
     batch = model.packer().pack(statements[:2])
     vision = vision_of(gemma, photographs, batch.images)
-    latents = latents_of(batch.images)
+    latents = latents_of(batch.worlds)
     with torch.no_grad():
         logits = model(batch, latents, vision)
         loss = model.losses(batch, latents, vision)["total"]
@@ -196,7 +224,7 @@ def test_the_statement_loss_is_the_mean_next_word_loss_over_true_captions(
 ) -> None:
     model = make_model(gemma)
     batch = model.packer().pack(statements)
-    vision, latents = vision_of(gemma, photographs, batch.images), latents_of(batch.images)
+    vision, latents = vision_of(gemma, photographs, batch.images), latents_of(batch.worlds)
     with torch.no_grad():
         losses = model.losses(batch, latents, vision, statement_loss_weight=0.5)
         hidden = model.hidden(batch, latents, vision)
@@ -222,11 +250,11 @@ def test_gradient_checkpointing_changes_nothing(
         own = Gemma(gemma.name)
         model = make_model(own, use_gradient_checkpointing=checkpointing)
         batch = model.packer().pack(statements)
-        model.losses(batch, latents_of(batch.images), vision_of(own, photographs, batch.images))[
+        model.losses(batch, latents_of(batch.worlds), vision_of(own, photographs, batch.images))[
             "total"
         ].backward()
         found.append(gradients(model))
-        assert own.text_model.layers[0].gradient_checkpointing is checkpointing
+        assert model.decoder.checkpointed is checkpointing
     for name in found[0]:
         assert torch.equal(found[0][name], found[1][name])
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from theworld.config import Config
-from theworld.schedule import Order, learning_rate, num_train_steps
+from theworld.schedule import Order, learning_rate, num_train_steps, split
 from theworld.vsr import Statement
 
 
@@ -40,9 +40,9 @@ def test_the_stream_is_a_pure_function_of_seed_and_position() -> None:
 
 def test_a_step_takes_exactly_batch_size_times_accumulation_statements() -> None:
     config = Config(batch_size=8, gradient_accumulation_steps=2, num_epochs=3)
-    assert num_train_steps(config, 7680) == 1440
-    assert num_train_steps(config, 10) == 2
-    assert num_train_steps(Config(batch_size=8, max_steps=7), 7680) == 7
+    assert num_train_steps(config, 7680, 16) == 1440
+    assert num_train_steps(config, 10, 16) == 2
+    assert num_train_steps(Config(batch_size=8, max_steps=7), 7680, 16) == 7
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,18 @@ def test_learning_rates_of_five_steps_with_two_of_warm_up(schedule: str, values:
 def test_warm_up_is_a_share_of_all_steps_where_no_number_is_given() -> None:
     config = Config(warmup_steps=None, warmup_ratio=0.1, lr_schedule="constant")
     assert [learning_rate(config, step, 20, 1.0) for step in range(3)] == [0.5, 1.0, 1.0]
+
+
+def test_a_step_splits_into_parts_of_about_equal_work_with_the_statements_of_an_image_together() -> None:
+    statements = make([1, 4, 1, 2, 1, 3, 1, 3])
+    parts = split(statements, 3, 500, 40)
+    assert Counter(s for part in parts for s in part) == Counter(statements)
+    images = [{s.image for s in part} for part in parts]
+    assert sum(len(i) for i in images) == 8  # so none stands in two parts
+    work = [500 * len(i) + 40 * len(part) for i, part in zip(images, parts, strict=True)]
+    assert max(work) - min(work) <= 500 + 40
+    assert parts == split(statements, 3, 500, 40)
+    assert split(statements, 1, 500, 40) == [
+        sorted(statements, key=lambda s: (-[1, 4, 1, 2, 1, 3, 1, 3][int(s.image[0])], s.index))
+    ]
+    assert [len(part) for part in split(make([3]), 2, 500, 40)] == [3, 0]

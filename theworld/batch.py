@@ -1,54 +1,71 @@
-"""Statements become packed sequences: tokens, positions, masks and label rows.
+"""Statements become packed sequences: tokens, positions, what sees what, and label rows.
 
-One row of a batch (a `Batch` has R rows of L tokens) holds one or more images, each with its statements:
+A prompt is a path of segments, and prompts that begin alike share them. So a row of a batch (a `Batch` has R rows of
+L tokens) holds trees, each laid out parent first, children after one another:
 
-    <bos><start_of_turn>user\\n [W] w1 ... wN [/W] \\n\\n<boi> i1 ... i256 <eoi>      shared by the image's statements
-        \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n                      branch 0
-        \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n                      branch 1
+    <bos><start_of_turn>user\\n [W] w1 ... wN [/W]                                  the world of an image
+        \\n\\n<boi> i1 ... i256 <eoi>                                               the image
+            \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n              statement 0
+            \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n              statement 1
 
-A token sees its own image's shared part and its own branch, and nothing else, so a branch has the positions
-and sees the tokens that it would have alone. It looks back (causal); the image tokens also see each other
-ahead, and so do the world tokens unless `world_attention` is "causal". The label sits nowhere in the input: it
-is what the last token of a branch, the newline after `<start_of_turn>model`, has to predict.
+With `world_position` "after" the image is the parent and the world its child; without world tokens the first two are
+one segment. A token sees the segments on its own path and nothing else, so a statement has the positions and sees the
+tokens that it would have alone. That is two numbers a token: its `place` in the order above, and the `end` of its
+segment's subtree there; k is seen by q if place[k] <= place[q] < end[k]. The image tokens also see each other ahead,
+and so do the world tokens unless `world_attention` is "causal". The label sits nowhere in the input: it is what the
+last token of a statement's segment, the newline after `<start_of_turn>model`, has to predict.
+
+Segments above a world in its tree (an image, where the world stands after it) depend on nothing that trains. They
+stand in the first columns of a row, `num_frozen` of them, so that no gradient is computed for them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
 
 from theworld.gemma import Gemma, Prompt
 from theworld.vsr import Statement
 
-FLEX_BLOCK = 128  # rows for flex attention are padded to a multiple of its block
+ROW_MULTIPLE = 128  # rows for flex attention are padded to a multiple of its block
+ZERO = ""  # in the place of an image path: world tokens of the mean latent, which says nothing
 
 
 @dataclass(frozen=True)
 class Batch:
-    """S statements about G images, packed into R rows of L tokens; flat indices count through the R x L tokens."""
+    """S statements packed into R rows of L tokens; flat indices count through the R x L tokens."""
 
-    statements: tuple[Statement, ...]  # in the order of label_rows
-    images: tuple[str, ...]  # G paths
+    statements: tuple[Statement, ...]  # S, in the order given
+    worlds: tuple[str, ...]  # whose latents each block of world tokens holds: an image path or ZERO
+    images: tuple[str, ...]  # whose features each block of image tokens holds
     token_ids: Tensor  # int64[R, L]; 0 where a world token, a bracket or padding stands
     position_ids: Tensor  # int64[R, L]
-    group: Tensor  # int32[R, L]: which image a token belongs to; -1: padding
-    branch: Tensor  # int32[R, L]: which statement; -1: the shared part
-    block: Tensor  # int32[R, L]: bidirectional block (2 x image, + 1 for world tokens); -1: causal
-    world_slots: Tensor  # int64[G, N + 2]: flat indices of [W], w1 ... wN, [/W]; [G, 0] without world tokens
-    image_slots: Tensor  # int64[G, I]: flat indices of the image tokens; [G, 0] without
+    place: Tensor  # int64[R, L]: the place in the order of the row's trees; below 0, all different: padding
+    end: Tensor  # int64[R, L]: the place at which the subtree of a token's segment ends
+    block: Tensor  # int64[R, L]: the same number for tokens that see each other both ways; -1: causal
+    world_slots: Tensor  # int64[W, N + 2]: flat indices of [W], w1 ... wN, [/W]; W worlds, which may be none
+    image_slots: Tensor  # int64[G, I]: flat indices of the image tokens of G images, which may be none
     label_rows: Tensor  # int64[S]: flat index of the token that predicts the label
     labels: Tensor  # int64[S]: the token id of '0' or '1'
     word_rows: Tensor  # int64[T]: flat indices of tokens that predict a caption token of a true statement
     words: Tensor  # int64[T]: those caption tokens
     word_counts: Tensor  # int64[T]: how many tokens the caption of each has
+    num_frozen: int  # columns of each row that nothing trained has part in
+
+    def _map(self, change: Any) -> "Batch":
+        moved: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        """The same batch on another device; the copy overlaps with other work if the batch is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        return self._map(lambda tensor: tensor.pin_memory())
 
 
 class Packer:
@@ -60,122 +77,161 @@ class Packer:
         question_template: str,
         num_world_tokens: int,
         world_attention: str = "bidirectional",
+        world_position: str = "before",
         row_tokens: int | None = None,
         max_length: int | None = None,
     ) -> None:
-        """`num_world_tokens` 0 leaves the world part out, brackets too. `row_tokens`: a row takes images while
-        they fit into so many tokens; None: as many as the longest image of the batch needs (good where masks
+        """`num_world_tokens` 0 leaves the world part out, brackets too. `row_tokens`: a row takes trees while
+        they fit into so many tokens; None: as many as the longest tree of the batch needs (good where masks
         are dense), and one row for all where attention is flex. `max_length`: a statement that takes more
         tokens with its image is an error; nothing is ever cut."""
         if world_attention not in ("bidirectional", "causal"):
             raise ValueError(f"world_attention {world_attention!r}: wanted 'bidirectional' or 'causal'")
+        if world_position not in ("before", "after"):
+            raise ValueError(f"world_position {world_position!r}: wanted 'before' or 'after' the image")
         self.gemma = gemma
         self.question_template = question_template
         self.num_world_tokens = num_world_tokens
         self.world_attention = world_attention
+        self.world_position = world_position
         self.row_tokens = row_tokens
         self.max_length = max_length
         self.flex = gemma.attention == "flex_attention"
-        self._prompts: dict[str, Prompt] = {}
+        self._prompts: dict[tuple[str, bool], Prompt] = {}
 
-    def prompt(self, caption: str) -> Prompt:
-        """The tokenised prompt of one caption."""
-        if caption not in self._prompts:
-            with_world = self.num_world_tokens > 0
-            prompt = self.gemma.prompt(self.question_template, caption, with_world)
-            length = (
-                len(prompt.shared) + len(prompt.branch) + (self.num_world_tokens + 2 if with_world else 0)
-            )
+    def prompt(self, caption: str, with_world: bool) -> Prompt:
+        """The tokenised prompt of one caption. ValueError if it is longer than `max_length`."""
+        key = (caption, with_world)
+        if key not in self._prompts:
+            prompt = self.gemma.prompt(self.question_template, caption, with_world, self.world_position)
+            length = len(prompt.shared) + len(prompt.branch) + with_world * (self.num_world_tokens + 2)
             if self.max_length is not None and length > self.max_length:
                 raise ValueError(
                     f"{caption!r} takes {length} tokens with its image; max_seq_length is {self.max_length}"
                 )
-            self._prompts[caption] = prompt
-        return self._prompts[caption]
+            self._prompts[key] = prompt
+        return self._prompts[key]
 
-    def pack(self, statements: Sequence[Statement]) -> Batch:
-        """One batch of these statements; those of one image share its prefix, in the order given."""
-        by_image: dict[str, list[Statement]] = {}
-        for statement in statements:
-            by_image.setdefault(statement.image, []).append(statement)
-        groups = [self._group(index, own) for index, own in enumerate(by_image.values())]
-        rows = _fill_rows([len(g.token_ids) for g in groups], self._capacity(groups))
-        length = max(sum(len(groups[i].token_ids) for i in row) for row in rows)
-        if self.flex:
-            length = -(-length // FLEX_BLOCK) * FLEX_BLOCK
-        return _assemble(groups, rows, length, tuple(by_image))
+    def pack(self, statements: Sequence[Statement], worlds: Sequence[str | None] | None = None) -> Batch:
+        """One batch of these statements. `worlds`: for each the image whose latents are its world tokens, ZERO for
+        latents that say nothing, None for no world tokens at all; by default its own image's."""
+        if worlds is None:
+            worlds = [s.image if self.num_world_tokens else None for s in statements]
+        roots: dict[Any, _Node] = {}
+        leaves = []
+        for index, (statement, world) in enumerate(zip(statements, worlds, strict=True)):
+            prompt = self.prompt(statement.caption, world is not None)
+            path = [*self._shared(prompt, statement.image, world), _Segment(index, prompt.branch)]
+            leaves.append((_add(roots, path), prompt))
+        nodes = list(roots.values())
+        multiple = ROW_MULTIPLE if self.flex else 1
+        num_frozen, length = _lay_out(nodes, self._capacity([node.size() for node in nodes]), multiple)
+        return _assemble(nodes, leaves, statements, self.gemma.answer_ids, num_frozen, length)
 
-    def _capacity(self, groups: list["_Group"]) -> int:
-        lengths = [len(g.token_ids) for g in groups]
+    def _capacity(self, sizes: list[int]) -> int:
         if self.row_tokens is not None:
-            return max(self.row_tokens, *lengths)
-        return sum(lengths) if self.flex else max(lengths)
+            return max(self.row_tokens, *sizes)
+        return sum(sizes) if self.flex else max(sizes)
 
-    def _group(self, index: int, statements: list[Statement]) -> "_Group":
-        prompts = [self.prompt(s.caption) for s in statements]
-        group = _Group(index)
-        self._add_shared(group, prompts[0])
-        shared_length = len(group.token_ids)
-        for number, (statement, prompt) in enumerate(zip(statements, prompts, strict=True)):
-            assert prompt.shared == prompts[0].shared
-            start = len(group.token_ids)
-            group.add(prompt.branch, range(shared_length, shared_length + len(prompt.branch)), number, -1)
-            group.statements.append(statement)
-            group.label_rows.append(len(group.token_ids) - 1)
-            group.labels.append(self.gemma.answer_ids[statement.label])
-            if statement.label == 1:
-                caption = range(*prompt.caption)
-                group.word_rows += [start + i - 1 for i in caption]
-                group.words += [prompt.branch[i] for i in caption]
-                group.word_counts += [len(caption)] * len(caption)
-        return group
+    def _shared(self, prompt: Prompt, image: str, world: str | None) -> "list[_Segment]":
+        """The path down to a statement: what an image's world, the image, and all of its statements share."""
+        tokens, at = prompt.shared, prompt.world_at
+        if world is None:
+            return [self._segment(("image", image), tokens, image)]
+        assert at is not None
+        # In dense rows a tree is as long as a row, so there nothing that says nothing is shared by all images.
+        key = ("world", world, image if world == ZERO and not self.flex else None)
+        slots = [0] * (self.num_world_tokens + 2)
+        ahead = (1, len(slots) - 1) if self.world_attention == "bidirectional" else (0, 0)
+        if at == len(tokens) and self.gemma.is_multimodal:  # after the image
+            head, tail = [self._segment(("image", image), tokens, image)], []
+            start = 0
+        else:
+            slots, start = [*tokens[:at], *slots], at
+            head, tail = [], [self._segment(("image", image), tokens[at:], image)] if tokens[at:] else []
+        # The brackets are ordinary causal tokens, as the tokens around an image are.
+        ahead = (ahead[0] + start, ahead[1] + start)
+        own = _Segment(key, slots, ahead, world=(world, start, len(slots)))
+        return [*head, own, *tail]
 
-    def _add_shared(self, group: "_Group", prompt: Prompt) -> None:
-        image_token = self.gemma.image_token_id
-        num_slots = self.num_world_tokens + 2
-        for i in range(len(prompt.shared) + 1):
-            if i == prompt.world_at:
-                start = len(group.token_ids)
-                group.world_slots = list(range(start, start + num_slots))
-                # The brackets are ordinary causal tokens, as the tokens around an image are.
-                group.add([0], [start], -1, -1)
-                block = 2 * group.index + 1 if self.world_attention == "bidirectional" else -1
-                group.add([0] * (num_slots - 2), range(start + 1, start + num_slots - 1), -1, block)
-                group.add([0], [start + num_slots - 1], -1, -1)
-            if i < len(prompt.shared):
-                is_image = prompt.shared[i] == image_token
-                if is_image:
-                    group.image_slots.append(len(group.token_ids))
-                group.add([prompt.shared[i]], [len(group.token_ids)], -1, 2 * group.index if is_image else -1)
+    def _segment(self, key: Any, tokens: Sequence[int], image: str) -> "_Segment":
+        token = self.gemma.image_token_id
+        if token is None or token not in tokens:
+            return _Segment(key, tokens)
+        start = tokens.index(token)
+        stop = start + self.gemma.num_image_tokens
+        return _Segment(key, tokens, (start, stop), image=(image, start, stop))
 
 
-class _Group:
-    """One image and its statements while they are laid out; indices count from the group's first token."""
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens that stand together; below the same parent, segments of the same key are one."""
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.statements: list[Statement] = []
-        self.token_ids: list[int] = []
-        self.positions: list[int] = []
-        self.branch: list[int] = []
-        self.block: list[int] = []
-        self.world_slots: list[int] = []
-        self.image_slots: list[int] = []
-        self.label_rows: list[int] = []
-        self.labels: list[int] = []
-        self.word_rows: list[int] = []
-        self.words: list[int] = []
-        self.word_counts: list[int] = []
+    key: Any
+    token_ids: Sequence[int]
+    ahead: tuple[int, int] = (0, 0)  # from where to where its tokens see each other both ways
+    world: tuple[str, int, int] | None = None  # whose latents stand from where to where, brackets included
+    image: tuple[str, int, int] | None = None  # whose image tokens stand from where to where
 
-    def add(self, token_ids: Sequence[int], positions: Sequence[int], branch: int, block: int) -> None:
-        self.token_ids += token_ids
-        self.positions += positions
-        self.branch += [branch] * len(token_ids)
-        self.block += [block] * len(token_ids)
+
+@dataclass
+class _Node:
+    """A segment in its tree."""
+
+    segment: _Segment
+    position: int  # of its first token
+    children: "dict[Any, _Node]" = field(default_factory=dict)
+    row: int = 0
+    column: int = 0
+    place: int = 0
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether world tokens stand below it, and none in it or above."""
+        worlds = any(child.segment.world is not None for child in self.children.values())
+        return worlds and self.segment.world is None
+
+    def size(self) -> int:
+        """Tokens of the whole subtree."""
+        return len(self.segment.token_ids) + sum(child.size() for child in self.children.values())
+
+    def walk(self) -> "Iterator[_Node]":
+        """The subtree, parents first."""
+        yield self
+        for child in self.children.values():
+            yield from child.walk()
+
+
+def _add(roots: dict[Any, _Node], path: Sequence[_Segment]) -> _Node:
+    """Adds what is new of a path and returns its last node."""
+    level, position = roots, 0
+    for segment in path:
+        node = level.setdefault(segment.key, _Node(segment, position))
+        level, position = node.children, position + len(segment.token_ids)
+    return node
+
+
+def _lay_out(roots: list[_Node], capacity: int, multiple: int) -> tuple[int, int]:
+    """Gives every node its row, column and place; returns how many columns are frozen, and how many there are."""
+    rows = [
+        [node for index in members for node in roots[index].walk()]
+        for members in _fill_rows([root.size() for root in roots], capacity)
+    ]
+    frozen = [sum(len(n.segment.token_ids) for n in nodes if n.is_frozen) for nodes in rows]
+    num_frozen = -(-max(frozen) // multiple) * multiple
+    longest = 0
+    for row, nodes in enumerate(rows):
+        place, columns = 0, {True: 0, False: num_frozen}
+        for node in nodes:
+            node.row, node.place, node.column = row, place, columns[node.is_frozen]
+            place += len(node.segment.token_ids)
+            columns[node.is_frozen] += len(node.segment.token_ids)
+        longest = max(longest, columns[False])
+    return num_frozen, -(-longest // multiple) * multiple
 
 
 def _fill_rows(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Which groups stand in which row: first fit, longest first, so that rows come out few and full."""
+    """Which trees stand in which row: first fit, longest first, so that rows come out few and full."""
     rows: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -189,72 +245,64 @@ def _fill_rows(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _assemble(groups: list[_Group], rows: list[list[int]], length: int, images: tuple[str, ...]) -> Batch:
-    num_rows = len(rows)
-    filled = {name: torch.zeros(num_rows, length, dtype=torch.int64) for name in ("token_ids", "positions")}
-    marks = {
-        name: torch.full((num_rows, length), -1, dtype=torch.int32) for name in ("group", "branch", "block")
-    }
-    offsets: dict[int, int] = {}
-    for r, row in enumerate(rows):
-        column = 0
-        for index in row:
-            group, end = groups[index], column + len(groups[index].token_ids)
-            for name in ("token_ids", "positions"):
-                filled[name][r, column:end] = torch.tensor(getattr(group, name))
-            for name in ("branch", "block"):
-                marks[name][r, column:end] = torch.tensor(getattr(group, name), dtype=torch.int32)
-            marks["group"][r, column:end] = index
-            offsets[index] = r * length + column
-            column = end
-
-    def flat(name: str) -> Tensor:
-        """All groups' indices, counted through the whole batch."""
-        return torch.tensor(
-            [offsets[g.index] + i for g in groups for i in getattr(g, name)], dtype=torch.int64
+def _assemble(
+    roots: list[_Node],
+    leaves: list[tuple[_Node, Prompt]],
+    statements: Sequence[Statement],
+    answer_ids: Sequence[int],
+    num_frozen: int,
+    length: int,
+) -> Batch:
+    nodes = [node for root in roots for node in root.walk()]
+    shape = (1 + max(node.row for node in nodes), length)
+    token_ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    block = np.full(shape, -1, np.int64)
+    place = np.tile(-2 - np.arange(length), (shape[0], 1))
+    end = place + 1  # a padding token sees itself, so that no row of scores is empty
+    worlds: list[str] = []
+    images: list[str] = []
+    slots: dict[str, list[np.ndarray]] = {"world": [], "image": []}
+    for node in nodes:
+        segment, row, column = node.segment, node.row, node.column
+        stop = column + len(segment.token_ids)
+        token_ids[row, column:stop] = segment.token_ids
+        positions[row, column:stop] = np.arange(node.position, node.position + stop - column)
+        place[row, column:stop] = np.arange(node.place, node.place + stop - column)
+        end[row, column:stop] = node.place + node.size()
+        block[row, column + segment.ahead[0] : column + segment.ahead[1]] = (
+            column  # a number of its own in the row
         )
+        for names, kind, span in ((worlds, "world", segment.world), (images, "image", segment.image)):
+            if span is not None:
+                names.append(span[0])
+                slots[kind].append(np.arange(*span[1:]) + row * length + column)
+    starts = [node.row * length + node.column for node, _ in leaves]
+    captions = [
+        (start, prompt.branch, range(*prompt.caption))
+        for start, (_, prompt), statement in zip(starts, leaves, statements, strict=True)
+        if statement.label == 1
+    ]
+
+    def integers(values: Any) -> Tensor:
+        return torch.from_numpy(np.asarray(values, np.int64))
 
     return Batch(
-        statements=tuple(s for g in groups for s in g.statements),
-        images=images,
-        token_ids=filled["token_ids"],
-        position_ids=filled["positions"],
-        **marks,
-        world_slots=flat("world_slots").view(len(groups), -1),
-        image_slots=flat("image_slots").view(len(groups), -1),
-        label_rows=flat("label_rows"),
-        labels=torch.tensor([i for g in groups for i in g.labels], dtype=torch.int64),
-        word_rows=flat("word_rows"),
-        words=torch.tensor([i for g in groups for i in g.words], dtype=torch.int64),
-        word_counts=torch.tensor([i for g in groups for i in g.word_counts], dtype=torch.int64),
+        statements=tuple(statements),
+        worlds=tuple(worlds),
+        images=tuple(images),
+        token_ids=integers(token_ids),
+        position_ids=integers(positions),
+        place=integers(place),
+        end=integers(end),
+        block=integers(block),
+        world_slots=integers(slots["world"]).view(len(worlds), -1 if worlds else 0),
+        image_slots=integers(slots["image"]).view(len(images), -1 if images else 0),
+        label_rows=integers(
+            [s + len(n.segment.token_ids) - 1 for s, (n, _) in zip(starts, leaves, strict=True)]
+        ),
+        labels=integers([answer_ids[s.label] for s in statements]),
+        word_rows=integers([start + i - 1 for start, _, caption in captions for i in caption]),
+        words=integers([branch[i] for _, branch, caption in captions for i in caption]),
+        word_counts=integers([len(caption) for _, _, caption in captions for _ in caption]),
+        num_frozen=num_frozen,
     )
-
-
-def attention_masks(batch: Batch, sliding_window: int, attention: str) -> dict[str, Any]:
-    """The masks that `Gemma3TextModel.forward` takes, by layer type: bool[R, 1, L, L] (True: may see), or flex
-    attention's BlockMask of the same rule."""
-    rules = {
-        "full_attention": _rule(batch, None),
-        "sliding_attention": _rule(batch, sliding_window),
-    }
-    rows, length = batch.token_ids.shape
-    device = batch.token_ids.device
-    if attention == "flex_attention":
-        return {k: create_block_mask(f, rows, None, length, length, device=device) for k, f in rules.items()}
-    r = torch.arange(rows, device=device)[:, None, None]
-    q = torch.arange(length, device=device)[None, :, None]
-    k = torch.arange(length, device=device)[None, None, :]
-    return {name: rule(r, 0, q, k)[:, None] for name, rule in rules.items()}
-
-
-def _rule(batch: Batch, window: int | None) -> Callable[[Any, Any, Any, Any], Tensor]:
-    """May query q of row r see key k? Padding tokens see padding before them, so that no row of scores is empty."""
-    group, branch, block, position = batch.group, batch.branch, batch.block, batch.position_ids
-
-    def may_see(r: Any, head: Any, q: Any, k: Any) -> Tensor:
-        same_sequence = (group[r, q] == group[r, k]) & ((branch[r, k] < 0) | (branch[r, k] == branch[r, q]))
-        same_block = (block[r, q] >= 0) & (block[r, q] == block[r, k])
-        seen = same_sequence & ((k <= q) | same_block)
-        return seen if window is None else seen & (position[r, q] - position[r, k] < window)
-
-    return may_see

@@ -99,7 +99,7 @@ class Config:
     align_learning_rate: float = _key(0.001, "learning rate of these steps", "per step", above=0.0)
 
     # Training (phase 2)
-    batch_size: int = _key(8, "in one pass of one process", "statements", at_least=1)
+    batch_size: int = _key(8, "in one pass of one process, on average", "statements", at_least=1)
     gradient_accumulation_steps: int = _key(2, "to one optimizer step", "passes", at_least=1)
     num_epochs: int = _key(3, "times over the training statements", "epochs", at_least=1)
     max_steps: int | None = _key(None, "stop after so many; none: all epochs", "optimizer steps", at_least=1)

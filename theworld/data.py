@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from theworld.cache import (
     LATENTS,
     VISION,
@@ -14,12 +16,11 @@ from theworld.cache import (
     meaning,
 )
 from theworld.config import Config
-from theworld.evaluate import Fetch
+from theworld.feed import Fetch
 from theworld.gemma import Gemma, is_multimodal
-from theworld.model import TheWorld
+from theworld.model import TheWorld, load_gemma
 from theworld.store import StoreMismatch, fingerprint_differences
 from theworld.vsr import Statement, load_statements
-from theworld.weights import resolve_device, resolve_dtype
 
 
 @dataclass
@@ -48,10 +49,9 @@ def load_data(config: Config, cache: Path) -> tuple[Data, bool]:
     return Data(train, dev, latents, vision, [f"train: {train_note}", f"dev: {dev_note}"]), cached
 
 
-def load_model(config: Config, data: Data, vision_cached: bool) -> TheWorld:
+def load_model(config: Config, data: Data, vision_cached: bool, device: torch.device) -> TheWorld:
     """Gemma and a new projection. Without cached vision features a Gemma that sees reads the photographs."""
-    device = resolve_device(config.device)
-    gemma = Gemma(config.model_name, resolve_dtype(config.dtype, device), device)
+    gemma = load_gemma(config, device)
     if gemma.is_multimodal and vision_cached:
         assert isinstance(data.vision, Rows)
         check_same_eyes(gemma, data.vision)

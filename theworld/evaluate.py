@@ -1,21 +1,22 @@
 """Phase 3, first half: what a model and its controls answer to each statement.
 
 Beside the model with its world tokens stand the controls that an accuracy means nothing without: Gemma without
-world tokens, zero latents, and the latents of another image.
+world tokens, zero latents, and the latents of another image. All of them are asked in the same batches, where they
+share what is the same: the world of an image serves its own statements and those of the image that is shown it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from theworld.batch import ZERO
 from theworld.console import progress
+from theworld.feed import Fetch, Pass, ahead, make_pass
 from theworld.metrics import SYSTEMS
 from theworld.model import TheWorld
+from theworld.processes import Processes
 from theworld.vsr import Statement, images_of
-
-Fetch = Callable[[Sequence[str]], Tensor]  # image paths -> one row an image
 
 
 def shuffled_images(images: Sequence[str], seed: int = 0) -> dict[str, str]:
@@ -34,36 +35,60 @@ def predict(
     statements: Sequence[Statement],
     latents: Fetch,
     vision: Fetch | None,
-    system: str = "world",
+    systems: Sequence[str] = ("world",),
     batch_size: int = 8,
     quiet: bool = True,
-) -> np.ndarray:
-    """float32[len(statements), 2]: the logits of '0' and '1' for each statement, in the order given.
+    processes: Processes | None = None,
+) -> dict[str, np.ndarray]:
+    """For each system float32[len(statements), 2]: the logits of '0' and '1' for each statement, in the order given.
 
-    `system` is one of SYSTEMS; `vision` is None for a text-only Gemma.
+    `systems` are some of SYSTEMS; `vision` is None for a text-only Gemma. Several `processes` share the work, and
+    each gets all of the answers.
     """
-    if system not in SYSTEMS:
-        raise ValueError(f"system {system!r}: wanted one of {', '.join(SYSTEMS)}")
+    for system in systems:
+        if system not in SYSTEMS:
+            raise ValueError(f"system {system!r}: wanted one of {', '.join(SYSTEMS)}")
     device = model.gemma.device
-    packer = model.packer(with_world=system != "baseline")
-    other = shuffled_images(images_of(statements)) if system == "shuffled" else {}
-    # Statements of one image side by side, so that they share its prefix.
-    order = sorted(range(len(statements)), key=lambda i: (statements[i].image, i))
-    logits = np.zeros((len(statements), 2), dtype=np.float32)
-    for start in progress(
-        range(0, len(order), batch_size), desc=system, unit=" batches", leave=False, disable=quiet
-    ):
-        chosen = order[start : start + batch_size]
-        batch = packer.pack([statements[i] for i in chosen])
-        world = None
-        if system == "zero":  # zero after normalisation: the mean latent, which says nothing
-            world = model.projection.latents_mean.expand(
-                len(batch.images), *model.projection.shape.latent_shape
-            )
-        elif system != "baseline":
-            world = latents([other.get(image, image) for image in batch.images]).to(device)
-        seen = vision(batch.images).to(device) if vision is not None else None
-        answers = model(batch.to(device), world, seen)[:, list(model.gemma.answer_ids)]
-        # `chosen` is sorted by image, as the batch is, so rows and statements are in the same order.
-        logits[chosen] = answers.cpu().numpy()
-    return logits
+    other = shuffled_images(images_of(statements)) if "shuffled" in systems else {}
+    order = _order(statements, other)
+    starts = range(0, len(order), batch_size)
+    if processes is not None:
+        starts = starts[processes.rank :: processes.count]
+    packer = model.packer()
+
+    def passes() -> Iterator[tuple[list[int], Pass]]:
+        for start in starts:
+            chosen = order[start : start + batch_size]
+            asked = [statements[i] for i in chosen]
+            worlds = [_world(system, s.image, other) for system in systems for s in asked]
+            yield chosen, make_pass(model, packer, asked * len(systems), latents, vision, worlds)
+
+    logits = torch.zeros(len(systems), len(statements), 2, device=device)
+    bar = progress(
+        ahead(passes()), total=len(starts), desc="evaluate", unit=" batches", leave=False, disable=quiet
+    )
+    for chosen, one in bar:
+        one = one.to(device)
+        assert one.batch is not None
+        answers = model(one.batch, one.latents, one.vision)[:, list(model.gemma.answer_ids)]
+        logits[:, chosen] = answers.view(len(systems), len(chosen), 2)
+    if processes is not None:
+        (logits,) = processes.sum([logits])
+    return dict(zip(systems, logits.cpu().numpy(), strict=True))
+
+
+def _order(statements: Sequence[Statement], other: dict[str, str]) -> list[int]:
+    """Indices such that statements of one image stand side by side, and images beside the one they are shown."""
+    images = images_of(statements)
+    if other:
+        images = images[:1]
+        while other[images[-1]] != images[0]:
+            images.append(other[images[-1]])
+    place = {image: number for number, image in enumerate(images)}
+    return sorted(range(len(statements)), key=lambda i: (place[statements[i].image], i))
+
+
+def _world(system: str, image: str, other: dict[str, str]) -> str | None:
+    if system == "baseline":
+        return None
+    return ZERO if system == "zero" else other[image] if system == "shuffled" else image

@@ -49,17 +49,17 @@ class Gemma:
         device: str | torch.device = "cpu",
         attention: str = "sdpa",
     ) -> None:
-        """`attention` is transformers' name: "sdpa", "eager" or "flex_attention"; the FlashAttention kernels ignore
-        block masks without a word. flex gives the same results, but transformers runs it uncompiled here, with
-        whole score matrices in memory, so it is not the default.
+        """`attention`: how packed rows are read, "sdpa" with dense masks or "flex_attention" with block masks, which
+        give the same; flex needs rows of whole blocks, and is for compiled code on a GPU. (The FlashAttention kernels
+        ignore such masks without a word.) transformers' own forward always has sdpa.
         """
         self.name = name_or_path
         self.device = torch.device(device)
         self.dtype = dtype
         self.attention = attention
-        if self.attention not in ("sdpa", "eager", "flex_attention"):
-            raise ValueError(f"attention {self.attention!r}: wanted sdpa, eager or flex_attention")
-        self.model = _load_model(name_or_path, dtype, self.device, self.attention)
+        if self.attention not in ("sdpa", "flex_attention"):
+            raise ValueError(f"attention {self.attention!r}: wanted sdpa or flex_attention")
+        self.model = _load_model(name_or_path, dtype, self.device)
         self.is_multimodal = isinstance(self.model, Gemma3ForConditionalGeneration)
         self.processor = AutoProcessor.from_pretrained(name_or_path) if self.is_multimodal else None
         self.tokenizer = (
@@ -132,14 +132,16 @@ class Gemma:
 
     # ---- prompts
 
-    def prompt(self, question_template: str, caption: str, with_world: bool) -> Prompt:
+    def prompt(
+        self, question_template: str, caption: str, with_world: bool, world_position: str = "before"
+    ) -> Prompt:
         """The prompt of one statement, tokenised by Gemma's own chat template.
 
             <bos><start_of_turn>user\\n [W] w1 ... wN [/W] \\n\\n<boi> i1 ... iN <eoi>    shared
             \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n                   branch
 
         Without world tokens the whole is exactly what the processor makes of the same message. With them,
-        what is left and right of them is tokenised by itself.
+        what is left and right of them is tokenised by itself. `world_position` "after": they follow <eoi>.
         """
         caption = caption.strip()
         for token in self._control_tokens:
@@ -150,6 +152,8 @@ class Gemma:
         start = text.index(caption, question_start)
         image = self.processor.full_image_sequence if self.processor else ""
         cut = text.index(image) if image else question_start
+        if world_position == "after":
+            cut += len(image.rstrip())  # right behind <eoi>, a sure boundary between tokens
         pieces = [text[:cut], text[cut:]] if with_world else [text]
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
@@ -247,9 +251,9 @@ def is_multimodal(name_or_path: str) -> bool:
 _CLASSES = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
 
 
-def _load_model(name: str, dtype: torch.dtype, device: torch.device, attention: str) -> PreTrainedModel:
+def _load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     kind = _CLASSES["gemma3" if is_multimodal(name) else "gemma3_text"]
-    model = kind.from_pretrained(name, dtype=dtype, device_map=str(device), attn_implementation=attention)
+    model = kind.from_pretrained(name, dtype=dtype, device_map=str(device), attn_implementation="sdpa")
     return model.eval().requires_grad_(False)
 
 

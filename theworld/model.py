@@ -1,9 +1,10 @@
 """TheWorld: packed sequences in, answer logits out. Gemma is frozen; the projection is all that trains.
 
-Dimensions: R rows of L tokens, G images, S statements, N world tokens, D the width of the language model.
+Dimensions: R rows of L tokens, W worlds, G images, S statements, N world tokens, D the width of the language model.
 """
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from theworld.batch import Batch, Packer, attention_masks
+from theworld.batch import ZERO, Batch, Packer
 from theworld.config import Config, load_config, save_config
+from theworld.decoder import Decoder
 from theworld.gemma import Gemma
 from theworld.projection import ProjectionShape, WorldProjection
-from theworld.weights import model_id, resolve_device, resolve_dtype
+from theworld.weights import model_id, resolve_device, resolve_dtype, wants_compile
 
 FORMAT_VERSION = 1
 PROJECTION_FILE, WORLD_FILE, CONFIG_FILE = "projection.safetensors", "world.json", "config.json"
@@ -33,16 +35,17 @@ class TheWorld(nn.Module):
         super().__init__()
         object.__setattr__(self, "gemma", gemma)  # not a submodule: frozen, and saved by whoever published it
         self.gemma: Gemma
+        channels = projection.latents_mean.cpu()
+        self.mean_latent = channels.expand(
+            projection.shape.latent_shape
+        )  # on the CPU, where batches are made
         self.projection = projection.to(gemma.device)
         self.config = config
         self.fingerprint = fingerprint
-        if config.use_gradient_checkpointing:
-            text_model = gemma.text_model
-            newer = getattr(
-                text_model, "activation_checkpointing_enable", None
-            )  # the older name goes with v6
-            (newer or text_model.gradient_checkpointing_enable)()
-            text_model.train()  # transformers checkpoints in training mode only; Gemma has no dropout
+        compiled = wants_compile(config.compile, gemma.device)
+        decoder = Decoder(gemma, compiled, config.fp8, config.use_gradient_checkpointing)
+        object.__setattr__(self, "decoder", decoder)
+        self.decoder: Decoder
 
     @classmethod
     def from_config(cls, config: Config, gemma: Gemma, fingerprint: dict[str, Any]) -> "TheWorld":
@@ -86,8 +89,7 @@ class TheWorld(nn.Module):
                 f"{folder / WORLD_FILE}: format {world.get('format')!r}; wanted {FORMAT_VERSION}"
             )
         if gemma is None:
-            device = resolve_device(config.device)
-            gemma = Gemma(config.model_name, resolve_dtype(config.dtype, device), device)
+            gemma = load_gemma(config)
         fingerprint = world["fingerprint"]
         shape = ProjectionShape.from_dict(world["projection"])
         if shape.width != gemma.width:
@@ -133,13 +135,14 @@ class TheWorld(nn.Module):
                 parameter.copy_(state[name])
 
     def packer(self, with_world: bool = True) -> Packer:
-        """Packs statements the way this model was trained; without world tokens it packs Gemma's own prompts."""
+        """Packs statements the way this model was trained; without world tokens as Gemma's own prompts."""
         config, shape = self.config, self.projection.shape
         return Packer(
             self.gemma,
             config.question_template,
             num_world_tokens=shape.num_tokens if with_world else 0,
             world_attention=config.world_attention,
+            world_position=config.world_position,
             max_length=config.max_seq_length,
         )
 
@@ -152,31 +155,44 @@ class TheWorld(nn.Module):
                 assert vision is not None, "a multimodal Gemma needs the photographs' features"
                 features = self.gemma.image_features(vision)
                 flat = flat.index_copy(0, batch.image_slots.flatten(), features.flatten(0, 1).to(flat.dtype))
-        if batch.world_slots.numel():
+        if batch.worlds:
             assert latents is not None, "the batch has world tokens, so it needs latents"
             tokens = self.projection(latents)
             opening, closing = self.projection.brackets[:, None].expand(2, len(tokens), -1).unsqueeze(2)
-            world = torch.cat([opening, tokens, closing], 1)  # float32[G, N + 2, D]
+            world = torch.cat([opening, tokens, closing], 1)  # float32[W, N + 2, D]
             flat = flat.index_copy(0, batch.world_slots.flatten(), world.flatten(0, 1).to(flat.dtype))
         return flat.view_as(embeddings)
 
-    def hidden(self, batch: Batch, latents: Tensor | None = None, vision: Tensor | None = None) -> Tensor:
-        """The language model's last hidden states, dtype[R x L, D]. `batch` lies on Gemma's device.
-
-        latents: float[G, C, H, W] as the VAE gives them; vision: float[G, I, V] from `Gemma.vision_features`.
-        """
-        masks = attention_masks(batch, self.gemma.sliding_window, self.gemma.attention)
-        output = self.gemma.text_model(
-            inputs_embeds=self.embed(batch, latents, vision),
-            attention_mask=masks,
-            position_ids=batch.position_ids,
-            use_cache=False,
+    def latents(self, batch: Batch, fetch: Callable[[Sequence[str]], Tensor]) -> Tensor | None:
+        """float[W, C, H, W] on the CPU: what `fetch` has for each world of the batch, the mean latent for ZERO."""
+        if not batch.worlds:
+            return None
+        named = [world for world in batch.worlds if world != ZERO]
+        if not named:
+            return self.mean_latent.expand(len(batch.worlds), -1, -1, -1).clone()
+        rows = fetch(named)
+        if len(named) == len(batch.worlds):
+            return rows
+        found = iter(rows)
+        return torch.stack(
+            [self.mean_latent if w == ZERO else next(found).float().cpu() for w in batch.worlds]
         )
-        return output.last_hidden_state.flatten(0, 1)
+
+    def hidden(
+        self, batch: Batch, latents: Tensor | None, vision: Tensor | None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """The language model's last hidden states, dtype[K, D], of the tokens with the flat indices `wanted`
+        (int64[K]; None: all R x L, where no columns are frozen). `batch` lies on Gemma's device.
+
+        latents: float[W, C, H, W] as the VAE gives them; vision: float[G, I, V] from `Gemma.vision_features`.
+        """
+        if wanted is None:
+            wanted = torch.arange(batch.token_ids.numel(), device=batch.token_ids.device)
+        return self.decoder(self.embed(batch, latents, vision), batch, wanted)
 
     def forward(self, batch: Batch, latents: Tensor | None = None, vision: Tensor | None = None) -> Tensor:
         """float32[S, vocabulary]: what follows each statement's prompt."""
-        return self.gemma.logits(self.hidden(batch, latents, vision)[batch.label_rows])
+        return self.gemma.logits(self.hidden(batch, latents, vision, batch.label_rows))
 
     def losses(
         self, batch: Batch, latents: Tensor | None, vision: Tensor | None, statement_loss_weight: float = 0.0
@@ -187,14 +203,29 @@ class TheWorld(nn.Module):
         statement the mean next-word cross-entropy over its caption, 0 where the weight is 0. `total`: label +
         weight x statement. `logits`: float32[S, 2], of '0' and '1'.
         """
-        hidden = self.hidden(batch, latents, vision)
-        logits = self.gemma.logits(hidden[batch.label_rows])
+        with_words = statement_loss_weight > 0 and len(batch.words) > 0
+        wanted = torch.cat([batch.label_rows, batch.word_rows]) if with_words else batch.label_rows
+        hidden = self.hidden(batch, latents, vision, wanted)
+        logits = self.gemma.logits(hidden[: len(batch.labels)])
         label = F.cross_entropy(logits, batch.labels, reduction="sum")
         statement = torch.zeros_like(label)
-        if statement_loss_weight > 0 and len(batch.words):
-            words = self.gemma.logits(hidden[batch.word_rows])
+        if with_words:
+            words = self.gemma.logits(hidden[len(batch.labels) :])
             weights = 1 / batch.word_counts.to(words.dtype)
             statement = (F.cross_entropy(words, batch.words, reduction="none") * weights).sum()
         answers = logits[:, list(self.gemma.answer_ids)].detach()
         total = label + statement_loss_weight * statement
         return {"total": total, "label": label.detach(), "statement": statement.detach(), "logits": answers}
+
+
+def load_gemma(config: Config, device: torch.device | None = None) -> Gemma:
+    """The Gemma that the settings name, as they want it computed; `device` goes before theirs."""
+    device = device or resolve_device(config.device)
+    # Flex attention is only fast, and only small, in compiled code.
+    fast = device.type == "cuda" and wants_compile(config.compile, device)
+    attention = "flex_attention" if fast else "sdpa"
+    dtype = resolve_dtype(config.dtype, device)
+    if dtype == torch.bfloat16:
+        # What stays in float32 is the projection: TF32 rounds its products to 10 bits, the frozen models have 7.
+        torch.set_float32_matmul_precision("high")
+    return Gemma(config.model_name, dtype, device, attention)

@@ -38,9 +38,28 @@ class Order:
         return taken
 
 
-def num_train_steps(config: Config, num_statements: int) -> int:
-    """Optimizer steps of the main phase: each takes exactly batch_size x gradient_accumulation_steps statements."""
-    per_step = config.batch_size * config.gradient_accumulation_steps
+def split(
+    statements: Sequence[Statement], num_parts: int, image_tokens: int, statement_tokens: int
+) -> list[list[Statement]]:
+    """The same statements in parts of about equal work, for the passes of a step in all of its processes.
+
+    Those of one image stay together, since they share its tokens: longest first, each to the part with the fewest
+    tokens so far (Graham 1969). With fewer images than parts some are empty. A pure function of its arguments.
+    """
+    by_image: dict[str, list[Statement]] = {}
+    for statement in statements:
+        by_image.setdefault(statement.image, []).append(statement)
+    parts: list[list[Statement]] = [[] for _ in range(num_parts)]
+    tokens = [0] * num_parts
+    for own in sorted(by_image.values(), key=len, reverse=True):
+        part = tokens.index(min(tokens))
+        parts[part] += own
+        tokens[part] += image_tokens + len(own) * statement_tokens
+    return parts
+
+
+def num_train_steps(config: Config, num_statements: int, per_step: int) -> int:
+    """Optimizer steps of the main phase: each takes exactly `per_step` statements."""
     steps = math.ceil(config.num_epochs * num_statements / per_step)
     return min(steps, config.max_steps) if config.max_steps is not None else steps
 

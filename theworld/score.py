@@ -19,7 +19,8 @@ from theworld.cache import (
 )
 from theworld.config import Config
 from theworld.data import check_same_eyes
-from theworld.evaluate import Fetch, predict
+from theworld.evaluate import predict
+from theworld.feed import Fetch
 from theworld.images import read_image
 from theworld.metrics import records
 from theworld.model import TheWorld
@@ -70,7 +71,7 @@ def score(
         assert image_folder is not None
         latents, vision = _from_photographs(model, config, image_folder)
     size = config.eval_batch_size or config.batch_size
-    logits = {s: predict(model, statements, latents, vision, s, size, quiet=False) for s in systems}
+    logits = predict(model, statements, latents, vision, systems, size, quiet=False)
     return records(statements, logits, seen_images(statements, train) if split != "train" else set())
 
 

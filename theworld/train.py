@@ -5,13 +5,13 @@ rate, nothing else is random. So a run that was resumed gives the same weights, 
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -30,28 +30,19 @@ from theworld.config import Config
 from theworld.console import progress
 from theworld.data import load_data, load_model
 from theworld.evaluate import predict
+from theworld.feed import Pass, ahead, make_pass
 from theworld.metrics import label_loss
-from theworld.model import TheWorld
-from theworld.schedule import Order, learning_rate, num_train_steps
+from theworld.objectives import align_loss, align_pass, answer_loss, check_align, make_optimizer
+from theworld.processes import Processes
+from theworld.schedule import Order, learning_rate, num_train_steps, split
 from theworld.store import StoreMismatch, fingerprint_differences
-from theworld.vsr import Statement
 from theworld.weights import count_parameters
+
+FIGURES = ("total", "label", "statement", "correct")  # of each pass, summed over its statements
 
 
 class NotFinite(ArithmeticError):
     """A loss or gradient that is not a number; the step, its images and settings are in the message."""
-
-
-def make_optimizer(model: TheWorld, config: Config) -> torch.optim.AdamW:
-    """AdamW over what trains; weight decay on the matrices alone, as is usual."""
-    named = model.trainable()
-    matrices = [p for name, p in named.items() if name.endswith("weight") and p.ndim >= 2]
-    vectors = [p for name, p in named.items() if not (name.endswith("weight") and p.ndim >= 2)]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
 
 
 class Trainer:
@@ -61,84 +52,82 @@ class Trainer:
     def __init__(self, config: Config, cache: str | Path) -> None:
         torch.manual_seed(config.seed)
         self.config = config
+        self.processes = Processes(config.device)
+        self.per_step = config.batch_size * config.gradient_accumulation_steps * self.processes.count
         self.output_dir = Path(config.output_dir)
         self.data, vision_cached = load_data(config, Path(cache))
         self.step = 0
         self.window = {"loss": 0.0, "statement_loss": 0.0, "correct": 0.0, "statements": 0.0}
         resumed = find_checkpoint(config.resume_from) if config.resume_from else None
         self._refuse_to_overwrite(resumed)
-        self.model = load_model(config, self.data, vision_cached)
+        self.processes.wait()  # until all have looked: the main one is going to write there
+        self.model = load_model(config, self.data, vision_cached, self.processes.device)
         self.packer: Packer = self.model.packer()
         self.order = Order(self.data.train, config.seed)
-        self.num_steps = config.align_steps + num_train_steps(config, len(self.data.train))
+        self.num_steps = config.align_steps + num_train_steps(config, len(self.data.train), self.per_step)
         self.optimizer = make_optimizer(self.model, config)
-        self._check_align()
+        check_align(self.model)
         if resumed is not None:
             self._resume(resumed)
 
     # ---- one step
 
-    def train_step(self) -> dict[str, float]:
-        """Forward, backward, clip, step: on exactly batch_size x gradient_accumulation_steps statements."""
+    def prepare(self, step: int) -> list[Pass]:
+        """What this process reads at a step, put together on the host: its share of the step's statements, in
+        gradient_accumulation_steps passes of about equal length."""
+        config = self.config
+        aligning = step < config.align_steps
+        start = (step if aligning else step - config.align_steps) * self.per_step
+        statements = self.order.take(start, self.per_step)
+        example = self.packer.prompt(statements[0].caption, True)
+        shared = len(example.shared) + self.packer.num_world_tokens + 2
+        passes = config.gradient_accumulation_steps
+        parts = split(statements, passes * self.processes.count, shared, len(example.branch))
+        own = parts[self.processes.rank * passes : (self.processes.rank + 1) * passes]
+        if aligning:
+            return [align_pass(self.model, self.data, part) for part in own if part]
+        fetch = (self.data.latents, self.data.vision)
+        return [make_pass(self.model, self.packer, part, *fetch) for part in own if part]
+
+    def train_step(self, passes: list[Pass] | None = None) -> dict[str, float]:
+        """Forward, backward, clip, step. `passes`: what `prepare` gave for this step, if it was called already."""
         config, step = self.config, self.step
         if step == config.align_steps and step > 0:
             self.optimizer = make_optimizer(self.model, config)  # another objective, so no old momentum
         rate = self._set_learning_rate()
-        per_step = config.batch_size * config.gradient_accumulation_steps
-        phase_start = 0 if step < config.align_steps else config.align_steps
-        statements = self.order.take((step - phase_start) * per_step, per_step)
-        figures = {"loss": 0.0, "statement_loss": 0.0, "correct": 0.0, "statements": float(per_step)}
-        for start in range(0, per_step, config.batch_size):
-            micro = statements[start : start + config.batch_size]
-            losses = self._align_loss(micro) if step < config.align_steps else self._label_loss(micro)
-            if not torch.isfinite(losses["total"]):
-                self._stop("loss", losses["total"].item(), micro, rate)
-            (losses["total"] / per_step).backward()
-            figures["loss"] += float(losses["label"])
-            figures["statement_loss"] += float(losses["statement"])
-            figures["correct"] += float(losses["correct"])
+        passes = self.prepare(step) if passes is None else passes
+        sums = torch.zeros(len(FIGURES), device=self.model.gemma.device)
+        for one in passes:
+            one = one.to(self.model.gemma.device)
+            aligning = step < config.align_steps
+            losses = align_loss(self.model, one) if aligning else answer_loss(self.model, one)
+            (losses["total"] / self.per_step).backward()
+            sums += torch.stack([losses[name].detach() for name in FIGURES])
+        sums = self._sum_over_processes(sums)
         norm = torch.nn.utils.clip_grad_norm_(list(self.model.trainable().values()), config.max_grad_norm)
-        if not torch.isfinite(norm):
-            self._stop("gradient norm", float(norm), statements, rate)
+        total, label, statement, correct, norm = torch.cat(
+            [sums, norm[None]]
+        ).tolist()  # waits for the device
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            self._stop(total, norm, passes, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        for key, value in figures.items():
+        for key, value in zip(self.window, (label, statement, correct, self.per_step), strict=True):
             self.window[key] += value
-        return {"learning_rate": rate, "gradient_norm": float(norm)}
+        return {"learning_rate": rate, "gradient_norm": norm}
 
-    def _label_loss(self, statements: list[Statement]) -> dict[str, Tensor]:
-        batch = self.packer.pack(statements)
-        device = self.model.gemma.device
-        latents = self.data.latents(batch.images).to(device)
-        vision = self.data.vision(batch.images).to(device) if self.data.vision is not None else None
-        batch = batch.to(device)
-        losses = self.model.losses(batch, latents, vision, self.config.statement_loss_weight)
-        said_true = losses["logits"][:, 1] > losses["logits"][:, 0]
-        is_true = batch.labels == self.model.gemma.answer_ids[1]
-        return losses | {"correct": (said_true == is_true).sum()}
-
-    def _align_loss(self, statements: list[Statement]) -> dict[str, Tensor]:
-        """Mean squared distance of world tokens to Gemma's image tokens of the same places, summed over statements."""
-        images = [s.image for s in statements]
-        device = self.model.gemma.device
-        assert self.data.vision is not None
-        target = self.model.gemma.image_features(self.data.vision(images)).float()
-        tokens = self.model.projection(self.data.latents(images).to(device))
-        scale = target.pow(2).mean()  # so that the loss is a share of the image tokens' own size
-        loss = F.mse_loss(tokens, target) / scale * len(images)
-        zero = torch.zeros_like(loss).detach()
-        return {"total": loss, "label": loss.detach(), "statement": zero, "correct": zero}
-
-    def _check_align(self) -> None:
-        """A start at Gemma's image tokens needs as many of them as there are world tokens, on the same places."""
-        world, image = self.model.projection.shape.num_tokens, self.model.gemma.num_image_tokens
-        if self.config.align_steps and (world != image or self.config.world_mode != "patch"):
-            raise ValueError(
-                f"align_steps {self.config.align_steps}: {world} world tokens (world_mode {self.config.world_mode}) "
-                f"and {image} image tokens do not lie on the same places; choose a world_patch that gives as many, "
-                "or align_steps 0"
-            )
+    def _sum_over_processes(self, sums: Tensor) -> Tensor:
+        """The figures of all processes; gradients are added up in the same message. A process without a statement, as
+        there may be when a step has few images, adds nothing."""
+        if self.processes.count == 1:
+            return sums
+        parameters = list(self.model.trainable().values())
+        own = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        sums, *gradients = self.processes.sum([sums, *own])
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        return sums
 
     def _set_learning_rate(self) -> float:
         config = self.config
@@ -151,8 +140,9 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def _stop(self, what: str, value: float, statements: list[Statement], rate: float) -> None:
-        images = ", ".join(sorted({s.image for s in statements})[:8])
+    def _stop(self, loss: float, norm: float, passes: list[Pass], rate: float) -> None:
+        what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)
+        images = ", ".join(sorted({s.image for one in passes for s in one.statements})[:8])
         raise NotFinite(
             f"step {self.step + 1}: the {what} is {value} (learning rate {rate:.3g}; images {images}); nothing was "
             "updated or overwritten. Lower --learning_rate, or resume from the last checkpoint"
@@ -162,21 +152,28 @@ class Trainer:
 
     def run(self) -> Path:
         """Trains to the end and returns the last checkpoint."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        for line in self.describe():
-            tqdm.write(line)
-        writer = SummaryWriter(str(self.output_dir / "logs")) if self.config.log_to_tensorboard else None
+        main = self.processes.is_main
+        if main:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            for line in self.describe():
+                tqdm.write(line)
+        logged = main and self.config.log_to_tensorboard
+        writer = SummaryWriter(str(self.output_dir / "logs")) if logged else None
         last = find_checkpoint(self.config.resume_from) if self.config.resume_from else self.output_dir
         with progress(
-            total=self.num_steps, initial=self.step, desc="train", unit=" steps", smoothing=0.05
+            total=self.num_steps,
+            initial=self.step,
+            desc="train",
+            unit=" steps",
+            smoothing=0.05,
+            disable=not main,
         ) as bar:
             start, done = time.perf_counter(), 0
             for figures in self._steps():
                 bar.update()
                 done += 1
                 if self._due(self.config.logging_steps):
-                    per_step = self.config.batch_size * self.config.gradient_accumulation_steps
-                    figures["statements_per_second"] = done * per_step / (time.perf_counter() - start)
+                    figures["statements_per_second"] = done * self.per_step / (time.perf_counter() - start)
                     self._log(self._averages() | figures, writer, bar)
                     start, done = time.perf_counter(), 0
                 if self.data.dev and self._due(self.config.eval_steps):
@@ -188,8 +185,8 @@ class Trainer:
         return last
 
     def _steps(self) -> Iterator[dict[str, float]]:
-        while self.step < self.num_steps:
-            yield self.train_step()
+        for passes in ahead(self.prepare(step) for step in range(self.step, self.num_steps)):
+            yield self.train_step(passes)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.num_steps
@@ -207,17 +204,21 @@ class Trainer:
     def evaluate_dev(self) -> dict[str, float]:
         """Loss and accuracy on dev, with world tokens."""
         size = self.config.eval_batch_size or self.config.batch_size
-        logits = predict(self.model, self.data.dev, self.data.latents, self.data.vision, "world", size)
+        fetch = (self.data.latents, self.data.vision)
+        logits = predict(self.model, self.data.dev, *fetch, batch_size=size, processes=self.processes)[
+            "world"
+        ]
         labels = np.array([s.label for s in self.data.dev])
         correct = (logits[:, 1] > logits[:, 0]) == (labels == 1)
         return {"dev_loss": label_loss(logits, labels), "dev_accuracy": float(correct.mean())}
 
     def _log(self, figures: dict[str, float], writer: SummaryWriter | None, bar: tqdm) -> None:
-        per_step = self.config.batch_size * self.config.gradient_accumulation_steps
+        if not self.processes.is_main:
+            return
         phase = "align" if self.step <= self.config.align_steps else "train"
         line = {
             "step": self.step,
-            "epoch": self.step * per_step / len(self.data.train),
+            "epoch": self.step * self.per_step / len(self.data.train),
             "phase": phase,
             **figures,
         }
@@ -237,20 +238,29 @@ class Trainer:
         lines = [
             f"trains: projection, {trainable:,} parameters ({share:.3%}); frozen: Gemma, {frozen:,} ({1 - share:.3%})",
             *self.data.notes,
-            f"{self.num_steps:,} optimizer steps of {self.config.batch_size} x "
-            f"{self.config.gradient_accumulation_steps} statements, {self.model.projection.shape.num_tokens} world "
-            f"tokens and {self.model.gemma.num_image_tokens} image tokens each, on {self.model.gemma.device}",
+            f"{self.num_steps:,} optimizer steps of {self._shares()} statements, "
+            f"{self.model.projection.shape.num_tokens} world tokens and {self.model.gemma.num_image_tokens} image "
+            f"tokens each, on {self.model.gemma.device}",
         ]
         return lines + ([f"resumed after step {self.step:,}"] if self.step else [])
+
+    def _shares(self) -> str:
+        own = f"{self.config.batch_size} x {self.config.gradient_accumulation_steps}"
+        return own + (f" x {self.processes.count} (processes)" if self.processes.count > 1 else "")
 
     # ---- checkpoints
 
     def save(self) -> Path:
         """Publishes checkpoint-<step>, then removes the oldest ones beyond save_total_limit."""
+        if not self.processes.is_main:
+            self.processes.wait()
+            return self.output_dir / f"checkpoint-{self.step}"
         state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
         record = {"step": self.step, "window": self.window, "num_statements": len(self.data.train)}
+        record["statements_per_step"] = self.per_step
         path = save_checkpoint(self.output_dir, self.step, self.model, state, record)
         rotate(self.output_dir, self.config.save_total_limit)
+        self.processes.wait()
         return path
 
     def _resume(self, path: Path) -> None:
@@ -264,6 +274,11 @@ class Trainer:
             raise CheckpointError(
                 f"{path} was trained on {record['num_statements']} statements, now there are "
                 f"{len(self.data.train)}; use the same --annotations and cache"
+            )
+        if record["statements_per_step"] != self.per_step:
+            raise CheckpointError(
+                f"{path} was trained with {record['statements_per_step']} statements a step, now there are "
+                f"{self.per_step}: batch_size x gradient_accumulation_steps x processes has to stay the same"
             )
         self.model.load_projection(path / "projection.safetensors")
         self.step, self.window = record["step"], record["window"]

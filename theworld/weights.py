@@ -63,3 +63,8 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch_dtype(dtype)
+
+
+def wants_compile(setting: bool | None, device: torch.device) -> bool:
+    """Whether models are compiled: as the setting says, by default on CUDA, where it pays."""
+    return device.type == "cuda" if setting is None else setting

@@ -2,7 +2,8 @@
 
     python tools/train.py --config configs/vsr_training.json --cache cache/
 
-Go on after a stop with --resume_from OUTPUT_DIR (its newest checkpoint) or a checkpoint folder.
+Go on after a stop with --resume_from OUTPUT_DIR (its newest checkpoint) or a checkpoint folder. Several GPUs:
+accelerate launch --num_processes 2 tools/train.py ... (a step then has twice as many statements).
 """
 
 import sys
@@ -23,16 +24,17 @@ def main() -> int:
 
     quiet_libraries()
     try:
-        checkpoint = Trainer(config_from_arguments(arguments), arguments.cache).run()
+        trainer = Trainer(config_from_arguments(arguments), arguments.cache)
+        checkpoint = trainer.run()
     except KeyboardInterrupt:
         print("\ntrain: interrupted; go on with --resume_from and the same --output_dir", file=sys.stderr)
         return 130
     except (ValueError, OSError, NotFinite) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
-    print(
-        f"done: {checkpoint}. Next: python tools/eval.py --model_name {checkpoint} --cache {arguments.cache}"
-    )
+    if trainer.processes.is_main:
+        next_step = f"python tools/eval.py --model_name {checkpoint} --cache {arguments.cache}"
+        print(f"done: {checkpoint}. Next: {next_step}")
     return 0
 
 

@@ -1,0 +1,242 @@
+"""Gemma's frozen decoder over packed rows: what transformers computes, with less work.
+
+Nothing here trains, so a layer is a pure function of its input and fixed weights: matrices that read the same input
+are one matrix, nothing is computed for weight gradients, and the last layer goes on with the wanted rows alone. The
+functions compile as a whole; all layers share their compiled code, since weights are arguments.
+
+Dimensions: R rows of L tokens, K wanted tokens, D width, H query heads and G key-value heads of E.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from theworld.batch import Batch
+from theworld.fp8 import Fp8Weight, fp8_linear, to_fp8
+from theworld.gemma import Gemma
+from theworld.masks import attention_masks
+
+Weight = Tensor | Fp8Weight
+
+
+class Layer(NamedTuple):
+    """The weights of one decoder layer; norms are transformers' `weight`, to which 1 is added."""
+
+    before_attention: Tensor
+    after_attention: Tensor
+    before_mlp: Tensor
+    after_mlp: Tensor
+    query_norm: Tensor
+    key_norm: Tensor
+    qkv: Weight  # [(H + 2 G) E, D]
+    out: Weight  # [D, H E]
+    gate_up: Weight  # [2 F, D]
+    down: Weight  # [D, F]
+
+
+class Shape(NamedTuple):
+    """What a layer has to know of the model's config."""
+
+    num_heads: int  # H
+    num_key_value_heads: int  # G
+    head_width: int  # E
+    scale: float
+    epsilon: float
+
+
+class Decoder:
+    """Calls the decoder of one Gemma. Its weights stay Gemma's own: views of merged matrices take their place, so
+    transformers' own forward goes on working, and there is one copy of them; with `fp8` two more in 8 bits."""
+
+    def __init__(self, gemma: Gemma, compiled: bool = False, fp8: bool = False, checkpointed: bool = False):
+        """`compiled`: with torch.compile. `checkpointed`: keep only each layer's input for the backward pass.
+
+        Raises ValueError for a Gemma that computes something else than Gemma 3 does, or for 8 bits without a GPU
+        that has them.
+        """
+        config = gemma.text_config
+        _check(config, gemma.name)
+        self.gemma, self.checkpointed = gemma, checkpointed
+        self.shape = Shape(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.query_pre_attn_scalar**-0.5,
+            config.rms_norm_eps,
+        )
+        self.kinds = list(config.layer_types)
+        model = gemma.text_model
+        self.layers = [_merged(layer, fp8) for layer in model.layers]
+        self.functions: dict[Any, Any] = {
+            f: f for f in (decoder_layer, last_layer, two_part_layer, two_part_last_layer)
+        }
+        if compiled:
+            # As a whole or not at all: outside of compiled code flex attention writes out every score.
+            self.functions = {f: torch.compile(f, fullgraph=True) for f in self.functions}
+            torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+
+    def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
+        """Hidden states after the final norm, dtype[K, D], of the tokens of x, dtype[R, L, D], whose flat indices are
+        `wanted`, int64[K]. Frozen columns (see `theworld.batch`) take part, but have no gradient and are not wanted."""
+        length, frozen = x.shape[1], batch.num_frozen
+        if not frozen:
+            mask = self._masks(x, batch, (0, length))
+            for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
+                x = self._run(decoder_layer, x, layer, *mask[kind])
+            x = self._run(last_layer, x, self.layers[-1], *mask[self.kinds[-1]], wanted)
+        else:
+            still, x = x[:, :frozen].detach(), x[:, frozen:]
+            wanted = wanted - (wanted // length + 1) * frozen  # counted without the frozen columns
+            masks = self._masks(still, batch, (0, frozen)), self._masks(x, batch, (frozen, length))
+            for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
+                still, x = self._run(two_part_layer, still, x, layer, *masks[0][kind], *masks[1][kind])
+            last = masks[0][self.kinds[-1]][:2], masks[1][self.kinds[-1]]
+            x = self._run(two_part_last_layer, still, x, self.layers[-1], *last[0], *last[1], wanted)
+        return rms_norm(x, self.gemma.text_model.norm.weight, self.shape.epsilon)
+
+    def _masks(
+        self, x: Tensor, batch: Batch, queries: tuple[int, int]
+    ) -> dict[str, tuple[Tensor, Tensor, Any]]:
+        """By kind of layer cos, sin and mask of some columns, which `x` holds; dense masks are added to the scores."""
+        rotary = self.gemma.text_model.rotary_emb
+        positions = batch.position_ids[:, slice(*queries)]
+        masks = attention_masks(batch, self.gemma.sliding_window, self.gemma.attention, queries)
+        for kind, mask in masks.items():
+            if isinstance(mask, Tensor):
+                masks[kind] = x.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        return {kind: (*rotary(x, positions, kind), masks[kind]) for kind in sorted(set(self.kinds))}
+
+    def _run(self, function: Any, *arguments: Any) -> Any:
+        function = self.functions[function]
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, self.shape, use_reentrant=False)
+        return function(*arguments, self.shape)
+
+
+def decoder_layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
+    """dtype[R, L, D] -> dtype[R, L, D]."""
+    query, key, value = _heads(x, w, cos, sin, shape)
+    return _after_attention(x, attention(query, key, value, mask, shape), w, shape)
+
+
+def last_layer(
+    x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor, shape: Shape
+) -> Tensor:
+    """dtype[R, L, D] -> dtype[K, D]: nothing reads the other tokens, so most of the layer is for these alone."""
+    query, key, value = _heads(x, w, cos, sin, shape)
+    attended = attention(query, key, value, mask, shape)
+    return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
+
+
+def two_part_layer(
+    still: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor, mask: Any,
+    shape: Shape,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A layer over rows whose first part, without gradient, sees nothing of the second: both parts again."""
+    query0, key0, value0 = _heads(still, w, cos0, sin0, shape)
+    query, key, value = _heads(x, w, cos, sin, shape)
+    attended0 = attention(query0, key0, value0, mask0, shape)
+    attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
+    return _after_attention(still, attended0, w, shape), _after_attention(x, attended, w, shape)
+
+
+def two_part_last_layer(
+    still: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor,
+    shape: Shape,
+) -> Tensor:  # fmt: skip
+    """As `last_layer`, of rows in two parts; the tokens wanted are of the second, and so are their indices."""
+    _, key0, value0 = _heads(still, w, cos0, sin0, shape)
+    query, key, value = _heads(x, w, cos, sin, shape)
+    attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
+    return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
+
+
+def _heads(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries dtype[R, H, L, E], keys and values dtype[R, G, L, E]: the first two normalised and turned."""
+    heads, groups, width, _, epsilon = shape
+    projected = linear(rms_norm(x, w.before_attention, epsilon), w.qkv)
+    projected = projected.unflatten(-1, (-1, width)).transpose(1, 2)  # R, H + 2 G, L, E
+    query, key, value = projected.split((heads, groups, groups), 1)
+    query = _turn(rms_norm(query, w.query_norm, epsilon), cos, sin)
+    return query, _turn(rms_norm(key, w.key_norm, epsilon), cos, sin), value
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape) -> Tensor:
+    """dtype[R, Q, H E]: H / G queries share a key."""
+    if isinstance(mask, Tensor):
+        repeats = shape.num_heads // shape.num_key_value_heads
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=shape.scale)
+    else:
+        attended = flex_attention(query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True)
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tensor:
+    x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
+    gate, up = linear(rms_norm(x, w.before_mlp, shape.epsilon), w.gate_up).chunk(2, -1)
+    return x + rms_norm(linear(F.gelu(gate, approximate="tanh") * up, w.down), w.after_mlp, shape.epsilon)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Gemma's RMS norm, as transformers rounds it: in float32, times 1 + weight, back to the dtype of x."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (wide * (1.0 + weight.float())).type_as(x)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), the two halves of a head being the pairs."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """x times the transposed weight."""
+    return fp8_linear(x, weight) if isinstance(weight, Fp8Weight) else F.linear(x, weight)
+
+
+def _merged(layer: Any, fp8: bool) -> Layer:
+    """A layer's weights with those that read the same input in one matrix; transformers' modules keep views."""
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = _one_matrix([attention.q_proj, attention.k_proj, attention.v_proj])
+    gate_up = _one_matrix([mlp.gate_proj, mlp.up_proj])
+    matrices: Sequence[Any] = (qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight)
+    return Layer(
+        layer.input_layernorm.weight,
+        layer.post_attention_layernorm.weight,
+        layer.pre_feedforward_layernorm.weight,
+        layer.post_feedforward_layernorm.weight,
+        attention.q_norm.weight,
+        attention.k_norm.weight,
+        *(to_fp8(m) if fp8 else m for m in matrices),
+    )
+
+
+@torch.no_grad()
+def _one_matrix(modules: Sequence[Any]) -> Tensor:
+    merged = torch.cat([module.weight for module in modules])
+    for module, part in zip(modules, merged.split([len(m.weight) for m in modules]), strict=True):
+        module.weight.data = part
+    return merged
+
+
+def _check(config: Any, name: str) -> None:
+    """What this file takes for granted of a Gemma 3."""
+    wanted = {
+        "attention_bias": False,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    }
+    for key, value in wanted.items():
+        found = getattr(config, key, value)
+        if found != value:
+            raise ValueError(
+                f"model_name {name!r}: {key} is {found!r}; this is built for {value!r}, as Gemma 3 has"
+            )

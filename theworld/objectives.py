@@ -1,0 +1,63 @@
+"""What the projection is trained towards: the answer to a statement or, to begin with, Gemma's own image tokens."""
+
+import torch
+from torch import Tensor
+
+from theworld.config import Config
+from theworld.data import Data
+from theworld.feed import Pass
+from theworld.model import TheWorld
+from theworld.vsr import Statement
+
+
+def make_optimizer(model: TheWorld, config: Config) -> torch.optim.AdamW:
+    """AdamW over what trains; weight decay on the matrices alone, as is usual."""
+    named = model.trainable()
+    matrices = [p for name, p in named.items() if name.endswith("weight") and p.ndim >= 2]
+    vectors = [p for name, p in named.items() if not (name.endswith("weight") and p.ndim >= 2)]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
+
+
+def answer_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
+    """Sums over the pass: see `TheWorld.losses`; `correct` counts statements where the right answer is the likelier."""
+    assert one.batch is not None
+    losses = model.losses(one.batch, one.latents, one.vision, model.config.statement_loss_weight)
+    said_true = losses["logits"][:, 1] > losses["logits"][:, 0]
+    is_true = one.batch.labels == model.gemma.answer_ids[1]
+    return losses | {"correct": (said_true == is_true).sum()}
+
+
+def check_align(model: TheWorld) -> None:
+    """A start at Gemma's image tokens needs as many of them as there are world tokens, on the same places."""
+    config = model.config
+    world, image = model.projection.shape.num_tokens, model.gemma.num_image_tokens
+    if config.align_steps and (world != image or config.world_mode != "patch"):
+        raise ValueError(
+            f"align_steps {config.align_steps}: {world} world tokens (world_mode {config.world_mode}) "
+            f"and {image} image tokens do not lie on the same places; choose a world_patch that gives as many, "
+            "or align_steps 0"
+        )
+
+
+def align_pass(model: TheWorld, data: Data, statements: list[Statement]) -> Pass:
+    """The rows of the statements' images, without a language model's batch."""
+    images = [s.image for s in statements]
+    assert data.vision is not None
+    return Pass(tuple(statements), None, data.latents(images), data.vision(images)).pin(model.gemma.device)
+
+
+def align_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
+    """Squared distance of an image's world tokens to Gemma's image tokens of the same places, as a share of the
+    image tokens' own squared size, summed over statements: each by itself, so that it does not matter which others
+    are in the pass."""
+    assert one.latents is not None
+    assert one.vision is not None
+    target = model.gemma.image_features(one.vision).float()
+    tokens = model.projection(one.latents)
+    loss = ((tokens - target).pow(2).mean((1, 2)) / target.pow(2).mean((1, 2))).sum()
+    zero = torch.zeros_like(loss).detach()
+    return {"total": loss, "label": loss.detach(), "statement": zero, "correct": zero}
