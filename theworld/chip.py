@@ -8,7 +8,7 @@ Dimensions: T tokens, D width, F width of the feed-forward layer, H heads of siz
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -114,51 +114,73 @@ def vision_flops(config: Any) -> int:
 # ---- the language model
 
 
+Pairs = dict[str, int]  # by layer type: (query, key) that the mask allows
+
+
 @dataclass(frozen=True)
 class Work:
     """What one packed batch asks of the language model; padding is not asked for."""
 
     tokens: int
-    tokens_after: int  # from an image's first world token on: what the gradient runs through
-    pairs: dict[str, int]  # by layer type: (query, key) that the mask allows
-    pairs_after: dict[str, int]  # of these, with the query among tokens_after
-    pairs_within: dict[str, int]  # of these, with the key among tokens_after too
+    tokens_after: int  # that see something trained: what the gradient runs through
+    pairs: Pairs
+    pairs_after: Pairs  # with the query among tokens_after
+    pairs_within: Pairs  # with query and key among tokens_after
+    label_pairs: Pairs  # with a label row as the query
+    label_pairs_within: Pairs  # with a label row as the query and the key among tokens_after
     label_rows: int
-    statements: int
-    images: int
+    worlds: int  # blocks of world tokens
 
 
 def work_of(batch: Batch, sliding_window: int) -> Work:
-    """Counts one batch (on the CPU), image by image: tokens of different images never see each other."""
-    flat = {k: getattr(batch, k).flatten() for k in ("group", "branch", "block", "position_ids")}
-    totals = dict.fromkeys(("tokens", "after"), 0)
-    names = ("full_attention", "sliding_attention")
-    pairs, after, within = ({name: 0 for name in names} for _ in range(3))
-    for index in range(len(batch.images)):
-        places = (flat["group"] == index).nonzero().flatten()
-        own = {key: values[places] for key, values in flat.items()}
-        first = int(batch.world_slots[index, 0]) if batch.world_slots.numel() else None
-        trained = places >= first if first is not None else torch.zeros_like(places, dtype=torch.bool)
-        totals["tokens"] += len(places)
-        totals["after"] += int(trained.sum())
-        for name, window in zip(names, (None, sliding_window), strict=True):
-            seen = _may_see(own, window)
-            pairs[name] += int(seen.sum())
-            after[name] += int(seen[trained].sum())
-            within[name] += int(seen[trained][:, trained].sum())
-    return Work(
-        totals["tokens"], totals["after"], pairs, after, within, len(batch.label_rows), len(batch.statements),
-        len(batch.images),
-    )  # fmt: skip
+    """Counts one batch, tree by tree: tokens of different trees never see each other."""
+    windows = {"full_attention": None, "sliding_attention": sliding_window}
+    tokens = after = 0
+    counts: list[Pairs] = [dict.fromkeys(windows, 0) for _ in range(5)]
+    for tree in _trees(batch):
+        place, end = tree["place"], tree["end"]
+        world, world_end = place[tree["opens"]], end[tree["opens"]]
+        trained = ((world <= place[:, None]) & (place[:, None] < world_end)).any(1)
+        tokens += len(place)
+        after += int(trained.sum())
+        for name, window in windows.items():
+            seen = _may_see(tree, window)
+            own = (
+                seen[trained],
+                seen[trained][:, trained],
+                seen[tree["label"]],
+                seen[tree["label"]][:, trained],
+            )
+            for count, chosen in zip(counts, (seen, *own), strict=True):
+                count[name] += int(chosen.sum())
+    every, after_pairs, within, label, label_within = counts
+    rows, worlds = len(batch.label_rows), len(batch.worlds)
+    return Work(tokens, after, every, after_pairs, within, label, label_within, rows, worlds)
 
 
-def _may_see(own: dict[str, Tensor], window: int | None) -> Tensor:
-    """bool[n, n] over the tokens of one image: may query see key? The rule of `theworld.batch`."""
-    branch, block, position = own["branch"], own["block"], own["position_ids"]
-    order = torch.arange(len(branch), device=branch.device)
-    seen = (branch[None] < 0) | (branch[None] == branch[:, None])
-    ahead = (block[:, None] >= 0) & (block[:, None] == block[None])
-    seen = seen & ((order[None] <= order[:, None]) | ahead)
+def _trees(batch: Batch) -> Iterator[dict[str, Tensor]]:
+    """The tokens of each tree in the order of their places, with marks: `opens` a world, is a `label` row. A row's
+    places count from 0 without gaps, and a tree ends where the subtree of its first token does."""
+    fields = {name: getattr(batch, name) for name in ("place", "end", "block", "position_ids")}
+    for name, indices in (("opens", batch.world_slots[:, :1]), ("label", batch.label_rows)):
+        marks = torch.zeros(batch.token_ids.numel(), dtype=torch.bool, device=indices.device)
+        marks[indices.flatten()] = True
+        fields[name] = marks.view_as(batch.token_ids)
+    for row in range(len(batch.token_ids)):
+        order = batch.place[row].argsort()
+        order = order[batch.place[row][order] >= 0]
+        start = 0
+        while start < len(order):
+            stop = int(batch.end[row][order[start]])
+            yield {name: values[row][order[start:stop]] for name, values in fields.items()}
+            start = stop
+
+
+def _may_see(tree: dict[str, Tensor], window: int | None) -> Tensor:
+    """bool[n, n] over the tokens of one tree: may query see key? The rule of `theworld.masks`."""
+    place, block, position = tree["place"], tree["block"], tree["position_ids"]
+    seen = (place[None] <= place[:, None]) & (place[:, None] < tree["end"][None])
+    seen |= (block[:, None] >= 0) & (block[:, None] == block[None])
     return seen if window is None else seen & (position[:, None] - position[None] < window)
 
 
@@ -174,24 +196,32 @@ def language_flops(config: Any, works: Sequence[Work], projection: int = 0) -> d
     """FLOPs of `forward` and `backward` on these batches together. `projection`: FLOPs of the projection on one image.
 
     Forward: 2 x parameters x tokens in the linears, 4 Hh a pair that the mask allows (scores and sums of values), the
-    head at the label rows. Backward: frozen weights need no gradient of their own, so a linear costs only its input's,
-    the same again, and only for tokens at or after the world tokens; attention costs 4 Hh a pair of such a query (of
-    the scores and of the query) and 4 Hh a pair of such a query and key (of keys and values); recomputing scores, as
-    fused kernels do, is not counted. The projection trains: twice its forward.
+    head at the label rows. Of the last layer only the label rows are wanted: all tokens need its keys and values
+    alone. Backward: frozen weights need no gradient of their own, so a linear costs only its input's, the same again,
+    and only for tokens that see a world token; attention costs 4 Hh a pair of such a query (of the scores and of the
+    query) and 4 Hh a pair of such a query and key (of keys and values); recomputing scores, as fused kernels do, is
+    not counted. The projection trains: twice its forward.
     """
-    layers = config.num_hidden_layers * decoder_parameters(config)
+    whole = (config.num_hidden_layers - 1) * decoder_parameters(config)
+    keys = (
+        2 * config.hidden_size * config.num_key_value_heads * config.head_dim
+    )  # of the last layer, with values
+    rest = decoder_parameters(config) - keys
     per_pair = 4 * config.num_attention_heads * config.head_dim
     head = 2 * config.hidden_size * config.vocab_size
+    *kinds, last = config.layer_types
     forward = backward = 0.0
     for work in works:
-        scores = [
-            {name: p[name] * per_pair for name in p}
-            for p in (work.pairs, work.pairs_after, work.pairs_within)
-        ]
-        attention, after, within = (sum(s[kind] for kind in config.layer_types) for s in scores)
-        forward += 2 * layers * work.tokens + attention + head * work.label_rows + projection * work.images
-        backward += 2 * layers * work.tokens_after + after + within + head * work.label_rows
-        backward += 2 * projection * work.images
+        own = (2 * rest + head) * work.label_rows
+        pairs = sum(work.pairs[kind] for kind in kinds) + work.label_pairs[last]
+        forward += 2 * (whole + keys) * work.tokens + own + per_pair * pairs + projection * work.worlds
+        if not work.tokens_after:
+            continue
+        pairs = sum(work.pairs_after[kind] + work.pairs_within[kind] for kind in kinds)
+        pairs += work.label_pairs[last] + work.label_pairs_within[last]
+        backward += (
+            2 * (whole + keys) * work.tokens_after + own + per_pair * pairs + 2 * projection * work.worlds
+        )
     return {"forward": forward, "backward": backward}
 
 

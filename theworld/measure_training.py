@@ -21,6 +21,7 @@ from theworld.workbench import (
     quietly,
     run_tool,
     statements_a_step,
+    stepper,
     stopwatch,
 )
 
@@ -44,15 +45,18 @@ def part_train(bench: Workbench) -> None:
     trainer = bench.trainer()
     bench.results.add("train", "tokens", branch_tokens(trainer.packer, trainer.config))
     sizes = {"end to end": bench.shapes.baseline_batch_size, "ours": statements_a_step(trainer.config)}
+    own_weights = bench.held_gib()
     steps: dict[str, Callable[[], Any]] = {
         "end to end": _baseline_step(bench, trainer),
-        "ours": trainer.train_step,
+        "ours": stepper(trainer),
     }
+    others = {"end to end": own_weights, "ours": bench.held_gib() - own_weights}  # not to be counted twice
     memory = {}
     for name, step in steps.items():
         bench.free()
         time_calls(step, bench.device, bench.shapes.warm_up)
-        memory[name] = bench.peak_gib()
+        peak = bench.peak_gib()
+        memory[name] = None if peak is None else peak - others[name]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(bench.shapes.repeats):
         for name, step in steps.items():
@@ -107,10 +111,10 @@ def _add_floor(bench: Workbench, trainer: Trainer) -> None:
 
 
 def _add_stages(bench: Workbench, trainer: Trainer) -> None:
-    """Where a step's time goes, by stage; on a GPU also which kernels it runs."""
+    """Where a step's time goes, by stage, with packing in the same thread; on a GPU also which kernels it runs."""
     steps = max(2, bench.shapes.steps)
     with bench.results.attempt("train", "stages"), stopwatch(bench.device) as inside:
-        total = sum(bench.step_seconds(trainer, steps))
+        total = sum(bench.call_seconds(trainer.train_step, steps))
         stages = {f"{name}_ms": 1e3 * s / steps for name, s in inside.items()}
         stages["rest_ms"] = 1e3 * (total - sum(inside.values())) / steps
         bench.results.add("train", "stages", {"step_ms": 1e3 * total / steps} | stages)
@@ -123,7 +127,7 @@ def _kernels(bench: Workbench, trainer: Trainer) -> dict[str, Any]:
     """The share of two steps in which the GPU works, and its six longest kernels' shares of that."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        total = sum(bench.step_seconds(trainer, 2))
+        total = sum(bench.call_seconds(trainer.train_step, 2))
     events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     busy = sum(event.self_device_time_total for event in events) / 1e6
     longest = {e.key[:60]: e.self_device_time_total / 1e6 / busy for e in events[:6]}

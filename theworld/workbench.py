@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,16 +23,16 @@ from unittest.mock import patch
 import torch
 
 from theworld.batch import Packer
-from theworld.chip import language_flops, projection_flops, synchronize, work_of
+from theworld.chip import language_flops, projection_flops, synchronize, time_calls, work_of
 from theworld.config import Config, save_config
 from theworld.extract import extract
+from theworld.feed import ahead
 from theworld.model import TheWorld
 from theworld.results import Results, Row, spread
-from theworld.schedule import Order
 from theworld.standin_models import Shapes, make_gemma_folder, make_vae_folder
 from theworld.standins import statement_images, write_photographs, write_statements
 from theworld.train import Trainer
-from theworld.vsr import load_statements
+from theworld.vsr import Statement, load_statements
 
 TOOLS = Path(__file__).parent.parent / "tools"
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -161,21 +162,19 @@ class Workbench:
             return None
         return torch.cuda.max_memory_allocated(self.device) / 2**30
 
+    def held_gib(self) -> float:
+        """GPU memory allocated now, GiB; 0 on a CPU."""
+        return torch.cuda.memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
+
     def clean(self) -> None:
         """Removes what single measurements wrote; models, data and cache stay for the next run."""
         shutil.rmtree(self.folder / "runs", ignore_errors=True)
 
     # ---- training
 
-    def step_seconds(self, trainer: Trainer, steps: int) -> list[float]:
-        """Seconds of each of the next optimizer steps."""
-        seconds = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            trainer.train_step()
-            synchronize(self.device)
-            seconds.append(time.perf_counter() - start)
-        return seconds
+    def call_seconds(self, call: Callable[[], Any], calls: int) -> list[float]:
+        """Seconds of each of so many calls, the device waited for."""
+        return [s for _ in range(calls) for s in time_calls(call, self.device, 1, warm_up=0)]
 
     def train_row(self, **changes: Any) -> Row:
         """Speed, memory and start of one kind of run."""
@@ -184,9 +183,9 @@ class Workbench:
         start = time.perf_counter()
         trainer = self.trainer(**changes)
         loaded = time.perf_counter() - start
-        first = self.step_seconds(trainer, 1)[0]
-        self.step_seconds(trainer, self.shapes.warm_up - 1)
-        seconds = self.step_seconds(trainer, self.shapes.repeats * self.shapes.steps)
+        step = stepper(trainer)
+        first = self.call_seconds(step, self.shapes.warm_up)[0]
+        seconds = self.call_seconds(step, self.shapes.repeats * self.shapes.steps)
         statements = statements_a_step(trainer.config)
         row = spread([statements / s for s in seconds]) | {
             "unit": "statements/s",
@@ -196,16 +195,15 @@ class Workbench:
             "first_step_s": first,
             "step_s": statistics.median(seconds),
         }
-        del trainer
+        del trainer, step
         self.free()
         return row
 
     def step_flops(self, trainer: Trainer, steps: int = 4) -> dict[str, float]:
         """FLOPs that a mean optimizer step needs (see `theworld.chip.language_flops`), and its mean tokens."""
-        config, size = trainer.config, trainer.config.batch_size
-        order = Order(load_statements(config.annotations, "train", config.dataset_name), config.seed)
-        taken = order.take(0, steps * statements_a_step(config))
-        batches = [trainer.packer.pack(taken[i : i + size]) for i in range(0, len(taken), size)]
+        batches = [
+            one.batch for step in range(steps) for one in trainer.prepare(step) if one.batch is not None
+        ]
         works = [work_of(batch, trainer.model.gemma.sliding_window) for batch in batches]
         projection = projection_flops(trainer.model.projection.shape)
         counted = language_flops(trainer.model.gemma.text_config, works, projection)
@@ -221,17 +219,26 @@ class Workbench:
         return (counted["forward"] + counted["backward"]) / seconds / self.rates["flops"]
 
 
+def stepper(trainer: Trainer) -> Callable[[], Any]:
+    """A call that takes the next optimizer step; what it reads is put together by a thread, as in a whole run."""
+    passes = ahead(trainer.prepare(step) for step in count(trainer.step))
+    return lambda: trainer.train_step(next(passes))
+
+
 def statements_a_step(config: Config) -> int:
     """Of one process."""
     return config.batch_size * config.gradient_accumulation_steps
 
 
 def branch_tokens(packer: Packer, config: Config) -> Row:
-    """Mean tokens of the shared part and of a statement's branch, over the first 500 training statements."""
+    """Mean tokens of a statement's own part and of what the statements of an image share, over 500 statements."""
+
+    def tokens(*statements: Statement) -> int:
+        return int((packer.pack(statements).place >= 0).sum())
+
     statements = load_statements(config.annotations, "train", config.dataset_name)[:500]
-    batches = [packer.pack([statement]) for statement in statements]
-    own = [int((batch.branch >= 0).sum()) for batch in batches]
-    shared = int(((batches[0].group >= 0) & (batches[0].branch < 0)).sum())
+    own = [tokens(s, s) - tokens(s) for s in statements]
+    shared = tokens(statements[0]) - own[0]
     return {
         "branch_tokens": statistics.mean(own),
         "shortest": min(own),
