@@ -23,6 +23,7 @@ LEVELS = [
     {"lessons"},
     {"demo", "pretrain"},
     {"results", "standins", "standin_models", "baseline", "chip"},
+    {"observe"},
     {"workbench"},
     {"growth", "measure_encoders", "measure_training"},
     {"bench"},
@@ -56,8 +57,8 @@ def test_a_module_imports_from_lower_levels_only(module: str) -> None:
 
 def test_the_core_does_not_know_the_demo_or_the_measurements() -> None:
     demo = {"demo", "scenes", "pretrain", "small_models", "lessons"}
-    measurements = {"results", "standins", "standin_models", "baseline", "chip", "workbench", "growth"}
-    measurements |= {"measure_encoders", "measure_training", "bench"}
+    measurements = {"results", "standins", "standin_models", "baseline", "chip", "observe", "workbench"}
+    measurements |= {"growth", "measure_encoders", "measure_training", "bench"}
     for module in set(MODULES) - demo - measurements:
         assert not imported(PACKAGE / f"{module}.py") & (demo | measurements)
         assert "embedded" not in (PACKAGE / f"{module}.py").read_text()

@@ -19,10 +19,11 @@ from theworld.chip import (
     vision_flops,
 )
 from theworld.extract import extract
+from theworld.observe import quietly
 from theworld.results import spread
 from theworld.standins import statement_images
 from theworld.vae import CosmosEncoder, load_vae
-from theworld.workbench import Workbench, quietly, run_tool
+from theworld.workbench import Workbench, run_tool
 
 
 def part_chip(bench: Workbench) -> None:

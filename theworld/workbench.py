@@ -1,7 +1,6 @@
 """What measurements stand on: model folders, data, a cache, trainers, and how a step's time and work are counted."""
 
 import gc
-import io
 import json
 import math
 import os
@@ -10,24 +9,22 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from theworld.batch import Packer
-from theworld.chip import language_flops, projection_flops, synchronize, time_calls, work_of
+from theworld.chip import language_flops, projection_flops, time_calls, work_of
 from theworld.config import Config, save_config
 from theworld.extract import extract
 from theworld.feed import ahead
-from theworld.model import TheWorld
+from theworld.observe import quietly
 from theworld.results import Results, Row, spread
 from theworld.standin_models import Shapes, make_gemma_folder, make_vae_folder
 from theworld.standins import statement_images, write_photographs, write_statements
@@ -245,44 +242,6 @@ def branch_tokens(packer: Packer, config: Config) -> Row:
         "longest": max(own),
         "shared_tokens": shared,
     }
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Keeps what others print off the terminal, which shows figures here; progress bars and errors stay."""
-    with redirect_stdout(io.StringIO()):
-        yield
-
-
-@contextmanager
-def stopwatch(device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds inside pack, forward, backward and optimizer while it runs, each waited for: a little slower than
-    without. What other threads do meanwhile does not count."""
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **options: Any) -> Any:
-            if threading.current_thread() is not threading.main_thread():
-                return call(*arguments, **options)
-            synchronize(device)
-            start = time.perf_counter()
-            result = call(*arguments, **options)
-            synchronize(device)
-            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-            return result
-
-        return wrapper
-
-    places: list[tuple[str, Any, str]] = [
-        ("pack", Packer, "pack"),
-        ("forward", TheWorld, "losses"),
-        ("backward", torch.Tensor, "backward"),
-        ("optimizer", torch.optim.AdamW, "step"),
-    ]
-    with ExitStack() as stack:
-        for name, owner, attribute in places:
-            stack.enter_context(patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
-        yield seconds
 
 
 def last_metrics(output_dir: Path) -> Row:
