@@ -21,6 +21,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     PreTrainedModel,
 )
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from theworld.weights import hub_revision, model_id, weights_sha256
 
@@ -218,6 +219,12 @@ class Gemma:
         projector = self.model.model.multi_modal_projector
         normed = projector.mm_soft_emb_norm(vision_features.to(self.device, self.dtype))
         return normed @ projector.mm_input_projection_weight
+
+    def compile_vision(self) -> None:
+        """Compiles the layers of the vision tower: pays for thousands of photographs in batches of one size."""
+        for module in self.model.model.vision_tower.modules():
+            if isinstance(module, SiglipEncoderLayer):
+                module.compile()
 
     def drop_vision(self) -> None:
         """Frees the vision tower: for runs whose features come from a cache."""
