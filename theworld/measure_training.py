@@ -40,7 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def part_train(bench: Workbench) -> None:
-    """Optimizer steps of the end-to-end baseline and of ours, in turns; then where ours spends its time."""
+    """Optimizer steps of the end-to-end baseline and of ours, in turns; then where ours spends its time.
+
+    The baseline's workers decode ahead while ours has its turn, so on few cores ours is measured too slow, if anything.
+    """
     bench.free()
     trainer = bench.trainer()
     bench.results.add("train", "tokens", branch_tokens(trainer.packer, trainer.config))
