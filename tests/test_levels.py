@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "files", "vsr", "images", "weights", "scenes", "fp8"},
+    {"jsonc", "console", "images", "weights", "scenes", "fp8"},
+    {"files", "vsr"},
     {"config", "shards", "vae", "gemma", "projection", "processes"},
     {"arguments", "metrics", "plan"},
+    {"reader"},
     {"store", "schedule"},
     {"cache", "batch"},
     {"masks"},

@@ -7,7 +7,8 @@ cache/failures.jsonl   images that statements name but that could not be read, w
 
 import json
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def to_tensor(array: np.ndarray) -> Tensor:
-    """The inverse of `to_numpy`."""
-    tensor = torch.from_numpy(np.array(array))
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The inverse of `to_numpy`: the same memory, which has to be writable."""
+    tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 
@@ -75,28 +76,114 @@ def meaning(fingerprint: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fingerprint.items() if key not in _PRECISION}
 
 
-class Rows:
-    """One array of one store as tensors by image path. Rows that were read stay in memory where all of them fit
-    into a quarter of the machine's."""
+_EMPTY, _BUSY, _THERE = range(3)  # a row of the memory: nobody reads it, somebody does, it is read and sound
 
-    def __init__(self, root: Path, array: str, expected: dict[str, Any] | None = None) -> None:
+
+def room_for_rows() -> int:
+    """Bytes that the rows of one store may take: a quarter of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+class Rows:
+    """One array of one store as tensors by image path.
+
+    Rows stay in memory, in one tensor, where they fit (`room_for_rows`): all rows of the store, else those that
+    `preload` is asked for. Threads may share it.
+    """
+
+    def __init__(
+        self, root: Path, array: str, expected: dict[str, Any] | None = None, pin: bool = False
+    ) -> None:
+        """`pin`: what a call returns lies in page-locked memory, from which a copy to the GPU is faster and need
+        not be waited for. Raises StoreError as `StoreReader` does, ValueError to pin without CUDA."""
+        if pin and not torch.cuda.is_available():
+            raise ValueError(f"{root}: pin is True, but there is no CUDA device to copy to; leave pin out")
         self.reader = StoreReader(root, expected)
         self.array = array
-        self._memory: dict[str, Tensor] = {}
-        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        self._keep = self.reader.nbytes(array) <= physical // 4
+        self.pin = pin
+        self._lock = threading.Lock()  # of _memory and _state, and never held while a row is read
+        self._place = np.full(self.reader.num_rows, -1)  # of each row of the store in the memory; -1: none
+        self._memory: Tensor | None = None
+        self._raw = np.empty(0)  # the same bytes as NumPy has them
+        self._state = np.empty(0, np.int8)
+        self._allocate(np.arange(self.reader.num_rows))
 
     def __call__(self, images: Sequence[str]) -> Tensor:
         """[len(images), ...] in the stored dtype. Raises StoreError for an image that is not there."""
-        return torch.stack([self._row(image) for image in images])
+        rows = np.array([self.reader.row(image) for image in images], np.int64)
+        places = self._place[rows]
+        if self._memory is not None and (places >= 0).all() and (self._state[places] == _THERE).all():
+            shape = (len(rows), *self._memory.shape[1:])
+            out = torch.empty(shape, dtype=self._memory.dtype, pin_memory=True) if self.pin else None
+            return torch.index_select(self._memory, 0, torch.from_numpy(places), out=out)
+        gathered = torch.stack([self._row(row) for row in rows.tolist()])
+        return gathered.pin_memory() if self.pin else gathered
 
-    def _row(self, image: str) -> Tensor:
-        if image in self._memory:
-            return self._memory[image]
-        row = to_tensor(self.reader.read(image, self.array))
-        if self._keep:
-            self._memory[image] = row
-        return row
+    def preload(self, images: Iterable[str], num_threads: int = 4) -> int:
+        """Reads the rows of these images in file order, as fast as it goes, checked as ever: how many of them are in
+        memory then. 0 where they do not fit; rows without a place are read each time they are asked for.
+
+        Calls meanwhile, from other threads, read for themselves what is not there yet, so this can run in a daemon
+        thread beside the first steps. Raises StoreError or OSError for the first row that cannot be read.
+        """
+        rows = np.unique(np.array([self.reader.row(image) for image in images], np.int64))
+        with self._lock:
+            if self._memory is None:
+                self._allocate(rows)
+        rows = rows[self._place[rows] >= 0]
+        waiting = iter(rows.tolist())
+        errors: list[Exception] = []
+
+        def work() -> None:
+            for row in waiting:  # shared: each thread takes the next row of the file
+                try:
+                    self._fill(row)
+                except (StoreError, OSError) as error:
+                    errors.append(error)
+                if errors:
+                    return
+
+        # Daemons, so that a program that ends does not wait for gigabytes that nobody will use.
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, num_threads))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return int((self._state[self._place[rows]] == _THERE).sum())
+
+    def _allocate(self, rows: np.ndarray) -> None:
+        """Makes room for these rows of the store where they fit. The system gives the memory as it is written to."""
+        spec = self.reader.arrays[self.array]
+        if not 0 < len(rows) * spec.row_nbytes <= room_for_rows():
+            return
+        self._raw = np.empty((len(rows), *spec.shape), spec.storage)
+        self._state = np.full(len(rows), _EMPTY, np.int8)
+        self._memory = as_tensor(self._raw)
+        self._place[rows] = np.arange(len(rows))  # last: who sees a place finds the memory
+
+    def _fill(self, row: int) -> bool:
+        """Reads a row into its place unless it is there or somebody does; whether it was read now."""
+        place = self._place[row]
+        with self._lock:
+            if place < 0 or self._state[place] != _EMPTY:
+                return False
+            self._state[place] = _BUSY
+        state = _EMPTY
+        try:
+            self.reader.read_row(row, self.array, self._raw[place, ...])
+            state = _THERE
+        finally:
+            self._state[place] = state
+        return True
+
+    def _row(self, row: int) -> Tensor:
+        place = self._place[row]
+        if place >= 0 and (self._fill(row) or self._state[place] == _THERE):
+            assert self._memory is not None
+            return self._memory[place]
+        return as_tensor(self.reader.read_row(row, self.array))
 
 
 class LiveVision:
@@ -127,14 +214,15 @@ def in_cache(statements: list[Statement], rows: Rows, cache: str | Path) -> tupl
 
     Only images that extraction left out knowingly may be missing; StoreError for any other.
     """
-    missing = {image for image in images_of(statements) if image not in rows.reader}
+    images = images_of(statements)
+    missing = {image for image in images if image not in rows.reader}
     unknown = sorted(missing - read_failures(cache).keys())
     if unknown:
         raise StoreError(
-            f"{cache}: {len(unknown)} of {len(images_of(statements))} images that the statements name are not in "
+            f"{cache}: {len(unknown)} of {len(images)} images that the statements name are not in "
             f"the cache, such as {unknown[0]}; run tools/extract_latents.py with the same --annotations"
         )
     kept = [s for s in statements if s.image not in missing]
-    total = len(images_of(statements))
-    note = f"{len(kept)} of {len(statements)} statements, {total - len(missing)} of {total} images"
+    found = f"{len(images) - len(missing)} of {len(images)} images"
+    note = f"{len(kept)} of {len(statements)} statements, {found}"
     return kept, note + (f" ({len(missing)} left out by --allow_missing)" if missing else "")

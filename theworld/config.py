@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import os
 import re
 import sys
 import typing
@@ -19,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from theworld.files import publish_bytes
 from theworld.jsonc import is_comment, read_json_with_comments
 
 DATASET_NAMES = ("vsr", "vsr_random", "vsr_zeroshot")
@@ -302,10 +302,5 @@ def _known_keys(values: dict[str, Any], source: str) -> dict[str, Any]:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Writes plain JSON that loads to an equal object; replaces a file as a whole or not at all."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    text = json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    publish_bytes(Path(path), text.encode("utf-8"), overwrite=True)

@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from theworld.jsonc import unique_keys
+
 SCHEMA_VERSION = 1
 MAX_JSON_BYTES = 1 << 30
 STALE_SECONDS = 24 * 3600
@@ -29,14 +31,21 @@ class StoreError(ValueError):
     """A store is damaged, incomplete or ill-formed."""
 
 
-def open_plain(path: Path) -> io.FileIO:
+class PlainFile(io.FileIO):
+    """Closes with the last reference to it: whoever holds one can read on, whatever others do meanwhile."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def open_plain(path: Path) -> PlainFile:
     """Opens for reading, unbuffered. StoreError if it is missing or no plain file: a FIFO would block,
     a link leads outside of the store."""
     try:
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode):
             raise StoreError(f"{path} is {stat.filemode(mode)}, expected a plain file")
-        return io.FileIO(path)
+        return PlainFile(path)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path} is missing") from None
 
@@ -56,6 +65,17 @@ def holds(path: Path, data: bytes) -> bool:
         return hash_file(path) == (len(data), hashlib.sha256(data).hexdigest())
     except (FileNotFoundError, NotADirectoryError, StoreError):
         return False
+
+
+def identity(path: Path) -> tuple[int, ...] | None:
+    """What changes when a plain file is replaced or written to; None if there is none. Opened for it, because
+    network file systems answer from memory otherwise."""
+    try:
+        with open_plain(path) as file:
+            status = os.fstat(file.fileno())
+    except StoreError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def sync_folder(folder: Path) -> None:
@@ -127,15 +147,11 @@ def canonical_sha256(value: Any) -> str:
 def parse_json(data: bytes, where: object) -> dict[str, Any]:
     """Strict: one object, ASCII, no duplicate keys, no NaN. Raises StoreError that names `where`."""
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        check_unique([key for key, _ in pairs], "key")
-        return dict(pairs)
-
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        value = json.loads(data.decode("ascii"), object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(data.decode("ascii"), object_pairs_hook=unique_keys("key"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{where} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -1,7 +1,9 @@
-"""JSON as people write it: with `//`, `#` and `/* */` comments and trailing commas."""
+"""JSON as people write it: with `//`, `#` and `/* */` comments and trailing commas. And the rule for all JSON that is
+read here: no key stands twice."""
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,14 @@ def read_json_with_comments(path: Path) -> dict[str, Any]:
     Raises ValueError with file:line:column for a syntax error; OSError for the file.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        seen: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in seen and not is_comment(key):
-                raise ValueError(f"key {json.dumps(key)} stands twice")
-            seen[key] = value
-        return seen
-
     def constant(text: str) -> Any:
         raise ValueError(f"{text} is not a finite number")
 
     try:
         text = _without_comments(path.read_bytes().decode("utf-8-sig"))
-        values = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        values = json.loads(
+            text, object_pairs_hook=unique_keys("key", json.dumps, is_comment), parse_constant=constant
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}:{error.colno}: {error.msg}") from None
     except RecursionError:
@@ -54,6 +50,23 @@ def _without_comments(text: str) -> str:
         return re.sub(r"[^\n]", " ", token)
 
     return _TRAILING_COMMA.sub(blank, _COMMENT.sub(blank, text))
+
+
+def unique_keys(
+    noun: str, shown: Callable[[str], str] = ascii, may_repeat: Callable[[str], bool] = lambda key: False
+) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """An `object_pairs_hook` that raises ValueError, such as "key 'a' stands twice", where json.loads takes the last
+    one without a word."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in seen and not may_repeat(key):
+                raise ValueError(f"{noun} {shown(key)} stands twice")
+            seen[key] = value
+        return seen
+
+    return unique
 
 
 def is_comment(key: str) -> bool:

@@ -18,15 +18,15 @@ class Order:
         self.by_image: dict[str, list[Statement]] = {}
         for statement in statements:
             self.by_image.setdefault(statement.image, []).append(statement)
+        self._images = sorted(self.by_image)
         self.num_statements = len(statements)
         self._epoch: tuple[int, list[Statement]] = (-1, [])
 
     def epoch(self, number: int) -> list[Statement]:
         """All statements in the order of that epoch."""
         if self._epoch[0] != number:
-            images = sorted(self.by_image)
-            shuffled = np.random.default_rng([self.seed, number]).permutation(len(images))
-            self._epoch = (number, [s for i in shuffled for s in self.by_image[images[i]]])
+            shuffled = np.random.default_rng([self.seed, number]).permutation(len(self._images)).tolist()
+            self._epoch = (number, [s for i in shuffled for s in self.by_image[self._images[i]]])
         return self._epoch[1]
 
     def take(self, start: int, count: int) -> list[Statement]:

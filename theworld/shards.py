@@ -17,12 +17,13 @@ from typing import Any
 import h5py
 import numpy as np
 
-from theworld.files import HEX_SHA256, StoreError, check_keys, hash_file, open_plain, read_sealed
+from theworld.files import HEX_SHA256, PlainFile, StoreError, check_keys, hash_file, open_plain, read_sealed
 
 STORAGE: dict[str, np.dtype] = {
     d: np.dtype(s) for d, s in [("float32", "<f4"), ("float16", "<f2"), ("bfloat16", "<u2")]
 }
 SOURCE = "source_sha256"
+SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_ROW_BYTES = 1 << 30
 MAX_HDF5_OVERHEAD = 1 << 20
 # The oldest format: HDF5 1.14 and 2.0 write the same bytes with it; with newer ones they do not.
@@ -41,7 +42,7 @@ RECORD_KEYS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageEntry:
     """One photograph of the frozen list."""
 
@@ -53,13 +54,28 @@ class ImageEntry:
     def __post_init__(self) -> None:
         if not isinstance(self.path, str) or not isinstance(self.sha256, str):
             raise StoreError(f"an image entry needs two strings, got {self.path!r} and {self.sha256!r}")
-        bad_parts = {"", ".", ".."} & set(self.path.split("/"))
+        bad_parts = not {"", ".", ".."}.isdisjoint(self.path.split("/"))
         if bad_parts or "\0" in self.path or "\\" in self.path or re.match("[A-Za-z]:", self.path):
             raise StoreError(f"image path {self.path!r}: only relative paths with '/' and without '..'")
-        if any("\ud800" <= character <= "\udfff" for character in self.path) or len(self.path) > 4096:
+        if len(self.path) > 4096 or (not self.path.isascii() and SURROGATE.search(self.path)):
             raise StoreError(f"image path {self.path[:200]!r}: not Unicode, or longer than 4096 characters")
         if not HEX_SHA256.fullmatch(self.sha256):
             raise StoreError(f"image {self.path!r}: sha256 is {self.sha256!r}, expected 64 hex digits")
+
+
+def well_formed(paths: Sequence[str], hashes: Sequence[str]) -> bool:
+    """Whether `ImageEntry` takes all of these, by the same rules at once: ten times faster, without a message."""
+    joined = "\0".join(["", *paths, ""])
+    parted, digits = joined.replace("\0", "/"), "".join(hashes)
+    return (
+        joined.count("\0") == len(paths) + 1
+        and not any(bad in parted for bad in ("//", "/./", "/../", "\\"))
+        and not re.search("\0[A-Za-z]:", joined)
+        and (joined.isascii() or not SURROGATE.search(joined))
+        and max(map(len, paths), default=0) <= 4096
+        and set(map(len, hashes)) <= {64}
+        and re.fullmatch("[0-9a-f]*", digits) is not None
+    )
 
 
 @dataclass(frozen=True)
@@ -220,30 +236,41 @@ class ShardFile:
     safe to use, threads may share it, and a file that shrinks meanwhile is an error and not a SIGBUS."""
 
     def __init__(self, path: Path, record: dict, specs: Sequence[ArraySpec], rows: Sequence[ImageEntry]):
-        self.path, self.rows, self.offsets = path, rows, record["offsets"]
+        self.path, self.offsets = path, record["offsets"]
+        self.images = [row.path for row in rows]
+        self.file: PlainFile | None = None
         self.specs = {spec.name: spec for spec in specs}
         # HDF5 can hang or answer wrongly on damaged structures: it sees only bytes whose hash is right.
         check_index(path, record, specs)
-        self.tables = read_tables(path, specs, len(rows), self.offsets)
-        if not np.array_equal(self.tables[SOURCE], source_table(rows)):
+        tables = read_tables(path, specs, len(rows), self.offsets)
+        if not np.array_equal(tables[SOURCE], source_table(rows)):
             raise StoreError(f"{path}: {SOURCE} is not that of the store's images")
+        self.crc32 = {spec.name: tables[f"{spec.name}_crc32"] for spec in specs}
         self.file = open_plain(path)
 
-    def read(self, row: int, array: str) -> np.ndarray:
-        """Row `row` of this shard, [*shape], writable. StoreError if its CRC-32 is not the stored one."""
-        spec, data, what = self.specs[array], bytearray(), f"{array} of image {self.rows[row].path!r}"
-        position = self.offsets[array] + row * spec.row_nbytes
-        while len(data) < spec.row_nbytes:
-            part = os.pread(self.file.fileno(), spec.row_nbytes - len(data), position + len(data))
+    def read(self, row: int, array: str, out: np.ndarray | None = None) -> np.ndarray:
+        """Row `row` of this shard, [*shape], the caller's own, or `out` with the row in it (C-contiguous, of this
+        shape and the stored dtype; after an error its values mean nothing). StoreError if its CRC-32 is not the
+        stored one. `file` may be set to None at any time: it is opened again."""
+        spec = self.specs[array]
+        values = np.empty(spec.shape, spec.storage) if out is None else out
+        assert (values.shape, values.dtype, values.flags.c_contiguous) == (spec.shape, spec.storage, True)
+        data, what = values.reshape(-1).view(np.uint8).data, f"{array} of image {self.images[row]!r}"
+        file = self.file
+        if file is None:
+            file = self.file = open_plain(self.path)
+        position, num_read = self.offsets[array] + row * spec.row_nbytes, 0
+        while num_read < len(data):
+            part = os.preadv(file.fileno(), [data[num_read:]], position + num_read)
             if not part:
                 raise StoreError(f"{self.path} is damaged: it ends within {what}")
-            data += part
-        actual, expected = zlib.crc32(data), int(self.tables[f"{array}_crc32"][row])
+            num_read += part
+        actual, expected = zlib.crc32(data), int(self.crc32[array][row])
         if actual != expected:
             raise StoreError(
                 f"{self.path} is damaged: {what} has CRC-32 {actual:08x}, expected {expected:08x}"
             )
-        return np.frombuffer(data, spec.storage).reshape(spec.shape)
+        return values
 
 
 def read_tables(

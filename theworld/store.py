@@ -6,16 +6,16 @@
     manifest.json                        written last, when all shards are there
 
 Any number of processes on any number of machines may hold a `Store` on one folder; the files come out the
-same. `StoreReader` reads a finished one. The format is specified, byte for byte, in cache/README.md.
+same. `StoreReader` (reader.py) reads a finished one. The format is specified, byte for byte, in cache/README.md.
 """
 
 import contextlib
-import difflib
 import hashlib
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,17 @@ from theworld.files import SCHEMA_VERSION, StoreError
 from theworld.plan import (
     STORE_KEYS,
     Plan,
-    Record,
     StoreMismatch,
     check_entry,
-    check_fingerprint,
     entry,
     fingerprint_differences,
     image_differences,
+    image_table,
     paths,
     read_manifest,
     surplus,
 )
+from theworld.reader import StoreReader, verify_store
 from theworld.shards import ArraySpec, ImageEntry
 
 __all__ = ["SCHEMA_VERSION", "ArraySpec", "ImageEntry", "StoreError"]
@@ -48,10 +48,9 @@ class Store:
 
     def __init__(self, root: Path, plan: Plan):
         self.root, self.plan = root, plan
-        self.rows = plan.rows
-        # one per distinct content: the first path that has it
         self.num_shards, self.shard_size = plan.num_shards, plan.shard_size
         self.notes: list[str] = []
+        self._unchanged: dict[Path, tuple[int, ...] | None] = {}
 
     @classmethod
     def create(
@@ -68,7 +67,7 @@ class Store:
         change stay valid). Raises StoreMismatch on any other difference, StoreError if store.json or the
         manifest is damaged, OSError if nothing can be written.
         """
-        store = cls(Path(root), Plan(fingerprint, images, arrays, shard_size))
+        store = cls(Path(root), Plan(fingerprint, image_table(images), arrays, shard_size))
         exists = os.path.lexists(store.root / "store.json")
         if exists:
             store._compare()
@@ -87,15 +86,17 @@ class Store:
         differences += [(key, cached[key], wanted[key]) for key in changed]
         if differences:
             raise StoreMismatch(self.root, differences)
+        same_list = files.holds(self.root / "images.jsonl", self.plan.images_bytes)
+        if cached == wanted and same_list:
+            return
         if self.is_complete:
-            before = Plan.load(self.root).images
-            if before != self.plan.images:
-                raise StoreMismatch(self.root, image_differences(before, self.plan.images))
-        elif cached != wanted:
+            before = Plan.load(self.root).images  # StoreError where images.jsonl is damaged
+            raise StoreMismatch(self.root, image_differences(before, self.plan.images))
+        if cached != wanted:
             self._note(
                 f"the image list changed: {cached['num_images']} paths before, {wanted['num_images']} now"
             )
-        elif not files.holds(self.root / "images.jsonl", self.plan.images_bytes):
+        else:
             self._note("images.jsonl was not the list that store.json names; it is written again")
 
     def _freeze(self, overwrite: bool) -> None:
@@ -108,6 +109,11 @@ class Store:
         for path in surplus(self.root, self.num_shards):
             self._set_aside(path, "no shard of this image list")
 
+    @cached_property
+    def rows(self) -> list[ImageEntry]:
+        """One for each distinct content: the first path that has it."""
+        return [row for shard in range(self.num_shards) for row in self.shard_rows(shard)]
+
     def shard_rows(self, shard: int) -> list[ImageEntry]:
         """The images of one shard, in the order of its rows. IndexError if there is no such shard."""
         return self.plan.shard_rows(shard)
@@ -117,16 +123,25 @@ class Store:
         """Whether the manifest is there. StoreError if it is damaged."""
         return read_manifest(self.root) is not None
 
-    def pending(self) -> list[int]:
-        """Shards that have to be written. Reads every byte of the others; damaged ones are in `notes`."""
-        return [shard for shard, found in enumerate(self._entries()) if found is None]
+    def pending(self, shards: Iterable[int] | None = None) -> list[int]:
+        """Shards that have to be written, in ascending order. Reads every byte of the others; damaged ones are in
+        `notes`.
 
-    def _entries(self) -> list[dict[str, Any] | None]:
-        """What a manifest says of each shard; None for those that have to be written."""
+        `shards`: examine and return only these, so that one of many writers need not read what the others wrote.
+        IndexError if there is no such shard.
+        """
+        return [shard for shard, found in self._entries(shards).items() if found is None]
+
+    def _entries(self, chosen: Iterable[int] | None = None) -> dict[int, dict[str, Any] | None]:
+        """What a manifest says of each chosen shard (None: of all); None for those that have to be written."""
+        numbers = range(self.num_shards) if chosen is None else sorted(set(chosen))
+        if numbers and not 0 <= numbers[0] <= numbers[-1] < self.num_shards:
+            raise IndexError(f"shards {numbers[0]} to {numbers[-1]} of {self.num_shards}")
+        self._unchanged.clear()  # look at every byte again
         self._check_unchanged()
         manifest = read_manifest(self.root)
-        entries: list[dict[str, Any] | None] = [None] * self.num_shards
-        for shard in range(self.num_shards):
+        entries: dict[int, dict[str, Any] | None] = dict.fromkeys(numbers)
+        for shard in numbers:
             if os.path.lexists(paths(self.root, shard)[1]):
                 try:
                     entries[shard] = self._check_committed(shard, manifest)
@@ -170,10 +185,19 @@ class Store:
         files.publish_bytes(record_path, wanted[record_path])
 
     def _check_unchanged(self) -> None:
-        """StoreError if another process replaced the image list, or the list is damaged."""
+        """StoreError if another process replaced the image list, or the list is damaged.
+
+        A file that is the very one whose bytes were compared before is not read again: the list grows with the
+        number of images, and this is asked for every shard.
+        """
         for name, data in (("store.json", self.plan.store_bytes), ("images.jsonl", self.plan.images_bytes)):
-            if not files.holds(self.root / name, data):
-                raise StoreError(f"{self.root / name} was changed by another process or damaged: start again")
+            path = self.root / name
+            identity = files.identity(path)
+            if identity is not None and identity == self._unchanged.get(path):
+                continue
+            if not files.holds(path, data):
+                raise StoreError(f"{path} was changed by another process or damaged: start again")
+            self._unchanged[path] = identity
 
     def _make_room(self, shard: int, wanted: dict[Path, bytes], manifest: dict | None) -> None:
         """Sets what differs from `wanted` aside if the shard is not valid. StoreError if it is valid."""
@@ -207,8 +231,8 @@ class Store:
         can have left, are removed; younger ones may be another process's, and are noted.
         """
         entries = self._entries()
-        if None in entries:
-            pending = [shard for shard, found in enumerate(entries) if found is None]
+        pending = [shard for shard, found in entries.items() if found is None]
+        if pending:
             raise StoreError(
                 f"{self.root}: {len(pending)} of {self.num_shards} shards are missing: {pending[:10]}"
             )
@@ -216,8 +240,8 @@ class Store:
             "schema_version": SCHEMA_VERSION,
             "store_sha256": hashlib.sha256(self.plan.store_bytes).hexdigest(),
             "num_images": len(self.plan.images),
-            "num_rows": len(self.rows),
-            "shards": entries,
+            "num_rows": self.plan.num_rows,
+            "shards": list(entries.values()),
         }
         files.publish_bytes(self.root / "manifest.json", files.seal(manifest))
         self._remove_stale()
@@ -231,100 +255,3 @@ class Store:
                 if old:
                     path.unlink()
                 self._note(f"temporary file {path} {'removed' if old else 'left: it is less than a day old'}")
-
-
-class StoreReader:
-    """The reading side of a finished store. Opens shards when first used; can be pickled and forked."""
-
-    def __init__(self, root: str | os.PathLike, expected: dict | None = None):
-        """`expected`: fields that the fingerprint must have; others may be there. Raises StoreMismatch if
-        one differs, StoreError if the store is unfinished or its JSON damaged. Reads no shard."""
-        self.root = Path(root)
-        self._plan = plan = Plan.load(self.root)
-        self.fingerprint, self.images, self.num_rows = plan.fingerprint, plan.images, len(plan.rows)
-        self.arrays = {spec.name: spec for spec in plan.arrays}
-        self._open: dict[int, shards.ShardFile] = {}
-        expected = check_fingerprint(expected or {})
-        cached = {key: value for key, value in self.fingerprint.items() if key in expected}
-        differences = fingerprint_differences(cached, expected)
-        if differences:
-            raise StoreMismatch(self.root, differences)
-        manifest = read_manifest(self.root)
-        if manifest is None:
-            there = sum(os.path.lexists(paths(self.root, shard)[1]) for shard in range(plan.num_shards))
-            command = f"python tools/extract_latents.py --cache {self.root.parent}"
-            state = f"{there} of {plan.num_shards} shards are there"
-            raise StoreError(f"{self.root} is unfinished: {state}. Go on with: {command}")
-        self._manifest = manifest
-
-    def __contains__(self, path: object) -> bool:
-        return path in self.images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
-
-    def read(self, path: str, array: str) -> np.ndarray:
-        """The row of one image: [*shape], float32, float16, or uint16 for bfloat16; the caller's own.
-
-        Raises StoreError if path or array is not in the store, and if what is read is not what was written.
-        """
-        for name, known in ((path, self.images), (array, self.arrays)):
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)
-                raise StoreError(
-                    f"{name!r} is not one of the {len(known)} in {self.root}; nearest: {nearest[0]!r}"
-                )
-        shard, row = divmod(self._plan.row_of[self.images[path]], self._plan.shard_size)
-        if shard not in self._open:
-            self._open[shard] = self._open_shard(shard)
-        return self._open[shard].read(row, array)
-
-    def nbytes(self, array: str) -> int:
-        """Bytes of all rows of an array."""
-        return self.num_rows * self.arrays[array].row_nbytes
-
-    def close(self) -> None:
-        """Closes the shards; the next read opens them again."""
-        while self._open:
-            self._open.popitem()[1].file.close()
-
-    def _read_record(self, shard: int) -> Record:
-        path = paths(self.root, shard)[1]
-        record, digest = shards.read_record(path, self._plan.record_fields(shard), self._plan.arrays)
-        check_entry(self._manifest, shard, record, digest, path)
-        return record
-
-    def _open_shard(self, shard: int) -> shards.ShardFile:
-        path, rows = paths(self.root, shard)[0], self._plan.shard_rows(shard)
-        return shards.ShardFile(path, self._read_record(shard), self._plan.arrays, rows)
-
-    def _verify_shard(self, shard: int) -> None:
-        shards.check_file(paths(self.root, shard)[0], self._read_record(shard))  # before HDF5 sees any of it
-        opened = self._open_shard(shard)
-        with opened.file:
-            for spec in self._plan.arrays:
-                for row in range(len(opened.rows)):
-                    opened.read(row, spec.name)
-
-    def verify(self) -> list[str]:
-        """Reads everything again from disk, and changes nothing. What is wrong, in words; [] if sound."""
-        return verify_store(self.root)
-
-
-def verify_store(root: str | os.PathLike) -> list[str]:
-    """As `StoreReader.verify`, also for a store too damaged for a reader. Raises nothing."""
-    try:
-        reader = StoreReader(root)
-        unknown = surplus(reader.root, reader._plan.num_shards)
-    except (StoreError, OSError) as error:
-        return [str(error)]
-    problems = []
-    for shard in range(reader._plan.num_shards):
-        try:
-            reader._verify_shard(shard)
-        except (StoreError, OSError) as error:
-            problems.append(f"shard {shard}: {error}")
-    return problems + [f"{path} is no file of this store" for path in unknown]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from theworld.jsonc import unique_keys
+
 # dataset_name -> the release's folder name; the hub's is cambridgeltl/vsr_<release>.
 RELEASES = {"vsr": "random", "vsr_random": "random", "vsr_zeroshot": "zeroshot"}
 # split -> the names that its file may have.
@@ -124,16 +126,8 @@ def _read_statements(path: Path) -> list[Statement]:
 
 
 def _parsed(line: bytes, where: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row: dict[str, Any] = {}
-        for field, value in pairs:
-            if field in row:
-                raise ValueError(f"field {field!a} stands twice")
-            row[field] = value
-        return row
-
     try:
-        return json.loads(line.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys("field"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}:{error.colno}: {error.msg}; wanted one JSON object a line") from None
     except RecursionError:
