@@ -24,6 +24,11 @@ LEVELS = [
     {"small_models"},
     {"lessons"},
     {"demo", "pretrain"},
+    {"results", "standins", "standin_models", "baseline", "chip"},
+    {"observe"},
+    {"workbench"},
+    {"growth", "measure_encoders", "measure_training"},
+    {"bench"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PACKAGE = Path(__file__).parent.parent / "theworld"
@@ -52,10 +57,12 @@ def test_a_module_imports_from_lower_levels_only(module: str) -> None:
         )
 
 
-def test_the_core_does_not_know_the_demo() -> None:
+def test_the_core_does_not_know_the_demo_or_the_measurements() -> None:
     demo = {"demo", "scenes", "pretrain", "small_models", "lessons"}
-    for module in set(MODULES) - demo:
-        assert not imported(PACKAGE / f"{module}.py") & demo
+    measurements = {"results", "standins", "standin_models", "baseline", "chip", "observe", "workbench"}
+    measurements |= {"growth", "measure_encoders", "measure_training", "bench"}
+    for module in set(MODULES) - demo - measurements:
+        assert not imported(PACKAGE / f"{module}.py") & (demo | measurements)
         assert "embedded" not in (PACKAGE / f"{module}.py").read_text()
 
 

@@ -1,0 +1,96 @@
+"""Stand-ins: as many statements an image as VSR has, files that the project's own loaders read."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from theworld.gemma import Gemma
+from theworld.images import read_image, sha256
+from theworld.standin_models import TINY, make_gemma_folder, make_vae_folder, num_world_tokens
+from theworld.standins import (
+    PER_IMAGE,
+    draw_photograph,
+    place_images,
+    statement_images,
+    with_comment,
+    write_photographs,
+    write_statements,
+)
+from theworld.vae import CosmosEncoder
+from theworld.vsr import images_of, load_statements, seen_images
+from theworld.workbench import EMBEDDED, QUESTION
+
+
+def test_the_whole_has_vsrs_numbers(tmp_path: Path) -> None:
+    write_statements(tmp_path)
+    splits = {split: load_statements(tmp_path, split) for split in PER_IMAGE}
+    assert {split: len(s) for split, s in splits.items()} == {"train": 7680, "dev": 1097, "test": 2195}
+    for split, statements in splits.items():
+        counts = Counter(Counter(s.image for s in statements).values())
+        assert counts == PER_IMAGE[split]
+    assert len(statement_images(tmp_path)) == 6259
+    seen = seen_images(splits["test"], splits["train"])
+    assert sum(s.image in seen for s in splits["test"]) == 1226
+
+
+def test_a_share_is_smaller_in_every_split() -> None:
+    placed = place_images(0.01)
+    assert {split: len(images) for split, images in placed.items()} == {"train": 50, "dev": 10, "test": 18}
+    assert len({image for images in placed.values() for image, _ in images}) == 63
+    for images in placed.values():
+        assert len({image for image, _ in images}) == len(images)
+
+
+def test_photographs_are_files_of_their_own(tmp_path: Path) -> None:
+    names = [f"{i}.jpg" for i in range(5)]
+    write_photographs(tmp_path, names, distinct=2, workers=1, size=(40, 30))
+    pixels = [read_image(tmp_path, name) for name in names]
+    assert pixels[0].shape == (30, 40, 3)
+    assert (pixels[0] == pixels[2]).all()
+    assert (pixels[0] != pixels[1]).any()
+    assert len({sha256((tmp_path / name).read_bytes()) for name in names}) == 5
+
+
+def test_a_photograph_is_as_large_as_those_of_coco() -> None:
+    jpeg = draw_photograph(0)
+    assert 130_000 < len(jpeg) < 190_000
+    assert draw_photograph(0) == jpeg
+    assert with_comment(jpeg, "ab") == jpeg[:2] + b"\xff\xfe\x00\x04ab" + jpeg[2:]
+
+
+def test_models_load_as_any_other(tmp_path: Path) -> None:
+    make_gemma_folder(tmp_path / "gemma", TINY, EMBEDDED / "gemma", torch.float32, "cpu")
+    gemma = Gemma(str(tmp_path / "gemma"))
+    assert gemma.num_image_tokens == TINY.image_tokens
+    assert gemma.width == 32
+    pixels = gemma.pixel_values([read_image_of_noise(tmp_path)])
+    assert pixels.shape == (1, 3, 28, 28)
+    features = gemma.image_features(gemma.vision_features(pixels))
+    assert features.shape == (1, 4, 32)
+    assert features.std() > 0.1  # not the zeros that transformers starts with
+    make_vae_folder(tmp_path / "vae", TINY)
+    latents = CosmosEncoder(str(tmp_path / "vae")).encode(torch.zeros(1, 3, 32, 32))
+    assert latents.shape == (1, 16, 4, 4)
+    assert torch.isfinite(latents).all()
+    assert num_world_tokens(TINY, 2) == 4
+
+
+def read_image_of_noise(folder: Path) -> object:
+    write_photographs(folder, ["noise.jpg"], 1, 1, (64, 48))
+    return read_image(folder, "noise.jpg")
+
+
+def test_a_branch_has_as_many_tokens_as_with_gemmas_own_tokenizer(tmp_path: Path, gemma: Gemma) -> None:
+    write_statements(tmp_path, 0.01)
+    statements = load_statements(tmp_path, "train")
+    lengths = [len(gemma.prompt(QUESTION, s.caption, True).branch) for s in statements]
+    assert 40 < sum(lengths) / len(lengths) < 46
+    assert len(images_of(statements)) == 50
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1])
+def test_every_share_can_be_scored(share: float) -> None:
+    placed = place_images(share)
+    assert all(len(images) >= 2 for images in placed.values())

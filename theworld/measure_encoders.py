@@ -1,0 +1,154 @@
+"""Measures the machine itself and phase 1: encoding alone, and whole extractions from a cold start."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from transformers import AutoConfig
+
+from theworld.baseline import VaePixels, extract_plainly
+from theworld.chip import (
+    copy_bytes_per_second,
+    matmul_flops_per_second,
+    time_calls,
+    vae_encode_flops,
+    vision_flops,
+)
+from theworld.extract import extract
+from theworld.observe import quietly
+from theworld.results import spread
+from theworld.standins import statement_images
+from theworld.vae import CosmosEncoder, load_vae
+from theworld.workbench import Workbench, run_tool
+
+
+def part_chip(bench: Workbench) -> None:
+    """The machine's ceilings, and what each frozen model costs at them."""
+    cuda = bench.device.type == "cuda"
+    size = 8192 if cuda else 1024
+    bench.rates["flops"] = matmul_flops_per_second(bench.device, bench.dtype, size)
+    bench.rates["bytes"] = copy_bytes_per_second(bench.device, 2**32 if cuda else 2**27)
+    dtype = str(bench.dtype).removeprefix("torch.")
+    bench.results.add(
+        "chip",
+        "matmul",
+        {"rate": bench.rates["flops"] / 1e12, "unit": "TFLOP/s", "size": size, "dtype": dtype},
+    )
+    bench.results.add(
+        "chip", "copy", {"rate": bench.rates["bytes"] / 1e9, "unit": "GB/s", "counts": "read + write"}
+    )
+    config, rate = bench.config(), bench.rates["flops"]
+    with bench.results.attempt("chip", "floors"):
+        counted = vae_encode_flops(load_vae(config.cosmos_model_name), config.latent_size)
+        for name, flops in (("VAE floor", counted["frame"]), ("VAE floor as it is", counted["as_it_is"])):
+            bench.results.add("chip", name, {"rate": rate / flops, "unit": "images/s", "gflop": flops / 1e9})
+        flops = vision_flops(AutoConfig.from_pretrained(config.model_name).vision_config)
+        bench.results.add(
+            "chip", "SigLIP floor", {"rate": rate / flops, "unit": "images/s", "gflop": flops / 1e9}
+        )
+
+
+# ---- phase 1
+
+
+def part_encode(bench: Workbench) -> None:
+    """Pixels on the device to latents: diffusers as it is, and ours, in turns."""
+    config, size, device = bench.config(), bench.shapes.encode_batch_size, bench.device
+    count = size * (4 if device.type == "cuda" else 1)
+    pixels = torch.rand(count, 3, config.latent_size, config.latent_size, device=device) * 2 - 1
+    vae = AutoencoderKLWan.from_pretrained(config.cosmos_model_name, torch_dtype=bench.dtype)
+    vae = vae.to(device).eval().requires_grad_(False)
+    # As phase 1 makes it with these settings: compiled on CUDA.
+    options = {"compile": True} if device.type == "cuda" else {}
+    encoder = CosmosEncoder(config.cosmos_model_name, bench.dtype, device, **options)
+
+    @torch.inference_mode()
+    def as_it_is(batch: Tensor) -> Tensor:
+        return vae.encode(batch[:, :, None].to(device, bench.dtype)).latent_dist.mode().cpu()
+
+    def ours(batch: Tensor) -> Tensor:
+        return encoder.encode(batch).cpu()
+
+    def run(encode: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[], None]:
+        def call() -> None:
+            for batch in pixels.split(batch_size):
+                encode(batch)
+
+        return call
+
+    baseline_size = bench.shapes.baseline_batch_size
+    kinds = {"diffusers as it is": run(as_it_is, baseline_size), "ours": run(ours, size)}
+    memory = {}
+    for name, call in kinds.items():
+        bench.free()
+        call()
+        memory[name] = bench.peak_gib()
+    seconds = in_turns(kinds, bench)
+    flops = vae_encode_flops(vae, config.latent_size)["frame"]
+    for name, batch_size in (("diffusers as it is", baseline_size), ("ours", size)):
+        row = spread([count / s for s in seconds[name]]) | {"unit": "images/s", "batch_size": batch_size}
+        row |= {"mfu": flops * row["rate"] / bench.rates["flops"], "memory_gib": memory[name]}
+        bench.results.add("encode", name, row)
+
+
+def in_turns(kinds: dict[str, Callable[[], Any]], bench: Workbench) -> dict[str, list[float]]:
+    """Seconds of each call of each kind, A B A B ...; every one was called once before."""
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(bench.shapes.repeats):
+        for name, call in kinds.items():
+            seconds[name] += time_calls(call, bench.device, 1, warm_up=0)
+    return seconds
+
+
+def part_extract(bench: Workbench) -> None:
+    """JPEG files to stored latents: a plain loop over diffusers and ours in turns, then ours as a cold command with
+    Gemma's vision features."""
+    images = len(statement_images(Path(str(bench.config().annotations))))
+    seconds: dict[str, list[float]] = {"plain loop": [], "ours": []}
+    for _ in range(min(2, bench.shapes.repeats)):
+        seconds["plain loop"].append(_plain_extraction(bench))
+        seconds["ours"].append(_own_extraction(bench))
+    for name, own in seconds.items():
+        row = spread([images / s for s in own]) | {"unit": "images/s", "images": images, "seconds": min(own)}
+        bench.results.add("extract", name, row)
+    with bench.results.attempt("extract", "command with vision"):
+        taken, said = _extract_command(bench)
+        row = {"rate": images / taken, "unit": "images/s", "seconds": taken, "says": said}
+        bench.results.add("extract", "command with vision", row)
+
+
+def _own_extraction(bench: Workbench) -> float:
+    """Seconds of phase 1 without vision features, into an empty folder, in this process."""
+    bench.free()
+    torch._dynamo.reset()  # what one run compiled, a new one compiles again
+    config, target = bench.config(), bench.fresh("own")
+    start = time.perf_counter()
+    with quietly():
+        extract(config, target, with_vision=False, allow_missing=False)
+    return time.perf_counter() - start
+
+
+def _plain_extraction(bench: Workbench) -> float:
+    """Seconds of the loop one would write."""
+    bench.free()
+    config, target = bench.config(), bench.fresh("plain")
+    images = statement_images(Path(str(config.annotations)))
+    photographs = VaePixels(images, str(config.image_folder), config.latent_size)
+    size, workers = bench.shapes.baseline_batch_size, bench.cores
+    start = time.perf_counter()
+    extract_plainly(config.cosmos_model_name, photographs, target, size, workers, bench.dtype, bench.device)
+    return time.perf_counter() - start
+
+
+def _extract_command(bench: Workbench) -> tuple[float, str]:
+    """Seconds of tools/extract_latents.py with vision features from a cold start, and what it says of its rates. It
+    makes the cache of the parts that follow, where that is not there yet."""
+    target = bench.fresh("extract") if bench.has_cache() else bench.cache_folder
+    seconds, output = run_tool("extract_latents.py", bench.config(), target, ["--gemma_vision"])
+    return seconds, "; ".join(
+        line.strip() for line in output.splitlines() if "bound by" in line and "%" not in line
+    )

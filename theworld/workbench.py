@@ -1,0 +1,263 @@
+"""What measurements stand on: model folders, data, a cache, trainers, and how a step's time and work are counted."""
+
+import gc
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from theworld.batch import Packer
+from theworld.chip import language_flops, projection_flops, time_calls, work_of
+from theworld.config import Config, save_config
+from theworld.extract import extract
+from theworld.feed import ahead
+from theworld.observe import quietly
+from theworld.results import Results, Row, spread
+from theworld.standin_models import Shapes, make_gemma_folder, make_vae_folder
+from theworld.standins import statement_images, write_photographs, write_statements
+from theworld.train import Trainer
+from theworld.vsr import Statement, load_statements
+
+TOOLS = Path(__file__).parent.parent / "tools"
+EMBEDDED = Path(__file__).parent / "embedded"
+# With the stand-ins' tokenizer a branch takes as many tokens as a VSR statement does with Gemma's and the guide's
+# question: about 42.
+QUESTION = "Look at the picture. Statement: {caption} Is this true or false?\nAnswer (only '0' or '1'):"
+
+
+@dataclass
+class Workbench:
+    """One machine, one size of models and data, one folder for all of it."""
+
+    shapes: Shapes
+    folder: Path
+    results: Results
+    device: torch.device
+    annotations: Path | None = None  # VSR's own; None: stand-ins
+    image_folder: Path | None = None  # COCO's photographs; None: stand-ins
+    variants: tuple[str, ...] = ()  # kinds of runs to measure
+    changes: dict[str, Any] = field(default_factory=dict)  # of the settings, for all that is measured
+    rates: dict[str, float] = field(default_factory=dict)  # of the chip: flops and bytes a second
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the frozen models compute in."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def cores(self) -> int:
+        return len(os.sched_getaffinity(0))
+
+    @property
+    def data_folder(self) -> Path:
+        share = f"{self.shapes.share:g}" if self.annotations is None else "given"
+        return self.folder / f"data-{self.shapes.name}-{share}"
+
+    def config(self, **changes: Any) -> Config:
+        """The settings of a run here: the guide's, with `changes` on top. It never ends by itself and does not
+        evaluate."""
+        settings: dict[str, Any] = {
+            "model_name": str(self.folder / f"gemma-{self.shapes.name}"),
+            "cosmos_model_name": str(self.folder / f"vae-{self.shapes.name}"),
+            "annotations": str(self.annotations or self.data_folder),
+            "image_folder": str(self.image_folder or self.data_folder / "images"),
+            "question_template": QUESTION,
+            "latent_size": self.shapes.latent_size,
+            "encode_batch_size": self.shapes.encode_batch_size,
+            "batch_size": self.shapes.batch_size,
+            "gradient_accumulation_steps": 1,
+            "num_epochs": 1000,
+            "do_eval": False,
+            "log_to_tensorboard": False,
+            "device": str(self.device),
+            "output_dir": str(self.folder / "runs" / "unused"),
+        }
+        # The smallest patch that still gives as many world tokens as image tokens, as the guide's 256 and 256.
+        side = self.shapes.latent_size // 8
+        settings["world_patch"] = max(1, side // math.isqrt(self.shapes.image_tokens))
+        return Config(**(settings | self.changes | changes))
+
+    def prepare(self) -> None:
+        """Makes what is not there yet: models, statements, photographs. Says how long each took."""
+        config, shapes = self.config(), self.shapes
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._told("Gemma"):
+            folder = Path(config.model_name)
+            make_gemma_folder(folder, shapes, EMBEDDED / "gemma", self.dtype, str(self.device))
+        with self._told("VAE"):
+            make_vae_folder(Path(config.cosmos_model_name), shapes)
+        if self.annotations is None and not (self.data_folder / "train.jsonl").exists():
+            write_statements(self.data_folder, shapes.share)
+        if self.image_folder is None:
+            with self._told("photographs"):
+                target = self.data_folder / "images"
+                names = [
+                    n for n in statement_images(Path(str(config.annotations))) if not (target / n).exists()
+                ]
+                workers = (
+                    self.cores if self.cores > 2 else 1
+                )  # starting processes takes longer than drawing a few
+                write_photographs(target, names, shapes.num_pictures, workers, shapes.photograph)
+        self.free()
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        print(f"made {what} in {time.perf_counter() - start:.1f} s", flush=True)
+
+    @property
+    def cache_folder(self) -> Path:
+        return self.folder / f"cache-{self.data_folder.name}"
+
+    def has_cache(self) -> bool:
+        """Whether both of its stores are finished."""
+        stores = (self.cache_folder / name / "manifest.json" for name in ("latents", "gemma_vision"))
+        return all(path.exists() for path in stores)
+
+    def cache(self) -> Path:
+        """The finished cache of latents and vision features, extracted if it is not there."""
+        if not self.has_cache():
+            with self._told("cache"), quietly():
+                extract(self.config(), self.cache_folder, with_vision=True, allow_missing=False)
+            self.free()
+        return self.cache_folder
+
+    def fresh(self, name: str) -> Path:
+        """An empty folder for one measurement."""
+        runs = self.folder / "runs"
+        runs.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=runs))
+
+    def trainer(self, **changes: Any) -> Trainer:
+        """A new run on the cache."""
+        return Trainer(self.config(**({"output_dir": str(self.fresh("train"))} | changes)), self.cache())
+
+    def free(self) -> None:
+        """Gives back what dropped objects held, and counts peak memory anew."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_gib(self) -> float | None:
+        """Highest GPU memory allocated since `free`, GiB; None on a CPU, whose processes share theirs."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device) / 2**30
+
+    def held_gib(self) -> float:
+        """GPU memory allocated now, GiB; 0 on a CPU."""
+        return torch.cuda.memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
+
+    def clean(self) -> None:
+        """Removes what single measurements wrote; models, data and cache stay for the next run."""
+        shutil.rmtree(self.folder / "runs", ignore_errors=True)
+
+    # ---- training
+
+    def call_seconds(self, call: Callable[[], Any], calls: int) -> list[float]:
+        """Seconds of each of so many calls, the device waited for."""
+        return [s for _ in range(calls) for s in time_calls(call, self.device, 1, warm_up=0)]
+
+    def train_row(self, **changes: Any) -> Row:
+        """Speed, memory and start of one kind of run."""
+        self.free()
+        torch._dynamo.reset()
+        start = time.perf_counter()
+        trainer = self.trainer(**changes)
+        loaded = time.perf_counter() - start
+        step = stepper(trainer)
+        first = self.call_seconds(step, self.shapes.warm_up)[0]
+        seconds = self.call_seconds(step, self.shapes.repeats * self.shapes.steps)
+        statements = statements_a_step(trainer.config)
+        row = spread([statements / s for s in seconds]) | {
+            "unit": "statements/s",
+            "mfu": self.mfu(trainer, statistics.median(seconds)),
+            "memory_gib": self.peak_gib(),
+            "load_s": loaded,
+            "first_step_s": first,
+            "step_s": statistics.median(seconds),
+        }
+        del trainer, step
+        self.free()
+        return row
+
+    def step_flops(self, trainer: Trainer, steps: int = 4) -> dict[str, float]:
+        """FLOPs that a mean optimizer step needs (see `theworld.chip.language_flops`), and its mean tokens."""
+        batches = [
+            one.batch for step in range(steps) for one in trainer.prepare(step) if one.batch is not None
+        ]
+        works = [work_of(batch, trainer.model.gemma.sliding_window) for batch in batches]
+        projection = projection_flops(trainer.model.projection.shape)
+        counted = language_flops(trainer.model.gemma.text_config, works, projection)
+        counted["tokens"] = float(sum(work.tokens for work in works))
+        counted["padded"] = float(sum(batch.token_ids.numel() for batch in batches))
+        return {name: value / steps for name, value in counted.items()}
+
+    def mfu(self, trainer: Trainer, seconds: float) -> float | None:
+        """The share of the chip's matrix multiplication rate that a step of `seconds` puts to use."""
+        if "flops" not in self.rates:
+            return None
+        counted = self.step_flops(trainer)
+        return (counted["forward"] + counted["backward"]) / seconds / self.rates["flops"]
+
+
+def stepper(trainer: Trainer) -> Callable[[], Any]:
+    """A call that takes the next optimizer step; what it reads is put together by a thread, as in a whole run."""
+    passes = ahead(trainer.prepare(step) for step in count(trainer.step))
+    return lambda: trainer.train_step(next(passes))
+
+
+def statements_a_step(config: Config) -> int:
+    """Of one process."""
+    return config.batch_size * config.gradient_accumulation_steps
+
+
+def branch_tokens(packer: Packer, config: Config) -> Row:
+    """Mean tokens of a statement's own part and of what the statements of an image share, over 500 statements."""
+
+    def tokens(*statements: Statement) -> int:
+        return int((packer.pack(statements).place >= 0).sum())
+
+    statements = load_statements(config.annotations, "train", config.dataset_name)[:500]
+    own = [tokens(s, s) - tokens(s) for s in statements]
+    shared = tokens(statements[0]) - own[0]
+    return {
+        "branch_tokens": statistics.mean(own),
+        "shortest": min(own),
+        "longest": max(own),
+        "shared_tokens": shared,
+    }
+
+
+def last_metrics(output_dir: Path) -> Row:
+    """The last line of a run's metrics.jsonl."""
+    return json.loads((output_dir / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def run_tool(tool: str, config: Config, cache: Path, flags: list[str]) -> tuple[float, str]:
+    """Seconds from a cold start, and the output. RuntimeError with its last lines where it fails."""
+    settings = Path(config.output_dir).parent / f"{tool}-{os.getpid()}.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    keys = [sys.executable, str(TOOLS / tool), "--config", str(settings), "--cache", str(cache), *flags]
+    save_config(config, settings)
+    environment = os.environ | {"PYTHONPATH": str(TOOLS.parent)}
+    start = time.perf_counter()
+    done = subprocess.run(keys, capture_output=True, text=True, env=environment, cwd=TOOLS.parent)
+    if done.returncode != 0:
+        raise RuntimeError(f"{tool} ended with {done.returncode}: {done.stderr[-400:]}")
+    return time.perf_counter() - start, done.stdout + done.stderr
