@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_tools import tool
 
-from theworld.results import Results, spread
+from theworld.bench_results import Results, spread
 
 
 def test_the_tool_measures_and_its_last_line_is_json(tmp_path: Path) -> None:

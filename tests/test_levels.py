@@ -24,10 +24,10 @@ LEVELS = [
     {"small_models"},
     {"lessons"},
     {"demo", "pretrain"},
-    {"results", "standins", "standin_models", "baseline", "chip"},
-    {"observe"},
-    {"workbench"},
-    {"growth", "measure_encoders", "measure_training"},
+    {"bench_results", "bench_data", "bench_models", "end_to_end", "chip"},
+    {"bench_observe"},
+    {"bench_setup"},
+    {"bench_growth", "bench_encoders", "bench_training"},
     {"bench"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
@@ -59,8 +59,7 @@ def test_a_module_imports_from_lower_levels_only(module: str) -> None:
 
 def test_the_core_does_not_know_the_demo_or_the_measurements() -> None:
     demo = {"demo", "scenes", "pretrain", "small_models", "lessons"}
-    measurements = {"results", "standins", "standin_models", "baseline", "chip", "observe", "workbench"}
-    measurements |= {"growth", "measure_encoders", "measure_training", "bench"}
+    measurements = {name for name in MODULES if name.startswith("bench")} | {"end_to_end", "chip"}
     for module in set(MODULES) - demo - measurements:
         assert not imported(PACKAGE / f"{module}.py") & (demo | measurements)
         assert "embedded" not in (PACKAGE / f"{module}.py").read_text()

@@ -7,10 +7,10 @@ lowest and the highest. Every part is independent, and what goes wrong in one is
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from theworld.growth import growth_images, growth_statements, growth_tokens
-from theworld.measure_encoders import part_chip, part_encode, part_extract
-from theworld.measure_training import part_evaluate, part_run, part_train, part_variants
-from theworld.workbench import Workbench
+from theworld.bench_encoders import part_chip, part_encode, part_extract
+from theworld.bench_growth import growth_images, growth_statements, growth_tokens
+from theworld.bench_setup import Workbench
+from theworld.bench_training import part_evaluate, part_run, part_train, part_variants
 
 PARTS: dict[str, Callable[[Workbench], None]] = {
     "encode": part_encode,

@@ -19,12 +19,12 @@ from theworld.arguments import ArgumentParser
 def main() -> int:
     """Parses arguments, measures, prints the table and the result line; returns the exit status."""
     from theworld.bench import PARTS, run_parts
+    from theworld.bench_models import SHAPES
+    from theworld.bench_results import Results
+    from theworld.bench_setup import Workbench
+    from theworld.bench_training import VARIANTS
     from theworld.console import quiet_libraries
-    from theworld.measure_training import VARIANTS
-    from theworld.results import Results
-    from theworld.standin_models import SHAPES
     from theworld.weights import resolve_device
-    from theworld.workbench import Workbench
 
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shapes", choices=SHAPES, default="small", help="sizes (default: small)")

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from theworld.batch import Packer
+from theworld.bench_data import statement_images, write_photographs, write_statements
+from theworld.bench_models import Shapes, make_gemma_folder, make_vae_folder
+from theworld.bench_observe import quietly
+from theworld.bench_results import Results, Row, spread
 from theworld.chip import language_flops, projection_flops, time_calls, work_of
 from theworld.config import Config, save_config
 from theworld.extract import extract
 from theworld.feed import ahead
-from theworld.observe import quietly
-from theworld.results import Results, Row, spread
-from theworld.standin_models import Shapes, make_gemma_folder, make_vae_folder
-from theworld.standins import statement_images, write_photographs, write_statements
 from theworld.train import Trainer
 from theworld.vsr import Statement, load_statements
 

@@ -3,7 +3,7 @@
 Every step decodes photographs (in DataLoader workers), runs the VAE as diffusers has it (3-D convolutions), the SigLIP
 tower and the language model with transformers' own masks, one statement a row, padded on the right, and takes
 transformers' own `labels=` loss: logits over the whole vocabulary at every position. Same statements, same world and
-image tokens, same projection, same loss as `TheWorld.losses`; tests/test_baseline.py holds them equal.
+image tokens, same projection, same loss as `TheWorld.losses`; tests/test_end_to_end.py holds them equal.
 
 Dimensions: B statements, L tokens, N world tokens, I image tokens, D the width of the language model.
 """

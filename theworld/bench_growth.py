@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from theworld.bench_models import num_world_tokens
+from theworld.bench_results import spread
+from theworld.bench_setup import Workbench
 from theworld.chip import time_calls
-from theworld.results import spread
-from theworld.standin_models import num_world_tokens
 from theworld.store import ArraySpec, ImageEntry, Store, StoreReader
 from theworld.train import Trainer
 from theworld.vsr import Statement
-from theworld.workbench import Workbench
 
 ROW = (16, 2, 2)  # of a tiny latent: what grows with the number of images is all that is left
 READS = 2000

@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from theworld.gemma import Gemma
-from theworld.images import read_image, sha256
-from theworld.standin_models import TINY, make_gemma_folder, make_vae_folder, num_world_tokens
-from theworld.standins import (
+from theworld.bench_data import (
     PER_IMAGE,
     draw_photograph,
     place_images,
@@ -18,9 +15,12 @@ from theworld.standins import (
     write_photographs,
     write_statements,
 )
+from theworld.bench_models import TINY, make_gemma_folder, make_vae_folder, num_world_tokens
+from theworld.bench_setup import EMBEDDED, QUESTION
+from theworld.gemma import Gemma
+from theworld.images import read_image, sha256
 from theworld.vae import CosmosEncoder
 from theworld.vsr import images_of, load_statements, seen_images
-from theworld.workbench import EMBEDDED, QUESTION
 
 
 def test_the_whole_has_vsrs_numbers(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from transformers import AutoConfig
 
-from theworld.baseline import VaePixels, extract_plainly
+from theworld.bench_data import statement_images
+from theworld.bench_observe import quietly
+from theworld.bench_results import spread
+from theworld.bench_setup import Workbench, run_tool
 from theworld.chip import (
     copy_bytes_per_second,
     matmul_flops_per_second,
@@ -18,12 +21,9 @@ from theworld.chip import (
     vae_encode_flops,
     vision_flops,
 )
+from theworld.end_to_end import VaePixels, extract_plainly
 from theworld.extract import extract
-from theworld.observe import quietly
-from theworld.results import spread
-from theworld.standins import statement_images
 from theworld.vae import CosmosEncoder, load_vae
-from theworld.workbench import Workbench, run_tool
 
 
 def part_chip(bench: Workbench) -> None:

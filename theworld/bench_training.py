@@ -8,15 +8,9 @@ from typing import Any
 
 import torch
 
-from theworld.baseline import EndToEnd
-from theworld.chip import language_flops, projection_flops, time_calls, work_of
-from theworld.evaluate import predict
-from theworld.observe import packed_batches, quietly, stopwatch
-from theworld.results import Row, spread
-from theworld.score import score
-from theworld.train import Trainer
-from theworld.vsr import Statement, load_statements
-from theworld.workbench import (
+from theworld.bench_observe import packed_batches, quietly, stopwatch
+from theworld.bench_results import Row, spread
+from theworld.bench_setup import (
     Workbench,
     branch_tokens,
     last_metrics,
@@ -24,6 +18,12 @@ from theworld.workbench import (
     statements_a_step,
     stepper,
 )
+from theworld.chip import language_flops, projection_flops, time_calls, work_of
+from theworld.end_to_end import EndToEnd
+from theworld.evaluate import predict
+from theworld.score import score
+from theworld.train import Trainer
+from theworld.vsr import Statement, load_statements
 
 SYSTEMS = ("world", "baseline", "zero", "shuffled")
 # Kinds of runs, as changes of the settings; the guide's is 8 statements in a pass and 16 in a step.

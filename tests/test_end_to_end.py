@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import EMBEDDED_GEMMA, EMBEDDED_VAE, QUESTION
 
-from theworld.baseline import EndToEnd, VaePixels, extract_plainly
 from theworld.cache import LATENTS, Rows
 from theworld.config import Config
+from theworld.end_to_end import EndToEnd, VaePixels, extract_plainly
 from theworld.extract import extract
 from theworld.gemma import Gemma
 from theworld.model import TheWorld
