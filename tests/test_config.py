@@ -251,7 +251,7 @@ def test_help_shows_meaning_unit_and_default_of_every_key() -> None:
         assert f"--{field.name}" in text
         assert field.metadata["help"] in text
         assert field.metadata["unit"] in text
-    assert "in one pass of one process, on average (statements; default: 8)" in text
+    assert "in one pass of one process (statements; default: 8)" in text
     assert "keep the newest; none: all (checkpoints; default: 3)" in text
     assert text.count("(default: none)") + text.count("; default: none)") > 5
 
