@@ -9,6 +9,7 @@ from typing import Any
 
 from theworld.bench_encoders import part_chip, part_encode, part_extract
 from theworld.bench_growth import growth_images, growth_statements, growth_tokens
+from theworld.bench_processes import part_processes
 from theworld.bench_setup import Workbench
 from theworld.bench_training import part_evaluate, part_run, part_train, part_variants
 
@@ -19,6 +20,7 @@ PARTS: dict[str, Callable[[Workbench], None]] = {
     "variants": part_variants,
     "evaluate": part_evaluate,
     "run": part_run,
+    "processes": part_processes,
     "growth_images": growth_images,
     "growth_statements": growth_statements,
     "growth_tokens": growth_tokens,

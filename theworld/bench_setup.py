@@ -249,11 +249,15 @@ def last_metrics(output_dir: Path) -> Row:
     return json.loads((output_dir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
-def run_tool(tool: str, config: Config, cache: Path, flags: list[str]) -> tuple[float, str]:
+def run_tool(
+    tool: str, config: Config, cache: Path, flags: list[str], processes: int = 1
+) -> tuple[float, str]:
     """Seconds from a cold start, and the output. RuntimeError with its last lines where it fails."""
     settings = Path(config.output_dir).parent / f"{tool}-{os.getpid()}.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
-    keys = [sys.executable, str(TOOLS / tool), "--config", str(settings), "--cache", str(cache), *flags]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(TOOLS / tool)]
+    keys = [*command, "--config", str(settings), "--cache", str(cache), *flags]
     save_config(config, settings)
     environment = os.environ | {"PYTHONPATH": str(TOOLS.parent)}
     start = time.perf_counter()

@@ -194,7 +194,7 @@ def _answers_row(
     bench: Workbench, trainer: Trainer, test: Sequence[Statement], systems: Sequence[str]
 ) -> Row:
     """Speed and work of answering all of `test` in these systems, after a first few batches."""
-    size = trainer.config.eval_batch_size or trainer.config.batch_size
+    size = trainer.config.eval_statements
 
     def answer(statements: Sequence[Statement]) -> None:
         predict(trainer.model, statements, trainer.data.latents, trainer.data.vision, systems, size)

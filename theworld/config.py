@@ -129,7 +129,9 @@ class Config:
     # Evaluation while training, checkpoints, logs
     do_eval: bool = _key(True, "evaluate on dev while training")
     eval_steps: int = _key(500, "between two evaluations", "optimizer steps", at_least=1)
-    eval_batch_size: int | None = _key(None, "in one pass; none: batch_size", "statements", at_least=1)
+    eval_batch_size: int | None = _key(
+        None, "in one pass, which keeps nothing; none: 4 batch_size", "statements", at_least=1
+    )
     output_dir: str = _key("checkpoints/vsr", "folder of checkpoints and logs", filled=True)
     save_steps: int = _key(500, "between two checkpoints", "optimizer steps", at_least=1)
     save_total_limit: int | None = _key(3, "keep the newest; none: all", "checkpoints", at_least=1)
@@ -156,6 +158,11 @@ class Config:
             raise _refused("question_template", self.question_template, "{caption} in it exactly once")
         if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?", self.device):
             raise _refused("device", self.device, "auto, cpu, cuda or cuda:N")
+
+    @property
+    def eval_statements(self) -> int:
+        """Statements in one pass of an evaluation, each with all systems that are asked."""
+        return self.eval_batch_size or 4 * self.batch_size
 
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, as plain JSON types; `Config(**config.to_dict()) == config`."""

@@ -70,7 +70,7 @@ def score(
     else:
         assert image_folder is not None
         latents, vision = _from_photographs(model, config, image_folder)
-    size = config.eval_batch_size or config.batch_size
+    size = config.eval_statements
     logits = predict(model, statements, latents, vision, systems, size, quiet=False)
     return records(statements, logits, seen_images(statements, train) if split != "train" else set())
 

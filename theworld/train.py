@@ -204,7 +204,7 @@ class Trainer:
 
     def evaluate_dev(self) -> dict[str, float]:
         """Loss and accuracy on dev, with world tokens."""
-        size = self.config.eval_batch_size or self.config.batch_size
+        size = self.config.eval_statements
         fetch = (self.data.latents, self.data.vision)
         logits = predict(self.model, self.data.dev, *fetch, batch_size=size, processes=self.processes)[
             "world"
