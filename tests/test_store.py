@@ -350,7 +350,8 @@ def test_resume_counts_and_says_what_is_damaged(tmp_path: Path) -> None:
         store.write_shard(shard, values(store.shard_rows(shard)))
     again = create(tmp_path, images)
     assert (again.num_shards, again.pending(), again.notes) == (4, [2], [])
-    with pytest.raises(StoreError, match=r"1 of 4 shards are missing: \[2\]"):
+    assert store.missing() == [2]
+    with pytest.raises(StoreError, match=r"1 of 4 shards are missing: \[2\]; run the extraction again"):
         again.publish()
     _flip(tmp_path / "shards/00000.h5", 3000)
     (tmp_path / "shards/00001.h5").unlink()

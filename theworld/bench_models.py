@@ -130,7 +130,7 @@ SMALL = Shapes(
     warm_up=1,
     repeats=5,
     steps=1,
-    store_rows=(1_000, 5_000, 20_000),
+    store_rows=(1_000, 20_000, 200_000),
     world_patches=(4, 2, 1),
 )
 

@@ -5,7 +5,6 @@
 Any number of processes may share the work (see `theworld.parts`); whoever finds all shards committed publishes.
 """
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -21,7 +20,6 @@ from theworld.gemma import Gemma
 from theworld.images import PREPROCESSING
 from theworld.listing import freeze, known_hashes, write_failures
 from theworld.parts import Part, this_part
-from theworld.plan import paths
 from theworld.reading import Batches, Source, num_workers
 from theworld.stages import batches_of, encode_shards
 from theworld.store import ArraySpec, ImageEntry, Store, verify_store
@@ -190,7 +188,7 @@ def run(
     if pending:
         encode_shards(store, encoding, pending, source, config.encode_batch_size, not part.speaks)
     part.wait()
-    missing = [s for s in range(store.num_shards) if not os.path.lexists(paths(store.root, s)[1])]
+    missing = store.missing()
     if missing:
         say(
             f"{encoding.name}: {len(missing):,} of {store.num_shards:,} shards are still missing: those of other "

@@ -25,7 +25,9 @@ class Processes:
                     f"device {device!r} names one GPU, but {self.count} processes were started; use --device cuda"
                 )
             self._state = PartialState(cpu=self.device.type == "cpu")
-            self.rank, self.device = self._state.process_index, self._state.device
+            self.rank = self._state.process_index
+            if self.device.type == "cuda":
+                self.device = self._state.device
 
     @property
     def is_main(self) -> bool:

@@ -68,10 +68,11 @@ class Store:
         manifest is damaged, OSError if nothing can be written.
         """
         store = cls(Path(root), Plan(fingerprint, image_table(images), arrays, shard_size))
+        published = os.path.lexists(store.root / "manifest.json")  # looked for first: it is written last
         exists = os.path.lexists(store.root / "store.json")
         if exists:
             store._compare()
-        elif os.path.lexists(store.root / "manifest.json"):
+        elif published:
             raise StoreError(f"{store.root} has a manifest but no store.json: restore it, or move the folder")
         if not (exists and store.is_complete):
             store._freeze(exists)
@@ -131,6 +132,11 @@ class Store:
         IndexError if there is no such shard.
         """
         return [shard for shard, found in self._entries(shards).items() if found is None]
+
+    def missing(self) -> list[int]:
+        """Shards that nobody has committed, from the names of files alone: whether the others are sound `pending` and
+        `publish` find out."""
+        return [s for s in range(self.num_shards) if not os.path.lexists(paths(self.root, s)[1])]
 
     def _entries(self, chosen: Iterable[int] | None = None) -> dict[int, dict[str, Any] | None]:
         """What a manifest says of each chosen shard (None: of all); None for those that have to be written."""
@@ -234,7 +240,8 @@ class Store:
         pending = [shard for shard, found in entries.items() if found is None]
         if pending:
             raise StoreError(
-                f"{self.root}: {len(pending)} of {self.num_shards} shards are missing: {pending[:10]}"
+                f"{self.root}: {len(pending)} of {self.num_shards} shards are missing: {pending[:10]}; run the "
+                "extraction again, or those of its parts that write them"
             )
         manifest = {
             "schema_version": SCHEMA_VERSION,

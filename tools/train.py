@@ -3,7 +3,7 @@
     python tools/train.py --config configs/vsr_training.json --cache cache/
 
 Go on after a stop with --resume_from OUTPUT_DIR (its newest checkpoint) or a checkpoint folder. Several GPUs:
-accelerate launch --num_processes 2 tools/train.py ... (a step then has twice as many statements).
+accelerate launch --multi_gpu --num_processes 2 tools/train.py ... (a step then has twice as many statements).
 """
 
 import sys
