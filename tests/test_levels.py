@@ -14,7 +14,7 @@ LEVELS = [
     {"store", "schedule"},
     {"cache", "batch", "reading"},
     {"masks"},
-    {"decoder"},
+    {"decoder", "generation"},
     {"encodings", "listing", "model"},
     {"stages", "checkpoint", "feed"},
     {"evaluate", "extract"},

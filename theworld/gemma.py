@@ -49,10 +49,13 @@ class Gemma:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         attention: str = "sdpa",
+        revision: str | None = None,
     ) -> None:
-        """`attention`: how packed rows are read, "sdpa" with dense masks or "flex_attention" with block masks, which
-        give the same; flex needs rows of whole blocks, and is for compiled code on a GPU. (The FlashAttention kernels
-        ignore such masks without a word.) transformers' own forward always has sdpa.
+        """`revision`: the commit of a hub model; None: the newest.
+
+        `attention`: how packed rows are read, "sdpa" with dense masks or "flex_attention" with block masks, which give
+        the same; flex needs rows of whole blocks, and is for compiled code on a GPU. (The FlashAttention kernels ignore
+        such masks without a word.) transformers' own forward always has sdpa.
         """
         self.name = name_or_path
         self.device = torch.device(device)
@@ -60,11 +63,13 @@ class Gemma:
         self.attention = attention
         if self.attention not in ("sdpa", "flex_attention"):
             raise ValueError(f"attention {self.attention!r}: wanted sdpa or flex_attention")
-        self.model = _load_model(name_or_path, dtype, self.device)
+        hub = {"revision": revision} if revision else {}
+        self.model = _load_model(name_or_path, dtype, self.device, hub)
+        self.revision = revision or hub_revision(name_or_path, "config.json")
         self.is_multimodal = isinstance(self.model, Gemma3ForConditionalGeneration)
-        self.processor = AutoProcessor.from_pretrained(name_or_path) if self.is_multimodal else None
+        self.processor = AutoProcessor.from_pretrained(name_or_path, **hub) if self.is_multimodal else None
         self.tokenizer = (
-            self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(name_or_path)
+            self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(name_or_path, **hub)
         )
         _check_template(self.tokenizer, self.processor, name_or_path)
         self.text_config = self.model.config.get_text_config()
@@ -237,7 +242,7 @@ class Gemma:
         processor = self.processor.image_processor
         return {
             "model_name": model_id(self.name),
-            "model_revision": hub_revision(self.name, "config.json"),
+            "model_revision": self.revision,
             "vision_weights_sha256": weights_sha256(tower),
             "image_processor": type(processor).__name__,
             "image_size": int(self.model.config.vision_config.image_size),
@@ -245,9 +250,9 @@ class Gemma:
         }
 
 
-def is_multimodal(name_or_path: str) -> bool:
+def is_multimodal(name_or_path: str, **hub: str) -> bool:
     """Whether a Gemma sees photographs, from its config alone. ValueError for a model of another kind."""
-    model_type = AutoConfig.from_pretrained(name_or_path).model_type
+    model_type = AutoConfig.from_pretrained(name_or_path, **hub).model_type
     if model_type not in _CLASSES:
         raise ValueError(
             f"model_name {name_or_path!r}: model_type {model_type!r}; wanted a Gemma 3 ({', '.join(_CLASSES)})"
@@ -258,9 +263,10 @@ def is_multimodal(name_or_path: str) -> bool:
 _CLASSES = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
 
 
-def _load_model(name: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    kind = _CLASSES["gemma3" if is_multimodal(name) else "gemma3_text"]
-    model = kind.from_pretrained(name, dtype=dtype, device_map=str(device), attn_implementation="sdpa")
+def _load_model(name: str, dtype: torch.dtype, device: torch.device, hub: dict[str, str]) -> PreTrainedModel:
+    kind = _CLASSES["gemma3" if is_multimodal(name, **hub) else "gemma3_text"]
+    options = {"dtype": dtype, "device_map": str(device), "attn_implementation": "sdpa"}
+    model = kind.from_pretrained(name, **options, **hub)
     return model.eval().requires_grad_(False)
 
 

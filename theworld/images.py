@@ -188,6 +188,20 @@ def read_image(root: str | Path, relative_path: str, max_pixels: int = MAX_PIXEL
     return decode(read_bytes(root, relative_path), relative_path, max_pixels)
 
 
+def photograph(image: str | Path | np.ndarray | Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8[H, W, 3] of a file, of an array that is that already, or of a PIL image, as `PREPROCESSING` says.
+
+    Raises ImageError for a file that cannot be read, ValueError for another array.
+    """
+    if isinstance(image, np.ndarray):
+        _check_pixels(image)
+        return image
+    if isinstance(image, Image.Image):
+        return _to_rgb(_upright(image), "the picture given")
+    path = Path(image)
+    return read_image(path.parent, path.name, max_pixels)
+
+
 def sha256(data: bytes) -> str:
     """The SHA-256 of a file's bytes, 64 hex digits: what makes two photographs the same."""
     return hashlib.sha256(data).hexdigest()

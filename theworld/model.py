@@ -4,19 +4,25 @@ Dimensions: R rows of L tokens, W worlds, G images, S statements, N world tokens
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from theworld.batch import ZERO, Batch, Packer
+from theworld.cache import meaning
 from theworld.config import Config, load_config, save_config
 from theworld.decoder import Decoder
 from theworld.gemma import Gemma
+from theworld.generation import Photograph, generate_ids
+from theworld.plan import StoreMismatch, fingerprint_differences
 from theworld.projection import ProjectionShape, WorldProjection
 from theworld.weights import model_id, resolve_device, resolve_dtype, wants_compile
 
@@ -42,6 +48,7 @@ class TheWorld(nn.Module):
         self.projection = projection.to(gemma.device)
         self.config = config
         self.fingerprint = fingerprint
+        self.enable_world = True
         compiled = wants_compile(config.compile, gemma.device)
         decoder = Decoder(gemma, compiled, config.fp8, config.use_gradient_checkpointing)
         object.__setattr__(self, "decoder", decoder)
@@ -70,13 +77,30 @@ class TheWorld(nn.Module):
         return cls(gemma, projection, config, fingerprint)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, gemma: Gemma | None = None, **overrides: Any) -> "TheWorld":
-        """What `save_pretrained` wrote, with the Gemma that its config names unless one is handed in.
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        gemma: Gemma | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device_map: str | torch.device | None = None,
+        enable_world: bool = True,
+        revision: str | None = None,
+        **overrides: Any,
+    ) -> "TheWorld":
+        """What `save_pretrained` wrote, from a folder or the hub ("user/name"), with the Gemma that it was trained for,
+        in the same revision, unless one is handed in.
 
-        `overrides` are settings, such as `device` and `dtype`. Raises ValueError naming file and field if
-        anything is missing or of another shape: a projection is loaded whole or not at all.
+        `dtype` and `device_map` ("auto", "cpu", "cuda" or "cuda:N") are transformers' words for the settings `dtype`
+        and `device`; `overrides` are other settings. `enable_world` False: `generate` leaves the world tokens out.
+        Raises ValueError naming file and field if anything is missing or of another shape: a projection is loaded
+        whole or not at all.
         """
-        folder = Path(folder)
+        if dtype is not None:
+            overrides["dtype"] = str(dtype).removeprefix("torch.")
+        if device_map is not None:
+            overrides["device"] = str(device_map)
+        folder = _folder(name_or_path, revision)
         for name in (PROJECTION_FILE, WORLD_FILE, CONFIG_FILE):
             if not (folder / name).is_file():
                 raise ValueError(
@@ -89,7 +113,7 @@ class TheWorld(nn.Module):
                 f"{folder / WORLD_FILE}: format {world.get('format')!r}; wanted {FORMAT_VERSION}"
             )
         if gemma is None:
-            gemma = load_gemma(config)
+            gemma = load_gemma(config, revision=world.get("model_revision"))
         fingerprint = world["fingerprint"]
         shape = ProjectionShape.from_dict(world["projection"])
         if shape.width != gemma.width:
@@ -100,6 +124,7 @@ class TheWorld(nn.Module):
         projection = WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
         model = cls(gemma, projection, config, fingerprint)
         model.load_projection(folder / PROJECTION_FILE)
+        model.enable_world = enable_world
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -111,6 +136,7 @@ class TheWorld(nn.Module):
         world = {
             "format": FORMAT_VERSION,
             "model_name": model_id(self.gemma.name),
+            "model_revision": self.gemma.revision,
             "projection": self.projection.shape.to_dict(),
             "fingerprint": self.fingerprint,
         }
@@ -133,6 +159,22 @@ class TheWorld(nn.Module):
         with torch.no_grad():
             for name, parameter in wanted.items():
                 parameter.copy_(state[name])
+
+    @cached_property
+    def encoder(self) -> Any:
+        """The `CosmosEncoder` that the settings name, loaded when it is first asked for: training never does."""
+        from theworld.vae import CosmosEncoder
+
+        encoder = CosmosEncoder(self.config.cosmos_model_name, self.gemma.dtype, self.gemma.device)
+        self.check_encoder(encoder.identity())
+        return encoder
+
+    def check_encoder(self, identity: dict[str, Any]) -> None:
+        """StoreMismatch if latents of an encoder of that identity are others than those the projection is for."""
+        trained = {key: self.fingerprint.get(key) for key in identity}
+        differences = fingerprint_differences(meaning(identity), meaning(trained))
+        if differences:
+            raise StoreMismatch(Path(self.config.cosmos_model_name), differences)
 
     def packer(self, with_world: bool = True) -> Packer:
         """Packs statements the way this model was trained; without world tokens as Gemma's own prompts."""
@@ -194,6 +236,26 @@ class TheWorld(nn.Module):
         """float32[S, vocabulary]: what follows each statement's prompt."""
         return self.gemma.logits(self.hidden(batch, latents, vision, batch.label_rows))
 
+    @torch.no_grad()
+    def generate(
+        self,
+        images: Photograph | Sequence[Photograph],
+        questions: str | Sequence[str],
+        enable_world: bool | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """The answers to any questions, one about each image (a file, a PIL image or uint8[H, W, 3]); a single image
+        serves them all.
+
+        `enable_world` False leaves the world tokens out, which is plain Gemma; None: as the model was loaded. `options`
+        are those of transformers' `generate`, such as `max_new_tokens=40` or `do_sample=False`. Raises ValueError if
+        images and questions do not pair up, ImageError for a photograph that cannot be read, StoreMismatch if the VAE
+        that the settings name is not the one that the projection was trained for.
+        """
+        with_world = self.enable_world if enable_world is None else enable_world
+        ids = generate_ids(self, images, questions, with_world, **options)
+        return [t.strip() for t in self.gemma.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
     def losses(
         self, batch: Batch, latents: Tensor | None, vision: Tensor | None, statement_loss_weight: float = 0.0
     ) -> dict[str, Tensor]:
@@ -218,7 +280,17 @@ class TheWorld(nn.Module):
         return {"total": total, "label": label.detach(), "statement": statement.detach(), "logits": answers}
 
 
-def load_gemma(config: Config, device: torch.device | None = None) -> Gemma:
+def _folder(name_or_path: str | Path, revision: str | None) -> Path:
+    """The folder itself, or the three files of a hub model in a local one. ValueError for neither."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+        raise ValueError(f"{name_or_path}: neither a folder nor a name on the hub, such as user/name")
+    files = [PROJECTION_FILE, WORLD_FILE, CONFIG_FILE]
+    return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=files))
+
+
+def load_gemma(config: Config, device: torch.device | None = None, revision: str | None = None) -> Gemma:
     """The Gemma that the settings name, as they want it computed; `device` goes before theirs."""
     device = device or resolve_device(config.device)
     # Flex attention is only fast, and only small, in compiled code.
@@ -228,4 +300,4 @@ def load_gemma(config: Config, device: torch.device | None = None) -> Gemma:
     if dtype == torch.bfloat16:
         # What stays in float32 is the projection: TF32 rounds its products to 10 bits, the frozen models have 7.
         torch.set_float32_matmul_precision("high")
-    return Gemma(config.model_name, dtype, device, attention)
+    return Gemma(config.model_name, dtype, device, attention, revision)

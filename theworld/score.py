@@ -104,11 +104,7 @@ def _from_cache(
 
 def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch | None]:
     encoder = CosmosEncoder(config.cosmos_model_name, model.gemma.dtype, model.gemma.device)
-    identity = encoder.identity()
-    trained = {key: model.fingerprint[key] for key in identity}
-    differences = fingerprint_differences(meaning(identity), meaning(trained))
-    if differences:
-        raise StoreMismatch(folder, differences)
+    model.check_encoder(encoder.identity())
     latents = LiveLatents(encoder, folder, config.latent_size, config.max_image_pixels)
     if not model.gemma.is_multimodal:
         return latents, None
