@@ -63,8 +63,7 @@ def part_encode(bench: Workbench) -> None:
     vae = AutoencoderKLWan.from_pretrained(config.cosmos_model_name, torch_dtype=bench.dtype)
     vae = vae.to(device).eval().requires_grad_(False)
     # As phase 1 makes it with these settings: compiled on CUDA.
-    options = {"compile": True} if device.type == "cuda" else {}
-    encoder = CosmosEncoder(config.cosmos_model_name, bench.dtype, device, **options)
+    encoder = CosmosEncoder(config.cosmos_model_name, bench.dtype, device, device.type == "cuda")
 
     @torch.inference_mode()
     def as_it_is(batch: Tensor) -> Tensor:

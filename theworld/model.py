@@ -165,7 +165,12 @@ class TheWorld(nn.Module):
         """The `CosmosEncoder` that the settings name, loaded when it is first asked for: training never does."""
         from theworld.vae import CosmosEncoder
 
-        encoder = CosmosEncoder(self.config.cosmos_model_name, self.gemma.dtype, self.gemma.device)
+        encoder = CosmosEncoder(
+            self.config.cosmos_model_name,
+            self.gemma.dtype,
+            self.gemma.device,
+            revision=self.fingerprint.get("cosmos_revision"),
+        )
         self.check_encoder(encoder.identity())
         return encoder
 

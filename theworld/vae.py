@@ -60,14 +60,16 @@ class CosmosEncoder:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         compile: bool = False,
+        revision: str | None = None,
     ) -> None:
-        """`compile`: with torch.compile, once for each shape of batch (half a minute at the first one)."""
+        """`compile`: with torch.compile, once for each shape of batch (half a minute at the first one). `revision`: the
+        commit of a hub model; None: the newest."""
         self.name = model_id(name_or_path)
         self.compiled = compile
         self.device = torch.device(device)
         self.dtype = dtype
-        vae = load_vae(name_or_path)
-        self.revision = hub_revision(name_or_path, "vae/config.json")
+        vae = load_vae(name_or_path, revision)
+        self.revision = revision or hub_revision(name_or_path, "vae/config.json")
         self.config = vae.config
         if vae.config.patch_size is not None or vae.config.is_residual:
             raise ValueError(
@@ -145,7 +147,7 @@ def unit_range(pixels: Tensor) -> Tensor:
     return pixels.float() / torch.full((), 127.5, device=pixels.device) - 1
 
 
-def load_vae(name_or_path: str) -> AutoencoderKLWan:
+def load_vae(name_or_path: str, revision: str | None = None) -> AutoencoderKLWan:
     """The whole VAE as diffusers loads it, in float32, from the hub or a local folder."""
     own_folder = (Path(name_or_path) / "config.json").is_file()
     if Path(name_or_path).is_dir() and not own_folder and not (Path(name_or_path) / "vae").is_dir():
@@ -153,4 +155,5 @@ def load_vae(name_or_path: str) -> AutoencoderKLWan:
             f"{name_or_path}: neither config.json nor a folder vae/ in it; name a folder with a VAE"
         )
     subfolder = None if own_folder else "vae"
-    return AutoencoderKLWan.from_pretrained(name_or_path, subfolder=subfolder, torch_dtype=torch.float32)
+    options = {"subfolder": subfolder, "torch_dtype": torch.float32, "revision": revision}
+    return AutoencoderKLWan.from_pretrained(name_or_path, **options)
