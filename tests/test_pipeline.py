@@ -326,3 +326,26 @@ def test_live_latents_are_those_of_the_encoder(config: Config) -> None:
     encoder = CosmosEncoder(config.cosmos_model_name)
     live = LiveLatents(encoder, str(config.image_folder), 64, 10**8)
     assert live(["a.png", "b.png"]).shape == (2, 16, 8, 8)
+
+
+def test_a_data_set_of_ones_own_goes_through_all_phases(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    for split, names in (("train", "abc"), ("test", "ab")):
+        rows = [
+            {"image": f"{n}.png", "statement": f"It is {n}.", "label": i % 2} for i, n in enumerate(names)
+        ]
+        (own / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, annotations=str(own), do_eval=False)
+    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
+    assert "no other statements than those of train and test" in capsys.readouterr().out
+    checkpoint = Trainer(config, tmp_path / "cache").run()
+    rows = score(checkpoint, tmp_path / "cache", None, "test", SYSTEMS, {})
+    assert [(row["statement"], row["relation"], row["category"]) for row in rows] == [
+        ("It is a.", "(none)", "unknown"),
+        ("It is b.", "(none)", "unknown"),
+    ]
+    with pytest.raises(FileNotFoundError, match=r"no dev\.jsonl or validation\.jsonl"):
+        Trainer(replace(config, do_eval=True, output_dir=str(tmp_path / "other")), tmp_path / "cache")

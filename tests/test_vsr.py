@@ -13,6 +13,7 @@ from theworld.vsr import (
     RELATIONS,
     Statement,
     images_of,
+    load_all,
     load_hub_statements,
     load_statements,
     meta_category,
@@ -130,6 +131,31 @@ def test_a_bad_field_is_named_with_its_value_and_the_cure(tmp_path: Path, field:
 def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
     message = refusal(tmp_path, json.dumps({key: value for key, value in ROW.items() if key != field}))
     assert message.startswith(f"train.jsonl:2: has no field {field}; give ")
+
+
+def test_a_data_set_of_ones_own_needs_image_statement_and_label(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(
+        '{"image": "a/1.png", "statement": "It is so.", "label": 1}\n'
+        '{"image": "2.png", "statement": "It is not.", "label": 0, "relation": "on"}\n'
+    )
+    assert load_statements(tmp_path, "train") == [
+        Statement(image="a/1.png", caption="It is so.", label=1, relation="(none)", index=0),
+        Statement(image="2.png", caption="It is not.", label=0, relation="on", index=1),
+    ]
+    assert list(load_all(tmp_path)) == ["train"]
+    (tmp_path / "test.jsonl").write_text('{"image": "1.png", "statement": "So?", "label": 0}\n')
+    assert {split: len(own) for split, own in load_all(tmp_path).items()} == {"train": 2, "test": 1}
+    (tmp_path / "test.jsonl").write_text('{"image": "1.png", "label": 0}\n')
+    with pytest.raises(ValueError, match=r"test\.jsonl:1: has no field caption"):
+        load_all(tmp_path)
+    (tmp_path / "test.jsonl").write_text('{"image": "1.png", "statement": "", "label": 0}\n')
+    with pytest.raises(ValueError, match=r'test\.jsonl:1: statement is ""; give text'):
+        load_all(tmp_path)
+
+
+def test_a_folder_without_any_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"annotations: no train\.jsonl in"):
+        load_all(tmp_path)
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from theworld.reading import Batches, Source, num_workers
 from theworld.stages import batches_of, encode_shards
 from theworld.store import ArraySpec, ImageEntry, Store, verify_store
 from theworld.vae import CosmosEncoder
-from theworld.vsr import images_of, load_statements
+from theworld.vsr import images_of, load_all
 from theworld.weights import resolve_device, resolve_dtype, wants_compile
 
 
@@ -150,10 +150,10 @@ def _source(config: Config, part: Part) -> Source:
 
 def list_images(config: Config, cache: Path, source: Source, allow_missing: bool) -> list[ImageEntry]:
     """The readable photographs that statements name; the others are in `failures.jsonl`. Raises as `extract`."""
-    splits = ("train", "dev", "test")
-    names = images_of(
-        [s for x in splits for s in load_statements(config.annotations, x, config.dataset_name)]
-    )
+    splits = load_all(config.annotations, config.dataset_name)
+    names = images_of([statement for own in splits.values() for statement in own])
+    if len(splits) < 3:
+        tqdm.write(f"{config.annotations}: no other statements than those of {' and '.join(splits)}")
     cache.mkdir(parents=True, exist_ok=True)
     images, failures = freeze(names, source, known_hashes(cache))
     write_failures(cache, failures)

@@ -1,7 +1,8 @@
 """Annotations of Visual Spatial Reasoning (Liu, Emerson, Collier, TACL 2023) as `Statement` records.
 
 A statement ("The cat is left of the laptop.") is true or false of one photograph. The releases are random and
-zeroshot, each with the splits train, dev ("validation" is the same) and test, one JSON object a line.
+zeroshot, each with the splits train, dev ("validation" is the same) and test, one JSON object a line. Data sets of
+one's own have the same files, of lines with the fields image, statement and label.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ RELATIONS: dict[str, str] = {
 }
 
 
+NO_RELATION = "(none)"  # of statements of a data set that names none
+
+
 @dataclass(frozen=True)
 class Statement:
     """One line of an annotation file."""
@@ -76,6 +80,26 @@ def load_statements(annotations: str | Path | None, split: str, dataset_name: st
     if annotations is None:
         return load_hub_statements(f"cambridgeltl/vsr_{RELEASES[dataset_name]}", split)
     return _read_statements(_split_file(Path(annotations), split, dataset_name))
+
+
+def load_all(annotations: str | Path | None, dataset_name: str = "vsr") -> dict[str, list[Statement]]:
+    """The statements of every split that is there: all three of VSR, one at least of a folder of one's own.
+
+    Raises as `load_statements`.
+    """
+    splits = ("train", "dev", "test")
+    if annotations is None or Path(annotations).is_file():
+        return {split: load_statements(annotations, split, dataset_name) for split in splits}
+    found: dict[str, list[Statement]] = {}
+    for split in splits:
+        try:
+            path = _split_file(Path(annotations), split, dataset_name)
+        except FileNotFoundError:
+            continue
+        found[split] = _read_statements(path)
+    if not found:
+        _split_file(Path(annotations), "train", dataset_name)  # which says what is missing
+    return found
 
 
 def _split_file(path: Path, split: str, dataset_name: str) -> Path:
@@ -141,11 +165,15 @@ def _statement(row: Any, index: int, path: str) -> Statement:
     where = f"{path}:{index + 1}"
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: is {_shown(row)}; wanted one JSON object a line")
+    own = "statement" in row and "caption" not in row  # a data set of one's own: relations are VSR's
+    if own:
+        row = {"relation": NO_RELATION, **row, "caption": row["statement"]}
     for field, wanted, is_right in _FIELDS:
+        name = "statement" if own and field == "caption" else field
         if field not in row and field != "image_link":
-            raise ValueError(f"{where}: has no field {field}; give {wanted}")
+            raise ValueError(f"{where}: has no field {name}; give {wanted}")
         if not is_right(row.get(field)):
-            raise ValueError(f"{where}: {field} is {_shown(row[field])}; give {wanted}")
+            raise ValueError(f"{where}: {name} is {_shown(row[field])}; give {wanted}")
     return Statement(
         row["image"], row["caption"], row["label"], row["relation"], index, row.get("image_link") or ""
     )
