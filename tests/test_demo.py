@@ -19,9 +19,9 @@ KEYS = ["statements", "baseline", "world", "zero", "shuffled", "p_value", "secon
 def test_a_short_demo_writes_its_files_and_gives_its_result_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(ROOT)  # the embedded models are named relative to the project
     short = replace(load_config(CONFIG), max_steps=4, align_steps=3, batch_size=8, logging_steps=1)
     monkeypatch.setattr(demo, "load_config", lambda path: short)
+    monkeypatch.chdir(tmp_path)  # the demo needs nothing of the project's folder
     output = tmp_path / "demo"
     result = run_demo(CONFIG, output, seed=3, num_scenes={"train": 12, "dev": 4, "test": 6})
     assert list(result) == KEYS
@@ -40,6 +40,12 @@ def test_a_short_demo_writes_its_files_and_gives_its_result_line(
     assert f"removing the output of an earlier demo in {output}" in capsys.readouterr().out
 
 
+def test_the_package_carries_the_settings_of_the_demo() -> None:
+    carried = demo.EMBEDDED / "demo.json"
+    assert carried.samefile(CONFIG)
+    assert load_config(carried) == load_config(CONFIG)
+
+
 def test_a_folder_that_no_demo_wrote_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="holds something that no demo wrote"):
@@ -52,7 +58,7 @@ def test_a_folder_that_no_demo_wrote_is_left_alone(tmp_path: Path) -> None:
 def test_world_tokens_help_and_wrong_ones_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     result = run_demo(CONFIG, tmp_path / "demo", seed)
     assert result["baseline"] > 0.55  # it sees something
     assert result["world"] >= result["baseline"] + 0.15

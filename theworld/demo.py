@@ -1,7 +1,13 @@
-"""The main job at toy size: drawn scenes through all three phases, then a table and two pictures."""
+"""The main job at toy size: drawn scenes through all three phases, then a table and two pictures.
 
+python tools/demo.py            in the project's folder
+python -m theworld.demo         anywhere, once the package is installed
+"""
+
+import argparse
 import json
 import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from theworld.config import load_config
+from theworld.console import quiet_libraries
 from theworld.extract import extract
 from theworld.metrics import SYSTEMS, summarise, table, write_jsonl
 from theworld.scenes import write_scenes
@@ -21,6 +28,7 @@ from theworld.train import Trainer
 matplotlib.use("agg")  # draws into files; needs no screen
 from matplotlib import pyplot
 
+EMBEDDED = Path(__file__).parent / "embedded"  # models, and settings: those of configs/demo.json
 MARKER = "demo.json"
 NUM_SCENES = {"train": 6000, "dev": 100, "test": 500}
 NAMES = {
@@ -45,6 +53,8 @@ def run_demo(
     write_scenes(output / "scenes", num_scenes or NUM_SCENES, seed=seed)
     config = replace(
         load_config(config_path),
+        model_name=str(EMBEDDED / "gemma"),
+        cosmos_model_name=str(EMBEDDED / "vae"),
         annotations=str(output / "scenes"),
         image_folder=str(output / "scenes" / "images"),
         output_dir=str(output / "run"),
@@ -139,3 +149,31 @@ def draw_scenes(rows: list[dict[str, Any]], images: Path, path: Path, count: int
         axis.set_yticks([])
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def main() -> int:
+    """Parses arguments, runs the demo, prints the result line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="demo",
+        description="The whole job on embedded models and drawn scenes, in minutes on two CPU cores.",
+    )
+    parser.add_argument(
+        "--config", type=Path, default=EMBEDDED / "demo.json", help="default: configs/demo.json"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("checkpoints/demo"), help="default: checkpoints/demo"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and order (default: 0)")
+    arguments = parser.parse_args()
+    quiet_libraries()
+    try:
+        result = run_demo(arguments.config, arguments.output, arguments.seed)
+    except (ValueError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
