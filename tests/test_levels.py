@@ -20,7 +20,7 @@ LEVELS = [
     {"evaluate", "extract"},
     {"data"},
     {"objectives"},
-    {"train", "score"},
+    {"train", "score", "doctor"},
     {"small_models"},
     {"lessons"},
     {"demo", "pretrain"},

@@ -23,6 +23,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its notice after a fork
     from transformers.utils import logging as transformers_logging
 
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # its retries; what comes of them is said by us
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     if "diffusers" in sys.modules:  # training has no need of it, so it is not imported for this
