@@ -93,8 +93,8 @@ def visible_blocks(batch: Batch, window: int | None, start: int, stop: int) -> t
         near_q, far_q, near_k, far_k = least_and_most(batch.position_ids)
         some &= far_k > near_q - window
         every &= near_k > far_q - window
-    itself = torch.arange(start, stop, BLOCK)[:, None] == torch.arange(0, stop, BLOCK)[None]
-    return some | itself.to(some.device), every
+    first = torch.arange(0, stop, BLOCK, device=some.device)
+    return some | (first[start // BLOCK :, None] == first[None]), every
 
 
 def _without(values: Tensor) -> Tensor:

@@ -280,7 +280,7 @@ class TheWorld(nn.Module):
             words = self.gemma.logits(hidden[len(batch.labels) :])
             weights = 1 / batch.word_counts.to(words.dtype)
             statement = (F.cross_entropy(words, batch.words, reduction="none") * weights).sum()
-        answers = logits[:, list(self.gemma.answer_ids)].detach()
+        answers = torch.stack([logits[:, token] for token in self.gemma.answer_ids], 1).detach()
         total = label + statement_loss_weight * statement
         return {"total": total, "label": label.detach(), "statement": statement.detach(), "logits": answers}
 
