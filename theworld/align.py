@@ -30,12 +30,10 @@ from theworld.vsr import Statement, images_of, load_statements
 SAME_PLACE, NEAREST_IMAGE, NEAREST_TEXT = "same place", "nearest image token", "nearest text token"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 GOOD, POOR = 0.5, 0.3  # the guide's reading of a mean cosine
-CAUTION = (
-    "What this does not show: whether world tokens are of use. Tokens that resemble image tokens can hold nothing about "
-    "the\npicture, and tokens that do not can be read well; accuracy beside its controls tells (tools/eval.py). Where "
-    "all tokens\npoint one way, unrelated ones have high cosines too: only what lies above the control depends on the "
-    "picture."
-)
+CAUTION = """\
+What this does not show: whether world tokens are of use. Tokens that resemble image tokens can hold nothing about the
+picture, and tokens that do not can be read well; accuracy beside its controls tells (tools/eval.py). Where all tokens
+point one way, unrelated ones have high cosines too: only what lies above the control depends on the picture."""
 
 
 @dataclass(frozen=True)
@@ -216,10 +214,10 @@ def _distribution(values: Tensor) -> dict[str, Any]:
 
 _PARTNER = {
     SAME_PLACE: "each world token is compared with the image token of the same place",
-    NEAREST_IMAGE: "they do not lie on the same places: each world token is compared with the nearest image token of the "
-    "same image\n(the highest cosine of many, so higher than at the same place)",
-    NEAREST_TEXT: "a text-only Gemma: each world token is compared with the nearest token, by cosine, of the statements "
-    "about\nits image",
+    NEAREST_IMAGE: "they do not lie on the same places: each world token is compared with the nearest image token of\n"
+    "the same image (the highest cosine of many, so higher than at the same place)",
+    NEAREST_TEXT: "a text-only Gemma: each world token is compared with the nearest token, by cosine, of the\n"
+    "statements about its image",
 }
 
 

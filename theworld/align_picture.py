@@ -60,13 +60,11 @@ def draw_tokens(left: Axes, right: Axes, measured: Measured, name: str) -> None:
     embedded = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(components)
     kinds = np.repeat(list(chosen), [len(vectors) for vectors in chosen.values()])
     for axis, places in ((left, components), (right, embedded)):
-        for kind, zorder in (("image", 1), ("world", 2), ("text", 3)):
-            few = np.sum(kinds == kind) < 100
-            style = {"s": 30, "alpha": 0.9} if few else {"s": 11, "alpha": 0.5}
+        for kind in sorted(chosen, key=["image", "world", "text"].index):  # the last on top
             x, y = places[kinds == kind, :2].T
-            axis.scatter(
-                x, y, **style, linewidths=0, color=COLOURS[kind], marker=MARKERS[kind], zorder=zorder
-            )
+            size, alpha = (30, 0.9) if len(x) < 100 else (11, 0.5)  # few would not be seen among many
+            colour, marker = COLOURS[kind], MARKERS[kind]
+            axis.scatter(x, y, s=size, c=colour, marker=marker, alpha=alpha, linewidths=0)
     shares = pca.explained_variance_ratio_
     left.set(title=f"{name}: PCA, {shares[:2].sum():.0%} of the variance")
     left.set(xlabel=f"first component, {shares[0]:.0%}", ylabel=f"second component, {shares[1]:.0%}")

@@ -28,6 +28,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("alignment.png"), help="default: alignment.png")
     add_config_arguments(parser, KEYS)
     arguments = parser.parse_args()
+    if arguments.output.suffix != ".png":
+        parser.error(
+            f"--output {arguments.output}: wanted a .png file; its figures go into a .json beside it"
+        )
     # After the arguments: torch takes seconds to load, and --help should not.
     from theworld.align import align, report
     from theworld.align_picture import draw
