@@ -57,9 +57,9 @@ def draw_tokens(left: Axes, right: Axes, measured: Measured, name: str) -> None:
     components = pca.fit_transform(points)
     perplexity = min(30.0, (len(points) - 1) / 3)  # has to be below the number of points
     # From fewer dimensions, as scikit-learn advises: faster, and less noise in the distances.
-    embedded = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(components)
+    neighbours = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(components)
     kinds = np.repeat(list(chosen), [len(vectors) for vectors in chosen.values()])
-    for axis, places in ((left, components), (right, embedded)):
+    for axis, places in ((left, components), (right, neighbours)):
         for kind in sorted(chosen, key=["image", "world", "text"].index):  # the last on top
             x, y = places[kinds == kind, :2].T
             size, alpha = (30, 0.9) if len(x) < 100 else (11, 0.5)  # few would not be seen among many
@@ -69,7 +69,7 @@ def draw_tokens(left: Axes, right: Axes, measured: Measured, name: str) -> None:
     left.set(title=f"{name}: PCA, {shares[:2].sum():.0%} of the variance")
     left.set(xlabel=f"first component, {shares[0]:.0%}", ylabel=f"second component, {shares[1]:.0%}")
     right.set(title=f"{name}: t-SNE, perplexity {perplexity:.0f}", xticks=[], yticks=[])
-    right.set(xlabel="no scale: neighbours mean something, distances do not")
+    right.set(xlabel="neighbours mean something, distances do not")
     for kind, vectors in chosen.items():
         left.scatter([], [], color=COLOURS[kind], marker=MARKERS[kind], label=f"{kind} ({len(vectors)})")
     left.legend(fontsize=9)
@@ -95,7 +95,7 @@ def draw_norms(axis: Axes, measured: Measured, numbers: dict[str, Any]) -> None:
     norms = {kind: vectors.norm(dim=-1).numpy() for kind, vectors in measured.vectors.items()}
     boxes = axis.boxplot(list(norms.values()), whis=(5, 95), showfliers=False, patch_artist=True, widths=0.5)
     for box, kind in zip(boxes["boxes"], norms, strict=True):
-        box.set(facecolor=COLOURS[kind], alpha=0.75)
+        box.set(facecolor=COLOURS[kind], alpha=0.6)
     for line in boxes["medians"]:
         line.set_color("black")
     axis.set_xticks(range(1, len(norms) + 1), list(norms))
