@@ -10,7 +10,7 @@ Dimensions: I images, N world tokens and M image tokens an image, T text tokens,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +66,9 @@ def align(
     Raises ValueError for fewer than two images or a cache without image features, StoreMismatch for a cache of other
     settings than the checkpoint's.
     """
-    model = TheWorld.from_pretrained(checkpoint, **overrides)
     # Gemma's layers have no part in this, so they need no copy in 8 bits.
-    start = TheWorld.from_config(replace(model.config, fp8=False), model.gemma, model.fingerprint)
+    model = TheWorld.from_pretrained(checkpoint, **overrides | {"fp8": False})
+    start = TheWorld.from_config(model.config, model.gemma, model.fingerprint)
     sample = load_sample(model, cache, split, num_samples)
     kind = comparison(model.projection.shape, model.gemma.num_image_tokens)
     measured = {
@@ -88,14 +88,16 @@ def align(
 
 
 def load_sample(model: TheWorld, cache: Path, split: str, num_samples: int) -> Sample:
-    """`num_samples` images of the split (or all, if those are fewer) from the cache, the same at every call."""
+    """`num_samples` images of the split (or all, if those are fewer) from the cache, the same at every call.
+    Prints what the cache holds of the split. Raises as `align` does."""
     latents = Rows(cache / LATENTS, LATENTS)
     differences = fingerprint_differences(meaning(latents.reader.fingerprint), meaning(model.fingerprint))
     if differences:
         raise StoreMismatch(cache / LATENTS, differences)
     config = model.config
     statements = load_statements(config.annotations, split, config.dataset_name)
-    statements, _ = in_cache(statements, latents, cache)
+    statements, note = in_cache(statements, latents, cache)
+    print(f"{split}: {note}")
     every = images_of(statements)
     count = min(num_samples, len(every))
     if count < 2:
