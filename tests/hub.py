@@ -54,7 +54,9 @@ class Uploads:
             self.exists, self.private = True, wanted.get("visibility") == "private"
             return 200, {"url": f"{self.address}/{self.name}"}
         if not self.writable:
-            return 403, {"error": "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"}
+            return 403, {
+                "error": "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"
+            }
         if path == f"api/models/{self.name}/preupload/main":
             modes = {"uploadMode": "regular", "shouldIgnore": False}
             return 200, {"files": [{"path": f["path"], **modes} for f in json.loads(body)["files"]]}

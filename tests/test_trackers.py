@@ -25,8 +25,10 @@ def cache(config: Config, tmp_path: Path) -> Path:
 
 
 class StubRun:
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.settings, self.lines, self.finished = settings, [], False
+    def __init__(self, settings: dict[str, Any], name: str) -> None:
+        self.settings, self.id = settings, name
+        self.lines: list[dict[str, float]] = []
+        self.finished = False
 
     def log(self, figures: dict[str, float], step: int) -> None:
         self.lines.append({"step": step, **figures})
@@ -41,7 +43,6 @@ class StubWandb(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("wandb")
         self.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
-        self.util = types.SimpleNamespace(generate_id=lambda: f"id{len(self.runs)}")
         self.runs: list[StubRun] = []
         self.logged_in = True
 
@@ -51,7 +52,7 @@ class StubWandb(types.ModuleType):
         return True
 
     def init(self, **settings: Any) -> StubRun:
-        self.runs.append(StubRun(settings))
+        self.runs.append(StubRun(settings, settings["id"] or f"id{len(self.runs)}"))
         return self.runs[-1]
 
 
@@ -78,7 +79,7 @@ def test_wandb_gets_the_lines_of_the_metrics_file_and_the_settings(
     assert run.lines == metrics(config.output_dir)
     assert run.finished
     own = {key: run.settings[key] for key in ("project", "name", "id", "resume", "dir")}
-    assert own == {"project": "p", "name": "r", "id": "id0", "resume": "allow", "dir": config.output_dir}
+    assert own == {"project": "p", "name": "r", "id": None, "resume": "allow", "dir": config.output_dir}
     assert run.settings["config"]["learning_rate"] == config.learning_rate
     assert run.settings["config"]["model_name"] == "gemma"
     assert CANARY not in repr(run.settings)
@@ -89,10 +90,10 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_run_and_a_new_one_does_not(
 ) -> None:
     logged = replace(config, log_to_wandb=True)
     checkpoint = Trainer(logged, cache).run()
-    longer = replace(logged, max_steps=6, resume_from=config.output_dir)
+    longer = replace(logged, max_steps=6, num_epochs=9, resume_from=config.output_dir)
     Trainer(longer, cache).run()
     Trainer(replace(logged, output_dir=str(tmp_path / "other")), cache).run()
-    assert [run.settings["id"] for run in wandb.runs] == ["id0", "id0", "id2"]
+    assert [run.id for run in wandb.runs] == ["id0", "id0", "id2"]
     assert [line["step"] for line in wandb.runs[1].lines] == [5, 6, 6]
     assert not list(checkpoint.glob("*wandb*"))
 
@@ -102,7 +103,7 @@ def test_a_missing_wandb_is_named_before_any_model_loads(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("theworld.train.load_model", None)
-    with pytest.raises(ValueError, match="log_to_wandb is true, but .*wandb.*; run `pip install wandb`"):
+    with pytest.raises(ValueError, match=r"log_to_wandb is true, but .*wandb.*; run `pip install wandb`"):
         Trainer(replace(config, log_to_wandb=True), cache)
 
 

@@ -114,7 +114,7 @@ def _what(config: Config, world: dict[str, Any], facts: Facts, step: int) -> str
         f"`{cosmos}`, one\nset a photograph, for statements about where things are (Visual Spatial Reasoning).\n\n"
         f"- Trained: the projection and the two vectors around the world tokens, {facts.trainable:,} parameters "
         f"(`{shape['architecture']}`, mode `{shape['mode']}`).\n"
-        f"- Frozen, and not in this repository: Gemma, {facts.frozen:,} parameters as loaded for training, and the VAE.\n"
+        f"- Frozen, and not in this repository: Gemma, {facts.frozen:,} parameters as loaded here, and the VAE.\n"
         f"- After {step:,} of {facts.num_steps:,} optimizer steps of {facts.statements_per_step:,} statements."
     )
 

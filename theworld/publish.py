@@ -163,9 +163,7 @@ class Publisher:
         start = time.perf_counter()
         operations = [CommitOperationAdd(name, data) for name, data in files.items()]
         try:
-            commit = self.api.create_commit(
-                str(self.config.hub_model_id), operations, commit_message=name
-            )
+            commit = self.api.create_commit(str(self.config.hub_model_id), operations, commit_message=name)
         except Exception as error:  # noqa: BLE001 - nothing that an upload does may end a training
             self.failed = files, _in_words(error)
             return self._record(name, "failed", error=self.failed[1])
@@ -204,4 +202,3 @@ def _keep(files: dict[str, bytes], folder: Path, name: str) -> str:
     except OSError as error:
         return f"Repeat the upload by resuming this run ({folder} cannot be written: {error})"
     return f"Repeat the upload with: hf upload {name} {folder} ."
-

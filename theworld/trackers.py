@@ -58,17 +58,17 @@ def _wandb_run(config: Config, settings: dict[str, Any], output_dir: Path, resum
 
     path = output_dir / RUN_ID
     # Only of a run that goes on: a new one in a folder that was used before is another run.
-    name = path.read_text().strip() if resumed and path.exists() else wandb.util.generate_id()
+    name = path.read_text().strip() if resumed and path.exists() else None
     try:
         run = wandb.init(
             project=config.wandb_project,
             name=config.wandb_run_name,
-            id=name,
+            id=name,  # none: W&B makes one up
             resume="allow",
             config=settings,
             dir=str(output_dir),
         )
     except wandb.errors.Error as error:
         raise ValueError(f"log_to_wandb: {error}; WANDB_MODE=offline needs no connection") from None
-    path.write_text(name + "\n")
+    path.write_text(run.id + "\n")
     return run

@@ -302,7 +302,11 @@ class Trainer:
 
     def _refuse_to_overwrite(self, resumed: Path | None) -> None:
         """Checkpoints that this run would write again must not be there when it starts."""
-        ahead = [p for p in list_checkpoints(self.output_dir) if resumed is None or _step(p) > checkpoint_step(resumed)]
+        ahead = [
+            p
+            for p in list_checkpoints(self.output_dir)
+            if resumed is None or _step(p) > checkpoint_step(resumed)
+        ]
         if ahead:
             cure = "use another --output_dir, or move them away"
             if resumed is None:
