@@ -121,8 +121,10 @@ def test_a_syntax_error_is_named_by_line_and_column(tmp_path: Path, text: str, w
         ('{"adam_beta2": 1.0}', ["adam_beta2", "below 1.0"]),
         ('{"push_to_hub": "true"}', ["push_to_hub", '"true"', "true or false"]),
         ('{"push_to_hub": 1}', ["push_to_hub", "1", "true or false"]),
-        ('{"push_to_hub": true}', ["push_to_hub is true: not built yet"]),
-        ('{"log_to_wandb": true}', ["log_to_wandb is true: not built yet"]),
+        ('{"push_to_hub": true}', ["hub_model_id is null", "user/name", "push_to_hub is true"]),
+        ('{"push_to_hub": true, "hub_model_id": "name"}', ['hub_model_id is "name"', "user/name"]),
+        ('{"push_to_hub": true, "hub_model_id": "a/b/c"}', ['hub_model_id is "a/b/c"', "user/name"]),
+        ('{"wandb_project": ""}', ["wandb_project", "not empty"]),
         ('{"num_world_steps": 4}', ["num_world_steps is 4: not built yet"]),
         ('{"freeze_gemma_vision": false}', ["freeze_gemma_vision is false: not built yet"]),
         ('{"freeze_gemma_language": false}', ["freeze_gemma_language is false: not built yet"]),
@@ -222,8 +224,7 @@ def test_booleans_are_flags() -> None:
     assert parse("--world_positions").world_positions is True
     assert parse("--no-do_eval").do_eval is parse("--no-do-eval").do_eval is False
     assert parse("--no-push_to_hub") == Config()
-    with pytest.raises(ValueError, match="push_to_hub is true: not built yet"):
-        parse("--push-to-hub")
+    assert parse("--push-to-hub", "--hub_model_id", "user/name").push_to_hub is True
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_a_flipped_bit_is_found_and_named(settings: Path, tmp_path: Path) -> Non
         ("train", ["--cache", "nowhere"], 1, "nowhere"),
         ("train", ["--learning_rate", "fast"], 2, "'fast' is not a finite number"),
         ("train", ["--no-freeze_cosmos_vae"], 1, "a cache cannot follow a VAE that trains"),
-        ("train", ["--push_to_hub"], 1, "not built yet"),
+        ("train", ["--push_to_hub"], 1, "hub_model_id is null; allowed: user/name, as push_to_hub is true"),
         ("train", ["--config", "nowhere.json"], 1, "nowhere.json"),
         ("eval", ["--model_name", "nowhere", "--cache", "c"], 1, "nowhere: neither a checkpoint"),
         ("eval", ["--model_name", "nowhere"], 2, "one of the arguments --cache --image-dir"),

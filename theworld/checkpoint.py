@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from theworld.model import TheWorld
+from theworld.model import PROJECTION_FILE, TheWorld
 
 FORMAT_VERSION = 1
 INDEX, STATE, PROGRESS = "checkpoint.json", "trainer.pt", "trainer.json"
@@ -78,6 +78,16 @@ def find_checkpoint(path: str | Path) -> Path:
             f"{path}: neither a checkpoint (no {INDEX}) nor a folder with checkpoint-N in it"
         )
     return found[-1]
+
+
+def find_model(path: str | Path) -> Path:
+    """A folder with a trained model: `path` itself, such as a download, or as `find_checkpoint` does."""
+    return Path(path) if (Path(path) / PROJECTION_FILE).is_file() else find_checkpoint(path)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The optimizer steps that a checkpoint has behind it, whatever its folder is called."""
+    return int(json.loads((path / INDEX).read_text())["step"])
 
 
 def load_checkpoint(path: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:

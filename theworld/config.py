@@ -24,6 +24,7 @@ from theworld.jsonc import is_comment, read_json_with_comments
 DATASET_NAMES = ("vsr", "vsr_random", "vsr_zeroshot")
 DTYPES = ("float32", "float16", "bfloat16")  # of stored latents
 COMPUTE = ("float32", "bfloat16")  # of the frozen models
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def _key(default: Any, meaning: str, unit: str = "", **rules: Any) -> Any:
@@ -138,12 +139,16 @@ class Config:
     resume_from: str | None = _key(None, "checkpoint folder to go on from; none: start anew", filled=True)
     logging_steps: int = _key(10, "between two lines of metrics.jsonl", "optimizer steps", at_least=1)
     log_to_tensorboard: bool = _key(True, "write TensorBoard logs to output_dir")
-    log_to_wandb: bool = _key(False, "log to Weights & Biases", built=False)
-    wandb_project: str = _key("theworld", "project there")
+    log_to_wandb: bool = _key(False, "log to Weights & Biases")
+    wandb_project: str = _key("theworld", "project there", filled=True)
     wandb_run_name: str | None = _key(None, "name of the run there")
-    push_to_hub: bool = _key(False, "upload checkpoints to the hub", built=False)
+    push_to_hub: bool = _key(False, "upload checkpoints to the hub")
     hub_model_id: str | None = _key(None, "name of the model there: user/name")
-    hub_strategy: str = _key("every_save", "when to upload", choices=("end", "every_save", "checkpoint"))
+    hub_strategy: str = _key(
+        "every_save",
+        "end: the last model; every_save: each saved one; checkpoint: with what it takes to resume, too",
+        choices=("end", "every_save", "checkpoint"),
+    )
     hub_private_repo: bool = _key(False, "make that model private")
 
     def __post_init__(self) -> None:
@@ -158,6 +163,8 @@ class Config:
             raise _refused("question_template", self.question_template, "{caption} in it exactly once")
         if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?", self.device):
             raise _refused("device", self.device, "auto, cpu, cuda or cuda:N")
+        if self.push_to_hub and not HUB_NAME.fullmatch(self.hub_model_id or ""):
+            raise _refused("hub_model_id", self.hub_model_id, "user/name, as push_to_hub is true")
 
     @property
     def eval_statements(self) -> int:

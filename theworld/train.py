@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from theworld.batch import Packer
 from theworld.cache import meaning
+from theworld.card import Facts, public_settings
 from theworld.checkpoint import (
     CheckpointError,
+    checkpoint_step,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
@@ -34,8 +35,10 @@ from theworld.feed import Pass, ahead, make_pass
 from theworld.metrics import label_loss
 from theworld.objectives import align_loss, align_pass, answer_loss, check_align, make_optimizer
 from theworld.processes import Processes
+from theworld.publish import Publisher
 from theworld.schedule import Order, learning_rate, num_train_steps, split
 from theworld.store import StoreMismatch, fingerprint_differences
+from theworld.trackers import Trackers, check_trackers
 from theworld.weights import count_parameters
 
 FIGURES = ("total", "label", "statement", "correct")  # of each pass, summed over its statements
@@ -61,6 +64,10 @@ class Trainer:
         resumed = find_checkpoint(config.resume_from) if config.resume_from else None
         self._refuse_to_overwrite(resumed)
         self.processes.wait()  # until all have looked: the main one is going to write there
+        main = self.processes.is_main
+        if main:
+            check_trackers(config)
+        self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
         self.model = load_model(config, self.data, vision_cached, self.processes.device)
         self.packer: Packer = self.model.packer()
         self.order = Order(self.data.train, config.seed)
@@ -157,8 +164,8 @@ class Trainer:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             for line in self.describe():
                 tqdm.write(line)
-        logged = main and self.config.log_to_tensorboard
-        writer = SummaryWriter(str(self.output_dir / "logs")) if logged else None
+        settings = public_settings(self.config)
+        trackers = Trackers(self.config, settings, self.output_dir, self.step > 0) if main else None
         last = find_checkpoint(self.config.resume_from) if self.config.resume_from else self.output_dir
         with progress(
             total=self.num_steps,
@@ -174,14 +181,16 @@ class Trainer:
                 done += 1
                 if self._due(self.config.logging_steps):
                     figures["statements_per_second"] = done * self.per_step / (time.perf_counter() - start)
-                    self._log(self._averages() | figures, writer, bar)
+                    self._log(self._averages() | figures, trackers, bar)
                     start, done = time.perf_counter(), 0
                 if self.data.dev and self._due(self.config.eval_steps):
-                    self._log(self.evaluate_dev(), writer, bar)
+                    self._log(self.evaluate_dev(), trackers, bar)
                 if self._due(self.config.save_steps):
                     last = self.save()
-        if writer is not None:
-            writer.close()
+        if trackers is not None:
+            trackers.close()
+        if self.publisher is not None:
+            self.publisher.finish(last, self._facts())
         return last
 
     def _steps(self) -> Iterator[dict[str, float]]:
@@ -213,8 +222,8 @@ class Trainer:
         correct = (logits[:, 1] > logits[:, 0]) == (labels == 1)
         return {"dev_loss": label_loss(logits, labels), "dev_accuracy": float(correct.mean())}
 
-    def _log(self, figures: dict[str, float], writer: SummaryWriter | None, bar: tqdm) -> None:
-        if not self.processes.is_main:
+    def _log(self, figures: dict[str, float], trackers: Trackers | None, bar: tqdm) -> None:
+        if trackers is None:
             return
         phase = "align" if self.step <= self.config.align_steps else "train"
         line = {
@@ -225,16 +234,14 @@ class Trainer:
         }
         with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        for key, value in figures.items():
-            if writer is not None:
-                writer.add_scalar(key, value, self.step)
+        trackers.log(figures, self.step)
         shown = {"loss": ".3f", "accuracy": ".1%", "dev_accuracy": ".1%", "statements_per_second": ".1f"}
         bar.set_postfix({k: format(figures[k], f) for k, f in shown.items() if k in figures})
 
     def describe(self) -> list[str]:
         """What trains, what is frozen, on what: lines to show before the start."""
-        trainable, _ = count_parameters(self.model.projection)
-        frozen = sum(p.numel() for p in self.model.gemma.model.parameters())
+        facts = self._facts()
+        trainable, frozen = facts.trainable, facts.frozen
         share = trainable / (trainable + frozen)
         lines = [
             f"trains: projection, {trainable:,} parameters ({share:.3%}); frozen: Gemma, {frozen:,} ({1 - share:.3%})",
@@ -244,6 +251,11 @@ class Trainer:
             f"tokens each, on {self.model.gemma.device}",
         ]
         return lines + ([f"resumed after step {self.step:,}"] if self.step else [])
+
+    def _facts(self) -> Facts:
+        trainable, _ = count_parameters(self.model.projection)
+        frozen = sum(p.numel() for p in self.model.gemma.model.parameters())
+        return Facts(trainable, frozen, self.num_steps, self.per_step, self.data.notes)
 
     def _shares(self) -> str:
         own = f"{self.config.batch_size} x {self.config.gradient_accumulation_steps}"
@@ -260,6 +272,8 @@ class Trainer:
         record = {"step": self.step, "window": self.window, "num_statements": len(self.data.train)}
         record["statements_per_step"] = self.per_step
         path = save_checkpoint(self.output_dir, self.step, self.model, state, record)
+        if self.publisher is not None:
+            self.publisher.saved(path, self._facts())
         rotate(self.output_dir, self.config.save_total_limit)
         self.processes.wait()
         return path
@@ -288,7 +302,11 @@ class Trainer:
 
     def _refuse_to_overwrite(self, resumed: Path | None) -> None:
         """Checkpoints that this run would write again must not be there when it starts."""
-        ahead = [p for p in list_checkpoints(self.output_dir) if resumed is None or _step(p) > _step(resumed)]
+        ahead = [
+            p
+            for p in list_checkpoints(self.output_dir)
+            if resumed is None or _step(p) > checkpoint_step(resumed)
+        ]
         if ahead:
             cure = "use another --output_dir, or move them away"
             if resumed is None:

@@ -32,14 +32,14 @@ def main() -> int:
     add_config_arguments(parser, KEYS)
     arguments = parser.parse_args()
     # After the arguments: torch takes seconds to load, and --help should not.
-    from theworld.checkpoint import find_checkpoint
+    from theworld.checkpoint import find_model
     from theworld.console import quiet_libraries
     from theworld.score import score
 
     quiet_libraries()
     overrides = {key: value for key, value in vars(arguments).items() if key in KEYS}
     try:
-        checkpoint = find_checkpoint(arguments.model_name)
+        checkpoint = find_model(arguments.model_name)
         rows = score(
             checkpoint, arguments.cache, arguments.image_dir, arguments.split, arguments.systems, overrides
         )

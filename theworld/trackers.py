@@ -1,0 +1,74 @@
+"""Where the figures of a run are shown while it trains: TensorBoard, Weights & Biases, both or neither."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from theworld.config import Config
+
+RUN_ID = "wandb_id.txt"  # in the output folder: a resumed run goes on in the same W&B run
+
+
+def check_trackers(config: Config) -> None:
+    """Raises ValueError, with the cure, if what the settings ask for cannot be had. Loads W&B only if they do."""
+    if not config.log_to_wandb:
+        return
+    try:
+        import wandb  # optional, so not at the top
+    except ImportError as error:
+        raise ValueError(f"log_to_wandb is true, but {error}; run `pip install wandb`") from None
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    try:
+        wandb.login()
+    except wandb.errors.Error as error:
+        raise ValueError(
+            f"log_to_wandb: {error} Set WANDB_API_KEY or run `wandb login`; WANDB_MODE=offline needs neither"
+        ) from None
+
+
+class Trackers:
+    """What a run logs to, in its main process. `log` takes the same figures that metrics.jsonl gets."""
+
+    def __init__(self, config: Config, settings: dict[str, Any], output_dir: Path, resumed: bool) -> None:
+        """`settings` are what W&B shows of the run's. Raises ValueError if W&B does not begin."""
+        self.writer = SummaryWriter(str(output_dir / "logs")) if config.log_to_tensorboard else None
+        self.run = _wandb_run(config, settings, output_dir, resumed) if config.log_to_wandb else None
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        """Figures of one step; a step may have several calls."""
+        if self.writer is not None:
+            for key, value in figures.items():
+                self.writer.add_scalar(key, value, step)
+        if self.run is not None:
+            self.run.log(figures, step=step)
+
+    def close(self) -> None:
+        """Until everything is written or sent."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.run is not None:
+            self.run.finish()
+
+
+def _wandb_run(config: Config, settings: dict[str, Any], output_dir: Path, resumed: bool) -> Any:
+    import wandb
+
+    path = output_dir / RUN_ID
+    # Only of a run that goes on: a new one in a folder that was used before is another run.
+    name = path.read_text().strip() if resumed and path.exists() else None
+    try:
+        run = wandb.init(
+            project=config.wandb_project,
+            name=config.wandb_run_name,
+            id=name,  # none: W&B makes one up
+            resume="allow",
+            config=settings,
+            dir=str(output_dir),
+        )
+    except wandb.errors.Error as error:
+        raise ValueError(f"log_to_wandb: {error}; WANDB_MODE=offline needs no connection") from None
+    path.write_text(run.id + "\n")
+    return run
