@@ -244,6 +244,24 @@ def test_saves_in_quick_succession_give_whole_snapshots_though_older_ones_are_de
     assert replaced == ["checkpoint-2", "checkpoint-3"]
 
 
+def test_a_hub_that_never_answers_is_not_waited_for_for_ever(
+    pushing: Config,
+    hub: Callable[..., Uploads],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    uploads = hub(behaviour=["wait"])
+    monkeypatch.setattr("theworld.publish.PATIENCE", 1)
+    publisher = Publisher(pushing, tmp_path)
+    path = checkpoint_of(tmp_path, 2, pushing, 0.0)
+    assert not publisher.finish(path, FACTS)
+    assert "NOT on the hub: there was no answer in time" in capsys.readouterr().out
+    assert weights(tmp_path / "hub_upload") == weights(path)
+    uploads.go_on.set()
+    assert publisher.thread is None or not publisher.thread.join(30)
+
+
 def test_a_damaged_checkpoint_is_not_uploaded(
     pushing: Config, hub: Callable[..., Uploads], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

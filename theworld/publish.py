@@ -26,6 +26,8 @@ from theworld.console import progress
 from theworld.model import CONFIG_FILE, PROJECTION_FILE, WORLD_FILE
 
 CARD, LAST, LOG, REPEAT = "README.md", "last-checkpoint", "hub.jsonl", "hub_upload"
+PATIENCE = 1800  # seconds for the last upload: the hub's client itself waits for an answer for ever
+LATE = "there was no answer in time"
 
 
 # ---- what is uploaded
@@ -102,7 +104,8 @@ class Publisher:
         self.waiting: tuple[str, dict[str, bytes]] | None = None
         self.offered: Path | None = None  # the last checkpoint handed in
         self.unread: str | None = None  # why the last checkpoint handed in could not be read
-        self.failed: tuple[dict[str, bytes], str] | None = None  # the newest upload, if it failed
+        self.files: dict[str, bytes] = {}  # of that checkpoint, if it could be read
+        self.failed: str | None = None  # why the newest upload failed
 
     def saved(self, checkpoint: Path, facts: Facts) -> None:
         """To be called for each checkpoint, before older ones are deleted: reads it and returns at once."""
@@ -113,23 +116,29 @@ class Publisher:
         """Waits until the run's last checkpoint is up; prints whether it is, and if not how to repeat it."""
         if self.offered != checkpoint:
             self._offer(checkpoint, facts)
-        thread = self.thread
-        if thread is not None:
-            with progress(desc=f"upload to {self.config.hub_model_id}", unit=" s", leave=False) as bar:
-                while thread.is_alive():
-                    thread.join(1.0)
-                    bar.update()
+        arrived = self._wait(PATIENCE)
         folder = self.output_dir / REPEAT
         shutil.rmtree(folder, ignore_errors=True)  # of an upload that failed before
-        if self.failed is None and self.unread is None:
+        if arrived and self.failed is None and self.unread is None:
             tqdm.write(f"hub: {checkpoint.name} is at {self.api.endpoint}/{self.config.hub_model_id}")
             return True
-        files, reason = ({}, self.unread) if self.unread else self.failed or ({}, "")
+        reason = self.unread or (self.failed if arrived and self.failed else LATE)
         tqdm.write(
             f"hub: {checkpoint.name} is NOT on the hub: {reason}. Training itself is complete, in {checkpoint}. "
-            f"{_keep(files, folder, str(self.config.hub_model_id))}"
+            f"{_keep(self.files, folder, str(self.config.hub_model_id))}"
         )
         return False
+
+    def _wait(self, seconds: int) -> bool:
+        """Until no upload is under way or waiting; False if that takes longer."""
+        thread, end = self.thread, time.monotonic() + seconds
+        if thread is None:
+            return True
+        with progress(desc=f"upload to {self.config.hub_model_id}", unit=" s", leave=False) as bar:
+            while thread.is_alive() and time.monotonic() < end:
+                thread.join(1.0)
+                bar.update()
+        return not thread.is_alive()
 
     def _offer(self, checkpoint: Path, facts: Facts) -> None:
         self.offered = checkpoint
@@ -138,9 +147,9 @@ class Publisher:
             card = model_card(checkpoint, facts, read_metrics(self.output_dir))
             files = snapshot(checkpoint, card, resumable)
         except (OSError, ValueError) as error:
-            self.unread = _in_words(error)
+            self.unread, self.files = _in_words(error), {}
             return self._record(checkpoint.name, "failed", error=self.unread)
-        self.unread = None
+        self.unread, self.files = None, files
         with self.lock:
             if self.waiting is not None:
                 self._record(self.waiting[0], "replaced by a newer one")
@@ -165,8 +174,8 @@ class Publisher:
         try:
             commit = self.api.create_commit(str(self.config.hub_model_id), operations, commit_message=name)
         except Exception as error:  # noqa: BLE001 - nothing that an upload does may end a training
-            self.failed = files, _in_words(error)
-            return self._record(name, "failed", error=self.failed[1])
+            self.failed = _in_words(error)
+            return self._record(name, "failed", error=self.failed)
         self.failed = None
         size, seconds = sum(map(len, files.values())), time.perf_counter() - start
         self._record(
