@@ -7,7 +7,7 @@ import pytest
 
 LEVELS = [
     {"jsonc", "console", "images", "weights", "scenes", "fp8", "parts"},
-    {"files", "vsr"},
+    {"files", "vsr", "fetch"},
     {"config", "shards", "vae", "gemma", "projection", "processes"},
     {"arguments", "metrics", "plan"},
     {"reader"},
@@ -16,7 +16,7 @@ LEVELS = [
     {"masks"},
     {"decoder"},
     {"encodings", "listing", "model"},
-    {"stages", "checkpoint", "feed"},
+    {"stages", "checkpoint", "feed", "gather"},
     {"evaluate", "extract"},
     {"data"},
     {"objectives"},
