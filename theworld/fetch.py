@@ -46,6 +46,9 @@ class FetchError(Exception):
         )
         self.retry_after = retry_after  # seconds that the server asks to wait
 
+    def __str__(self) -> str:
+        return self.reason
+
 
 class CertificateRefused(FetchError):
     """The server cannot show that it is the one that was asked for."""

@@ -56,8 +56,8 @@ class Gathered(NamedTuple):
         if len(self.failures) > 5:
             lines.append(f"and {len(self.failures) - 5:,} more")
         lines.append(
-            f"{self.already + self.new + len(self.failures):,} photographs: {self.already:,} were there, "
-            f"{self.new:,} are new, {len(self.failures):,} failed"
+            f"{self.already + self.new + len(self.failures):,} photographs: {self.already:,} there before, "
+            f"{self.new:,} new, {len(self.failures):,} failed"
         )
         if self.failures:
             lines.append(f"all reasons: {output / FAILURES}; the same command tries those again")
