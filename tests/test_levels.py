@@ -7,7 +7,7 @@ import pytest
 
 LEVELS = [
     {"jsonc", "console", "images", "weights", "scenes", "fp8", "parts"},
-    {"files", "vsr"},
+    {"files", "vsr", "fetch"},
     {"config", "shards", "vae", "gemma", "projection", "processes"},
     {"arguments", "metrics", "plan", "trackers"},
     {"reader"},
@@ -16,7 +16,7 @@ LEVELS = [
     {"masks"},
     {"decoder", "generation"},
     {"encodings", "listing", "model"},
-    {"stages", "checkpoint", "feed"},
+    {"stages", "checkpoint", "feed", "gather"},
     {"evaluate", "extract", "card"},
     {"data", "publish"},
     {"objectives"},

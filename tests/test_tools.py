@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,43 @@ def test_a_flipped_bit_is_found_and_named(settings: Path, tmp_path: Path) -> Non
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_photographs_come_from_a_coco_that_is_there(
+    kind: str, photographs: Path, annotations: Path, tmp_path: Path
+) -> None:
+    coco, output = tmp_path / "coco", tmp_path / "images"
+    (coco / "train2017").mkdir(parents=True)
+    for name in ("a.png", "b.png", "unnamed.png"):
+        shutil.copy(photographs / name.replace("unnamed", "c"), coco / "train2017" / name)
+    source = coco if kind == "folder" else Path(shutil.make_archive(str(coco), "zip", coco))
+    command = ("--output", output, "--annotations", annotations, "--coco", source)
+
+    done = tool("get_images", *command, check=False)
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        f"c.png: not in {source}",
+        "3 photographs: 0 there before, 2 new, 1 failed",
+        f"all reasons: {output / 'failures.jsonl'}; the same command tries those again",
+    ]
+    assert "images/s" in done.stderr
+    assert sorted(path.name for path in output.iterdir()) == ["a.png", "b.png", "failures.jsonl"]
+
+    done = tool("get_images", *command, "--coco", photographs)
+    assert done.stdout == "3 photographs: 2 there before, 1 new, 0 failed\n"
+    assert sorted(path.name for path in output.iterdir()) == ["a.png", "b.png", "c.png"]
+    for name in ("a.png", "b.png", "c.png"):
+        assert (output / name).read_bytes() == (photographs / name).read_bytes()
+
+
+def test_a_host_that_was_not_allowed_is_not_asked(tmp_path: Path) -> None:
+    row = {"image": "a.jpg", "image_link": "http://example.org/a.jpg", "caption": "On.", "label": 1}
+    for split in ("train", "dev", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row | {"relation": "on"}) + "\n")
+    done = tool("get_images", "--output", tmp_path / "images", "--annotations", tmp_path, check=False)
+    assert done.returncode == 1
+    assert "a.jpg: refused: example.org is not an allowed host (images.cocodataset.org)" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "status", "message"),
     [
@@ -106,6 +144,8 @@ def test_a_flipped_bit_is_found_and_named(settings: Path, tmp_path: Path) -> Non
         ("train", ["--no-freeze_cosmos_vae"], 1, "a cache cannot follow a VAE that trains"),
         ("train", ["--push_to_hub"], 1, "hub_model_id is null; allowed: user/name, as push_to_hub is true"),
         ("train", ["--config", "nowhere.json"], 1, "nowhere.json"),
+        ("get_images", ["--annotations", "nowhere"], 1, "annotations: no file or folder nowhere"),
+        ("get_images", ["--num_workers", "0"], 2, "--num_workers is 0; give 1 or more"),
         ("eval", ["--model_name", "nowhere", "--cache", "c"], 1, "nowhere: neither a checkpoint"),
         ("eval", ["--model_name", "nowhere"], 2, "one of the arguments --cache --image-dir"),
     ],
@@ -117,7 +157,7 @@ def test_wrong_usage_is_answered_in_words(name: str, arguments: list[str], statu
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["extract_latents", "train", "eval", "demo"])
+@pytest.mark.parametrize("name", ["get_images", "extract_latents", "train", "eval", "demo"])
 def test_help_shows_every_flag_with_its_default(name: str) -> None:
     text = tool(name, "--help").stdout
     assert "default" in text
