@@ -3,8 +3,8 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-import httpx
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -87,7 +87,7 @@ def test_models_on_the_hub_are_asked_for_by_their_config(
 
     def download(name: str, file: str) -> None:
         asked.append((name, file))
-        response = httpx.Response(403, request=httpx.Request("GET", "https://localhost"))
+        response = SimpleNamespace(headers={}, request=None)
         raise error("no") if error is LocalEntryNotFoundError else error("no", response=response)  # type: ignore[call-arg]
 
     monkeypatch.setattr(doctor, "hf_hub_download", download)
