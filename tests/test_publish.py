@@ -167,6 +167,16 @@ def test_a_download_loads_and_holds_no_place_of_this_machine(
     assert model.config.batch_size == pushing.batch_size
 
 
+def test_only_the_main_process_uploads(
+    cache: Path, pushing: Config, hub: Callable[..., Uploads], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploads = hub()
+    monkeypatch.setattr("theworld.processes.Processes.is_main", False)
+    Trainer(pushing, cache).run()
+    assert uploads.commits == []
+    assert not uploads.exists
+
+
 # ---- a hub that fails
 
 

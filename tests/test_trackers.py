@@ -121,9 +121,8 @@ def test_a_missing_login_is_named_before_any_model_loads(
 def test_only_the_main_process_logs(
     cache: Path, config: Config, wandb: StubWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(replace(config, log_to_wandb=True, log_to_tensorboard=True), cache)
-    trainer.processes.rank = 1
-    trainer.run()
+    monkeypatch.setattr("theworld.processes.Processes.is_main", False)
+    Trainer(replace(config, log_to_wandb=True, log_to_tensorboard=True), cache).run()
     assert wandb.runs == []
     assert not (Path(config.output_dir) / "logs").exists()
 

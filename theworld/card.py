@@ -23,7 +23,7 @@ LIMITS = """\
 ## Limits
 - An accuracy with world tokens says nothing by itself: the same model without them, with zero latents and with another
   image's latents has to be measured on the same statements. Claim nothing for world tokens from a figure without these.
-- Trained on short English statements about two objects in one photograph, answered with 0 or 1; nothing else was tried.
+- Trained on short English statements about one photograph each, answered with 0 or 1; nothing else was tried.
 - The frozen models keep their own limits and biases.
 - Works only with latents and a Gemma like those of the fingerprint; everything else is refused when it is loaded."""
 
@@ -94,7 +94,7 @@ def _on_hub(name: str) -> bool:
 
 def _header(config: Config) -> str:
     """YAML for the hub. A local model or data set has no place in it."""
-    lines = ["---", "library_name: theworld", "license: other", "license_name: see-the-card-s-licences"]
+    lines = ["---", "library_name: theworld", "license: other", "license_name: terms-of-the-base-models"]
     lines.append("license_link: https://ai.google.dev/gemma/terms")
     if _on_hub(config.model_name):
         lines += ["base_model:", f"- {json.dumps(config.model_name)}", "base_model_relation: adapter"]
@@ -107,20 +107,16 @@ def _header(config: Config) -> str:
 def _what(config: Config, world: dict[str, Any], facts: Facts, step: int) -> str:
     gemma, cosmos = (public_settings(config)[key] for key in _MODELS)
     shape = world["projection"]
-    name = (config.hub_model_id or checkpoint_name(step)).split("/")[-1]
+    name = (config.hub_model_id or f"checkpoint-{step}").split("/")[-1]
     return (
         f"# {name}\n\n"
         f"A projection that gives a frozen Gemma 3 (`{gemma}`) *world tokens*: latents of the frozen VAE of "
-        f"`{cosmos}`, one\nset a photograph, for statements about where things are (Visual Spatial Reasoning).\n\n"
+        f"`{cosmos}`, one set a photograph,\nfor statements about where things are (Visual Spatial Reasoning).\n\n"
         f"- Trained: the projection and the two vectors around the world tokens, {facts.trainable:,} parameters "
         f"(`{shape['architecture']}`, mode `{shape['mode']}`).\n"
         f"- Frozen, and not in this repository: Gemma, {facts.frozen:,} parameters as loaded here, and the VAE.\n"
         f"- After {step:,} of {facts.num_steps:,} optimizer steps of {facts.statements_per_step:,} statements."
     )
-
-
-def checkpoint_name(step: int) -> str:
-    return f"checkpoint-{step}"
 
 
 def _data(config: Config, fingerprint: dict[str, Any], facts: Facts) -> str:

@@ -13,10 +13,17 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from tqdm import tqdm
 
 from theworld.card import Facts, model_card, public_settings, read_metrics
@@ -172,7 +179,10 @@ class Publisher:
         start = time.perf_counter()
         operations = [CommitOperationAdd(name, data) for name, data in files.items()]
         try:
-            commit = self.api.create_commit(str(self.config.hub_model_id), operations, commit_message=name)
+            with _without_bars():
+                commit = self.api.create_commit(
+                    str(self.config.hub_model_id), operations, commit_message=name
+                )
         except Exception as error:  # noqa: BLE001 - nothing that an upload does may end a training
             self.failed = _in_words(error)
             return self._record(name, "failed", error=self.failed)
@@ -191,6 +201,18 @@ class Publisher:
                 file.write(json.dumps({"checkpoint": name, "status": status, **details}) + "\n")
         except OSError as error:
             tqdm.write(f"hub: {self.output_dir / LOG} cannot be written: {error}")
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """The hub's own progress bars, which would draw over that of training, are off meanwhile."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _in_words(error: Exception) -> str:

@@ -187,10 +187,10 @@ class Trainer:
                     self._log(self.evaluate_dev(), trackers, bar)
                 if self._due(self.config.save_steps):
                     last = self.save()
-        if trackers is not None:
-            trackers.close()
         if self.publisher is not None:
             self.publisher.finish(last, self._facts())
+        if trackers is not None:
+            trackers.close()
         return last
 
     def _steps(self) -> Iterator[dict[str, float]]:
@@ -302,11 +302,8 @@ class Trainer:
 
     def _refuse_to_overwrite(self, resumed: Path | None) -> None:
         """Checkpoints that this run would write again must not be there when it starts."""
-        ahead = [
-            p
-            for p in list_checkpoints(self.output_dir)
-            if resumed is None or _step(p) > checkpoint_step(resumed)
-        ]
+        done = -1 if resumed is None else checkpoint_step(resumed)
+        ahead = [p for p in list_checkpoints(self.output_dir) if _step(p) > done]
         if ahead:
             cure = "use another --output_dir, or move them away"
             if resumed is None:
