@@ -2,18 +2,23 @@
 
 import json
 import os
+import socket
 import threading
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from PIL import Image
+from tls_server import Handler, make_certificate, serve
 
 from theworld import gather as gathering
-from theworld.fetch import CertificateRefused, FetchError
-from theworld.gather import CocoCopies, CocoFolder, Downloads, Gathered, gather, links_of
+from theworld.fetch import COCO_HOST, CertificateRefused, Fetcher, FetchError, Limits, checked, secure_url
+from theworld.gather import ALL_SPLITS, CocoCopies, CocoFolder, Downloads, Gathered, gather, links_of
 from theworld.images import ImageError
-from theworld.vsr import Statement
+from theworld.vsr import Statement, load_statements
+
+VSR = ROOT.parent / "shared" / "vsr"
 
 LINKS = {name: f"https://photographs.test/train2017/{name}" for name in ("a.png", "b.png", "c.png")}
 
@@ -134,6 +139,45 @@ def test_a_disk_that_cannot_be_written_ends_the_call_and_its_downloads(
         gather(LINKS, tmp_path, downloads(Network(photographs)), 1, stop=stop)
     assert stop.is_set()
     assert names_in(tmp_path) == []
+
+
+def test_eight_threads_get_what_a_server_gives_in_the_end(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 40 photographs 7.png is missing, and every third comes at the second request only."""
+    data = (photographs / "b.png").read_bytes()
+    local = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port, **_: [(*local, ("127.0.0.1", port))])
+    names = [f"{i}.png" for i in range(40)]
+
+    def answer(handler: Handler, number: int) -> None:
+        i = int(handler.path.strip("/.png"))
+        status = 404 if i == 7 else 500 if i % 3 == 0 and number == 1 else 200
+        handler.answer(status, data)
+
+    with serve(make_certificate(tmp_path)) as server:
+        server.answers = {f"/{name}": answer for name in names}
+        fetcher = Fetcher(
+            [f"photographs.test:{server.port}"], Limits(first_wait=0.01), server.context, lambda _: True
+        )
+        links = {name: server.url(f"/{name}") for name in names}
+        gathered = gather(links, tmp_path / "images", Downloads(fetcher), 8)
+    assert gathered == Gathered(0, 39, [("7.png", f"HTTP status 404 from photographs.test:{server.port}")])
+    assert len(server.requests) == 40 + 14
+    assert {path.read_bytes() for path in (tmp_path / "images").glob("*.png")} == {data}
+    assert len(names_in(tmp_path / "images")) == 40
+
+
+@pytest.mark.skipif(not VSR.is_dir(), reason="no real data: ../shared/vsr is not there")
+@pytest.mark.parametrize(("release", "number"), [("random", 6259), ("zeroshot", 3181)])
+def test_every_link_of_vsr_is_one_that_is_downloaded(release: str, number: int) -> None:
+    links = links_of(
+        s for split in ALL_SPLITS for s in load_statements(VSR / release, split, f"vsr_{release}")
+    )
+    assert len(links) == number
+    for name, link in links.items():
+        folder = checked(secure_url(link), [COCO_HOST]).path.removesuffix(f"/{name}")
+        assert folder in ("/images.cocodataset.org/train2017", "/images.cocodataset.org/val2017")
 
 
 # --- From a COCO that is there -------------------------------------------------------------------

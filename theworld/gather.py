@@ -90,10 +90,10 @@ def links_of(statements: Iterable[Statement]) -> dict[str, str]:
     links: dict[str, str] = {}
     for statement in statements:
         name, link = statement.image, statement.image_link
-        if "/" in name or "\\" in name or "\0" in name or name.startswith(".") or not name:
+        if not name or name.startswith(".") or name == FAILURES or any(sign in name for sign in "/\\\0"):
             raise ValueError(
                 f"image {name!r} (statement {statement.index + 1}) is no plain file name; give one such as "
-                "000000000142.jpg, without folders and not hidden"
+                f"000000000142.jpg, without folders, neither hidden nor {FAILURES}"
             )
         if links.setdefault(name, link) != link:
             raise ValueError(f"image {name} has two links, {links[name]!r} and {link!r}; keep one")
