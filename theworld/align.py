@@ -19,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from theworld.cache import LATENTS, VISION, Rows, expected_vision, in_cache, meaning
+from theworld.cache import LATENTS, VISION, Rows, check_meaning, expected_vision, in_cache
 from theworld.data import check_same_eyes
 from theworld.gemma import Gemma
 from theworld.model import TheWorld
 from theworld.projection import ProjectionShape, WorldProjection
-from theworld.store import StoreMismatch, fingerprint_differences
 from theworld.vsr import Statement, images_of, load_statements
 
 SAME_PLACE, NEAREST_IMAGE, NEAREST_TEXT = "same place", "nearest image token", "nearest text token"
@@ -91,9 +90,7 @@ def load_sample(model: TheWorld, cache: Path, split: str, num_samples: int) -> S
     """`num_samples` images of the split (or all, if those are fewer) from the cache, the same at every call.
     Prints what the cache holds of the split. Raises as `align` does."""
     latents = Rows(cache / LATENTS, LATENTS)
-    differences = fingerprint_differences(meaning(latents.reader.fingerprint), meaning(model.fingerprint))
-    if differences:
-        raise StoreMismatch(cache / LATENTS, differences)
+    check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
     config = model.config
     statements = load_statements(config.annotations, split, config.dataset_name)
     statements, note = in_cache(statements, latents, cache)

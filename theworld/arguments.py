@@ -25,13 +25,18 @@ class ArgumentParser(argparse.ArgumentParser):
         super().error(message)
 
 
-def add_config_arguments(parser: argparse.ArgumentParser, keys: Sequence[str] | None = None) -> None:
+def add_config_arguments(
+    parser: argparse.ArgumentParser, keys: Sequence[str] | None = None, of_checkpoint: bool = False
+) -> None:
     """Adds --config and a flag for each key (None: all): --batch_size, and the same as --batch-size.
 
-    What is not given does not stand in the namespace, so the file's value holds.
+    What is not given does not stand in the namespace, so the file's value holds. `of_checkpoint`: a checkpoint brings
+    its settings along, so there is no --config.
     """
-    parser.add_argument("--config", metavar="FILE", help="settings: JSON with comments (default: none)")
-    group = parser.add_argument_group("settings", "they go before the file's; none stands for null")
+    if not of_checkpoint:
+        parser.add_argument("--config", metavar="FILE", help="settings: JSON with comments (default: none)")
+    source = "checkpoint's" if of_checkpoint else "file's"
+    group = parser.add_argument_group("settings", f"they go before the {source}; none stands for null")
     for key in FIELDS if keys is None else keys:
         kind, optional = type_of(key)
         options: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS}

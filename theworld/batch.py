@@ -276,33 +276,44 @@ def _assemble(
             if span is not None:
                 names.append(span[0])
                 slots[kind].append(np.arange(*span[1:]) + row * length + column)
+    return Batch(
+        statements=tuple(statements),
+        worlds=tuple(worlds),
+        images=tuple(images),
+        token_ids=_integers(token_ids),
+        position_ids=_integers(positions),
+        place=_integers(place),
+        end=_integers(end),
+        block=_integers(block),
+        world_slots=_integers(slots["world"]).view(len(worlds), -1 if worlds else 0),
+        image_slots=_integers(slots["image"]).view(len(images), -1 if images else 0),
+        **_targets(leaves, statements, answer_ids, length),
+        num_frozen=num_frozen,
+    )
+
+
+def _targets(
+    leaves: list[tuple[_Node, Prompt]],
+    statements: Sequence[Statement],
+    answer_ids: Sequence[int],
+    length: int,
+) -> dict[str, Tensor]:
+    """What is to be predicted, and where: labels, and the words of the true statements."""
     starts = [node.row * length + node.column for node, _ in leaves]
     captions = [
         (start, prompt.branch, range(*prompt.caption))
         for start, (_, prompt), statement in zip(starts, leaves, statements, strict=True)
         if statement.label == 1
     ]
+    last = [len(node.segment.token_ids) - 1 for node, _ in leaves]
+    return {
+        "label_rows": _integers([start + offset for start, offset in zip(starts, last, strict=True)]),
+        "labels": _integers([answer_ids[s.label] for s in statements]),
+        "word_rows": _integers([start + i - 1 for start, _, caption in captions for i in caption]),
+        "words": _integers([branch[i] for _, branch, caption in captions for i in caption]),
+        "word_counts": _integers([len(caption) for _, _, caption in captions for _ in caption]),
+    }
 
-    def integers(values: Any) -> Tensor:
-        return torch.from_numpy(np.asarray(values, np.int64))
 
-    return Batch(
-        statements=tuple(statements),
-        worlds=tuple(worlds),
-        images=tuple(images),
-        token_ids=integers(token_ids),
-        position_ids=integers(positions),
-        place=integers(place),
-        end=integers(end),
-        block=integers(block),
-        world_slots=integers(slots["world"]).view(len(worlds), -1 if worlds else 0),
-        image_slots=integers(slots["image"]).view(len(images), -1 if images else 0),
-        label_rows=integers(
-            [s + len(n.segment.token_ids) - 1 for s, (n, _) in zip(starts, leaves, strict=True)]
-        ),
-        labels=integers([answer_ids[s.label] for s in statements]),
-        word_rows=integers([start + i - 1 for start, _, caption in captions for i in caption]),
-        words=integers([branch[i] for _, branch, caption in captions for i in caption]),
-        word_counts=integers([len(caption) for _, _, caption in captions for _ in caption]),
-        num_frozen=num_frozen,
-    )
+def _integers(values: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(values, np.int64))

@@ -19,7 +19,7 @@ from torch import Tensor
 from theworld.config import Config
 from theworld.gemma import Gemma
 from theworld.images import read_image, square, to_unit_range
-from theworld.store import StoreError, StoreReader
+from theworld.store import StoreError, StoreMismatch, StoreReader, fingerprint_differences
 from theworld.vsr import Statement, images_of
 from theworld.weights import model_id
 
@@ -75,6 +75,13 @@ _PRECISION = {
 def meaning(fingerprint: dict[str, Any]) -> dict[str, Any]:
     """The part of a fingerprint in which two caches must agree to serve one projection."""
     return {key: value for key, value in fingerprint.items() if key not in _PRECISION}
+
+
+def check_meaning(root: Path, cached: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """StoreMismatch, field by field, unless two fingerprints of latents can serve one projection."""
+    differences = fingerprint_differences(meaning(cached), meaning(wanted))
+    if differences:
+        raise StoreMismatch(root, differences)
 
 
 _EMPTY, _BUSY, _THERE = range(3)  # a row of the memory: nobody reads it, somebody does, it is read and sound

@@ -12,16 +12,16 @@ from theworld.cache import (
     VISION,
     LiveVision,
     Rows,
+    check_meaning,
     expected_latents,
     expected_vision,
     in_cache,
-    meaning,
 )
 from theworld.config import Config
 from theworld.feed import Fetch
 from theworld.gemma import Gemma, is_multimodal
 from theworld.model import TheWorld, load_gemma
-from theworld.store import StoreError, StoreMismatch, fingerprint_differences
+from theworld.store import StoreError
 from theworld.vsr import Statement, images_of, load_statements
 
 
@@ -86,6 +86,4 @@ def check_same_eyes(gemma: Gemma, vision: Rows) -> None:
     compared where they were loaded in the same dtype."""
     cached, own = vision.reader.fingerprint, gemma.vision_identity()
     if cached["compute_dtype"] == own["compute_dtype"]:
-        differences = fingerprint_differences(meaning({k: cached.get(k) for k in own}), meaning(own))
-        if differences:
-            raise StoreMismatch(vision.reader.root, differences)
+        check_meaning(vision.reader.root, {key: cached.get(key) for key in own}, own)

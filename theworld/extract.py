@@ -9,7 +9,6 @@ import shutil
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from theworld.listing import freeze, known_hashes, write_failures
 from theworld.parts import Part, this_part
 from theworld.reading import Batches, Source, num_workers
 from theworld.stages import batches_of, encode_shards
-from theworld.store import ArraySpec, ImageEntry, Store, verify_store
+from theworld.store import ImageEntry, Store, verify_store
 from theworld.vae import CosmosEncoder
 from theworld.vsr import images_of, load_all
 from theworld.weights import resolve_device, resolve_dtype, wants_compile
@@ -47,7 +46,7 @@ def preflight(store: Store, encoding: Encoding, pending: list[int], source: Sour
     Raises ValueError where the disk has not the room.
     """
     rows = [row for shard in pending for row in store.shard_rows(shard)]
-    size = sum(_row_bytes(spec) for spec in encoding.arrays) * len(rows)
+    size = sum(spec.row_nbytes for spec in encoding.arrays) * len(rows)
     free = shutil.disk_usage(store.root).free
     if size > free:
         raise ValueError(
@@ -86,10 +85,6 @@ def _seconds_an_image(
             return max(reading, alone)
     encoding_seconds(batch_size)
     return max(reading, encoding_seconds(batch_size))
-
-
-def _row_bytes(spec: ArraySpec) -> int:
-    return int(np.prod(spec.shape)) * (4 if spec.dtype == "float32" else 2)
 
 
 def _duration(seconds: float) -> str:

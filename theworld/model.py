@@ -17,12 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from theworld.batch import ZERO, Batch, Packer
-from theworld.cache import meaning
+from theworld.cache import check_meaning
 from theworld.config import Config, load_config, save_config
 from theworld.decoder import Decoder
 from theworld.gemma import Gemma
 from theworld.generation import Photograph, generate_ids
-from theworld.plan import StoreMismatch, fingerprint_differences
 from theworld.projection import ProjectionShape, WorldProjection
 from theworld.weights import model_id, resolve_device, resolve_dtype, wants_compile
 
@@ -177,9 +176,7 @@ class TheWorld(nn.Module):
     def check_encoder(self, identity: dict[str, Any]) -> None:
         """StoreMismatch if latents of an encoder of that identity are others than those the projection is for."""
         trained = {key: self.fingerprint.get(key) for key in identity}
-        differences = fingerprint_differences(meaning(identity), meaning(trained))
-        if differences:
-            raise StoreMismatch(Path(self.config.cosmos_model_name), differences)
+        check_meaning(Path(self.config.cosmos_model_name), identity, trained)
 
     def packer(self, with_world: bool = True) -> Packer:
         """Packs statements the way this model was trained; without world tokens as Gemma's own prompts."""

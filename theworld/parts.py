@@ -127,13 +127,18 @@ def part_of(text: str) -> Part:
     return Part(int(match[1]) - 1, int(match[2]))
 
 
+def num_launched() -> int:
+    """How many processes `accelerate launch` or torchrun started together, this one included."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def this_part(given: Part | None) -> Part:
     """The part of this process: as `accelerate launch` or torchrun says, or as given, or all.
 
     Raises ValueError if it is both. Only a launched process is connected with others, through gloo: they exchange
     the list of photographs and wait for each other, which needs no GPU.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = num_launched()
     if launched == 1:
         return given or Part()
     if given is not None:

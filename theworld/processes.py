@@ -1,6 +1,5 @@
 """The processes of a run: one by itself, or those that `accelerate launch` (or torchrun) started together."""
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +7,7 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
 
+from theworld.parts import num_launched
 from theworld.weights import resolve_device
 
 
@@ -16,7 +16,7 @@ class Processes:
 
     def __init__(self, device: str) -> None:
         """`device` as in the settings. ValueError where it names one GPU and several processes were started."""
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.count = num_launched()
         self.rank = 0
         self.device = resolve_device(device)
         if self.count > 1:

@@ -12,10 +12,10 @@ from theworld.cache import (
     VISION,
     LiveVision,
     Rows,
+    check_meaning,
     expected_vision,
     in_cache,
     latent_pixels,
-    meaning,
 )
 from theworld.config import Config
 from theworld.data import check_same_eyes
@@ -24,7 +24,6 @@ from theworld.feed import Fetch
 from theworld.images import read_image
 from theworld.metrics import records
 from theworld.model import TheWorld
-from theworld.store import StoreMismatch, fingerprint_differences
 from theworld.vae import CosmosEncoder
 from theworld.vsr import Statement, load_statements, seen_images
 
@@ -79,9 +78,7 @@ def _from_cache(
     model: TheWorld, cache: Path, statements: list[Statement]
 ) -> tuple[Fetch, Fetch | None, list[Statement]]:
     latents = Rows(cache / LATENTS, LATENTS)
-    differences = fingerprint_differences(meaning(latents.reader.fingerprint), meaning(model.fingerprint))
-    if differences:
-        raise StoreMismatch(cache / LATENTS, differences)
+    check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
     statements, note = in_cache(statements, latents, cache)
     print(f"scoring {note}")
     if not model.gemma.is_multimodal:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from theworld.batch import Packer
-from theworld.cache import meaning
+from theworld.cache import check_meaning
 from theworld.card import Facts, public_settings
 from theworld.checkpoint import (
     CheckpointError,
@@ -37,7 +37,6 @@ from theworld.objectives import align_loss, align_pass, answer_loss, check_align
 from theworld.processes import Processes
 from theworld.publish import Publisher
 from theworld.schedule import Order, learning_rate, num_train_steps, split
-from theworld.store import StoreMismatch, fingerprint_differences
 from theworld.trackers import Trackers, check_trackers
 from theworld.weights import count_parameters
 
@@ -281,10 +280,8 @@ class Trainer:
     def _resume(self, path: Path) -> None:
         state, record = load_checkpoint(path, self.model.gemma.device)
         world = json.loads((path / "world.json").read_text())
-        fingerprint = self.data.latents.reader.fingerprint
-        differences = fingerprint_differences(meaning(world["fingerprint"]), meaning(fingerprint))
-        if differences:
-            raise StoreMismatch(self.data.latents.reader.root, differences)
+        reader = self.data.latents.reader
+        check_meaning(reader.root, reader.fingerprint, world["fingerprint"])
         if record["num_statements"] != len(self.data.train):
             raise CheckpointError(
                 f"{path} was trained on {record['num_statements']} statements, now there are "

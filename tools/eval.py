@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--split", default="test", help="train, dev or test (default: test)")
     parser.add_argument("--output", type=Path, default=Path("results.jsonl"), help="default: results.jsonl")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="default: all")
-    add_config_arguments(parser, KEYS)
+    add_config_arguments(parser, KEYS, of_checkpoint=True)
     arguments = parser.parse_args()
     # After the arguments: torch takes seconds to load, and --help should not.
     from theworld.checkpoint import find_model

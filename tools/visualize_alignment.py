@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--split", default="test", help="train, dev or test (default: test)")
     parser.add_argument("--num_samples", "--num-samples", type=int, default=100, help="images (default: 100)")
     parser.add_argument("--output", type=Path, default=Path("alignment.png"), help="default: alignment.png")
-    add_config_arguments(parser, KEYS)
+    add_config_arguments(parser, KEYS, of_checkpoint=True)
     arguments = parser.parse_args()
     if arguments.output.suffix != ".png":
         parser.error(
