@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "images", "weights", "scenes", "fp8", "parts"},
+    {"jsonc", "console", "images", "weights", "scenes", "fp8", "parts", "settings"},
     {"files", "vsr", "fetch"},
     {"config", "shards", "vae", "gemma", "projection", "processes"},
     {"arguments", "metrics", "plan", "trackers"},

@@ -8,7 +8,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from theworld.config import FIELDS, RENAMED, WANTED, Config, load_config, nearest_name, type_of
+from theworld.config import FIELDS, RENAMED, Config, load_config
+from theworld.settings import WANTED, nearest_name, type_of
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -38,7 +39,7 @@ def add_config_arguments(
     source = "checkpoint's" if of_checkpoint else "file's"
     group = parser.add_argument_group("settings", f"they go before the {source}; none stands for null")
     for key in FIELDS if keys is None else keys:
-        kind, optional = type_of(key)
+        kind, optional = type_of(FIELDS[key])
         options: dict[str, Any] = {"dest": key, "default": argparse.SUPPRESS}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
