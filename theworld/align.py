@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from theworld.cache import LATENTS, VISION, Rows, check_meaning, expected_vision, in_cache
-from theworld.data import check_same_eyes
+from theworld.cache import LATENTS, Rows, check_meaning, in_cache
+from theworld.data import cached_vision, vision_for
 from theworld.gemma import Gemma
 from theworld.model import TheWorld
 from theworld.projection import ProjectionShape, WorldProjection
@@ -109,12 +109,13 @@ def load_sample(model: TheWorld, cache: Path, split: str, num_samples: int) -> S
 
 def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> Tensor:
     """float32[I, M, D]: what Gemma puts into its own prompts for these images."""
-    if not (cache / VISION).exists():
+    cached = cached_vision(model.config, cache)
+    if cached is None and not model.gemma.changed:
         raise ValueError(
             f"{cache} has no vision features to compare with; extract them with tools/extract_latents.py --gemma_vision"
         )
-    vision = Rows(cache / VISION, VISION, expected_vision(model.config))
-    check_same_eyes(model.gemma, vision)
+    vision = vision_for(model.gemma, model.config, cached, [])
+    assert vision is not None
     return torch.cat([model.gemma.image_features(vision([image])).float().cpu() for image in images])
 
 

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from theworld.checkpoint import checkpoint_step
 from theworld.config import FIELDS, Config, load_config
 from theworld.files import canonical_sha256
-from theworld.model import CONFIG_FILE, WORLD_FILE
+from theworld.saved import CONFIG_FILE, WORLD_FILE
 from theworld.vsr import RELEASES
 from theworld.weights import model_id
 
@@ -44,6 +44,7 @@ class Facts:
     num_steps: int  # optimizer steps of the whole run
     statements_per_step: int
     data: Sequence[str]  # lines such as "train: 6 of 6 statements, 3 of 3 images"
+    also: dict[str, int] = field(default_factory=dict)  # what trains of Gemma, in words, and its parameters
 
 
 def public_settings(config: Config) -> dict[str, Any]:

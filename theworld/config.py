@@ -37,8 +37,11 @@ class Config:
     cosmos_model_name: str = setting(
         "nvidia/Cosmos-Predict2-2B-Video2World", "whose VAE encodes: hub name or local folder", filled=True
     )
-    freeze_gemma_vision: bool = setting(True, "keep Gemma's vision tower as it is", built=True)
-    freeze_gemma_language: bool = setting(True, "keep Gemma's language model as it is", built=True)
+    freeze_gemma_vision: bool = setting(True, "keep Gemma's vision tower and its projector as they are")
+    freeze_gemma_language: bool = setting(True, "keep Gemma's language model as it is")
+    lora_rank: int | None = setting(
+        None, "of the language model train LoRA matrices alone; none: all weights", "rank", at_least=1
+    )
     freeze_cosmos_vae: bool = setting(True, "keep the VAE as it is; a cache allows nothing else")
     num_world_steps: int = setting(
         0, "future to roll out; 0: the photograph only", "steps", at_least=0, built=0
@@ -104,6 +107,12 @@ class Config:
         None, "stop after so many; none: all epochs", "optimizer steps", at_least=1
     )
     learning_rate: float = setting(0.0001, "peak learning rate", "per step", above=0.0)
+    gemma_learning_rate: float | None = setting(
+        None,
+        "peak learning rate of what trains of Gemma; none: a tenth of learning_rate, for LoRA all of it",
+        "per step",
+        above=0.0,
+    )
     lr_schedule: str = setting("cosine", "decay after the warm-up", choices=("cosine", "linear", "constant"))
     warmup_steps: int | None = setting(None, "warm-up; none: by warmup_ratio", "optimizer steps", at_least=0)
     warmup_ratio: float = setting(
@@ -133,6 +142,9 @@ class Config:
         None, "in one pass, which keeps nothing; none: 4 batch_size", "statements", at_least=1
     )
     output_dir: str = setting("checkpoints/vsr", "folder of checkpoints and logs", filled=True)
+    init_from: str | None = setting(
+        None, "checkpoint of an earlier stage whose weights this run starts from", filled=True
+    )
     save_steps: int = setting(500, "between two checkpoints", "optimizer steps", at_least=1)
     save_total_limit: int | None = setting(3, "keep the newest; none: all", "checkpoints", at_least=1)
     resume_from: str | None = setting(None, "checkpoint folder to go on from; none: start anew", filled=True)
@@ -156,6 +168,7 @@ class Config:
             object.__setattr__(self, field.name, value)
         if not self.freeze_cosmos_vae:
             raise refused("freeze_cosmos_vae", False, "true; a cache cannot follow a VAE that trains")
+        self._check_stage()
         if self.latent_size % 16:
             raise refused("latent_size", self.latent_size, "a multiple of 16 pixels")
         if self.question_template.count("{caption}") != 1:
@@ -164,6 +177,21 @@ class Config:
             raise refused("device", self.device, "auto, cpu, cuda or cuda:N")
         if self.push_to_hub and not HUB_NAME.fullmatch(self.hub_model_id or ""):
             raise refused("hub_model_id", self.hub_model_id, "user/name, as push_to_hub is true")
+
+    def _check_stage(self) -> None:
+        """What only a frozen Gemma can have, and what only one that trains has a use for."""
+        if self.freeze_gemma_language and self.lora_rank is not None:
+            raise refused("lora_rank", self.lora_rank, "null, as freeze_gemma_language is true")
+        if self.fp8 and not self.freeze_gemma_language:
+            raise refused("fp8", True, "false, as freeze_gemma_language is false: only frozen linears can be")
+        if self.freeze_gemma_vision and self.freeze_gemma_language:
+            if self.gemma_learning_rate is not None:
+                raise refused(
+                    "gemma_learning_rate", self.gemma_learning_rate, "null, as nothing of Gemma trains"
+                )
+        elif self.align_steps:
+            allowed = "0, as Gemma trains: do these steps in a first stage, and go on from it with init_from"
+            raise refused("align_steps", self.align_steps, allowed)
 
     @property
     def eval_statements(self) -> int:

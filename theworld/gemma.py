@@ -1,4 +1,4 @@
-"""The frozen Gemma 3: loading, prompts, answer tokens and image features.
+"""Gemma 3: loading, prompts, answer tokens and image features. Frozen unless `theworld.unfrozen` sets parts of it free.
 
 One `Gemma` serves both kinds: the multimodal `Gemma3ForConditionalGeneration` (4B and larger), which sees the
 photograph through its SigLIP tower, and the text-only `Gemma3ForCausalLM` (270M, 1B), which does not.
@@ -61,6 +61,11 @@ class Gemma:
         self.device = torch.device(device)
         self.dtype = dtype
         self.attention = attention
+        # See `theworld.unfrozen`, which sets these.
+        self.changed: tuple[str, ...] = ()  # parts that are not as they were published
+        self.trained: tuple[str, ...] = ()  # those of them that train
+        self.lora_rank: int | None = None
+        self.plain_decoder = False  # packed rows are read by transformers' own decoder
         if self.attention not in ("sdpa", "flex_attention"):
             raise ValueError(f"attention {self.attention!r}: wanted sdpa or flex_attention")
         hub = {"revision": revision} if revision else {}
@@ -111,11 +116,17 @@ class Gemma:
         """
         if self.image_token_id is not None:
             token_ids = token_ids.masked_fill(token_ids == self.image_token_id, 0)
-        return self.text_model.embed_tokens(token_ids)
+        return self.text_model.embed_tokens(token_ids).to(self.dtype)
+
+    def computing(self) -> torch.autocast:
+        """What trains is kept in float32; within this it is computed in `dtype` all the same."""
+        enabled = bool(self.trained) and self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """dtype[S, D] -> float32[S, vocabulary]: the head, as the model's own forward applies it."""
-        logits = self.model.lm_head(hidden).float()
+        with self.computing():
+            logits = self.model.lm_head(hidden).float()
         cap = getattr(self.text_config, "final_logit_softcapping", None)
         return logits if cap is None or self.is_multimodal else torch.tanh(logits / cap) * cap
 
@@ -205,7 +216,6 @@ class Gemma:
         assert self.processor is not None, "a text-only Gemma sees no photographs"
         return self.processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
 
-    @torch.no_grad()
     def vision_features(self, pixel_values: Tensor) -> Tensor:
         """float[B, 3, S, S] -> dtype[B, N, V]: SigLIP's patches, pooled to N places as Gemma's projector does it.
 
@@ -214,16 +224,17 @@ class Gemma:
         tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
         if tower is None:
             raise ValueError("this Gemma was without its vision tower (drop_vision)")
-        patches = tower(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
+        with self.computing():
+            patches = tower(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
         grid = patches.transpose(1, 2).unflatten(2, (projector.patches_per_image,) * 2)
         return F.avg_pool2d(grid, projector.kernel_size).flatten(2).transpose(1, 2)
 
-    @torch.no_grad()
     def image_features(self, vision_features: Tensor) -> Tensor:
         """dtype[B, N, V] -> dtype[B, N, D]: the other half of Gemma's projector, into the language model's space."""
         projector = self.model.model.multi_modal_projector
-        normed = projector.mm_soft_emb_norm(vision_features.to(self.device, self.dtype))
-        return normed @ projector.mm_input_projection_weight
+        with self.computing():
+            normed = projector.mm_soft_emb_norm(vision_features.to(self.device, self.dtype))
+            return normed @ projector.mm_input_projection_weight
 
     def compile_vision(self) -> None:
         """Compiles the layers of the vision tower: pays for thousands of photographs in batches of one size."""

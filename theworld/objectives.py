@@ -11,15 +11,27 @@ from theworld.vsr import Statement
 
 
 def make_optimizer(model: TheWorld, config: Config) -> torch.optim.AdamW:
-    """AdamW over what trains; weight decay on the matrices alone, as is usual."""
-    named = model.trainable()
-    matrices = [p for name, p in named.items() if name.endswith("weight") and p.ndim >= 2]
-    vectors = [p for name, p in named.items() if not (name.endswith("weight") and p.ndim >= 2)]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
+    """AdamW over what trains; weight decay on the matrices alone, as is usual. A group's `share` of the learning rate
+    is 1 for the projection, and for what trains of Gemma what `gemma_learning_rate` says."""
+    groups = []
+    for of_gemma, share in ((False, 1.0), (True, gemma_share(config))):
+        named = {n: p for n, p in model.trainable().items() if n.startswith("gemma.") is of_gemma}
+        matrices = [p for name, p in named.items() if name.endswith("weight") and p.ndim >= 2]
+        vectors = [p for name, p in named.items() if not (name.endswith("weight") and p.ndim >= 2)]
+        if named:
+            groups.append({"params": matrices, "weight_decay": config.weight_decay, "share": share})
+            groups.append({"params": vectors, "weight_decay": 0.0, "share": share})
+    # Fused, a step needs no room beside the weights, which a whole Gemma would feel.
+    fused = model.gemma.device.type == "cuda" and bool(model.gemma.trained)
+    betas = (0.9, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+
+
+def gemma_share(config: Config) -> float:
+    """The learning rate of what trains of Gemma, as a share of the projection's."""
+    if config.gemma_learning_rate is not None:
+        return config.gemma_learning_rate / config.learning_rate
+    return 0.1 if config.lora_rank is None else 1.0
 
 
 def answer_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
