@@ -1,31 +1,18 @@
 """Gemma sharded over processes trains as it does in one."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
-from test_processes import metrics
+from test_processes import launch, metrics
 
-from theworld.config import Config, save_config
+from theworld.config import Config
 from theworld.extract import extract
 from theworld.train import Trainer
 
-
-def launch(config: Config, cache: Path, settings: Path, count: int = 2) -> subprocess.CompletedProcess[str]:
-    """tools/train.py in `count` processes, as `accelerate launch --use_fsdp` starts them."""
-    save_config(config, settings)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    arguments = ["tools/train.py", "--config", str(settings), "--cache", str(cache)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_FSDP": "true"}
-    return subprocess.run(
-        [*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+FSDP = {"ACCELERATE_USE_FSDP": "true"}  # as `accelerate launch --use_fsdp` sets it
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
@@ -40,7 +27,7 @@ def test_two_sharded_processes_train_and_evaluate_as_one(
     )
     one = Trainer(config, cache).run()
     shared = replace(config, batch_size=1, output_dir=str(tmp_path / "two"))
-    done = launch(shared, cache, tmp_path / "two.json")
+    done = launch(shared, cache, tmp_path / "two.json", **FSDP)
     assert done.returncode == 0, done.stderr
     assert "4 optimizer steps of 1 x 2 x 2 (processes) statements" in done.stdout
     for a, b in zip(metrics(tmp_path / "two"), metrics(one.parent), strict=True):
@@ -59,7 +46,7 @@ def test_two_sharded_processes_train_and_evaluate_as_one(
     resumed = replace(
         shared, resume_from=str(one.parent / "checkpoint-2"), output_dir=str(tmp_path / "again")
     )
-    done = launch(resumed, cache, tmp_path / "again.json")
+    done = launch(resumed, cache, tmp_path / "again.json", **FSDP)
     assert done.returncode == 0, done.stderr
     for again in (alone, tmp_path / "again" / one.name):
         found = load_file(again / f"{part}.safetensors")
@@ -70,6 +57,6 @@ def test_two_sharded_processes_train_and_evaluate_as_one(
 def test_a_frozen_language_model_is_not_sharded(config: Config, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     extract(config, cache, with_vision=True, allow_missing=False)
-    done = launch(config, cache, tmp_path / "run.json", 1)
+    done = launch(config, cache, tmp_path / "run.json", 1, **FSDP)
     assert done.returncode != 0
     assert "started with --use_fsdp, but its language model is frozen" in done.stderr

@@ -12,6 +12,7 @@ from test_model import gradients, latents_of, make_model
 from torch import Tensor
 
 from theworld.cache import LivePixels
+from theworld.card import model_card
 from theworld.checkpoint import CheckpointError
 from theworld.config import Config
 from theworld.extract import extract
@@ -19,6 +20,7 @@ from theworld.gemma import Gemma
 from theworld.images import read_image
 from theworld.metrics import SYSTEMS
 from theworld.model import TheWorld
+from theworld.publish import snapshot
 from theworld.saved import LANGUAGE, LORA, VISION, read_world
 from theworld.score import score
 from theworld.train import Trainer
@@ -278,6 +280,30 @@ def test_a_stage_starts_from_sound_weights_of_the_same_shape_or_not_at_all(
     (second / "world.json").write_text(json.dumps(world))
     with pytest.raises(ValueError, match="latent_size"):
         Trainer(replace(settings, init_from=str(second), output_dir=str(tmp_path / "3")), cache)
+
+
+def test_a_card_says_what_of_gemma_is_in_the_repository(
+    config: Config, cache: Path, first: Path, tmp_path: Path
+) -> None:
+    settings = replace(config, init_from=str(first), output_dir=str(tmp_path / "2"), **STAGES["vision"])
+    trainer = Trainer(settings, cache)
+    second = trainer.run()
+    card = model_card(second, trainer.plan.facts, [])
+    count = sum(p.numel() for p in parameters_of(trainer.model.gemma, VISION).values())
+    assert f"- Trained as well: Gemma's vision tower and its projector, {count:,} parameters." in card
+    assert (
+        "- Not as Google published it: `vision.safetensors`, a derivative of Gemma under Gemma's terms."
+        in card
+    )
+    assert str(tmp_path) not in card
+    files = snapshot(second, card, resumable=False)
+    assert sorted(files) == [
+        "README.md",
+        "config.json",
+        "projection.safetensors",
+        "vision.safetensors",
+        "world.json",
+    ]
 
 
 def test_gemma_has_a_learning_rate_of_its_own(config: Config, cache: Path, first: Path) -> None:

@@ -186,8 +186,10 @@ class Workbench:
         statements = statements_a_step(trainer.config)
         row = spread([statements / s for s in seconds]) | {
             "unit": "statements/s",
-            "mfu": self.mfu(trainer, statistics.median(seconds)),
+            # Of what trains of Gemma there are weight gradients too, which are not counted.
+            "mfu": None if trainer.model.gemma.trained else self.mfu(trainer, statistics.median(seconds)),
             "memory_gib": self.peak_gib(),
+            "estimated_gib": trainer.plan.memory.total / 2**30,
             "load_s": loaded,
             "first_step_s": first,
             "step_s": statistics.median(seconds),

@@ -5,8 +5,6 @@ import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from theworld.cache import (
     LATENTS,
     VISION,
@@ -25,7 +23,7 @@ from theworld.model import TheWorld
 from theworld.saved import VISION as VISION_PART
 from theworld.saved import read_world
 from theworld.store import StoreError
-from theworld.unfrozen import load_gemma, prepare_parts
+from theworld.unfrozen import prepare_parts
 from theworld.vsr import Statement, images_of, load_statements
 
 
@@ -75,18 +73,23 @@ def cached_vision(config: Config, cache: Path) -> Rows | None:
     return Rows(cache / VISION, VISION, expected_vision(config))
 
 
-def load_model(config: Config, data: Data, device: torch.device, start: Path | None = None) -> TheWorld:
-    """Gemma and a new projection, or the weights of `start`: the checkpoint of this run or of an earlier stage, whose
-    latents have to be those of the cache. Sets where `data` has Gemma's sight from."""
+def prepare_gemma(gemma: Gemma, config: Config, data: Data, start: Path | None) -> None:
+    """Makes of a Gemma as it was published the one that a run trains. `start`: the checkpoint of this run or of an
+    earlier stage, whose latents have to be those of the cache. Sets where `data` has Gemma's sight from."""
     world = None
     if start is not None:
         world = read_world(start)
         check_meaning(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
-    gemma = load_gemma(config, device)
     prepare_parts(gemma, config, world)
     data.vision = vision_for(gemma, config, data.vision, data.notes)
     if isinstance(data.vision, Rows):
         gemma.drop_vision()
+
+
+def load_model(gemma: Gemma, config: Config, data: Data, start: Path | None) -> TheWorld:
+    """The weights of a Gemma made without them, and a new projection or the weights of `start`: see `prepare_gemma`."""
+    gemma.load_weights()
+    prepare_gemma(gemma, config, data, start)
     model = TheWorld.from_config(config, gemma, data.latents.reader.fingerprint)
     if start is not None:
         model.load_weights(start)
@@ -103,12 +106,14 @@ def vision_for(gemma: Gemma, config: Config, cached: Fetch | None, notes: list[s
     if not gemma.is_multimodal:
         return None
     if isinstance(cached, Rows) and VISION_PART not in gemma.changed:
-        check_same_eyes(gemma, cached)
+        if gemma.has_weights:
+            check_same_eyes(gemma, cached)
         return cached
     if VISION_PART in gemma.changed:
         reason = "Gemma's vision tower is not as it was published, so cached features of it are of no use"
-        if cached is not None:
-            notes.append(f"photographs are read: {reason[0].lower()}{reason[1:]}")
+        note = f"photographs are read: {reason}"
+        if isinstance(cached, Rows) and note not in notes:
+            notes.append(note)
     else:
         reason = "the cache has no features of them"
     if config.image_folder is None:

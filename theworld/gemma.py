@@ -50,8 +50,10 @@ class Gemma:
         device: str | torch.device = "cpu",
         attention: str = "sdpa",
         revision: str | None = None,
+        weights: bool = True,
     ) -> None:
-        """`revision`: the commit of a hub model; None: the newest.
+        """`revision`: the commit of a hub model; None: the newest. `weights` False: shapes without values, which can be
+        counted and packed for, until `load_weights`.
 
         `attention`: how packed rows are read, "sdpa" with dense masks or "flex_attention" with block masks, which give
         the same; flex needs rows of whole blocks, and is for compiled code on a GPU. (The FlashAttention kernels ignore
@@ -69,7 +71,8 @@ class Gemma:
         if self.attention not in ("sdpa", "flex_attention"):
             raise ValueError(f"attention {self.attention!r}: wanted sdpa or flex_attention")
         hub = {"revision": revision} if revision else {}
-        self.model = _load_model(name_or_path, dtype, self.device, hub)
+        self._hub = hub
+        self.model = _load_model(name_or_path, dtype, self.device, hub, weights)
         self.revision = revision or hub_revision(name_or_path, "config.json")
         self.is_multimodal = isinstance(self.model, Gemma3ForConditionalGeneration)
         self.processor = AutoProcessor.from_pretrained(name_or_path, **hub) if self.is_multimodal else None
@@ -81,6 +84,15 @@ class Gemma:
         added = self.tokenizer.added_tokens_decoder.values()
         self._control_tokens = sorted(token.content for token in added if token.special)
         self.answer_ids = tuple(_single_token(self.tokenizer, digit) for digit in "01")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is more than shapes."""
+        return not self.text_model.embed_tokens.weight.is_meta
+
+    def load_weights(self) -> None:
+        """The weights of a Gemma that was made without them, as they were published."""
+        self.model = _load_model(self.name, self.dtype, self.device, self._hub, weights=True)
 
     # ---- parts
 
@@ -274,10 +286,16 @@ def is_multimodal(name_or_path: str, **hub: str) -> bool:
 _CLASSES = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
 
 
-def _load_model(name: str, dtype: torch.dtype, device: torch.device, hub: dict[str, str]) -> PreTrainedModel:
+def _load_model(
+    name: str, dtype: torch.dtype, device: torch.device, hub: dict[str, str], weights: bool
+) -> PreTrainedModel:
     kind = _CLASSES["gemma3" if is_multimodal(name, **hub) else "gemma3_text"]
-    options = {"dtype": dtype, "device_map": str(device), "attn_implementation": "sdpa"}
-    model = kind.from_pretrained(name, **options, **hub)
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if weights:
+        model = kind.from_pretrained(name, **options, device_map=str(device), **hub)
+    else:
+        with torch.device("meta"):
+            model = kind._from_config(AutoConfig.from_pretrained(name, **hub), **options)
     return model.eval().requires_grad_(False)
 
 

@@ -70,15 +70,7 @@ class TheWorld(nn.Module):
     @classmethod
     def from_config(cls, config: Config, gemma: Gemma, fingerprint: dict[str, Any]) -> "TheWorld":
         """A new, untrained projection for the latents that `fingerprint` describes, at Gemma's scale."""
-        shape = ProjectionShape(
-            latent_shape=tuple(fingerprint["latent_shape"]),
-            width=gemma.width,
-            mode=config.world_mode,
-            patch=config.world_patch,
-            architecture=config.projection,
-            hidden=config.projection_hidden,
-            positions=config.world_positions,
-        )
+        shape = ProjectionShape.from_settings(config, fingerprint, gemma.width)
         torch.manual_seed(config.seed)
         projection = WorldProjection(
             shape,

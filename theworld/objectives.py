@@ -7,6 +7,7 @@ from theworld.config import Config
 from theworld.data import Data
 from theworld.feed import Pass
 from theworld.model import TheWorld
+from theworld.projection import ProjectionShape
 from theworld.vsr import Statement
 
 
@@ -43,10 +44,9 @@ def answer_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
     return losses | {"correct": (said_true == is_true).sum()}
 
 
-def check_align(model: TheWorld) -> None:
-    """A start at Gemma's image tokens needs as many of them as there are world tokens, on the same places."""
-    config = model.config
-    world, image = model.projection.shape.num_tokens, model.gemma.num_image_tokens
+def check_align(config: Config, shape: ProjectionShape, image: int) -> None:
+    """A start at Gemma's `image` image tokens needs as many of them as there are world tokens, on the same places."""
+    world = shape.num_tokens
     if config.align_steps and (world != image or config.world_mode != "patch"):
         raise ValueError(
             f"align_steps {config.align_steps}: {world} world tokens (world_mode {config.world_mode}) "

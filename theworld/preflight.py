@@ -1,20 +1,26 @@
 """What a run is going to do, before it does it: what trains, how many steps, and about how much memory they take."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from theworld.batch import Packer
 from theworld.card import Facts
+from theworld.checkpoint import find_checkpoint, find_start, load_checkpoint, refuse_to_overwrite
 from theworld.config import Config
+from theworld.data import load_data, prepare_gemma
 from theworld.feed import parts_of_step
-from theworld.gemma import Gemma
-from theworld.projection import WorldProjection
+from theworld.objectives import check_align
+from theworld.processes import Processes
+from theworld.projection import ProjectionShape, WorldProjection
 from theworld.saved import VISION
-from theworld.schedule import Order
-from theworld.unfrozen import IN_WORDS, parameters_of
+from theworld.schedule import Order, num_train_steps
+from theworld.sharding import wants_sharding
+from theworld.unfrozen import IN_WORDS, load_gemma, parameters_of
 from theworld.weights import count_parameters
 
 TRAINED_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments, in float32
@@ -32,84 +38,109 @@ class Memory:
     activations: float  # what the largest pass of a step keeps for its backward pass
     available: float
 
+    @property
+    def total(self) -> float:
+        """All of what is used."""
+        return self.frozen + self.trained + self.activations
+
     def __str__(self) -> str:
-        total = (self.frozen + self.trained + self.activations) / GIB
+        total, available, frozen, trained, activations = (
+            f"{size / GIB:,.1f}"
+            for size in (self.total, self.available, self.frozen, self.trained, self.activations)
+        )
         return (
-            f"memory: about {total:,.1f} of {self.available / GIB:,.1f} GiB: frozen weights {self.frozen / GIB:,.1f}, "
-            f"what trains with gradients and moments {self.trained / GIB:,.1f}, a pass {self.activations / GIB:,.1f}"
+            f"memory: about {total} of {available} GiB: frozen weights {frozen}, what trains with its gradients and "
+            f"moments {trained}, a pass {activations}"
         )
 
 
-def facts_of(
-    config: Config,
-    gemma: Gemma,
-    projection: WorldProjection,
-    num_steps: int,
-    processes: int,
-    data: Sequence[str],
-) -> Facts:
-    """Counted parameters and steps."""
-    also = {
-        IN_WORDS[part]: sum(p.numel() for p in parameters_of(gemma, part).values()) for part in gemma.trained
-    }
-    every = sum(p.numel() for p in gemma.model.parameters())
-    own, _ = count_parameters(projection)
-    per_step = config.batch_size * config.gradient_accumulation_steps * processes
-    return Facts(own + sum(also.values()), every - sum(also.values()), num_steps, per_step, data, also)
+class Plan:
+    """A run before its weights load: data, order, steps, and counts from the shapes of the models alone."""
+
+    def __init__(self, config: Config, cache: Path) -> None:
+        """Raises ValueError, StoreError and CheckpointError for what stands in the way of the run."""
+        self.config = config
+        self.processes = Processes(config.device)
+        count = self.processes.count
+        self.per_step = config.batch_size * config.gradient_accumulation_steps * count
+        self.data = load_data(config, cache)
+        self.resumed = find_checkpoint(config.resume_from) if config.resume_from else None
+        refuse_to_overwrite(Path(config.output_dir), self.resumed)
+        self.progress = load_checkpoint(self.resumed) if self.resumed is not None else None
+        self.start = self.resumed or (find_start(config.init_from) if config.init_from else None)
+        self.order = Order(self.data.train, config.seed)
+        self.num_steps = config.align_steps + num_train_steps(config, len(self.data.train), self.per_step)
+        self.gemma = load_gemma(config, self.processes.device, weights=False)
+        prepare_gemma(self.gemma, config, self.data, self.start)
+        self.sharded = wants_sharding(count, self.gemma)
+        fingerprint = self.data.latents.reader.fingerprint
+        shape = ProjectionShape.from_settings(config, fingerprint, self.gemma.width)
+        check_align(config, shape, self.gemma.num_image_tokens)
+        own, _ = count_parameters(
+            WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
+        )
+        self.facts = self._facts(own)
+        self.memory = self._memory(own, shape)
+        check_memory(self.memory, self.sharded)
+        self.lines = self._lines(own, shape)
+
+    def _facts(self, projection: int) -> Facts:
+        gemma = self.gemma
+        also = {IN_WORDS[part]: _number(parameters_of(gemma, part).values()) for part in gemma.trained}
+        trains = sum(also.values())
+        frozen = _number(gemma.model.parameters()) - trains
+        return Facts(projection + trains, frozen, self.num_steps, self.per_step, self.data.notes, also)
+
+    def _lines(self, projection: int, shape: ProjectionShape) -> list[str]:
+        """What trains and what is frozen, on what, in how many steps: lines to show before the start."""
+        config, facts, count = self.config, self.facts, self.processes.count
+        share = facts.trainable / (facts.trainable + facts.frozen)
+        trains = f"projection, {projection:,} parameters"
+        if facts.also:
+            trains += "".join(f"; {name}, {number:,}" for name, number in facts.also.items())
+            trains += f"; together {facts.trainable:,}"
+        statements = f"{config.batch_size} x {config.gradient_accumulation_steps}"
+        statements += f" x {count} (processes)" if count > 1 else ""
+        lines = [
+            f"trains: {trains} ({share:.3%}); frozen: Gemma, {facts.frozen:,} ({1 - share:.3%})",
+            *facts.data,
+            f"{facts.num_steps:,} optimizer steps of {statements} statements, {shape.num_tokens} world tokens "
+            f"and {self.gemma.num_image_tokens} image tokens each, on {self.gemma.device}",
+            str(self.memory),
+        ]
+        return lines + ([f"resumed after step {self.progress[1]['step']:,}"] if self.progress else [])
+
+    def _memory(self, projection: int, shape: ProjectionShape) -> Memory:
+        """An estimate, for the first step of the main phase."""
+        config, gemma, share = self.config, self.gemma, self.processes.count if self.sharded else 1
+        trained = [p for part in gemma.trained for p in parameters_of(gemma, part).values()]
+        every = sum(p.numel() * p.element_size() for p in gemma.model.parameters())
+        frozen = every - sum(p.numel() * p.element_size() for p in trained)
+        packer = Packer(
+            gemma, config.question_template, shape.num_tokens, world_position=config.world_position
+        )
+        parts = parts_of_step(config, packer, self.order, 0, self.processes.count)
+        batches = [packer.pack(part) for part in parts if part]
+        text = gemma.text_config
+        layer = (
+            3 * text.hidden_size + 2 * text.intermediate_size + 4 * text.num_attention_heads * text.head_dim
+        )
+        layer *= PLAIN if gemma.plain_decoder else 1
+        tokens = max(batch.token_ids.numel() for batch in batches)
+        kept = tokens * _kept(config, text.num_hidden_layers, text.hidden_size, layer)
+        if VISION in gemma.trained:
+            eyes = gemma.model.config.vision_config
+            patches = (eyes.image_size // eyes.patch_size) ** 2
+            layer = PLAIN * (8 * eyes.hidden_size + 2 * eyes.intermediate_size)
+            images = max(len(batch.images) for batch in batches)
+            kept += images * patches * _kept(config, eyes.num_hidden_layers, eyes.hidden_size, layer)
+        held = TRAINED_BYTES * (_number(trained) / share + projection)
+        width = torch.finfo(gemma.dtype).bits // 8
+        return Memory(frozen / share, held, kept * width, _available(gemma.device))
 
 
-def describe(
-    config: Config, gemma: Gemma, projection: WorldProjection, facts: Facts, memory: Memory, processes: int
-) -> list[str]:
-    """What trains and what is frozen, on what, in how many steps: lines to show before the start."""
-    share = facts.trainable / (facts.trainable + facts.frozen)
-    own = facts.trainable - sum(facts.also.values())
-    trains = [f"projection, {own:,}", *(f"{name}, {count:,}" for name, count in facts.also.items())]
-    trains[0] += " parameters"
-    if facts.also:
-        trains[-1] += f"; together {facts.trainable:,}"
-    statements = f"{config.batch_size} x {config.gradient_accumulation_steps}"
-    statements += f" x {processes} (processes)" if processes > 1 else ""
-    return [
-        f"trains: {'; '.join(trains)} ({share:.3%}); frozen: Gemma, {facts.frozen:,} ({1 - share:.3%})",
-        *facts.data,
-        f"{facts.num_steps:,} optimizer steps of {statements} statements, {projection.shape.num_tokens} world tokens "
-        f"and {gemma.num_image_tokens} image tokens each, on {gemma.device}",
-        str(memory),
-    ]
-
-
-def memory_of(
-    config: Config,
-    gemma: Gemma,
-    projection: WorldProjection,
-    packer: Packer,
-    order: Order,
-    processes: int,
-    sharded: bool,
-) -> Memory:
-    """An estimate, for the first step of the main phase."""
-    trained = [p for part in gemma.trained for p in parameters_of(gemma, part).values()]
-    ours = {id(p) for p in trained}
-    frozen = sum(p.numel() * p.element_size() for p in gemma.model.parameters() if id(p) not in ours)
-    share = processes if sharded else 1
-    held = TRAINED_BYTES * sum(p.numel() for p in trained) / share
-    held += TRAINED_BYTES * sum(p.numel() for p in projection.parameters())
-    batches = [packer.pack(part) for part in parts_of_step(config, packer, order, 0, processes) if part]
-    tokens = max(batch.token_ids.numel() for batch in batches)
-    images = max(len(batch.images) for batch in batches)
-    text = gemma.text_config
-    heads = 4 * text.num_attention_heads * text.head_dim
-    layer = 3 * text.hidden_size + 2 * text.intermediate_size + heads
-    layer *= PLAIN if gemma.plain_decoder else 1
-    kept = tokens * _kept(config, text.num_hidden_layers, text.hidden_size, layer)
-    if VISION in gemma.trained:
-        eyes = gemma.model.config.vision_config
-        patches = (eyes.image_size // eyes.patch_size) ** 2
-        layer = PLAIN * (8 * eyes.hidden_size + 2 * eyes.intermediate_size)
-        kept += images * patches * _kept(config, eyes.num_hidden_layers, eyes.hidden_size, layer)
-    width = torch.finfo(gemma.dtype).bits // 8
-    return Memory(frozen / share, held, kept * width, _available(gemma.device))
+def _number(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def _kept(config: Config, layers: int, width: int, layer: float) -> float:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from theworld.config import Config
+
 
 @dataclass(frozen=True)
 class ProjectionShape:
@@ -49,6 +51,19 @@ class ProjectionShape:
     def to_dict(self) -> dict[str, Any]:
         """JSON form; `from_dict` gives an equal object back."""
         return asdict(self) | {"latent_shape": list(self.latent_shape)}
+
+    @classmethod
+    def from_settings(cls, config: Config, fingerprint: dict[str, Any], width: int) -> "ProjectionShape":
+        """That of a run, for the latents that `fingerprint` describes and a language model `width` wide."""
+        return cls(
+            latent_shape=tuple(fingerprint["latent_shape"]),
+            width=width,
+            mode=config.world_mode,
+            patch=config.world_patch,
+            architecture=config.projection,
+            hidden=config.projection_hidden,
+            positions=config.world_positions,
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ProjectionShape":

@@ -19,27 +19,18 @@ from tqdm import tqdm
 
 from theworld.batch import Packer
 from theworld.card import public_settings
-from theworld.checkpoint import (
-    CheckpointError,
-    find_checkpoint,
-    find_start,
-    load_checkpoint,
-    refuse_to_overwrite,
-    rotate,
-    save_checkpoint,
-)
+from theworld.checkpoint import CheckpointError, rotate, save_checkpoint
 from theworld.config import Config
 from theworld.console import progress
-from theworld.data import load_data, load_model
+from theworld.data import load_model
 from theworld.evaluate import predict
 from theworld.feed import Pass, ahead, make_pass, parts_of_step
 from theworld.metrics import label_loss
-from theworld.objectives import align_loss, align_pass, answer_loss, check_align, make_optimizer
-from theworld.preflight import check_memory, describe, facts_of, memory_of
-from theworld.processes import Processes
+from theworld.objectives import align_loss, align_pass, answer_loss, make_optimizer
+from theworld.preflight import Plan
 from theworld.publish import Publisher
-from theworld.schedule import Order, learning_rate, num_train_steps
-from theworld.sharding import clip, is_sharded, load_state, wants_sharding, whole_state
+from theworld.schedule import learning_rate
+from theworld.sharding import clip, is_sharded, load_state, whole_state
 from theworld.trackers import Trackers, check_trackers
 
 FIGURES = ("total", "label", "statement", "correct")  # of each pass, summed over its statements
@@ -54,41 +45,28 @@ class Trainer:
     tokens (`align_steps`) first, then those of the main phase."""
 
     def __init__(self, config: Config, cache: str | Path) -> None:
-        torch.manual_seed(config.seed)
-        self.config = config
-        self.processes = Processes(config.device)
-        self.per_step = config.batch_size * config.gradient_accumulation_steps * self.processes.count
+        plan = Plan(config, Path(cache))
+        self.config, self.plan, self.data, self.order = config, plan, plan.data, plan.order
+        self.processes, self.per_step, self.num_steps = plan.processes, plan.per_step, plan.num_steps
         self.output_dir = Path(config.output_dir)
-        self.data = load_data(config, Path(cache))
         self.step = 0
         self.window = {"loss": 0.0, "statement_loss": 0.0, "correct": 0.0, "statements": 0.0}
-        resumed = find_checkpoint(config.resume_from) if config.resume_from else None
-        refuse_to_overwrite(self.output_dir, resumed)
         self.processes.wait()  # until all have looked: the main one is going to write there
         main = self.processes.is_main
         if main:
             check_trackers(config)
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
-        progress = load_checkpoint(resumed) if resumed is not None else None
-        start = resumed or (find_start(config.init_from) if config.init_from else None)
-        self.model = load_model(config, self.data, self.processes.device, start)
+        self.model = load_model(plan.gemma, config, self.data, plan.start)
         self.packer: Packer = self.model.packer()
-        self.order = Order(self.data.train, config.seed)
-        self.num_steps = config.align_steps + num_train_steps(config, len(self.data.train), self.per_step)
-        self.sharded = wants_sharding(self.processes.count, self.model.gemma)
-        gemma, projection, count = self.model.gemma, self.model.projection, self.processes.count
-        self.facts = facts_of(config, gemma, projection, self.num_steps, count, self.data.notes)
-        self.memory = memory_of(config, gemma, projection, self.packer, self.order, count, self.sharded)
-        check_memory(self.memory, self.sharded)
+        self.sharded = plan.sharded
         self.scale = (
-            count if self.sharded else 1
-        )  # FSDP averages gradients over processes; here they are sums
+            self.processes.count if self.sharded else 1
+        )  # FSDP averages gradients; here they are sums
         if self.sharded:
             self.model.shard()
         self.optimizer = make_optimizer(self.model, config)
-        check_align(self.model)
-        if resumed is not None and progress is not None:
-            self._resume(resumed, *progress)
+        if plan.resumed is not None and plan.progress is not None:
+            self._resume(plan.resumed, *plan.progress)
 
     # ---- one step
 
@@ -177,11 +155,10 @@ class Trainer:
         main = self.processes.is_main
         if main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            for line in self.describe():
-                tqdm.write(line)
+            tqdm.write("\n".join(self.plan.lines))
         settings = public_settings(self.config)
         trackers = Trackers(self.config, settings, self.output_dir, self.step > 0) if main else None
-        last = find_checkpoint(self.config.resume_from) if self.config.resume_from else self.output_dir
+        last = self.plan.resumed or self.output_dir
         with progress(
             total=self.num_steps,
             initial=self.step,
@@ -203,7 +180,7 @@ class Trainer:
                 if self._due(self.config.save_steps):
                     last = self.save()
         if self.publisher is not None:
-            self.publisher.finish(last, self.facts)
+            self.publisher.finish(last, self.plan.facts)
         if trackers is not None:
             trackers.close()
         return last
@@ -253,18 +230,6 @@ class Trainer:
         shown = {"loss": ".3f", "accuracy": ".1%", "dev_accuracy": ".1%", "statements_per_second": ".1f"}
         bar.set_postfix({k: format(figures[k], f) for k, f in shown.items() if k in figures})
 
-    def describe(self) -> list[str]:
-        """What trains, what is frozen, on what: lines to show before the start."""
-        lines = describe(
-            self.config,
-            self.model.gemma,
-            self.model.projection,
-            self.facts,
-            self.memory,
-            self.processes.count,
-        )
-        return lines + ([f"resumed after step {self.step:,}"] if self.step else [])
-
     # ---- checkpoints
 
     def save(self) -> Path:
@@ -281,7 +246,7 @@ class Trainer:
         record |= {"statements_per_step": self.per_step, "trained": list(self.model.gemma.trained)}
         path = save_checkpoint(self.output_dir, self.step, self.model, state, record, weights)
         if self.publisher is not None:
-            self.publisher.saved(path, self.facts)
+            self.publisher.saved(path, self.plan.facts)
         rotate(self.output_dir, self.config.save_total_limit)
         self.processes.wait()
         return path

@@ -86,8 +86,14 @@ def prepare_parts(gemma: Gemma, config: Config, world: dict[str, Any] | None = N
     set_parts(gemma, [part for part in PARTS if part in {*held, *trains}], trains)
 
 
-def load_gemma(config: Config, device: torch.device | None = None, revision: str | None = None) -> Gemma:
-    """The Gemma that the settings name, as it was published, computed as they want; `device` goes before theirs."""
+def load_gemma(
+    config: Config,
+    device: torch.device | None = None,
+    revision: str | None = None,
+    weights: bool = True,
+) -> Gemma:
+    """The Gemma that the settings name, as it was published, computed as they want; `device` goes before theirs.
+    `weights`, `revision`: as for `Gemma`."""
     device = device or resolve_device(config.device)
     # Flex attention is only fast, and only small, in compiled code.
     fast = device.type == "cuda" and wants_compile(config.compile, device)
@@ -96,7 +102,7 @@ def load_gemma(config: Config, device: torch.device | None = None, revision: str
     if dtype == torch.bfloat16:
         # What stays in float32 is the projection: TF32 rounds its products to 10 bits, the frozen models have 7.
         torch.set_float32_matmul_precision("high")
-    return Gemma(config.model_name, dtype, device, attention, revision)
+    return Gemma(config.model_name, dtype, device, attention, revision, weights)
 
 
 def set_parts(gemma: Gemma, changed: Sequence[str], trains: Sequence[str] = ()) -> None:
