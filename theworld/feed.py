@@ -23,7 +23,7 @@ class Pass:
 
     statements: tuple[Statement, ...]
     batch: Batch | None  # None where no language model reads it (the start at the image tokens)
-    latents: Tensor | None  # float[W, C, H, W]
+    latents: Tensor | None  # float[W, *row_shape]
     vision: Tensor | None  # float[G, I, V]
 
     def to(self, device: torch.device) -> "Pass":
