@@ -79,9 +79,13 @@ def align(
         "split": split,
         "images": len(sample.images),
         "world_tokens": model.projection.shape.tokens_per_moment,
-        "predicted_moments_left_out": model.projection.shape.steps,
         "image_tokens": model.gemma.num_image_tokens,
         "comparison": kind,
+        **(
+            {"predicted_moments_left_out": model.projection.shape.steps}
+            if model.projection.shape.steps
+            else {}
+        ),
         **{name: figures(one) for name, one in measured.items()},
     }
     return measured, result
@@ -225,7 +229,7 @@ _PARTNER = {
 def report(result: dict[str, Any]) -> str:
     """The figures as text for a terminal, with the guide's reading and its limits."""
     both, kind = [result["untrained"], result["trained"]], result["comparison"]
-    later = result["predicted_moments_left_out"]
+    later = result.get("predicted_moments_left_out", 0)
     lines = [
         f"{result['images']} images of {result['split']}: {result['world_tokens']} world tokens each, "
         f"{result['image_tokens']} image tokens",

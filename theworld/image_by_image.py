@@ -72,8 +72,8 @@ def roll_out(
     if len(todo) < len(own):
         say(f"resuming: {len(own) - len(todo):,} of {len(own):,} photographs rolled out")
     if part.speaks:
-        room_for = len(rows) + len(finished.missing(row.sha256 for row in rows))
-        say(preflight(encoding, store, room_for, len(todo), part))
+        missing = len(finished.missing(row.sha256 for row in rows))
+        say(preflight(encoding, store, len(rows) + missing, missing if part.together else len(todo), part))
     _roll_out_each(encoding, finished, todo, source, quiet=not part.speaks)
     part.wait()
 
@@ -131,7 +131,7 @@ def gather(store: Store, finished: FinishedRows) -> None:
         values = [row for row in rows if row is not None]
         if len(values) == len(rows):
             store.write_shard(shard, {finished.spec.name: np.stack(values)})
-        elif not store.is_complete:  # else another part has published it, and removed its rows
+        elif store.pending([shard]):  # else another part has written it, and removed its rows
             raise StoreError(
                 "\n".join([*finished.notes, "a finished row is gone: run the same command again"])
             )
