@@ -1,7 +1,7 @@
 """Gemma's frozen decoder over packed rows: what transformers computes, with less work.
 
-Nothing here trains, so a layer is a pure function of its input and fixed weights: matrices that read the same input
-are one matrix, nothing is computed for weight gradients, and the last layer goes on with the wanted rows alone. The
+Nothing here trains, so a layer is a pure function of its input and fixed weights: queries, keys and values come from
+one matrix, nothing is computed for weight gradients, and the last layer goes on with the wanted rows alone. The
 functions compile as a whole; all layers share their compiled code, since weights are arguments.
 
 Dimensions: R rows of L tokens, K wanted tokens, D width, H query heads and G key-value heads of E.
@@ -22,6 +22,7 @@ from theworld.gemma import Gemma
 from theworld.masks import attention_masks
 
 Weight = Tensor | Fp8Weight
+KERNEL_OPTIONS: Any = {}
 
 
 class Layer(NamedTuple):
@@ -35,7 +36,8 @@ class Layer(NamedTuple):
     key_norm: Tensor
     qkv: Weight  # [(H + 2 G) E, D]
     out: Weight  # [D, H E]
-    gate_up: Weight  # [2 F, D]
+    gate: Weight  # [F, D]
+    up: Weight  # [F, D]
     down: Weight  # [D, F]
 
 
@@ -173,13 +175,22 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=shape.scale)
     else:
-        attended = flex_attention(query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True)
+        attended = flex_attention(
+            query,
+            key,
+            value,
+            block_mask=mask,
+            scale=shape.scale,
+            enable_gqa=True,
+            kernel_options=KERNEL_OPTIONS,
+        )
     return attended.transpose(1, 2).flatten(2)
 
 
 def _after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tensor:
     x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
-    gate, up = linear(rms_norm(x, w.before_mlp, shape.epsilon), w.gate_up).chunk(2, -1)
+    normed = rms_norm(x, w.before_mlp, shape.epsilon)
+    gate, up = linear(normed, w.gate), linear(normed, w.up)
     return x + rms_norm(linear(F.gelu(gate, approximate="tanh") * up, w.down), w.after_mlp, shape.epsilon)
 
 
@@ -202,11 +213,15 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def _merged(layer: Any, fp8: bool) -> Layer:
-    """A layer's weights with those that read the same input in one matrix; transformers' modules keep views."""
+    """A layer's weights, those of queries, keys and values in one matrix, of which transformers' modules keep views.
+
+    Gate and up stay two: the gradients of both halves would have to be put side by side for the product that follows,
+    which costs more than one large product saves over two.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     qkv = _one_matrix([attention.q_proj, attention.k_proj, attention.v_proj])
-    gate_up = _one_matrix([mlp.gate_proj, mlp.up_proj])
-    matrices: Sequence[Any] = (qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight)
+    others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    matrices: Sequence[Any] = (qkv, *(module.weight for module in others))
     return Layer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,

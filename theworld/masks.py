@@ -33,7 +33,8 @@ def attention_masks(
 def _rule(batch: Batch, window: int | None, start: int) -> Callable[[Any, Any, Any, Any], Tensor]:
     """The rule as flex attention takes it, with queries counted from `start`; the same code for both kinds of layers,
     so that it compiles once."""
-    place, end, block, position = batch.place, batch.end, batch.block, batch.position_ids
+    # 32 bits, of which a kernel's registers hold twice as many
+    place, end, block, position = (x.int() for x in (batch.place, batch.end, batch.block, batch.position_ids))
     horizon = torch.full_like(position, -1) if window is None else position - window
     own_place, own_block, horizon = place[:, start:], block[:, start:], horizon[:, start:]
 
