@@ -123,6 +123,9 @@ def test_the_prompt_is_checked_and_read_once(rolling: Config, pixels: np.ndarray
     assert roll.pipe.text_encoder is None
     with pytest.raises(ValueError, match=r"rollout_prompt 'A weapon\.': the guardrail refuses it"):
         load(replace(rolling, rollout_prompt="A weapon."))
+    with pytest.raises(ValueError, match="rollout_prompt has 513 tokens; allowed: at most 512"):
+        load(replace(rolling, rollout_prompt="ball " * 512))
+    load(replace(rolling, rollout_prompt="ball " * 511))
 
 
 def test_the_guardrail_sees_the_frames_that_the_pipeline_would_show_it(

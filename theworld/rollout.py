@@ -22,7 +22,7 @@ from theworld.config import FRAMES_A_STEP, Config
 from theworld.files import canonical_json
 from theworld.weights import files_sha256
 
-FPS = 16  # what the pipeline takes by itself
+FPS, PROMPT_TOKENS = 16, 512  # what the pipeline takes by itself
 PACKAGE = "cosmos_guardrail"
 REFUSED = "the guardrail refuses the frames that were predicted from it"
 
@@ -73,7 +73,7 @@ class Rollout:
         """`revision`: the commit of a hub model. `guardrail`: in place of the pipeline's own, an object of the same
         three methods (`to`, `check_text_safety`, `check_video_safety`); there is no way to do without.
 
-        Raises ValueError as `check_rollout` does, and if the guardrail refuses the prompt.
+        Raises ValueError as `check_rollout` does, and if the prompt is too long or the guardrail refuses it.
         """
         check_rollout(config, guardrail)
         self.config, self.device = config, device
@@ -98,6 +98,9 @@ class Rollout:
         if not guardrail.check_text_safety(prompt):
             raise ValueError(f"rollout_prompt {prompt!r}: the guardrail refuses it; say it in other words")
         guardrail.to("cpu")
+        length = len(self.pipe.tokenizer(prompt).input_ids)
+        if length > PROMPT_TOKENS:  # the pipeline would cut it
+            raise ValueError(f"rollout_prompt has {length} tokens; allowed: at most {PROMPT_TOKENS}")
         own, negative = self.pipe.encode_prompt(
             prompt, do_classifier_free_guidance=self.guided, device=self.device
         )
