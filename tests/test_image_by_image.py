@@ -154,12 +154,12 @@ def test_the_order_of_the_photographs_changes_no_row(
     job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(job, tmp_path / "once")
-    in_order = image_by_image._roll_out_each
+    in_order = image_by_image.roll_out_each
 
     def backwards(encoding: Any, finished: Any, todo: Any, source: Any, quiet: bool) -> None:
         in_order(encoding, finished, todo[::-1], source, quiet)
 
-    monkeypatch.setattr(image_by_image, "_roll_out_each", backwards)
+    monkeypatch.setattr(image_by_image, "roll_out_each", backwards)
     run(job, tmp_path / "backwards")
     assert content(tmp_path / "backwards") == content(tmp_path / "once")
 
@@ -308,33 +308,33 @@ def test_a_damaged_row_is_set_aside_and_made_again(
 def test_a_row_that_is_damaged_before_it_is_gathered_stops_the_run(
     job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    each = image_by_image._roll_out_each
+    each = image_by_image.roll_out_each
 
     def damaging(*arguments: Any, **options: Any) -> None:
         each(*arguments, **options)
         path = sorted((tmp_path / "cache" / "latents" / "finished").glob("*.row"))[0]
         path.write_bytes(path.read_bytes()[:-1])
 
-    monkeypatch.setattr(image_by_image, "_roll_out_each", damaging)
+    monkeypatch.setattr(image_by_image, "roll_out_each", damaging)
     with pytest.raises(
         StoreError, match=r"was moved to .*\na finished row is gone: run the same command again"
     ):
         run(job, tmp_path / "cache")
-    monkeypatch.setattr(image_by_image, "_roll_out_each", each)
+    monkeypatch.setattr(image_by_image, "roll_out_each", each)
     assert run(job, tmp_path / "cache")
 
 
 def test_a_photograph_that_changes_meanwhile_stops_the_run_and_the_others_stay(
     job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    each = image_by_image._roll_out_each
+    each = image_by_image.roll_out_each
     path = Path(str(job.image_folder)) / "3.png"
 
     def changing(*arguments: Any, **options: Any) -> None:
         path.write_bytes(path.read_bytes() + b"\0")
         each(*arguments, **options)
 
-    monkeypatch.setattr(image_by_image, "_roll_out_each", changing)
+    monkeypatch.setattr(image_by_image, "roll_out_each", changing)
     with pytest.raises(ValueError, match=r"3\.png: changed while extracting"):
         run(job, tmp_path / "cache")
     assert len(finished_rows(tmp_path / "cache")) == 3

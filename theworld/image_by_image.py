@@ -30,8 +30,6 @@ from theworld.store import ImageEntry, Store, StoreError
 
 DAY = 24 * 3600  # seconds; what takes longer is better shared
 
-Say = Callable[[str], None]
-
 
 def roll_out(
     encoding: RolloutEncoding,
@@ -49,63 +47,78 @@ def roll_out(
     they are then in `failures.jsonl`, and the others stay finished. Raises ImageError if a photograph changed since
     it was listed, StoreMismatch for a store of something else.
     """
-    say: Say = tqdm.write if part.speaks else _say_nothing
-    fingerprint_sha256 = canonical_sha256(full_fingerprint(encoding, config.encode_batch_size))
-    finished = FinishedRows(cache / LATENTS, fingerprint_sha256, encoding.arrays[0])
+    job = Job(encoding, cache, images, config, part)
+    todo = job.begin()
+    roll_out_each(encoding, job.finished, todo, source, quiet=not part.speaks)
+    part.wait()
+    return part.from_first(lambda: job.complete(allow_missing))
 
-    def opened() -> tuple[Store, list[ImageEntry]]:
+
+class Job:
+    """All photographs of a store on their way into it, of which this process has a part."""
+
+    def __init__(
+        self, encoding: RolloutEncoding, cache: Path, images: list[ImageEntry], config: Config, part: Part
+    ) -> None:
+        self.encoding, self.cache, self.images, self.config, self.part = encoding, cache, images, config, part
+        self.say: Callable[[str], None] = tqdm.write if part.speaks else _say_nothing
+        fingerprint_sha256 = canonical_sha256(full_fingerprint(encoding, config.encode_batch_size))
+        self.finished = FinishedRows(cache / LATENTS, fingerprint_sha256, encoding.arrays[0])
+
+    def open(self) -> tuple[Store, list[ImageEntry]]:
         """The store of all that is not refused, and the rows of it that no valid shard holds."""
-        kept = [image for image in images if finished.refusal(image.sha256) is None]
+        kept = [image for image in self.images if self.finished.refusal(image.sha256) is None]
         if not kept:
-            raise ValueError(f"the guardrail refuses what was predicted from all {len(images)} photographs")
-        store = open_store(cache, encoding, kept, config.shard_size, config.encode_batch_size)
+            raise ValueError(
+                f"the guardrail refuses what was predicted from all {len(self.images)} photographs"
+            )
+        config = self.config
+        store = open_store(self.cache, self.encoding, kept, config.shard_size, config.encode_batch_size)
         for note in store.notes:
-            say(note)
+            self.say(note)
         return store, [row for shard in store.pending() for row in store.shard_rows(shard)]
 
-    with part.first_goes_first():
-        store, rows = opened()
-    own = [row for row in rows if int(row.sha256[:12], 16) % part.count == part.index]
-    todo = [row for row in own if finished.read(row.sha256) is None]
-    for note in finished.notes:
-        say(note)
-    if len(todo) < len(own):
-        say(f"resuming: {len(own) - len(todo):,} of {len(own):,} photographs rolled out")
-    if part.speaks:
-        missing = len(finished.missing(row.sha256 for row in rows))
-        say(preflight(encoding, store, len(rows) + missing, missing if part.together else len(todo), part))
-    _roll_out_each(encoding, finished, todo, source, quiet=not part.speaks)
-    part.wait()
+    def begin(self) -> list[ImageEntry]:
+        """What this part has to roll out, after a preflight of it."""
+        part, finished = self.part, self.finished
+        with part.first_goes_first():
+            store, rows = self.open()
+        own = [row for row in rows if int(row.sha256[:12], 16) % part.count == part.index]
+        todo = [row for row in own if finished.read(row.sha256) is None]
+        for note in finished.notes:
+            self.say(note)
+        if len(todo) < len(own):
+            self.say(f"resuming: {len(own) - len(todo):,} of {len(own):,} photographs rolled out")
+        if part.speaks:
+            missing = len(finished.missing(row.sha256 for row in rows))
+            num_todo = missing if part.together else len(todo)
+            self.say(preflight(self.encoding, store, len(rows) + missing, num_todo, part))
+        return todo
 
-    def complete() -> bool:
-        refused = {i.path: reason for i in images if (reason := finished.refusal(i.sha256))}
+    def complete(self, allow_missing: bool) -> bool:
+        """Gathers and publishes the store if all parts are done: whether they are. Raises as `roll_out`."""
+        refused = {i.path: reason for i in self.images if (reason := self.finished.refusal(i.sha256))}
         if refused:
-            write_failures(cache, sorted({**read_failures(cache), **refused}.items()))
-        store, rows = opened()
-        missing = finished.missing(row.sha256 for row in rows)
+            write_failures(self.cache, sorted({**read_failures(self.cache), **refused}.items()))
+        store, rows = self.open()
+        missing = self.finished.missing(row.sha256 for row in rows)
         if missing:
-            say(
+            self.say(
                 f"{LATENTS}: {len(missing):,} of {store.plan.num_rows:,} photographs are still missing: those of other "
                 "parts. Whichever part finishes last completes the store"
             )
             return False
         if refused and not allow_missing:
-            raise ValueError(_refusal(refused, len(images), cache))
-        gather(store, finished)
+            some = "\n".join(f"  {path}: {reason}" for path, reason in list(refused.items())[:5])
+            raise ValueError(
+                f"{len(refused):,} of {len(self.images):,} photographs have no rollout:\n{some}\nAll are listed in "
+                f"{self.cache / FAILURES}, and the others are finished. Go on without them with --allow_missing"
+            )
+        gather(store, self.finished)
         return True
 
-    return part.from_first(complete)
 
-
-def _refusal(refused: dict[str, str], num_images: int, cache: Path) -> str:
-    some = "\n".join(f"  {path}: {reason}" for path, reason in list(refused.items())[:5])
-    return (
-        f"{len(refused):,} of {num_images:,} photographs have no rollout:\n{some}\nAll are listed in "
-        f"{cache / FAILURES}, and the others are finished. Go on without them with --allow_missing"
-    )
-
-
-def _roll_out_each(
+def roll_out_each(
     encoding: RolloutEncoding, finished: FinishedRows, todo: Sequence[ImageEntry], source: Source, quiet: bool
 ) -> None:
     """Publishes a row, or the guardrail's refusal, for each of these photographs."""
