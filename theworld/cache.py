@@ -1,6 +1,6 @@
 """A cache folder as the training and evaluation loops see it: images in, tensors out.
 
-cache/latents/         the Cosmos latents, one float[C, H, W] an image
+cache/latents/         the Cosmos latents, one float[C, H, W] an image; float[1 + n, C, H, W] with n predicted moments
 cache/gemma_vision/    optional: Gemma's own pooled SigLIP features, one float[N, V] an image
 cache/failures.jsonl   images that statements name but that could not be read, with the reason
 """
@@ -46,11 +46,12 @@ def latent_pixels(pixels: np.ndarray, size: int) -> Tensor:
 
 def expected_latents(config: Config) -> dict[str, Any]:
     """The fields of a latents fingerprint that follow from a run's settings."""
-    expected = {
+    expected: dict[str, Any] = {
         "cosmos_model_name": model_id(config.cosmos_model_name),
         "latent_size": config.latent_size,
         "num_world_steps": config.num_world_steps,
         "posterior": "mean",
+        **config.rollout_settings,
     }
     return expected | ({"storage_dtype": config.latent_dtype} if config.latent_dtype else {})
 
@@ -69,6 +70,7 @@ _PRECISION = {
     "torch",
     "diffusers",
     "transformers",
+    "cosmos_guardrail",
     "pillow",
 }
 

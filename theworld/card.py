@@ -127,12 +127,18 @@ def _what(config: Config, world: dict[str, Any], facts: Facts, step: int) -> str
     return (
         f"# {name}\n\n"
         f"A projection that gives {kind} Gemma 3 (`{gemma}`) *world tokens*: latents of the frozen VAE of "
-        f"`{cosmos}`, one set a photograph,\nfor statements about where things are (Visual Spatial Reasoning).\n\n"
+        f"`{cosmos}`, one set a photograph{_moments(world)},\nfor statements about where things are (Visual Spatial "
+        "Reasoning).\n\n"
         f"- Trained: the projection and the two vectors around the world tokens, {own:,} parameters "
         f"(`{shape['architecture']}`, mode `{shape['mode']}`).\n{also}"
         f"- Frozen, and not in this repository: {frozen}, {facts.frozen:,} parameters as loaded here, and the VAE.\n"
         f"- After {step:,} of {facts.num_steps:,} optimizer steps of {facts.statements_per_step:,} statements."
     )
+
+
+def _moments(world: dict[str, Any]) -> str:
+    steps = world["fingerprint"].get("num_world_steps", 0)
+    return f" and for each of {steps} moments that its Video2World model predicts after it" if steps else ""
 
 
 def _data(config: Config, fingerprint: dict[str, Any], facts: Facts) -> str:

@@ -22,6 +22,7 @@ from theworld.settings import Refused, checked, nearest_name, refused, setting, 
 DATASET_NAMES = ("vsr", "vsr_random", "vsr_zeroshot")
 DTYPES = ("float32", "float16", "bfloat16")  # of stored latents
 COMPUTE = ("float32", "bfloat16")  # of the frozen models
+FRAMES_A_STEP = 4  # video frames to one latent frame, after the first
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -44,10 +45,10 @@ class Config:
     )
     freeze_cosmos_vae: bool = setting(True, "keep the VAE as it is; a cache allows nothing else")
     num_world_steps: int = setting(
-        0, "future to roll out; 0: the photograph only", "steps", at_least=0, built=0
+        0, "predict so many moments after the photograph, each 4 video frames; 0: none", "steps", at_least=0
     )
     max_world_steps: int | None = setting(
-        None, "without meaning while num_world_steps is 0", "steps", at_least=0
+        None, "rows of the time embedding; none: num_world_steps, and 0 needs none", "steps", at_least=0
     )
 
     # Data
@@ -76,6 +77,24 @@ class Config:
     latent_dtype: str | None = setting(None, "latents are stored in it; none: as computed", choices=DTYPES)
     encode_batch_size: int = setting(8, "encoded at a time", "photographs", at_least=1)
     shard_size: int = setting(512, "in one file of the cache", "photographs", at_least=1)
+    rollout_prompt: str = setting(
+        "The scene goes on as it is. The camera does not move.",
+        "what the video model is told of what follows a photograph, in all rollouts",
+        filled=True,
+    )
+    rollout_frames: int | None = setting(
+        None,
+        "predicted, 1 + 4 k; the first are kept; none: 1 + 4 num_world_steps",
+        "video frames",
+        at_least=5,
+    )
+    rollout_steps: int = setting(35, "of denoising", "steps", at_least=2)
+    rollout_guidance: float = setting(
+        7.0, "classifier-free guidance; 1: none, at half the cost", "scale", at_least=1.0
+    )
+    rollout_seed: int = setting(
+        0, "of the noise, with the photograph's hash", "seed", at_least=0, below=2**32
+    )
 
     # World tokens
     world_mode: str = setting("patch", "what of a latent is one world token", choices=("patch", "channel"))
@@ -171,6 +190,13 @@ class Config:
         self._check_stage()
         if self.latent_size % 16:
             raise refused("latent_size", self.latent_size, "a multiple of 16 pixels")
+        if self.max_world_steps is not None and self.num_world_steps > self.max_world_steps:
+            allowed = f"at most max_world_steps, {self.max_world_steps}"
+            raise refused("num_world_steps", self.num_world_steps, allowed)
+        fewest = 1 + FRAMES_A_STEP * self.num_world_steps
+        if self.rollout_frames is not None and not _is_video(self.rollout_frames, fewest):
+            allowed = f"1 + 4 k frames, at least {fewest}, as num_world_steps is {self.num_world_steps}"
+            raise refused("rollout_frames", self.rollout_frames, allowed)
         if self.question_template.count("{caption}") != 1:
             raise refused("question_template", self.question_template, "{caption} in it exactly once")
         if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?", self.device):
@@ -194,6 +220,19 @@ class Config:
             raise refused("align_steps", self.align_steps, allowed)
 
     @property
+    def video_frames(self) -> int:
+        """Frames that are predicted of each photograph, itself included."""
+        return self.rollout_frames or 1 + FRAMES_A_STEP * self.num_world_steps
+
+    @property
+    def rollout_settings(self) -> dict[str, Any]:
+        """What a fingerprint says of the settings of a rollout; nothing where there is none."""
+        if not self.num_world_steps:
+            return {}
+        keys = ("rollout_prompt", "rollout_steps", "rollout_guidance", "rollout_seed")
+        return {"rollout_frames": self.video_frames} | {key: getattr(self, key) for key in keys}
+
+    @property
     def eval_statements(self) -> int:
         """Statements in one pass of an evaluation, each with all systems that are asked."""
         return self.eval_batch_size or 4 * self.batch_size
@@ -201,6 +240,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, as plain JSON types; `Config(**config.to_dict()) == config`."""
         return dataclasses.asdict(self)
+
+
+def _is_video(frames: int, fewest: int) -> bool:
+    return frames >= fewest and frames % FRAMES_A_STEP == 1
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

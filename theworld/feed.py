@@ -25,7 +25,7 @@ class Pass:
 
     statements: tuple[Statement, ...]
     batch: Batch | None  # None where no language model reads it (the start at the image tokens)
-    latents: Tensor | None  # float[W, C, H, W]
+    latents: Tensor | None  # float[W, *row_shape]
     vision: Tensor | None  # float[G, I, V], or photographs, float[G, 3, S, S]
     weight: float = 1.0  # of its losses in the step
 

@@ -49,9 +49,7 @@ class TheWorld(nn.Module):
         self.shell: nn.Module | None
         object.__setattr__(self, "shell", None)  # what all computing goes through where Gemma is sharded
         channels = projection.latents_mean.cpu()
-        self.mean_latent = channels.expand(
-            projection.shape.latent_shape
-        )  # on the CPU, where batches are made
+        self.mean_latent = channels.expand(projection.shape.row_shape)  # on the CPU, where batches are made
         self.projection = projection.to(gemma.device)
         self.config = config
         self.fingerprint = fingerprint
@@ -182,6 +180,7 @@ class TheWorld(nn.Module):
         """The `CosmosEncoder` that the settings name, loaded when it is first asked for: training never does."""
         from theworld.vae import CosmosEncoder
 
+        self.check_no_steps("generate needs no cache with enable_world=False")
         encoder = CosmosEncoder(
             self.config.cosmos_model_name,
             self.gemma.dtype,
@@ -190,6 +189,15 @@ class TheWorld(nn.Module):
         )
         self.check_encoder(encoder.identity())
         return encoder
+
+    def check_no_steps(self, instead: str) -> None:
+        """ValueError where world tokens take more than a photograph: moments predicted from it, minutes each."""
+        steps = self.projection.shape.steps
+        if steps:
+            raise ValueError(
+                f"this projection was trained on {steps} predicted moments a photograph (num_world_steps), which only "
+                f"a cache holds: use tools/eval.py --cache; {instead}"
+            )
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
         """StoreMismatch if latents of an encoder of that identity are others than those the projection is for."""
@@ -227,12 +235,12 @@ class TheWorld(nn.Module):
         return flat.view_as(embeddings)
 
     def latents(self, batch: Batch, fetch: Callable[[Sequence[str]], Tensor]) -> Tensor | None:
-        """float[W, C, H, W] on the CPU: what `fetch` has for each world of the batch, the mean latent for ZERO."""
+        """float[W, *row_shape] on the CPU: what `fetch` has for each world of the batch, the mean latent for ZERO."""
         if not batch.worlds:
             return None
         named = [world for world in batch.worlds if world != ZERO]
         if not named:
-            return self.mean_latent.expand(len(batch.worlds), -1, -1, -1).clone()
+            return self.mean_latent.expand(len(batch.worlds), *self.mean_latent.shape).clone()
         rows = fetch(named)
         if len(named) == len(batch.worlds):
             return rows
@@ -247,7 +255,7 @@ class TheWorld(nn.Module):
         """The language model's last hidden states, dtype[K, D], of the tokens with the flat indices `wanted`
         (int64[K]; None: all R x L, where no columns are frozen). `batch` lies on Gemma's device.
 
-        latents: float[W, C, H, W] as the VAE gives them; vision: float[G, I, V] from `Gemma.vision_features`, or the
+        latents: float[W, *row_shape] as the VAE gives them; vision: float[G, I, V] from `Gemma.vision_features`, or the
         photographs themselves, float[G, 3, S, S] from `Gemma.pixel_values`.
         """
         if wanted is None:

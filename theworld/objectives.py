@@ -45,8 +45,9 @@ def answer_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
 
 
 def check_align(config: Config, shape: ProjectionShape, image: int) -> None:
-    """A start at Gemma's `image` image tokens needs as many of them as there are world tokens, on the same places."""
-    world = shape.num_tokens
+    """A start at Gemma's image tokens, of which there are `image`, needs as many world tokens of a photograph, on the
+    same places."""
+    world = shape.tokens_per_moment
     if config.align_steps and (world != image or config.world_mode != "patch"):
         raise ValueError(
             f"align_steps {config.align_steps}: {world} world tokens (world_mode {config.world_mode}) "
@@ -63,13 +64,13 @@ def align_pass(model: TheWorld, data: Data, statements: list[Statement]) -> Pass
 
 
 def align_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
-    """Squared distance of an image's world tokens to Gemma's image tokens of the same places, as a share of the
-    image tokens' own squared size, summed over statements: each by itself, so that it does not matter which others
-    are in the pass."""
+    """Squared distance of a photograph's world tokens (those of moments predicted from it have no place there) to
+    Gemma's image tokens of the same places, as a share of the image tokens' own squared size, summed over statements:
+    each by itself, so that it does not matter which others are in the pass."""
     assert one.latents is not None
     assert one.vision is not None
     target = model.gemma.image_features(one.vision).float()
-    tokens = model.projection(one.latents)
+    tokens = model.projection(one.latents)[:, : model.projection.shape.tokens_per_moment]
     loss = ((tokens - target).pow(2).mean((1, 2)) / target.pow(2).mean((1, 2))).sum()
     zero = torch.zeros_like(loss).detach()
     return {"total": loss, "label": loss.detach(), "statement": zero, "correct": zero}
