@@ -266,9 +266,16 @@ def run_tool(
     command = [sys.executable, *(launcher if processes > 1 else []), str(TOOLS / tool)]
     keys = [*command, "--config", str(settings), "--cache", str(cache), *flags]
     save_config(config, settings)
-    environment = os.environ | {"PYTHONPATH": str(TOOLS.parent)}
     start = time.perf_counter()
-    done = subprocess.run(keys, capture_output=True, text=True, env=environment, cwd=TOOLS.parent)
+    said = run_command(keys)
+    return time.perf_counter() - start, said
+
+
+def run_command(command: list[str], **variables: str) -> str:
+    """The output of a command that works with this package. RuntimeError with its last lines where it fails."""
+    path = os.pathsep.join([str(TOOLS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)} | variables
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TOOLS.parent)
     if done.returncode != 0:
-        raise RuntimeError(f"{tool} ended with {done.returncode}: {done.stderr[-400:]}")
-    return time.perf_counter() - start, done.stdout + done.stderr
+        raise RuntimeError(f"{' '.join(command[1:4])} ended with {done.returncode}: {done.stderr[-400:]}")
+    return done.stderr + done.stdout

@@ -30,7 +30,7 @@ from theworld.saved import (
     saved_folder,
     write_world,
 )
-from theworld.sharding import shard, whole
+from theworld.sharding import asked, shard, whole
 from theworld.unfrozen import copy_strictly, load_gemma, load_parts, parameters_of, restore_parts
 from theworld.weights import model_id, wants_compile
 
@@ -59,6 +59,8 @@ class TheWorld(nn.Module):
             config.use_gradient_checkpointing,
         )
         if gemma.plain_decoder:
+            # FSDP puts a layer together around its call, which compiled code would take in.
+            compiled = compiled and not asked()
             self.decoder: Decoder | TrainedDecoder = TrainedDecoder(gemma, compiled, checkpointed)
         else:
             self.decoder = Decoder(gemma, compiled, config.fp8, checkpointed)

@@ -1,7 +1,7 @@
 """A Gemma that trains, sharded over processes (FSDP2, through accelerate): each holds a share of every weight, gradient
 and optimiser state, and puts a layer together only while it computes it.
 
-It is on where the run was started with `accelerate launch --use_fsdp`. The projection is small and stays whole in every
+The projection is small and stays whole in every
 process; its gradients are added up as ever.
 """
 
@@ -20,10 +20,15 @@ from theworld.gemma import Gemma
 _LAYERS = ["Gemma3DecoderLayer", "SiglipEncoderLayer"]
 
 
+def asked() -> bool:
+    """Whether this run was started with `accelerate launch --use_fsdp`."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
 def wants_sharding(processes: int, gemma: Gemma) -> bool:
     """Whether this run was started to be sharded. ValueError where there is nothing to shard: FSDP puts together the
     modules of transformers, and a frozen language model is read by a decoder of our own."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() not in ("true", "1"):
+    if not asked():
         return False
     if not gemma.plain_decoder:
         raise ValueError(
