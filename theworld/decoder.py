@@ -212,14 +212,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=shape.scale)
     else:
+        options: Any = dict(shape.kernel_options)
         attended = flex_attention(
-            query,
-            key,
-            value,
-            block_mask=mask,
-            scale=shape.scale,
-            enable_gqa=True,
-            kernel_options=dict(shape.kernel_options),  # type: ignore[arg-type]
+            query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True, kernel_options=options
         )
     return attended.transpose(1, 2).flatten(2)
 
