@@ -29,7 +29,7 @@ LEVELS = [
     {"bench_observe", "bench_cache"},
     {"bench_setup"},
     {"bench_growth", "bench_encoders", "bench_training", "bench_runs", "bench_processes"},
-    {"bench"},
+    {"bench", "bench_steps"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PACKAGE = Path(__file__).parent.parent / "theworld"

@@ -1,4 +1,4 @@
-"""One process of a measurement: takes optimizer steps of a run, saves nothing, and prints the median rate and the memory.
+"""One process of a measurement: takes optimizer steps of a run, saves nothing, and prints the rate and the memory.
 
 python -m torch.distributed.run --nproc_per_node=2 -m theworld.bench_steps settings.json cache/ 8
 """
