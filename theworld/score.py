@@ -7,18 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theworld.cache import (
-    LATENTS,
-    VISION,
-    LiveVision,
-    Rows,
-    check_meaning,
-    expected_vision,
-    in_cache,
-    latent_pixels,
-)
+from theworld.cache import LATENTS, LiveVision, Rows, check_meaning, in_cache, latent_pixels
 from theworld.config import Config
-from theworld.data import check_same_eyes
+from theworld.data import cached_vision, vision_for
 from theworld.evaluate import predict
 from theworld.feed import Fetch
 from theworld.images import read_image
@@ -81,25 +72,14 @@ def _from_cache(
     check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
     statements, note = in_cache(statements, latents, cache)
     print(f"scoring {note}")
-    if not model.gemma.is_multimodal:
-        return latents, None, statements
-    if (cache / VISION).exists():
-        vision = Rows(cache / VISION, VISION, expected_vision(model.config))
-        check_same_eyes(model.gemma, vision)
-        return latents, vision, statements
-    if model.config.image_folder is None:
-        raise ValueError(
-            f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or score "
-            "from photographs with --image-dir"
-        )
-    return (
-        latents,
-        LiveVision(model.gemma, model.config.image_folder, model.config.max_image_pixels),
-        statements,
-    )
+    notes: list[str] = []
+    vision = vision_for(model.gemma, model.config, cached_vision(model.config, cache), notes)
+    print("".join(f"{note}\n" for note in notes), end="")
+    return latents, vision, statements
 
 
 def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch | None]:
+    model.check_no_steps("photographs alone, --image-dir, are not enough")
     encoder = CosmosEncoder(config.cosmos_model_name, model.gemma.dtype, model.gemma.device)
     model.check_encoder(encoder.identity())
     latents = LiveLatents(encoder, folder, config.latent_size, config.max_image_pixels)
