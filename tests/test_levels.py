@@ -25,7 +25,7 @@ LEVELS = [
     {"lessons"},
     {"demo", "pretrain"},
     {"bench_results", "bench_data", "bench_models", "end_to_end", "chip"},
-    {"bench_observe"},
+    {"bench_observe", "bench_cache"},
     {"bench_setup"},
     {"bench_growth", "bench_encoders", "bench_training", "bench_runs", "bench_processes"},
     {"bench"},

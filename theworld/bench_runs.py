@@ -21,7 +21,8 @@ def part_losses(bench: Workbench) -> None:
         with bench.results.attempt("losses", name):
             row = _loss_row(bench, **changes)
             means[name] = row["mean_loss"]
-            row["of_exact"] = means[name] / means["exact"]
+            if "exact" in means:
+                row["of_exact"] = means[name] / means["exact"]
             bench.results.add("losses", name, row)
         bench.free()
 
@@ -30,7 +31,9 @@ def _loss_row(bench: Workbench, **changes: object) -> Row:
     """`loss_steps` steps from the same start; their mean loss a statement, and the rates of those after the warm-up."""
     bench.free()
     trainer = bench.trainer(max_steps=bench.shapes.loss_steps, **changes)
-    step, seconds, losses = stepper(trainer), [], []
+    step = stepper(trainer)
+    seconds: list[float] = []
+    losses: list[float] = []
     for _ in range(bench.shapes.loss_steps):
         trainer.window = dict.fromkeys(trainer.window, 0.0)
         seconds += bench.call_seconds(step, 1)

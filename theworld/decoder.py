@@ -22,7 +22,13 @@ from theworld.gemma import Gemma
 from theworld.masks import attention_masks
 
 Weight = Tensor | Fp8Weight
-KERNEL_OPTIONS: Any = {}
+# Of flex attention on a Hopper GPU at Gemma's heads of 256, the fastest of those that were tried (RESULTS.md). With its
+# own choice of 4 warps the gradients of keys and values do not fit into registers.
+HOPPER_KERNELS = {
+    **{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4},
+    **{"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64},
+    **{"bwd_num_stages": 2, "bwd_num_warps": 8},
+}
 
 
 class Layer(NamedTuple):
@@ -49,6 +55,7 @@ class Shape(NamedTuple):
     head_width: int  # E
     scale: float
     epsilon: float
+    kernel_options: tuple[tuple[str, int], ...]  # of flex attention
 
 
 class Decoder:
@@ -70,6 +77,7 @@ class Decoder:
             config.head_dim,
             config.query_pre_attn_scalar**-0.5,
             config.rms_norm_eps,
+            _kernel_options(config.head_dim, gemma.device),
         )
         self.kinds = list(config.layer_types)
         model = gemma.text_model
@@ -160,7 +168,7 @@ def two_part_last_layer(
 
 def _heads(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Queries dtype[R, H, L, E], keys and values dtype[R, G, L, E]: the first two normalised and turned."""
-    heads, groups, width, _, epsilon = shape
+    heads, groups, width, _, epsilon, _ = shape
     projected = linear(rms_norm(x, w.before_attention, epsilon), w.qkv)
     projected = projected.unflatten(-1, (-1, width)).transpose(1, 2)  # R, H + 2 G, L, E
     query, key, value = projected.split((heads, groups, groups), 1)
@@ -182,7 +190,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
             block_mask=mask,
             scale=shape.scale,
             enable_gqa=True,
-            kernel_options=KERNEL_OPTIONS,
+            kernel_options=dict(shape.kernel_options),  # type: ignore[arg-type]
         )
     return attended.transpose(1, 2).flatten(2)
 
@@ -210,6 +218,12 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x times the transposed weight."""
     return fp8_linear(x, weight) if isinstance(weight, Fp8Weight) else F.linear(x, weight)
+
+
+def _kernel_options(head_width: int, device: torch.device) -> tuple[tuple[str, int], ...]:
+    """Where nothing better is known, flex attention chooses for itself."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return tuple(HOPPER_KERNELS.items()) if hopper and head_width == 256 else ()
 
 
 def _merged(layer: Any, fp8: bool) -> Layer:

@@ -4,7 +4,7 @@
                 or  block[q] == block[k] >= 0       both are tokens of one image, or world tokens of one world
                 and, on sliding layers, position[k] > position[q] - window
 
-Dimensions: R rows of L tokens, Q of them queries and K keys; B blocks of 128 tokens.
+Dimensions: R rows of L tokens, Q of them queries and K keys; B blocks of 64 tokens.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from theworld.batch import ROW_MULTIPLE, Batch
 
-BLOCK = ROW_MULTIPLE
+BLOCK = 64  # smaller than a row's multiple: fewer of them straddle two trees
+assert ROW_MULTIPLE % BLOCK == 0
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of the two kinds of layers
 
 
@@ -55,7 +56,7 @@ def _dense_mask(batch: Batch, window: int | None, start: int, stop: int) -> Tens
 
 
 def _block_mask(batch: Batch, window: int | None, start: int, stop: int) -> BlockMask:
-    """Which blocks of keys a block of queries has to look at, from the smallest and largest numbers in each: L / 128
+    """Which blocks of keys a block of queries has to look at, from the smallest and largest numbers in each: L / 64
     squared comparisons, where flex attention's own way makes L squared of them at every step."""
     some, every = visible_blocks(batch, window, start, stop)
     return BlockMask.from_kv_blocks(

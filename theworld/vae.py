@@ -16,7 +16,6 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanAttentionBlock,
     WanCausalConv3d,
-    WanRMS_norm,
 )
 from torch import Tensor, nn
 
@@ -44,28 +43,12 @@ class FrameConv(nn.Module):
         return F.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
 
 
-class FrameNorm(nn.Module):
-    """diffusers' norm over channels with one division a place in place of one a value, rounded once, at the end."""
-
-    def __init__(self, norm: WanRMS_norm) -> None:
-        super().__init__()
-        assert norm.channel_first, "as the encoder has it"
-        assert isinstance(norm.bias, float), "none, as the encoder has it"
-        self.scale, self.gamma = norm.scale, norm.gamma
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: float[B, C, ..., H, W] -> the same."""
-        wide = x.float()
-        length = wide.square().sum(1, keepdim=True).sqrt().clamp_min(1e-12)  # F.normalize's epsilon
-        return (wide * (self.scale / length) * self.gamma.float()).type_as(x)
-
-
 class FrameAttention(nn.Module):
     """diffusers' attention among the places of a frame, with a single head of all channels."""
 
     def __init__(self, block: WanAttentionBlock) -> None:
         super().__init__()
-        self.norm, self.to_qkv, self.proj = FrameNorm(block.norm), block.to_qkv, block.proj
+        self.norm, self.to_qkv, self.proj = block.norm, block.to_qkv, block.proj
 
     def forward(self, x: Tensor) -> Tensor:
         """x: float[B, C, 1, H, W] -> the same."""
@@ -86,12 +69,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def scores_product(query: Tensor, key: Tensor) -> Tensor:
-    """float32[B, N, N]: scaled products of queries and keys."""
-    return (query * query.shape[-1] ** -0.5 @ key.mT).float()
+    """float32[B, N, N]: scaled products of queries and keys, not rounded to their dtype."""
+    query = query * query.shape[-1] ** -0.5
+    if query.dtype == torch.float32:
+        return query @ key.mT
+    return torch.bmm(query, key.mT, out_dtype=torch.float32)
 
 
 def _to_frame_modules(encoder: nn.Module) -> None:
-    kinds = {WanCausalConv3d: FrameConv, WanAttentionBlock: FrameAttention, WanRMS_norm: FrameNorm}
+    kinds = {WanCausalConv3d: FrameConv, WanAttentionBlock: FrameAttention}
     for module in list(encoder.modules()):
         for name, child in list(module.named_children()):
             if type(child) in kinds:
