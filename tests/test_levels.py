@@ -8,7 +8,7 @@ import pytest
 LEVELS = [
     {"jsonc", "console", "images", "weights", "scenes", "fp8", "parts", "settings"},
     {"files", "vsr", "fetch"},
-    {"config", "shards", "vae", "gemma", "projection", "processes"},
+    {"config", "preflight", "shards", "vae", "gemma", "projection", "processes"},
     {"arguments", "metrics", "plan", "trackers"},
     {"reader"},
     {"store", "schedule"},
@@ -21,7 +21,7 @@ LEVELS = [
     {"data", "publish"},
     {"objectives"},
     {"train", "score", "doctor", "align"},
-    {"small_models", "align_picture"},
+    {"small_models", "align_picture", "align_report", "dry_run"},
     {"lessons"},
     {"demo", "pretrain"},
     {"bench_results", "bench_data", "bench_models", "end_to_end", "chip"},

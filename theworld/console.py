@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -35,3 +35,25 @@ def quiet_libraries() -> None:
         diffusers_logging.set_verbosity_error()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|diffusers|huggingface_hub")
+
+
+NOTHING_WRITTEN = "dry run: nothing was written"
+
+
+def rehearse(tool: str, plan: Callable[[], Iterable[str]]) -> int:
+    """Prints the lines of a dry run as they come; returns the exit status that the run's start would have.
+
+    What stands in the way is raised by `plan` as ValueError or OSError, as the run itself would raise it. Of processes
+    that were launched together the first alone speaks.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    status = 0
+    try:
+        for line in plan():
+            print(line, flush=True)
+    except (ValueError, OSError) as error:
+        print(f"{tool}: {error}", file=sys.stderr, flush=True)
+        status = 1
+    print(NOTHING_WRITTEN)
+    return status

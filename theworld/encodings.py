@@ -55,7 +55,7 @@ class LatentEncoding:
         }
         if self.compiled:  # rounds elsewhere than the same model uncompiled
             own["compiled"] = True
-        return {**self.encoder.identity(), **own, **_libraries("diffusers")}
+        return {**self.encoder.identity(), **own, **libraries("diffusers")}
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
         """uint8[H, W, 3] -> uint8[S, S, 3]: a quarter of the bytes that it is in [-1, 1]."""
@@ -85,7 +85,7 @@ class VisionEncoding:
     def fingerprint(self) -> dict[str, Any]:
         """What these numbers mean: tower, image processor, dtypes, libraries."""
         own = {"compiled": True} if self.compiled else {}
-        return {**self.gemma.vision_identity(), **own, **_libraries("transformers")}
+        return {**self.gemma.vision_identity(), **own, **libraries("transformers")}
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
         """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
@@ -96,5 +96,6 @@ class VisionEncoding:
         return self.gemma.vision_features(prepared.to(self.device, non_blocking=True))
 
 
-def _libraries(*names: str) -> dict[str, str]:
+def libraries(*names: str) -> dict[str, str]:
+    """The versions of what an encoding computes with, as a fingerprint has them."""
     return {name: version(name) for name in ("torch", "pillow", *names)}

@@ -5,9 +5,9 @@
 Any number of processes may share the work (see `theworld.parts`); whoever finds all shards committed publishes.
 """
 
-import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -19,6 +19,7 @@ from theworld.gemma import Gemma
 from theworld.images import PREPROCESSING
 from theworld.listing import freeze, known_hashes, write_failures
 from theworld.parts import Part, this_part
+from theworld.preflight import check_room
 from theworld.reading import Batches, Source, num_workers
 from theworld.stages import batches_of, encode_shards
 from theworld.store import ImageEntry, Store, verify_store
@@ -31,13 +32,14 @@ def open_store(
     cache: Path, encoding: Encoding, images: list[ImageEntry], shard_size: int, batch_size: int
 ) -> Store:
     """The store of one encoding in the cache, new or to be resumed; StoreMismatch where it is another one."""
-    fingerprint = {
-        **encoding.fingerprint(),
-        **{f"preprocessing_{k}": v for k, v in PREPROCESSING.items()},
-        "storage_dtype": encoding.arrays[0].dtype,
-        "encode_batch_size": batch_size,
-    }
+    fingerprint = encoding.fingerprint() | common_fields(encoding.arrays[0].dtype, batch_size)
     return Store.create(cache / encoding.name, fingerprint, images, encoding.arrays, shard_size)
+
+
+def common_fields(storage_dtype: str, batch_size: int) -> dict[str, Any]:
+    """The fields of a fingerprint that both encodings have, and that are known without an encoder."""
+    pixels = {f"preprocessing_{key}": value for key, value in PREPROCESSING.items()}
+    return pixels | {"storage_dtype": storage_dtype, "encode_batch_size": batch_size}
 
 
 def preflight(store: Store, encoding: Encoding, pending: list[int], source: Source, batch_size: int) -> str:
@@ -47,16 +49,17 @@ def preflight(store: Store, encoding: Encoding, pending: list[int], source: Sour
     """
     rows = [row for shard in pending for row in store.shard_rows(shard)]
     size = sum(spec.row_nbytes for spec in encoding.arrays) * len(rows)
-    free = shutil.disk_usage(store.root).free
-    if size > free:
-        raise ValueError(
-            f"{store.root}: {size:,} bytes are needed and {free:,} are free; make room or move --cache"
-        )
+    work = amount(store.root, len(rows), len(store.rows), len(pending), store.num_shards, size)
     seconds = _seconds_an_image(store, encoding, pending, source, batch_size) * len(rows) if rows else 0.0
+    return f"{work}, about {_duration(seconds)}"
+
+
+def amount(root: Path, num_rows: int, all_rows: int, pending: int, all_shards: int, size: int) -> str:
+    """What is still to be encoded into a store, and its size in bytes. ValueError where the disk has not the room."""
+    free = check_room(root, size, "--cache")
     return (
-        f"{encoding.name}: {len(rows):,} of {len(store.rows):,} images to encode in {len(pending)} of "
-        f"{store.num_shards} shards, {size / 2**20:,.1f} MiB on disk ({free / 2**30:,.1f} GiB free), "
-        f"about {_duration(seconds)}"
+        f"{root.name}: {num_rows:,} of {all_rows:,} images to encode in {pending} of {all_shards} shards, "
+        f"{size / 2**20:,.1f} MiB on disk ({free / 2**30:,.1f} GiB free)"
     )
 
 
@@ -116,8 +119,8 @@ def extract(
     unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded.
     """
     part = this_part(part)
-    images = part.from_first(lambda: list_images(config, cache, _source(config, part), allow_missing))
-    source = _source(config, part)
+    images = part.from_first(lambda: list_images(config, cache, source_of(config, part), allow_missing))
+    source = source_of(config, part)
     device = resolve_device(part.device(config.device))
     if device.index is not None:
         torch.cuda.set_device(device)  # pinned memory and events are of the current one
@@ -133,7 +136,8 @@ def extract(
     return complete and part.speaks
 
 
-def _source(config: Config, part: Part) -> Source:
+def source_of(config: Config, part: Part) -> Source:
+    """Where the photographs are read from. Raises ValueError where the settings name no folder."""
     if config.image_folder is None:
         raise ValueError("image_folder is not set: give --image_folder, the folder with the COCO photographs")
     workers = num_workers(config.num_workers, part.local_count)
@@ -152,17 +156,27 @@ def list_images(config: Config, cache: Path, source: Source, allow_missing: bool
     cache.mkdir(parents=True, exist_ok=True)
     images, failures = freeze(names, source, known_hashes(cache))
     write_failures(cache, failures)
-    if failures and not (allow_missing and images):
-        some = "\n".join(f"  {path}: {reason}" for path, reason in failures[:5])
-        raise ValueError(
-            f"{len(failures):,} of {len(names):,} photographs cannot be read:\n{some}\n"
-            f"All are listed in {cache / FAILURES}. Mend them, or go on without them with --allow_missing"
-        )
-    if failures:
-        tqdm.write(
-            f"{len(images):,} of {len(names):,} photographs; {len(failures):,} left out by --allow_missing"
-        )
+    note = check_readable(failures, len(names), allow_missing, f"All are listed in {cache / FAILURES}. ")
+    if note:
+        tqdm.write(note)
     return images
+
+
+def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: bool, listed: str = "") -> str:
+    """A line that says how many of `total` photographs are left out; nothing where none is.
+
+    Raises ValueError with the first (path, reason) of `failures` unless `allow_missing`, or if none would be left.
+    """
+    if not failures:
+        return ""
+    if allow_missing and len(failures) < total:
+        there = total - len(failures)
+        return f"{there:,} of {total:,} photographs; {len(failures):,} left out by --allow_missing"
+    some = "\n".join(f"  {path}: {reason}" for path, reason in failures[:5])
+    cure = "Mend them, or go on without them with --allow_missing"
+    if allow_missing:
+        cure = "--allow_missing leaves none; check --image_folder"
+    raise ValueError(f"{len(failures):,} of {total:,} photographs cannot be read:\n{some}\n{listed}{cure}")
 
 
 def run(

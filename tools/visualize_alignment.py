@@ -33,8 +33,9 @@ def main() -> int:
             f"--output {arguments.output}: wanted a .png file; its figures go into a .json beside it"
         )
     # After the arguments: torch takes seconds to load, and --help should not.
-    from theworld.align import align, report
+    from theworld.align import align
     from theworld.align_picture import draw
+    from theworld.align_report import report
     from theworld.checkpoint import find_checkpoint
     from theworld.console import quiet_libraries
 

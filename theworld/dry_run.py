@@ -1,0 +1,258 @@
+"""What phases 1 and 3 would do, found out by their own checks: nothing is loaded, downloaded or written.
+
+Each function gives lines for a terminal, one after the other, and raises ValueError or OSError where the run itself
+would stop, with its message. What takes longer than seconds is left to the run: to decode photographs, to read every
+byte of a cache, to hash weights.
+"""
+
+import json
+import os
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from theworld.align import cached_vision, chosen_images
+from theworld.cache import (
+    LATENTS,
+    VISION,
+    Rows,
+    check_meaning,
+    expected_latents,
+    expected_vision,
+    in_cache,
+    read_failures,
+)
+from theworld.config import Config
+from theworld.encodings import libraries
+from theworld.evaluate import shuffled_images
+from theworld.extract import amount, check_readable, common_fields, source_of
+from theworld.gemma import is_multimodal
+from theworld.model import read_saved
+from theworld.parts import Part, num_launched
+from theworld.plan import ABSENT, Plan, image_differences, paths, read_manifest
+from theworld.preflight import (
+    GEMMA_FILE,
+    VAE_FILE,
+    Place,
+    check_folder,
+    check_output,
+    locate,
+    missing_photographs,
+    statements_at_hand,
+)
+from theworld.projection import ProjectionShape
+from theworld.score import cached_rows
+from theworld.store import ArraySpec, StoreMismatch, fingerprint_differences
+from theworld.vae import SPATIAL_FACTOR
+from theworld.vsr import Statement, images_of, load_statements
+from theworld.weights import resolve_device, resolve_dtype, wants_compile
+
+Split = dict[str, list[Statement]]
+
+
+def line(what: str, says: str) -> str:
+    """One line of a dry run."""
+    return f"{what:<12} {says}"
+
+
+# ---- phase 1
+
+
+def extraction(
+    config: Config, cache: Path, with_vision: bool, allow_missing: bool, part: Part | None
+) -> Iterator[str]:
+    """What `theworld.extract.extract` would do with the same arguments."""
+    part = part or Part(count=num_launched())
+    source = source_of(config, part)
+    device = resolve_device(config.device)
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+    compiled = wants_compile(config.compile, device)
+    yield line("device", f"{device}, {dtype}{', compiled' if compiled else ''}")
+    vae = locate(config.cosmos_model_name, VAE_FILE)
+    yield line("Cosmos VAE", f"{config.cosmos_model_name}: {vae.words}")
+    gemma = locate(config.model_name, GEMMA_FILE) if with_vision else None
+    if gemma is not None:
+        yield line("Gemma", f"{config.model_name}: {gemma.words}")
+        if gemma.config is not None and not is_multimodal(str(gemma.config.parent)):
+            raise ValueError(f"{config.model_name} is text-only: it has no vision features to cache")
+    names, said = _photographs(config, source.folder, allow_missing)
+    yield from said
+    check_folder(cache, "--cache")
+    known = {"compute_dtype": dtype, "compiled": True if compiled else ABSENT}
+    spec = _latent_spec(config, vae, dtype)
+    fields = expected_latents(config) | known | libraries("diffusers")
+    yield from _store(cache, spec, fields | _vae_fields(vae), config, names, part)
+    if gemma is not None:
+        spec = _vision_spec(gemma, dtype)
+        fields = expected_vision(config) | known | libraries("transformers")
+        yield from _store(cache, spec, fields, config, names, part)
+
+
+def _photographs(config: Config, folder: Path, allow_missing: bool) -> tuple[list[str], list[str]]:
+    """Names of the photographs that would be encoded, and lines about them."""
+    splits = statements_at_hand(config.annotations, config.dataset_name)
+    if splits is None:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix == ".jpg")
+        says = (
+            f"{config.dataset_name}, from the hub when the run starts; this page counts all .jpg in {folder}"
+        )
+        return names, [line("statements", says), line("photographs", f"{len(names):,} at most")]
+    said = [statement_line(splits)]
+    names = images_of([statement for own in splits.values() for statement in own])
+    missing = missing_photographs(names, folder)
+    note = check_readable([(name, f"no file in {folder}") for name in missing], len(names), allow_missing)
+    there = f"all {len(names):,} are in {folder}; whether they can be decoded, the run finds out"
+    gone = set(missing)
+    return [name for name in names if name not in gone], [*said, line("photographs", note or there)]
+
+
+def statement_line(splits: Split) -> str:
+    """How many statements of each split, about how many photographs."""
+    counts = ", ".join(f"{len(own):,} {split}" for split, own in splits.items())
+    names = images_of([statement for own in splits.values() for statement in own])
+    return line("statements", f"{counts}, about {len(names):,} photographs")
+
+
+def _latent_spec(config: Config, vae: Place, dtype: str) -> ArraySpec:
+    channels = 16  # of every Wan 2.1 VAE
+    if vae.config is not None:
+        channels = json.loads(vae.config.read_text())["z_dim"]
+    side = config.latent_size // SPATIAL_FACTOR
+    return ArraySpec(LATENTS, (channels, side, side), config.latent_dtype or dtype)
+
+
+def _vision_spec(gemma: Place, dtype: str) -> ArraySpec:
+    tokens, width = 256, 1152  # of every Gemma 3 that sees
+    if gemma.config is not None:
+        model = AutoConfig.from_pretrained(gemma.config.parent)
+        tokens, width = int(model.mm_tokens_per_image), int(model.vision_config.hidden_size)
+    return ArraySpec(VISION, (tokens, width), dtype)
+
+
+def _vae_fields(vae: Place) -> dict[str, Any]:
+    """How its latents are normalised, which tells VAEs of the same name apart."""
+    if vae.config is None:
+        return {}
+    values = json.loads(vae.config.read_text())
+    return {key: [float(x) for x in values[key]] for key in ("latents_mean", "latents_std") if key in values}
+
+
+def _store(
+    cache: Path, spec: ArraySpec, fields: dict[str, Any], config: Config, names: Sequence[str], part: Part
+) -> Iterator[str]:
+    """What would be written into one store; StoreMismatch where it holds something else, ValueError without room."""
+    root = cache / spec.name
+    num_shards = -(-len(names) // config.shard_size)
+    if (root / "store.json").exists():
+        plan = Plan.load(root)
+        wanted = fields | common_fields(spec.dtype, config.encode_batch_size)
+        cached = {key: plan.fingerprint.get(key, ABSENT) for key in wanted}
+        differences = fingerprint_differences(cached, wanted)
+        if plan.shard_size != config.shard_size:
+            differences.append(("shard_size", plan.shard_size, config.shard_size))
+        if differences:
+            raise StoreMismatch(root, differences)
+        complete = read_manifest(root) is not None
+        left_out = read_failures(cache)
+        listed = {name: plan.images.get(name, "not read yet") for name in names if name not in left_out}
+        if complete and listed.keys() != plan.images.keys():
+            raise StoreMismatch(root, image_differences(plan.images, listed))
+        if complete:
+            yield line("cache", f"{root}: complete, {len(plan.images):,} images, made with these settings")
+            return
+        if listed.keys() == plan.images.keys():
+            num_shards = plan.num_shards
+    own = [shard for shard in range(num_shards) if part.together or part.owns(shard) or part.count == 1]
+    pending = [shard for shard in own if not os.path.lexists(paths(root, shard)[1])]
+    rows = sum(min(config.shard_size, len(names) - shard * config.shard_size) for shard in pending)
+    work = amount(root, rows, len(names), len(pending), num_shards, rows * spec.row_nbytes)
+    shape = " x ".join(map(str, spec.shape))
+    yield line("cache", f"{root}: {'goes on' if root.exists() else 'new'}, {shape} {spec.dtype} an image")
+    yield line("", work)
+
+
+# ---- phase 3
+
+
+def evaluation(
+    checkpoint: Path,
+    cache: Path | None,
+    image_folder: Path | None,
+    split: str,
+    systems: Sequence[str],
+    output: Path,
+    overrides: dict[str, Any],
+) -> Iterator[str]:
+    """What `theworld.score.score` would do with the same arguments, and what is written to `output`."""
+    config, world, sees = yield from _saved_model(checkpoint, overrides)
+    statements = yield from _split(config, split)
+    photographs = image_folder
+    if cache is not None:
+        _, vision, statements, note = cached_rows(config, world["fingerprint"], sees, cache, statements)
+        yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
+        if sees and vision is None:
+            photographs = Path(str(config.image_folder))
+    else:
+        vae = locate(config.cosmos_model_name, VAE_FILE)
+        yield line("Cosmos VAE", f"{config.cosmos_model_name}: {vae.words}")
+    if photographs is not None:
+        names = images_of(statements)
+        missing = missing_photographs(names, photographs)
+        check_readable([(name, f"no file in {photographs}") for name in missing], len(names), False)
+        yield line("reads", f"{len(names):,} photographs in {photographs}")
+    if "shuffled" in systems and statements:
+        shuffled_images(images_of(statements))
+    batches = -(-len(statements) // config.eval_statements)
+    asked = f"{len(systems)} systems ({', '.join(systems)})"
+    yield line("asks", f"{asked} about {len(statements):,} statements, {batches:,} batches")
+    replaces = check_output(output)
+    yield line(
+        "writes", f"{output}, {len(statements):,} lines{replaces}, and {output.with_suffix('.summary.json')}"
+    )
+
+
+def alignment(
+    checkpoint: Path, cache: Path, split: str, num_samples: int, output: Path, overrides: dict[str, Any]
+) -> Iterator[str]:
+    """What `theworld.align.align` would do with the same arguments, and what is written to `output`."""
+    config, world, sees = yield from _saved_model(checkpoint, overrides)
+    latents = Rows(cache / LATENTS, LATENTS)
+    check_meaning(latents.reader.root, latents.reader.fingerprint, world["fingerprint"])
+    statements, note = in_cache((yield from _split(config, split)), latents, cache)
+    if sees:
+        cached_vision(cache, config)
+    count = len(chosen_images(statements, split, num_samples)) if statements else num_samples
+    yield line("reads", f"{count:,} images of {split} ({note}), from {cache}")
+    tokens = ProjectionShape.from_dict(world["projection"]).num_tokens
+    yield line("measures", f"{tokens:,} world tokens of each, untrained and trained")
+    replaces = check_output(output)
+    yield line("writes", f"{output}{replaces} and {output.with_suffix('.json')}")
+
+
+def _saved_model(
+    checkpoint: Path, overrides: dict[str, Any]
+) -> Generator[str, None, tuple[Config, dict[str, Any], bool]]:
+    """Settings and world.json of a saved model, and whether its Gemma sees photographs; lines about both."""
+    config, world = read_saved(checkpoint, overrides)
+    device = resolve_device(config.device)
+    yield line("projection", f"{checkpoint}, for {world['model_name']}")
+    gemma = locate(config.model_name, GEMMA_FILE)
+    yield line(
+        "Gemma", f"{config.model_name}: {gemma.words}; {device}, {resolve_dtype(config.dtype, device)}"
+    )
+    sees = gemma.config is None or is_multimodal(str(gemma.config.parent))
+    return config, world, sees
+
+
+def _split(config: Config, split: str) -> Generator[str, None, list[Statement]]:
+    """The statements of a split, as `theworld.score` reads them; none, and a line, where the hub alone has them."""
+    if config.annotations is not None:
+        return load_statements(config.annotations, split, config.dataset_name)
+    splits = statements_at_hand(None, config.dataset_name)
+    if splits is None:
+        says = f"{split} of {config.dataset_name}, from the hub when the run starts; not counted here"
+        yield line("statements", says)
+        return []
+    return splits["dev" if split == "validation" else split]
