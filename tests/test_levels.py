@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "images", "weights", "scenes", "fp8", "parts", "settings"},
+    {
+        "bench_choices",
+        "pretrain_settings",
+        "jsonc",
+        "console",
+        "images",
+        "weights",
+        "scenes",
+        "fp8",
+        "parts",
+        "settings",
+    },
     {"files", "vsr", "fetch"},
     {"config", "preflight", "shards", "vae", "gemma", "projection", "processes"},
     {"arguments", "metrics", "plan", "trackers"},
@@ -58,7 +69,7 @@ def test_a_module_imports_from_lower_levels_only(module: str) -> None:
 
 
 def test_the_core_does_not_know_the_demo_or_the_measurements() -> None:
-    demo = {"demo", "scenes", "pretrain", "small_models", "lessons"}
+    demo = {"demo", "scenes", "pretrain", "pretrain_settings", "small_models", "lessons"}
     measurements = {name for name in MODULES if name.startswith("bench")} | {"end_to_end", "chip"}
     for module in set(MODULES) - demo - measurements:
         assert not imported(PACKAGE / f"{module}.py") & (demo | measurements)

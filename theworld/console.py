@@ -57,3 +57,12 @@ def rehearse(tool: str, plan: Callable[[], Iterable[str]]) -> int:
         status = 1
     print(NOTHING_WRITTEN)
     return status
+
+
+def status_of(tool: str, main: Callable[[], int]) -> int:
+    """The exit status of a tool: what `main` returns, or 130 and a line where it was interrupted."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print(f"\n{tool}: interrupted", file=sys.stderr)
+        return 130

@@ -24,6 +24,7 @@ from theworld.cache import (
     in_cache,
     read_failures,
 )
+from theworld.checkpoint import find_checkpoint, find_model
 from theworld.config import Config
 from theworld.encodings import libraries
 from theworld.evaluate import shuffled_images
@@ -177,7 +178,7 @@ def _store(
 
 
 def evaluation(
-    checkpoint: Path,
+    model_name: Path,
     cache: Path | None,
     image_folder: Path | None,
     split: str,
@@ -186,7 +187,7 @@ def evaluation(
     overrides: dict[str, Any],
 ) -> Iterator[str]:
     """What `theworld.score.score` would do with the same arguments, and what is written to `output`."""
-    config, world, sees = yield from _saved_model(checkpoint, overrides)
+    config, world, sees = yield from _saved_model(find_model(model_name), overrides)
     statements = yield from _split(config, split)
     photographs = image_folder
     if cache is not None:
@@ -214,10 +215,10 @@ def evaluation(
 
 
 def alignment(
-    checkpoint: Path, cache: Path, split: str, num_samples: int, output: Path, overrides: dict[str, Any]
+    model_name: Path, cache: Path, split: str, num_samples: int, output: Path, overrides: dict[str, Any]
 ) -> Iterator[str]:
     """What `theworld.align.align` would do with the same arguments, and what is written to `output`."""
-    config, world, sees = yield from _saved_model(checkpoint, overrides)
+    config, world, sees = yield from _saved_model(find_checkpoint(model_name), overrides)
     latents = Rows(cache / LATENTS, LATENTS)
     check_meaning(latents.reader.root, latents.reader.fingerprint, world["fingerprint"])
     statements, note = in_cache((yield from _split(config, split)), latents, cache)

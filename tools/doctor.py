@@ -1,8 +1,10 @@
+# PYTHON_ARGCOMPLETE_OK
 """Is everything there? Libraries, GPU, models and licences, statements, photographs, cache: one page, with cures.
 
     python tools/doctor.py --config configs/vsr_training.json --image_folder images/ --cache cache/
 
-Exit status: 0 nothing stands in the way, 1 something does.
+It loads no model and writes nothing, so it has no --dry_run; the other tools do, for their own run.
+Exit status: 0 nothing stands in the way, 1 something does, 2 wrong usage, 130 interrupted.
 """
 
 import sys
