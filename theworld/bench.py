@@ -21,7 +21,7 @@ from theworld.bench_processes import part_processes
 from theworld.bench_results import Results
 from theworld.bench_setup import Workbench
 from theworld.bench_training import part_evaluate, part_run, part_train, part_variants
-from theworld.preflight import check_output, check_room, missing_photographs
+from theworld.places import check_output, check_room, missing_photographs
 from theworld.weights import resolve_device
 
 PARTS: dict[str, Callable[[Workbench], None]] = {

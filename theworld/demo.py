@@ -20,7 +20,7 @@ from PIL import Image
 from theworld.arguments import ArgumentParser, add_dry_run
 from theworld.config import load_config
 from theworld.console import quiet_libraries, rehearse, status_of
-from theworld.preflight import GEMMA_FILE, VAE_FILE, check_folder, check_room, locate
+from theworld.places import GEMMA_FILE, VAE_FILE, check_folder, check_room, locate
 from theworld.scenes import write_scenes
 
 EMBEDDED = Path(__file__).parent / "embedded"  # models, and settings: those of configs/demo.json

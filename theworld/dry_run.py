@@ -8,6 +8,7 @@ byte of a cache, to hash weights.
 import json
 import os
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,24 @@ from theworld.cache import (
     read_failures,
 )
 from theworld.checkpoint import find_checkpoint, find_model
-from theworld.config import Config
+from theworld.config import Config, load_config
 from theworld.encodings import libraries
 from theworld.evaluate import shuffled_images
 from theworld.extract import amount, check_readable, common_fields, source_of
 from theworld.gemma import is_multimodal
-from theworld.model import read_saved
+from theworld.model import CONFIG_FILE, WORLD_FILE
 from theworld.parts import Part, num_launched
-from theworld.plan import ABSENT, Plan, image_differences, paths, read_manifest
-from theworld.preflight import (
+from theworld.places import (
     GEMMA_FILE,
     VAE_FILE,
-    Place,
     check_folder,
     check_output,
     locate,
     missing_photographs,
     statements_at_hand,
 )
+from theworld.plan import ABSENT, Plan, image_differences, paths, read_manifest
 from theworld.projection import ProjectionShape
-from theworld.score import cached_rows
 from theworld.store import ArraySpec, StoreMismatch, fingerprint_differences
 from theworld.vae import SPATIAL_FACTOR
 from theworld.vsr import Statement, images_of, load_statements
@@ -67,44 +66,38 @@ def extraction(
     """What `theworld.extract.extract` would do with the same arguments."""
     part = part or Part(count=num_launched())
     source = source_of(config, part)
-    device = resolve_device(config.device)
-    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
-    compiled = wants_compile(config.compile, device)
-    yield line("device", f"{device}, {dtype}{', compiled' if compiled else ''}")
-    vae = locate(config.cosmos_model_name, VAE_FILE)
-    yield line("Cosmos VAE", f"{config.cosmos_model_name}: {vae.words}")
-    gemma = locate(config.model_name, GEMMA_FILE) if with_vision else None
-    if gemma is not None:
-        yield line("Gemma", f"{config.model_name}: {gemma.words}")
-        if gemma.config is not None and not is_multimodal(str(gemma.config.parent)):
-            raise ValueError(f"{config.model_name} is text-only: it has no vision features to cache")
-    names, said = _photographs(config, source.folder, allow_missing)
-    yield from said
-    check_folder(cache, "--cache")
-    known = {"compute_dtype": dtype, "compiled": True if compiled else ABSENT}
-    spec = _latent_spec(config, vae, dtype)
-    fields = expected_latents(config) | known | libraries("diffusers")
-    yield from _store(cache, spec, fields | _vae_fields(vae), config, names, part)
-    if gemma is not None:
-        spec = _vision_spec(gemma, dtype)
-        fields = expected_vision(config) | known | libraries("transformers")
-        yield from _store(cache, spec, fields, config, names, part)
-
-
-def _photographs(config: Config, folder: Path, allow_missing: bool) -> tuple[list[str], list[str]]:
-    """Names of the photographs that would be encoded, and lines about them."""
     splits = statements_at_hand(config.annotations, config.dataset_name)
+    names, said = _photographs(config, splits, source.folder, allow_missing)
+    yield from said
+    device = resolve_device(config.device)
+    compiled = ", compiled" if wants_compile(config.compile, device) else ""
+    yield line("device", f"{device}, {resolve_dtype(config.dtype, device)}{compiled}")
+    plans = [plan_latents]
+    if with_vision:
+        plans.append(plan_vision)
+    for plan in plans:
+        planned = plan(config, cache)
+        yield line("model", planned.model)
+        check_folder(cache, "--cache")
+        yield from store_lines(planned, config, names, splits is not None, part)
+
+
+def _photographs(
+    config: Config, splits: Split | None, folder: Path, allow_missing: bool
+) -> tuple[list[str], list[str]]:
+    """Names of the photographs that would be encoded, and lines about them."""
     if splits is None:
         names = sorted(path.name for path in folder.iterdir() if path.suffix == ".jpg")
-        says = (
-            f"{config.dataset_name}, from the hub when the run starts; this page counts all .jpg in {folder}"
-        )
-        return names, [line("statements", says), line("photographs", f"{len(names):,} at most")]
+        says = f"{config.dataset_name}, from the hub when the run starts; not counted here"
+        return names, [
+            line("statements", says),
+            line("photographs", f"{len(names):,} .jpg files in {folder}"),
+        ]
     said = [statement_line(splits)]
     names = images_of([statement for own in splits.values() for statement in own])
     missing = missing_photographs(names, folder)
     note = check_readable([(name, f"no file in {folder}") for name in missing], len(names), allow_missing)
-    there = f"all {len(names):,} are in {folder}; whether they can be decoded, the run finds out"
+    there = f"all {len(names):,} are in {folder}; the run finds out whether they can be decoded"
     gone = set(missing)
     return [name for name in names if name not in gone], [*said, line("photographs", note or there)]
 
@@ -116,56 +109,80 @@ def statement_line(splits: Split) -> str:
     return line("statements", f"{counts}, about {len(names):,} photographs")
 
 
-def _latent_spec(config: Config, vae: Place, dtype: str) -> ArraySpec:
-    channels = 16  # of every Wan 2.1 VAE
-    if vae.config is not None:
-        channels = json.loads(vae.config.read_text())["z_dim"]
+@dataclass(frozen=True)
+class Planned:
+    """A store as extraction would make it, as far as that is known before a model is loaded."""
+
+    root: Path
+    model: str  # the encoder and where it is, in words
+    spec: ArraySpec  # a row
+    fields: dict[str, Any]  # of the fingerprint; ABSENT: not in it
+
+
+def plan_latents(config: Config, cache: Path) -> Planned:
+    """The latents' store. Raises Fault where the VAE cannot be loaded."""
+    place = locate(config.cosmos_model_name, VAE_FILE)
+    values = json.loads(place.config.read_text()) if place.config is not None else {}
     side = config.latent_size // SPATIAL_FACTOR
-    return ArraySpec(LATENTS, (channels, side, side), config.latent_dtype or dtype)
+    moments = (1 + config.num_world_steps,) if config.num_world_steps else ()
+    dtype, fields = _computed(config)
+    shape = (*moments, values.get("z_dim", 16), side, side)  # 16: of every Wan 2.1 VAE
+    spec = ArraySpec(LATENTS, shape, config.latent_dtype or dtype)
+    # How latents are normalised tells VAEs of the same name apart.
+    own = {key: [float(x) for x in values[key]] for key in ("latents_mean", "latents_std") if key in values}
+    fields |= expected_latents(config) | libraries("diffusers") | own
+    return Planned(cache / LATENTS, f"{config.cosmos_model_name}, its VAE: {place.words}", spec, fields)
 
 
-def _vision_spec(gemma: Place, dtype: str) -> ArraySpec:
+def plan_vision(config: Config, cache: Path) -> Planned:
+    """The store of Gemma's vision features. Raises Fault where Gemma cannot be loaded, ValueError if it is blind."""
+    place = locate(config.model_name, GEMMA_FILE)
     tokens, width = 256, 1152  # of every Gemma 3 that sees
-    if gemma.config is not None:
-        model = AutoConfig.from_pretrained(gemma.config.parent)
+    if place.config is not None:
+        if not is_multimodal(str(place.config.parent)):
+            raise ValueError(f"{config.model_name} is text-only: it has no vision features to cache")
+        model = AutoConfig.from_pretrained(place.config.parent)
         tokens, width = int(model.mm_tokens_per_image), int(model.vision_config.hidden_size)
-    return ArraySpec(VISION, (tokens, width), dtype)
+    dtype, fields = _computed(config)
+    fields |= expected_vision(config) | libraries("transformers")
+    spec = ArraySpec(VISION, (tokens, width), dtype)
+    return Planned(cache / VISION, f"{config.model_name}, its vision tower: {place.words}", spec, fields)
 
 
-def _vae_fields(vae: Place) -> dict[str, Any]:
-    """How its latents are normalised, which tells VAEs of the same name apart."""
-    if vae.config is None:
-        return {}
-    values = json.loads(vae.config.read_text())
-    return {key: [float(x) for x in values[key]] for key in ("latents_mean", "latents_std") if key in values}
+def _computed(config: Config) -> tuple[str, dict[str, Any]]:
+    device = resolve_device(config.device)
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+    return dtype, {"compute_dtype": dtype, "compiled": wants_compile(config.compile, device) or ABSENT}
 
 
-def _store(
-    cache: Path, spec: ArraySpec, fields: dict[str, Any], config: Config, names: Sequence[str], part: Part
+def store_lines(
+    planned: Planned, config: Config, names: Sequence[str], all_known: bool, part: Part
 ) -> Iterator[str]:
-    """What would be written into one store; StoreMismatch where it holds something else, ValueError without room."""
-    root = cache / spec.name
+    """What would be written into one store. `all_known`: whether `names` are those that statements name.
+
+    Raises StoreMismatch where the store holds something else, StoreError if it is damaged, ValueError without room.
+    """
+    root, spec = planned.root, planned.spec
     num_shards = -(-len(names) // config.shard_size)
     if (root / "store.json").exists():
         plan = Plan.load(root)
-        wanted = fields | common_fields(spec.dtype, config.encode_batch_size)
+        wanted = planned.fields | common_fields(spec.dtype, config.encode_batch_size)
         cached = {key: plan.fingerprint.get(key, ABSENT) for key in wanted}
         differences = fingerprint_differences(cached, wanted)
         if plan.shard_size != config.shard_size:
             differences.append(("shard_size", plan.shard_size, config.shard_size))
         if differences:
             raise StoreMismatch(root, differences)
-        complete = read_manifest(root) is not None
-        left_out = read_failures(cache)
+        left_out = read_failures(root.parent)
         listed = {name: plan.images.get(name, "not read yet") for name in names if name not in left_out}
-        if complete and listed.keys() != plan.images.keys():
-            raise StoreMismatch(root, image_differences(plan.images, listed))
-        if complete:
+        same = not all_known or listed.keys() == plan.images.keys()
+        if read_manifest(root) is not None:
+            if not same:
+                raise StoreMismatch(root, image_differences(plan.images, listed))
             yield line("cache", f"{root}: complete, {len(plan.images):,} images, made with these settings")
             return
-        if listed.keys() == plan.images.keys():
-            num_shards = plan.num_shards
-    own = [shard for shard in range(num_shards) if part.together or part.owns(shard) or part.count == 1]
+        num_shards = plan.num_shards if same else num_shards
+    own = [shard for shard in range(num_shards) if part.owns(shard) or part.count == num_launched()]
     pending = [shard for shard in own if not os.path.lexists(paths(root, shard)[1])]
     rows = sum(min(config.shard_size, len(names) - shard * config.shard_size) for shard in pending)
     work = amount(root, rows, len(names), len(pending), num_shards, rows * spec.row_nbytes)
@@ -191,9 +208,17 @@ def evaluation(
     statements = yield from _split(config, split)
     photographs = image_folder
     if cache is not None:
-        _, vision, statements, note = cached_rows(config, world["fingerprint"], sees, cache, statements)
+        statements, note = _cached(cache, world, statements)
+        vision = sees and (cache / VISION).exists()
+        if vision:
+            cached_vision(cache, config)
+        elif sees and config.image_folder is None:
+            raise ValueError(
+                f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or "
+                "score from photographs with --image-dir"
+            )
         yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
-        if sees and vision is None:
+        if sees and not vision:
             photographs = Path(str(config.image_folder))
     else:
         vae = locate(config.cosmos_model_name, VAE_FILE)
@@ -219,9 +244,7 @@ def alignment(
 ) -> Iterator[str]:
     """What `theworld.align.align` would do with the same arguments, and what is written to `output`."""
     config, world, sees = yield from _saved_model(find_checkpoint(model_name), overrides)
-    latents = Rows(cache / LATENTS, LATENTS)
-    check_meaning(latents.reader.root, latents.reader.fingerprint, world["fingerprint"])
-    statements, note = in_cache((yield from _split(config, split)), latents, cache)
+    statements, note = _cached(cache, world, (yield from _split(config, split)))
     if sees:
         cached_vision(cache, config)
     count = len(chosen_images(statements, split, num_samples)) if statements else num_samples
@@ -236,7 +259,8 @@ def _saved_model(
     checkpoint: Path, overrides: dict[str, Any]
 ) -> Generator[str, None, tuple[Config, dict[str, Any], bool]]:
     """Settings and world.json of a saved model, and whether its Gemma sees photographs; lines about both."""
-    config, world = read_saved(checkpoint, overrides)
+    config = load_config(checkpoint / CONFIG_FILE, overrides)
+    world = json.loads((checkpoint / WORLD_FILE).read_text())
     device = resolve_device(config.device)
     yield line("projection", f"{checkpoint}, for {world['model_name']}")
     gemma = locate(config.model_name, GEMMA_FILE)
@@ -245,6 +269,13 @@ def _saved_model(
     )
     sees = gemma.config is None or is_multimodal(str(gemma.config.parent))
     return config, world, sees
+
+
+def _cached(cache: Path, world: dict[str, Any], statements: list[Statement]) -> tuple[list[Statement], str]:
+    """The statements whose image is in the cache, and a line about them. Raises StoreError where it does not serve."""
+    latents = Rows(cache / LATENTS, LATENTS)
+    check_meaning(latents.reader.root, latents.reader.fingerprint, world["fingerprint"])
+    return in_cache(statements, latents, cache)
 
 
 def _split(config: Config, split: str) -> Generator[str, None, list[Statement]]:

@@ -19,7 +19,7 @@ from theworld.gemma import Gemma
 from theworld.images import PREPROCESSING
 from theworld.listing import freeze, known_hashes, write_failures
 from theworld.parts import Part, this_part
-from theworld.preflight import check_room
+from theworld.places import check_room
 from theworld.reading import Batches, Source, num_workers
 from theworld.stages import batches_of, encode_shards
 from theworld.store import ImageEntry, Store, verify_store

@@ -24,7 +24,7 @@ from theworld.fetch import CertificateRefused, Fetcher, FetchError, Limits, chec
 from theworld.files import publish_bytes
 from theworld.images import MAX_BYTES, MAX_PIXELS, ImageError, decode, read_bytes
 from theworld.listing import write_failures
-from theworld.preflight import check_folder, check_room, missing_photographs, statements_at_hand
+from theworld.places import check_folder, check_room, missing_photographs, statements_at_hand
 from theworld.vsr import Statement, load_statements
 
 # Where COCO 2017's photographs lie in a folder or a zip, below it.

@@ -100,7 +100,17 @@ class TheWorld(nn.Module):
         if device_map is not None:
             overrides["device"] = str(device_map)
         folder = _folder(name_or_path, revision)
-        config, world = read_saved(folder, overrides)
+        for name in (PROJECTION_FILE, WORLD_FILE, CONFIG_FILE):
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder}: no {name} in it; name a folder such as checkpoints/vsr/checkpoint-500"
+                )
+        config = load_config(folder / CONFIG_FILE, overrides)
+        world = json.loads((folder / WORLD_FILE).read_text())
+        if world.get("format") != FORMAT_VERSION:
+            raise ValueError(
+                f"{folder / WORLD_FILE}: format {world.get('format')!r}; wanted {FORMAT_VERSION}"
+            )
         if gemma is None:
             gemma = load_gemma(config, revision=world.get("model_revision"))
         fingerprint = world["fingerprint"]
@@ -280,20 +290,6 @@ def _folder(name_or_path: str | Path, revision: str | None) -> Path:
         raise ValueError(f"{name_or_path}: neither a folder nor a name on the hub, such as user/name")
     files = [PROJECTION_FILE, WORLD_FILE, CONFIG_FILE]
     return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=files))
-
-
-def read_saved(folder: Path, overrides: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
-    """The settings of a saved model with `overrides` on top, and its world.json. ValueError if anything is missing."""
-    for name in (PROJECTION_FILE, WORLD_FILE, CONFIG_FILE):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder}: no {name} in it; name a folder such as checkpoints/vsr/checkpoint-500"
-            )
-    config = load_config(folder / CONFIG_FILE, overrides)
-    world = json.loads((folder / WORLD_FILE).read_text())
-    if world.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{folder / WORLD_FILE}: format {world.get('format')!r}; wanted {FORMAT_VERSION}")
-    return config, world
 
 
 def load_gemma(config: Config, device: torch.device | None = None, revision: str | None = None) -> Gemma:

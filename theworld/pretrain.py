@@ -38,7 +38,7 @@ from theworld.lessons import (
     read_lesson,
     to_pixels,
 )
-from theworld.preflight import check_folder
+from theworld.places import check_folder
 from theworld.pretrain_settings import PretrainSettings
 from theworld.small_models import (
     TOKENS_PER_IMAGE,

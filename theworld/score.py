@@ -77,37 +77,26 @@ def score(
 def _from_cache(
     model: TheWorld, cache: Path, statements: list[Statement]
 ) -> tuple[Fetch, Fetch | None, list[Statement]]:
-    sees = model.gemma.is_multimodal
-    latents, vision, statements, note = cached_rows(model.config, model.fingerprint, sees, cache, statements)
+    latents = Rows(cache / LATENTS, LATENTS)
+    check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
+    statements, note = in_cache(statements, latents, cache)
     print(f"scoring {note}")
-    if vision is not None:
+    if not model.gemma.is_multimodal:
+        return latents, None, statements
+    if (cache / VISION).exists():
+        vision = Rows(cache / VISION, VISION, expected_vision(model.config))
         check_same_eyes(model.gemma, vision)
         return latents, vision, statements
-    if not sees:
-        return latents, None, statements
-    live = LiveVision(model.gemma, str(model.config.image_folder), model.config.max_image_pixels)
-    return latents, live, statements
-
-
-def cached_rows(
-    config: Config, fingerprint: dict[str, Any], sees: bool, cache: Path, statements: list[Statement]
-) -> tuple[Rows, Rows | None, list[Statement], str]:
-    """Latents, and vision features where Gemma `sees` and they are cached; the statements whose image is there, and
-    a line about those. Raises StoreError or ValueError where the cache does not serve a projection of `fingerprint`.
-    """
-    latents = Rows(cache / LATENTS, LATENTS)
-    check_meaning(latents.reader.root, latents.reader.fingerprint, fingerprint)
-    statements, note = in_cache(statements, latents, cache)
-    if not sees:
-        return latents, None, statements, note
-    if (cache / VISION).exists():
-        return latents, Rows(cache / VISION, VISION, expected_vision(config)), statements, note
-    if config.image_folder is None:
+    if model.config.image_folder is None:
         raise ValueError(
             f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or score "
             "from photographs with --image-dir"
         )
-    return latents, None, statements, note
+    return (
+        latents,
+        LiveVision(model.gemma, model.config.image_folder, model.config.max_image_pixels),
+        statements,
+    )
 
 
 def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch | None]:
