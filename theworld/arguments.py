@@ -21,14 +21,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
 
-    def parse_known_args(self, *given: Any, **options: Any) -> Any:
+    def parse_args(self, *given: Any, **options: Any) -> Any:
         if "_ARGCOMPLETE" in os.environ:  # a shell asks; nothing may run
             try:
                 import argcomplete
             except ImportError:
                 sys.exit(1)
             argcomplete.autocomplete(self)
-        return super().parse_known_args(*given, **options)
+        return super().parse_args(*given, **options)
 
     def error(self, message: str) -> typing.NoReturn:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)

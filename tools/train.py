@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Phase 2: train the projection from the cache; Gemma stays frozen and the VAE never loads.
 
     python tools/train.py --config configs/vsr_training.json --cache cache/
