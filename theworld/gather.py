@@ -25,7 +25,7 @@ from theworld.files import publish_bytes
 from theworld.images import MAX_BYTES, MAX_PIXELS, ImageError, decode, read_bytes
 from theworld.listing import write_failures
 from theworld.places import check_folder, check_room, missing_photographs, statements_at_hand
-from theworld.vsr import Statement, load_statements
+from theworld.vsr import Statement, load_all
 
 # Where COCO 2017's photographs lie in a folder or a zip, below it.
 PLACES = (
@@ -37,7 +37,6 @@ PLACES = (
     "coco/train2017/",
     "coco/val2017/",
 )
-ALL_SPLITS = ("train", "dev", "test")
 MEAN_BYTES = 160_000  # of a photograph of COCO 2017, about
 GIVE_UP = 50  # downloads in a row that the network or the server fails: the rest would wait for nothing
 
@@ -71,10 +70,10 @@ def get_images(
 ) -> Gathered:
     """Gets the photographs of all splits of the configured annotations: from `coco`, or with none from the network.
 
-    Raises as `load_statements`, `links_of`, `CocoCopies`, `Fetcher` and `gather` do.
+    Raises as `load_all`, `links_of`, `CocoCopies`, `Fetcher` and `gather` do.
     """
-    splits = [load_statements(config.annotations, split, config.dataset_name) for split in ALL_SPLITS]
-    links = links_of(statement for statements in splits for statement in statements)
+    splits = load_all(config.annotations, config.dataset_name)
+    links = links_of(statement for own in splits.values() for statement in own)
     stop = threading.Event()
     get: Get
     if coco:
