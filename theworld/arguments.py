@@ -8,6 +8,7 @@ import re
 import sys
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from theworld.config import FIELDS, RENAMED, Config, load_config
@@ -19,7 +20,11 @@ class ArgumentParser(argparse.ArgumentParser):
     completes flags and choices where argcomplete is installed."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{"allow_abbrev": False, **options})
+        shown: dict[str, Any] = {
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+        }
+        super().__init__(**shown | options)
 
     def parse_args(self, *given: Any, **options: Any) -> Any:
         if "_ARGCOMPLETE" in os.environ:  # a shell asks; nothing may run
@@ -109,4 +114,7 @@ def _parser_of(kind: type, optional: bool) -> typing.Callable[[str], Any]:
 def config_from_arguments(arguments: argparse.Namespace) -> Config:
     """The settings of `--config` with the flags that were given on top. Raises as `load_config` does."""
     given = {key: value for key, value in vars(arguments).items() if key in FIELDS}
-    return load_config(getattr(arguments, "config", None), given)
+    path = getattr(arguments, "config", None)
+    if path is not None and not Path(path).exists():
+        raise FileNotFoundError(f"--config {path}: no such file")
+    return load_config(path, given)

@@ -29,7 +29,7 @@ from theworld.checkpoint import find_checkpoint, find_model
 from theworld.config import Config, load_config
 from theworld.encodings import libraries
 from theworld.evaluate import shuffled_images
-from theworld.extract import amount, check_readable, common_fields, source_of
+from theworld.extract import amount, check_models, check_readable, common_fields, source_of
 from theworld.gemma import is_multimodal
 from theworld.model import CONFIG_FILE, WORLD_FILE
 from theworld.parts import Part, num_launched
@@ -72,10 +72,8 @@ def extraction(
     device = resolve_device(config.device)
     compiled = ", compiled" if wants_compile(config.compile, device) else ""
     yield line("device", f"{device}, {resolve_dtype(config.dtype, device)}{compiled}")
-    plans = [plan_latents]
-    if with_vision:
-        plans.append(plan_vision)
-    for plan in plans:
+    check_models(config, with_vision)
+    for plan in (plan_latents, plan_vision) if with_vision else (plan_latents,):
         planned = plan(config, cache)
         yield line("model", planned.model)
         check_folder(cache, "--cache")
@@ -135,12 +133,10 @@ def plan_latents(config: Config, cache: Path) -> Planned:
 
 
 def plan_vision(config: Config, cache: Path) -> Planned:
-    """The store of Gemma's vision features. Raises Fault where Gemma cannot be loaded, ValueError if it is blind."""
+    """The store of Gemma's vision features. Raises Fault where Gemma cannot be loaded."""
     place = locate(config.model_name, GEMMA_FILE)
     tokens, width = 256, 1152  # of every Gemma 3 that sees
     if place.config is not None:
-        if not is_multimodal(str(place.config.parent)):
-            raise ValueError(f"{config.model_name} is text-only: it has no vision features to cache")
         model = AutoConfig.from_pretrained(place.config.parent)
         tokens, width = int(model.mm_tokens_per_image), int(model.vision_config.hidden_size)
     dtype, fields = _computed(config)

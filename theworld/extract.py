@@ -15,11 +15,11 @@ from tqdm import tqdm
 from theworld.cache import FAILURES, LATENTS, VISION
 from theworld.config import Config
 from theworld.encodings import Encoding, LatentEncoding, VisionEncoding
-from theworld.gemma import Gemma
+from theworld.gemma import Gemma, is_multimodal
 from theworld.images import PREPROCESSING
 from theworld.listing import freeze, known_hashes, write_failures
 from theworld.parts import Part, this_part
-from theworld.places import check_room
+from theworld.places import GEMMA_FILE, VAE_FILE, check_room, locate
 from theworld.reading import Batches, Source, num_workers
 from theworld.stages import batches_of, encode_shards
 from theworld.store import ImageEntry, Store, verify_store
@@ -120,6 +120,7 @@ def extract(
     """
     part = this_part(part)
     images = part.from_first(lambda: list_images(config, cache, source_of(config, part), allow_missing))
+    part.from_first(lambda: check_models(config, with_vision))
     source = source_of(config, part)
     device = resolve_device(part.device(config.device))
     if device.index is not None:
@@ -136,6 +137,15 @@ def extract(
     return complete and part.speaks
 
 
+def check_models(config: Config, with_vision: bool) -> None:
+    """Raises ValueError where one of the encoders cannot be loaded, before the first has worked for hours."""
+    locate(config.cosmos_model_name, VAE_FILE)
+    if with_vision:
+        config_file = locate(config.model_name, GEMMA_FILE).config
+        if config_file is not None and not is_multimodal(str(config_file.parent)):
+            raise ValueError(f"{config.model_name} is text-only: it has no vision features to cache")
+
+
 def source_of(config: Config, part: Part) -> Source:
     """Where the photographs are read from. Raises ValueError where the settings name no folder."""
     if config.image_folder is None:
@@ -143,7 +153,10 @@ def source_of(config: Config, part: Part) -> Source:
     workers = num_workers(config.num_workers, part.local_count)
     source = Source(Path(config.image_folder), config.max_image_pixels, workers)
     if not source.folder.is_dir():
-        raise ValueError(f"image_folder {source.folder}: not a folder")
+        raise ValueError(
+            f"image_folder {source.folder}: not a folder; get the photographs with tools/get_images.py, or say where "
+            "they are with --image_folder"
+        )
     return source
 
 

@@ -21,7 +21,7 @@ from theworld.console import quiet_libraries, rehearse, status_of
 
 def main() -> int:
     """Parses arguments, measures, prints the table and the result line; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--shapes", choices=SHAPE_NAMES, default="small", help="sizes of models and data (default: small)"
     )

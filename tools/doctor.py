@@ -26,7 +26,7 @@ TRAINING = (
 
 def main() -> int:
     """Parses arguments, looks everything over, prints the page; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser, [*EXTRACTION, *TRAINING])
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
     arguments = parser.parse_args()

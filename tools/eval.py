@@ -20,7 +20,7 @@ KEYS = "dataset_name annotations num_workers dtype device max_image_pixels eval_
 
 def main() -> int:
     """Parses arguments, scores, writes the records, prints the table; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--model_name", type=Path, required=True, help="a checkpoint, or a folder of checkpoints"
     )
@@ -38,6 +38,7 @@ def main() -> int:
     # After the arguments: torch takes seconds to load, and --help should not.
     from theworld.checkpoint import find_model
     from theworld.dry_run import evaluation
+    from theworld.places import check_output
     from theworld.score import score
 
     quiet_libraries()
@@ -46,6 +47,7 @@ def main() -> int:
         plan = (arguments.cache, arguments.image_dir, arguments.split, arguments.systems, arguments.output)
         return rehearse("eval", lambda: evaluation(arguments.model_name, *plan, overrides))
     try:
+        check_output(arguments.output)
         checkpoint = find_model(arguments.model_name)
         rows = score(
             checkpoint, arguments.cache, arguments.image_dir, arguments.split, arguments.systems, overrides

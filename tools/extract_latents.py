@@ -24,7 +24,7 @@ KEYS = (
 
 def main() -> int:
     """Parses arguments, runs phase 1 or its verification, prints; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser, KEYS)
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
     parser.add_argument("--gemma_vision", action="store_true", help="cache Gemma's own vision features too")

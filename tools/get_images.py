@@ -18,7 +18,7 @@ from theworld.fetch import COCO_HOST
 
 def main() -> int:
     """Parses arguments, gets what is missing, prints; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("images"), help="folder (default: images)")
     parser.add_argument(
         "--coco",

@@ -31,7 +31,7 @@ HELP = {
 
 def main() -> int:
     """Parses arguments, draws, teaches, writes; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write gemma/ and vae/ into")
     for field in fields(PretrainSettings):
         text = f"{HELP[field.name]} (default: {field.default})"

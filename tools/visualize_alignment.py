@@ -19,7 +19,7 @@ KEYS = "dataset_name annotations dtype device".split()
 
 def main() -> int:
     """Parses arguments, measures, draws, prints the figures; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument(
         "--model_name", "--model", type=Path, required=True, help="a checkpoint, or a folder of checkpoints"
     )
@@ -42,6 +42,7 @@ def main() -> int:
     from theworld.align_report import report
     from theworld.checkpoint import find_checkpoint
     from theworld.dry_run import alignment
+    from theworld.places import check_output
 
     quiet_libraries()
     figures = arguments.output.with_suffix(".json")
@@ -51,6 +52,7 @@ def main() -> int:
         plan = (arguments.model_name, *source, arguments.output, overrides)
         return rehearse("visualize_alignment", lambda: alignment(*plan))
     try:
+        check_output(arguments.output)
         measured, result = align(find_checkpoint(arguments.model_name), *source, overrides)
         draw(measured, result, arguments.output)
         figures.write_text(json.dumps(result, indent=2) + "\n")
