@@ -5,7 +5,7 @@ lowest and the highest. Every part is independent, and what goes wrong in one is
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from theworld.bench_growth import growth_images, growth_statements, growth_token
 from theworld.bench_models import SHAPES, gemma_config
 from theworld.bench_processes import part_processes
 from theworld.bench_results import Results
+from theworld.bench_runs import part_losses, part_run, part_start
 from theworld.bench_setup import Workbench
-from theworld.bench_training import part_evaluate, part_run, part_train, part_variants
+from theworld.bench_training import part_evaluate, part_train, part_variants
 from theworld.places import check_output, check_room, missing_photographs
+from theworld.settings import nearest_name
 from theworld.weights import resolve_device
 
 PARTS: dict[str, Callable[[Workbench], None]] = {
@@ -30,6 +32,8 @@ PARTS: dict[str, Callable[[Workbench], None]] = {
     "train": part_train,
     "variants": part_variants,
     "evaluate": part_evaluate,
+    "losses": part_losses,
+    "start": part_start,
     "run": part_run,
     "processes": part_processes,
     "growth_images": growth_images,
@@ -41,11 +45,14 @@ PARTS: dict[str, Callable[[Workbench], None]] = {
 def open_bench(options: dict[str, Any], command: str) -> Workbench:
     """The workbench that the tool's options name. ValueError for a device, settings or a file of figures that it
     cannot work with."""
-    shapes = SHAPES[options["shapes"]]
-    if options["share"] is not None:
-        if not 0 < options["share"] <= 1:
-            raise ValueError(f"--share is {options['share']}; give more than 0 and at most 1")
-        shapes = replace(shapes, share=options["share"])
+    shapes, share = SHAPES[options["shapes"]], options["share"]
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"--share is {share}; give more than 0 and at most 1")
+    known = [size.name for size in fields(shapes)]
+    for name in options["sizes"]:
+        if name not in known:
+            raise ValueError(f"--sizes: no size {name!r}; the nearest is {nearest_name(name, known)}")
+    shapes = replace(shapes, **options["sizes"] | ({} if share is None else {"share": share}))
     bench = Workbench(
         shapes,
         options["folder"].resolve(),
@@ -55,6 +62,7 @@ def open_bench(options: dict[str, Any], command: str) -> Workbench:
         options["image_folder"] and options["image_folder"].resolve(),
         tuple(options["variants"]),
         options["changes"],
+        options["random_cache"],
     )
     bench.config()  # refuses what is no setting
     return bench

@@ -11,6 +11,8 @@ PART_NAMES = (
     "train",
     "variants",
     "evaluate",
+    "losses",
+    "start",
     "run",
     "processes",
     "growth_images",
@@ -30,8 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def changes_of(text: str) -> dict[str, Any]:
-    """Settings as a JSON object. Raises ArgumentTypeError for anything else."""
+def json_object(text: str) -> dict[str, Any]:
+    """Settings or sizes. Raises ArgumentTypeError for anything else."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from theworld.arguments import ArgumentParser, add_dry_run
-from theworld.bench_choices import PART_NAMES, SHAPE_NAMES, VARIANTS, changes_of
+from theworld.bench_choices import PART_NAMES, SHAPE_NAMES, VARIANTS, json_object
 from theworld.console import quiet_libraries, rehearse, status_of
 
 
@@ -44,7 +44,9 @@ def main() -> int:
     parser.add_argument("--annotations", type=Path, help="VSR's own folder (default: stand-ins)")
     parser.add_argument("--image_folder", type=Path, help="their photographs (default: stand-ins)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--changes", type=changes_of, default={}, help="of the settings, JSON (default: {})")
+    parser.add_argument("--changes", type=json_object, default={}, help="of the settings, JSON (default: {})")
+    parser.add_argument("--random_cache", action="store_true", help="read random numbers, extract nothing")
+    parser.add_argument("--sizes", type=json_object, default={}, help="other sizes, JSON (default: {})")
     add_dry_run(parser)
     arguments = parser.parse_args()
     # After the arguments: torch takes seconds to load, and --help should not.
