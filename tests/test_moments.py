@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from test_tools import tool
 from video2world import Guardrail
 
-from theworld.align import SAME_PLACE, align, report
+from theworld.align import SAME_PLACE, align
+from theworld.align_report import report
 from theworld.batch import ZERO
 from theworld.cache import LATENTS, Rows
 from theworld.card import Facts, model_card

@@ -23,9 +23,12 @@ _PARTNER = {
 def report(result: dict[str, Any]) -> str:
     """The figures as text for a terminal, with the guide's reading and its limits."""
     both, kind = [result["untrained"], result["trained"]], result["comparison"]
+    later = result.get("predicted_moments_left_out", 0)
+    left_out = [f"those of {later} predicted moments have no place in the photograph and are left out"]
     lines = [
         f"{result['images']} images of {result['split']}: {result['world_tokens']} world tokens each, "
         f"{result['image_tokens']} image tokens",
+        *(left_out if later else []),
         _PARTNER[kind],
         "",
         f"{'':<46}{'untrained':>11}{'trained':>11}{'n':>9}",

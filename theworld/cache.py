@@ -63,6 +63,7 @@ def expected_vision(config: Config) -> dict[str, Any]:
 
 # Fields of a fingerprint that say how exactly a number was computed, not what it means.
 _PRECISION = {
+    "arithmetic",
     "compute_dtype",
     "compiled",
     "storage_dtype",
