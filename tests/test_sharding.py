@@ -60,3 +60,14 @@ def test_a_frozen_language_model_is_not_sharded(config: Config, tmp_path: Path) 
     done = launch(config, cache, tmp_path / "run.json", 1, **FSDP)
     assert done.returncode != 0
     assert "started with --use_fsdp, but its language model is frozen" in done.stderr
+
+
+def test_a_dry_run_of_two_processes_speaks_once(config: Config, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    extract(config, cache, with_vision=True, allow_missing=False)
+    config = replace(config, freeze_gemma_language=False)
+    done = launch(config, cache, tmp_path / "run.json", flags=["--dry_run"], **FSDP)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 x 2 x 2 (processes) statements") == 1
+    assert done.stdout.splitlines()[-1] == "dry run: nothing was written"
+    assert not Path(config.output_dir).exists()
