@@ -6,27 +6,51 @@ trainer.json                                          step and running figures
 checkpoint.json                                       size and SHA-256 of each of the others
 """
 
-import hashlib
+import errno
 import json
 import os
+import pickle
 import re
 import shutil
+import socket
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from theworld.files import sync_folder
 from theworld.model import TheWorld
-from theworld.saved import PROJECTION_FILE
+from theworld.saved import (
+    INDEX,
+    INDEX_VERSION,
+    PROJECTION_FILE,
+    WORLD_FILE,
+    CheckpointError,
+    check_hashes,
+    check_model,
+    fingerprint_of,
+    model_files,
+    read_index,
+    read_world,
+)
 
-FORMAT_VERSION = 1
-INDEX, STATE, PROGRESS = "checkpoint.json", "trainer.pt", "trainer.json"
+STATE, PROGRESS = "trainer.pt", "trainer.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete or in the way; the message names it and the cure."""
+# ---- writing
 
 
 def save_checkpoint(
@@ -40,39 +64,97 @@ def save_checkpoint(
     """Publishes `output_dir/checkpoint-<step>` by rename, and returns it.
 
     `state` holds tensors, numbers and containers of them; `progress` is JSON; `weights` as `model.weights()` gives
-    them, where they had to be put together before. Raises CheckpointError if a
-    checkpoint of that name is there already: nothing that was published is overwritten.
+    them, where they had to be put together before. Raises CheckpointError if a checkpoint of that name is there
+    already: nothing that was published is overwritten; OSError with the bytes needed and free where it cannot be
+    written, and then nothing of it stays.
     """
     target = output_dir / f"checkpoint-{step}"
     if target.exists():
         raise CheckpointError(f"{target} is there already; resume from it, or choose another --output_dir")
-    temporary = output_dir / f".{target.name}.{os.getpid()}.tmp"
+    temporary = _temporary(target)
     shutil.rmtree(temporary, ignore_errors=True)  # our own, of a save that failed
-    model.save_pretrained(temporary, weights)
-    torch.save(state, temporary / STATE)
-    (temporary / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
-    files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-    index = {"format": FORMAT_VERSION, "step": step, "files": files}
-    (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    for path in (*temporary.iterdir(), temporary):
-        _fsync(path)
-    os.rename(temporary, target)
-    _fsync(output_dir)
+    try:
+        model.save_pretrained(temporary, weights)
+        torch.save(state, temporary / STATE)
+        (temporary / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
+        files = {path.name: fingerprint_of(path) for path in sorted(temporary.iterdir())}
+        index = {"format": INDEX_VERSION, "step": step, "files": files}
+        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for path in (*temporary.iterdir(), temporary):
+            _fsync(path)
+        os.rename(temporary, target)
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+    ) as error:  # the last is what torch.save makes of an OSError
+        raise _not_written(error, target, _num_bytes([weights or model.weights(), state])) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone after the rename
+    sync_folder(output_dir)
     return target
 
 
 def rotate(output_dir: Path, limit: int | None) -> list[Path]:
-    """Deletes the oldest checkpoints beyond `limit`, after the newest one is complete; returns what went."""
+    """Deletes the oldest checkpoints beyond `limit`, after the newest one is complete; returns what went. A stop in
+    between leaves a temporary folder, never half of a checkpoint."""
     old = list_checkpoints(output_dir)[:-limit] if limit else []
     for path in old:
-        shutil.rmtree(path)
+        os.rename(path, _temporary(path))
+        shutil.rmtree(_temporary(path))
     return old
+
+
+def _temporary(target: Path) -> Path:
+    """Says who writes it: machine and process."""
+    return target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def _not_written(error: Exception, target: Path, needed: int) -> OSError:
+    free = shutil.disk_usage(target.parent).free
+    code = getattr(error, "errno", None) or (errno.ENOSPC if free < needed else errno.EIO)
+    older = list_checkpoints(target.parent)
+    last = f"{older[-1].name} is as it was" if older else "there is none before it"
+    # An OSError of the store's own has a line of its own after its first reason.
+    reason = str(getattr(error, "strerror", None) or error).partition(";")[0].partition("\n")[0]
+    text = f"{reason}; {needed:,} bytes needed, {free:,} free; this checkpoint was not written, {last}"
+    return OSError(code, text, str(target))
+
+
+def _num_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    values: Iterable[Any] = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    )
+    return sum(map(_num_bytes, values))
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- finding
+
+
+def numbered(output_dir: Path) -> list[Path]:
+    """Everything of a checkpoint's name, by step, whatever is in it."""
+    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name)]
+    return sorted(found, key=number_of)
+
+
+def number_of(path: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The published checkpoints of a run, by step."""
-    found = [p for p in output_dir.glob("checkpoint-*") if _NAME.fullmatch(p.name) and (p / INDEX).is_file()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    return [path for path in numbered(output_dir) if (path / INDEX).is_file()]
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -96,58 +178,38 @@ def find_model(path: str | Path) -> Path:
 def find_start(path: str | Path) -> Path:
     """As `find_model`, for a run that starts from its weights. CheckpointError if they are not as they were saved."""
     found = find_model(path)
-    if (found / INDEX).is_file():
-        check_files(found)
+    check_model(found)
     return found
 
 
 def checkpoint_step(path: Path) -> int:
     """The optimizer steps that a checkpoint has behind it, whatever its folder is called."""
-    return int(json.loads((path / INDEX).read_text())["step"])
+    return int(read_index(path)["step"])
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(state on the CPU, progress) of a checkpoint, after the hash of every file was checked. CheckpointError."""
     check_files(path)
-    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-    return state, json.loads((path / PROGRESS).read_text())
+    try:
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        progress = json.loads((path / PROGRESS).read_text())
+        state["optimizer"]["state"], state["rng"], progress["window"]
+    except _UNREADABLE as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{path}: {STATE} or {PROGRESS} cannot be read: {reason}; use another"
+        ) from None
+    if progress["step"] != checkpoint_step(path):
+        raise CheckpointError(
+            f"{path}: {INDEX} says step {checkpoint_step(path)}, {PROGRESS} {progress['step']}; use another checkpoint"
+        )
+    return state, progress
 
 
 def check_files(path: Path) -> None:
     """CheckpointError unless every file of a checkpoint is there, and has the bytes that were saved."""
-    index = json.loads((path / INDEX).read_text())
-    if index.get("format") != FORMAT_VERSION:
-        raise CheckpointError(f"{path / INDEX}: format {index.get('format')!r}; wanted {FORMAT_VERSION}")
-    for name, wanted in index["files"].items():
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path}: {name} is missing; use another checkpoint")
-        have = _fingerprint(path / name)
-        if have != wanted:
-            raise CheckpointError(
-                f"{path / name} is damaged: {wanted['bytes']} bytes with SHA-256 {wanted['sha256']} were saved, "
-                f"{have['bytes']} with {have['sha256']} are there; use another checkpoint"
-            )
-
-
-def refuse_to_overwrite(output_dir: Path, resumed: Path | None) -> None:
-    """CheckpointError if checkpoints that a run would write again are there when it starts."""
-    done = -1 if resumed is None else checkpoint_step(resumed)
-    ahead = [p for p in list_checkpoints(output_dir) if int(p.name.removeprefix("checkpoint-")) > done]
-    if ahead:
-        cure = "use another --output_dir, or move them away"
-        if resumed is None:
-            cure = f"go on with --resume_from {output_dir}, " + cure
-        raise CheckpointError(f"{output_dir} already holds {', '.join(p.name for p in ahead)}; {cure}")
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if not (path / INDEX).is_file():
+        raise CheckpointError(f"{path}: {INDEX} is missing; use another checkpoint")
+    index = read_index(path)
+    check_hashes(path, index, {*index["files"], STATE, PROGRESS, WORLD_FILE})
+    check_hashes(path, index, [name for name in model_files(read_world(path)) if name not in index["files"]])

@@ -10,7 +10,7 @@ import numpy as np
 from packaging.requirements import Requirement
 
 from theworld.cache import LATENTS, VISION, expected_latents, expected_vision, read_failures
-from theworld.checkpoint import checkpoint_step, find_checkpoint, list_checkpoints
+from theworld.checkpoint import checkpoint_step, list_checkpoints
 from theworld.config import Config
 from theworld.dry_run import plan_latents, plan_vision
 from theworld.images import ImageError, read_image
@@ -26,6 +26,7 @@ from theworld.places import (
     missing_photographs,
     statements_at_hand,
 )
+from theworld.resume import find_sound
 from theworld.store import StoreReader, verify_store
 from theworld.vsr import Statement, images_of, load_all
 from theworld.weights import resolve_device
@@ -222,8 +223,11 @@ def _output(config: Config) -> Iterator[Finding]:
     """Whether a training could write its checkpoints."""
     folder = Path(config.output_dir)
     check_folder(folder, "--output_dir")
-    resumed = checkpoint_step(find_checkpoint(config.resume_from)) if config.resume_from else -1
-    there = [path for path in list_checkpoints(folder) if checkpoint_step(path) > resumed]
+    found = find_sound(config.resume_from) if config.resume_from else None
+    resumed, skipped = (found.progress["step"], found.skipped) if found is not None else (-1, {})
+    there = [p for p in list_checkpoints(folder) if p not in skipped and checkpoint_step(p) > resumed]
+    for reason in skipped.values():
+        yield Finding("output_dir", NOTE, f"skipped: {reason}", "")
     if there:
         says = (
             f"{folder} holds {', '.join(path.name for path in there)}, which a training would not overwrite"

@@ -9,7 +9,7 @@ from torch import nn
 
 from theworld.batch import Packer
 from theworld.card import Facts
-from theworld.checkpoint import find_checkpoint, find_start, load_checkpoint, refuse_to_overwrite
+from theworld.checkpoint import find_start
 from theworld.config import Config
 from theworld.data import load_data, prepare_gemma
 from theworld.feed import parts_of_step
@@ -17,6 +17,7 @@ from theworld.machine import GIB, kept_values, layer_values, memory_of
 from theworld.objectives import check_align
 from theworld.processes import Processes
 from theworld.projection import ProjectionShape, WorldProjection
+from theworld.resume import find_sound, refuse_to_overwrite
 from theworld.saved import VISION
 from theworld.schedule import Order, num_train_steps
 from theworld.sharding import wants_sharding
@@ -60,14 +61,15 @@ class Plan:
     def __init__(self, config: Config, cache: Path) -> None:
         """Raises ValueError, StoreError and CheckpointError for what stands in the way of the run."""
         self.config = config
+        self.output_dir = Path(config.output_dir)
         self.processes = Processes(config.device)
         count = self.processes.count
         self.per_step = config.batch_size * config.gradient_accumulation_steps * count
         self.data = load_data(config, cache)
-        self.resumed = find_checkpoint(config.resume_from) if config.resume_from else None
-        refuse_to_overwrite(Path(config.output_dir), self.resumed)
-        self.progress = load_checkpoint(self.resumed) if self.resumed is not None else None
-        self.start = self.resumed or (find_start(config.init_from) if config.init_from else None)
+        self.resumed = find_sound(config.resume_from) if config.resume_from else None
+        refuse_to_overwrite(self.output_dir, self.resumed)
+        init = find_start(config.init_from) if config.init_from else None
+        self.start = self.resumed.path if self.resumed is not None else init
         self.order = Order(self.data.train, config.seed)
         self.num_steps = config.align_steps + num_train_steps(config, len(self.data.train), self.per_step)
         self.gemma = load_gemma(config, self.processes.device, weights=False)
@@ -80,7 +82,8 @@ class Plan:
             WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
         )
         self.facts = self._facts(own)
-        self.memory = self._memory(own, shape)
+        self.sizes = own, shape
+        self.memory = self.estimate(config)
         check_memory(self.memory, self.sharded)
         self.lines = self._lines(own, shape)
 
@@ -108,18 +111,23 @@ class Plan:
             f"and {self.gemma.num_image_tokens} image tokens each, on {self.gemma.device}",
             str(self.memory),
         ]
-        return lines + ([f"resumed after step {self.progress[1]['step']:,}"] if self.progress else [])
+        if self.resumed is not None:
+            lines += [f"skipped: {reason}" for reason in self.resumed.skipped.values()]
+            lines.append(f"resumed after step {self.resumed.progress['step']:,}, from {self.resumed.path}")
+        return lines
 
-    def _memory(self, projection: int, shape: ProjectionShape) -> Memory:
-        """An estimate, for the first step of the main phase."""
-        config, gemma, share = self.config, self.gemma, self.processes.count if self.sharded else 1
+    def estimate(self, config: Config, start: int = 0) -> Memory:
+        """What settings take that differ from the run's in how a step is divided; for the step of the main phase whose
+        first statement is the `start`-th of the order."""
+        (projection, shape), gemma = self.sizes, self.gemma
+        share = self.processes.count if self.sharded else 1
         trained = [p for part in gemma.trained for p in parameters_of(gemma, part).values()]
         every = sum(p.numel() * p.element_size() for p in gemma.model.parameters())
         frozen = every - sum(p.numel() * p.element_size() for p in trained)
         packer = Packer(
             gemma, config.question_template, shape.num_tokens, world_position=config.world_position
         )
-        parts = parts_of_step(config, packer, self.order, 0, self.processes.count)
+        parts = parts_of_step(config, packer, self.order, start, self.processes.count)
         batches = [packer.pack(part) for part in parts if part]
         text = gemma.text_config
         heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim

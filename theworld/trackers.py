@@ -32,9 +32,14 @@ def check_trackers(config: Config) -> None:
 class Trackers:
     """What a run logs to, in its main process. `log` takes the same figures that metrics.jsonl gets."""
 
-    def __init__(self, config: Config, settings: dict[str, Any], output_dir: Path, resumed: bool) -> None:
-        """`settings` are what W&B shows of the run's. Raises ValueError if W&B does not begin."""
-        self.writer = SummaryWriter(str(output_dir / "logs")) if config.log_to_tensorboard else None
+    def __init__(
+        self, config: Config, settings: dict[str, Any], output_dir: Path, resumed: bool, step: int = 0
+    ) -> None:
+        """`settings` are what W&B shows of the run's. `step`: that after which the run goes on; TensorBoard then drops
+        what an earlier start logged of later ones. Raises ValueError if W&B does not begin."""
+        logs = output_dir / "logs"
+        purge = step + 1 if logs.exists() else None
+        self.writer = SummaryWriter(str(logs), purge_step=purge) if config.log_to_tensorboard else None
         self.run = _wandb_run(config, settings, output_dir, resumed) if config.log_to_wandb else None
 
     def log(self, figures: dict[str, float], step: int) -> None:

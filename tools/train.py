@@ -5,7 +5,8 @@
 
 Go on after a stop with --resume_from OUTPUT_DIR (its newest checkpoint) or a checkpoint folder. Several GPUs:
 accelerate launch --multi_gpu --num_processes 2 tools/train.py ... (a step then has twice as many statements).
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+SIGTERM or SIGUSR1: the step under way is finished and saved, then the run ends. On a cluster: tools/slurm/train.sh.
+Exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped as asked (go on with --resume_from), 130 interrupted.
 """
 
 import sys
@@ -24,7 +25,8 @@ def main() -> int:
     # After the arguments: torch takes seconds to load, and --help should not.
     from theworld.console import quiet_libraries, rehearse
     from theworld.preflight import Plan
-    from theworld.train import NotFinite, Trainer
+    from theworld.stopping import STATUS, StopRequest
+    from theworld.train import NotFinite, OutOfMemory, Trainer
 
     quiet_libraries()
     try:
@@ -32,14 +34,19 @@ def main() -> int:
         if arguments.dry_run:
             lines = Plan(config, arguments.cache).lines  # in all processes: they wait for each other
             return rehearse("train", lambda: lines)
-        trainer = Trainer(config, arguments.cache)
-        checkpoint = trainer.run()
+        with StopRequest() as stop:
+            trainer = Trainer(config, arguments.cache, stop)
+            checkpoint = trainer.run()
     except KeyboardInterrupt:
         print("\ntrain: interrupted; go on with --resume_from and the same --output_dir", file=sys.stderr)
         return 130
-    except (ValueError, OSError, NotFinite) as error:
+    except (ValueError, OSError, NotFinite, OutOfMemory) as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
+    if trainer.stopped:
+        if trainer.processes.is_main:
+            print(f"stopped as asked: {checkpoint}. Go on with --resume_from {config.output_dir}")
+        return STATUS
     if trainer.processes.is_main:
         next_step = f"python tools/eval.py --model_name {checkpoint} --cache {arguments.cache}"
         print(f"done: {checkpoint}. Next: {next_step}")

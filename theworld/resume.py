@@ -1,0 +1,145 @@
+"""What a run goes on from: the newest checkpoint that is as it was saved, whether it is this run's, and what earlier
+starts left in the way."""
+
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from theworld.checkpoint import STATE, find_checkpoint, load_checkpoint, number_of, numbered
+from theworld.files import STALE_SECONDS
+from theworld.saved import INDEX, CheckpointError
+
+DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
+SETTLED = 60.0  # seconds: what a process that is gone wrote last is older
+_TEMPORARY = re.compile(r"\.checkpoint-\d+\.(?:(.+)\.)?(\d+)\.tmp")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is as it was saved, and newer ones that are not, with what is wrong with them."""
+
+    path: Path
+    state: dict[str, Any]
+    progress: dict[str, Any]
+    skipped: dict[Path, str] = field(default_factory=dict)
+
+
+def find_sound(path: str | Path) -> Found:
+    """What a run goes on from: `path` itself, which has to be as it was saved, or the newest one in it that is.
+
+    CheckpointError if there is none.
+    """
+    path, skipped = Path(path), dict[Path, str]()
+    if (path / INDEX).is_file() or not numbered(path):
+        path = find_checkpoint(path)
+        return Found(path, *load_checkpoint(path))
+    for one in reversed(numbered(path)):
+        try:
+            return Found(one, *load_checkpoint(one), skipped)
+        except CheckpointError as error:
+            skipped[one] = str(error)
+    reasons = "".join(f"\n  {reason}" for reason in skipped.values())
+    raise CheckpointError(f"{path}: no checkpoint in it is as it was saved:{reasons}")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path) -> None:
+    """CheckpointError unless a whole optimiser's state fits this optimiser: torch itself asks for no shape."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = [len(group["params"]) for group in optimizer.param_groups]
+    theirs = [len(group["params"]) for group in saved["param_groups"]]
+    if groups != theirs:
+        raise CheckpointError(f"{path / STATE}: parameters in groups of {theirs}; this run has {groups}")
+    for number, state in saved["state"].items():
+        if not 0 <= number < len(parameters):
+            raise CheckpointError(f"{path / STATE}: there is no parameter {number} in this run")
+        for name in ("exp_avg", "exp_avg_sq"):
+            have, wanted = tuple(state[name].shape), tuple(parameters[number].shape)
+            if have != wanted:
+                raise CheckpointError(
+                    f"{path / STATE}: {name} of parameter {number} is {have}; wanted {wanted}"
+                )
+            if not state[name].isfinite().all():
+                raise CheckpointError(f"{path / STATE}: {name} of parameter {number} is not finite")
+
+
+def check_same_run(found: Found, statements: int, per_step: int, trained: list[str]) -> None:
+    """CheckpointError where a run of so many statements, so many a step, that trains these parts of Gemma, would not
+    be the one that a checkpoint is of."""
+    path, record = found.path, found.progress
+    if record["num_statements"] != statements:
+        raise CheckpointError(
+            f"{path} was trained on {record['num_statements']} statements, now there are {statements}; use the "
+            "same --annotations and cache"
+        )
+    if record["statements_per_step"] != per_step:
+        raise CheckpointError(
+            f"{path} was trained with {record['statements_per_step']} statements a step, now there are "
+            f"{per_step}: batch_size x gradient_accumulation_steps x processes has to stay the same"
+        )
+    if record["trained"] != trained:
+        raise CheckpointError(
+            f"{path} trained {record['trained'] or 'nothing'} of Gemma, now {trained or 'nothing'} would train; "
+            "start a new stage with --init_from in place of --resume_from"
+        )
+
+
+# ---- what lies in the way
+
+
+def refuse_to_overwrite(output_dir: Path, found: Found | None) -> None:
+    """CheckpointError if checkpoints that a run would write again are there when it starts; those that are damaged
+    and were skipped are set aside by then."""
+    done = -1 if found is None else found.progress["step"]
+    skipped = found.skipped if found is not None else {}
+    ahead = [p for p in numbered(output_dir) if number_of(p) > done and p not in skipped]
+    if ahead:
+        cure = "use another --output_dir, or move them away"
+        if found is None:
+            cure = f"go on with --resume_from {output_dir}, " + cure
+        raise CheckpointError(f"{output_dir} already holds {', '.join(p.name for p in ahead)}; {cure}")
+
+
+def tidy(output_dir: Path, skipped: Iterable[Path] = ()) -> list[str]:
+    """Renames damaged checkpoints that are in the way, and deletes what killed saves left; a line for each.
+
+    A temporary folder goes if the process that its name tells of ran on this machine, is gone, and wrote nothing for a
+    minute; or if nobody wrote to it for a day.
+    """
+    lines = []
+    for path in skipped:
+        if path.parent.resolve() == output_dir.resolve():
+            aside, number = path.with_name(DAMAGED + path.name), 2
+            while aside.exists():
+                aside, number = path.with_name(f"{DAMAGED}{path.name}-{number}"), number + 1
+            os.rename(path, aside)
+            lines.append(f"{path.name} is now {aside}")
+    for path in sorted(output_dir.glob(".checkpoint-*.tmp")):
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None:
+            continue
+        age = time.time() - max(p.stat().st_mtime for p in (path, *path.iterdir()))
+        gone = match[1] == socket.gethostname() and not _lives(int(match[2])) and age > SETTLED
+        if gone or age > STALE_SECONDS:
+            shutil.rmtree(path)
+            lines.append(f"deleted {path}, which a killed save left")
+        else:
+            lines.append(f"{path} was left by a save that did not end, {age:.0f} s ago; it is not used")
+    return lines
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
