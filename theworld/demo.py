@@ -20,9 +20,10 @@ from PIL import Image
 from theworld.config import load_config
 from theworld.console import quiet_libraries
 from theworld.extract import extract
-from theworld.metrics import SYSTEMS, summarise, table, write_jsonl
+from theworld.metrics import SYSTEMS, summarise, write_jsonl
 from theworld.scenes import write_scenes
 from theworld.score import score
+from theworld.tables import table
 from theworld.train import Trainer
 
 matplotlib.use("agg")  # draws into files; needs no screen
