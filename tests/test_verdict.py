@@ -67,7 +67,7 @@ def test_not_the_world_where_another_images_latents_do_better() -> None:
 def test_a_control_that_is_only_not_shown_to_be_less_is_not_called_as_good() -> None:
     found = judged(world=147, baseline=140, zero=143, shuffled=100)
     assert found.kind == NOT_THE_WORLD
-    assert "but it is not shown to be more than with zero latents (71.5 %) (+2.0 points" in found.sentence
+    assert "but zero latents (71.5 %) are not shown to do less (+2.0 points for the world, " in found.sentence
 
 
 def test_without_controls_nothing_is_claimed() -> None:

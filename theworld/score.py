@@ -27,7 +27,7 @@ from theworld.feed import Fetch
 from theworld.gemma import Gemma
 from theworld.held_out import HeldOut, held_out
 from theworld.images import read_image
-from theworld.metrics import Row, records
+from theworld.metrics import Row, model_of, records
 from theworld.model import CONFIG_FILE, WORLD_FILE, TheWorld
 from theworld.provenance import default_output, of_checkpoint, of_results, short_names, write_results
 from theworld.vae import CosmosEncoder
@@ -136,6 +136,7 @@ def score_all(
         logits |= {system: answers[kind] for system, kind in asked.items()}
         sources[name] = of_checkpoint(model, path, data.trained_on[name])
         del model, latents, vision  # before the next: with them its merged copy of Gemma's matrices
+    logits = dict(sorted(logits.items(), key=lambda item: bool(model_of(item[0]))))  # what all share first
     rows = records(statements, logits, data.seen_images, data.in_train, data.dataset, data.split)
     return rows, of_results(data, cache, image_folder, sources)
 

@@ -9,10 +9,10 @@ from theworld.verdict import points, verdict
 
 NAMES = {
     "world": "world tokens",
-    "baseline": "no world tokens (plain Gemma)",
+    "baseline": "plain Gemma",
     "zero": "zero latents",
     "shuffled": "another image's latents",
-    "text": "text only (no photograph)",
+    "text": "text only",
 }
 
 

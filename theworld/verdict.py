@@ -7,7 +7,7 @@ they have to be better than zero latents and than another image's latents too, o
 from dataclasses import dataclass
 from typing import Any
 
-from theworld.metrics import FEW, kind_of, models_in, pair_of, system_of
+from theworld.metrics import FEW, kind_of, model_of, models_in, pair_of, system_of
 
 ALPHA = 0.05
 HELPS, NOT_THE_WORLD, UNCONTROLLED = "helps", "not the world", "without controls"
@@ -116,7 +116,7 @@ def _control(summary: dict[str, Any], control: str, system: str, world: str, bas
         test = f"{points(less['difference'])} for the world, {_interval(less)}"
         if better(rest):
             return f"{words} help as much ({test}): not the world"
-        return f"it is not shown to be more than with {words} ({test})"
+        return f"{words} are not shown to do less ({test})"
     if better(rest):
         return f"{words} keep {points(rest['difference'])} of it"
     return words + LOSE
@@ -126,12 +126,10 @@ def _notes(summary: dict[str, Any]) -> list[str]:
     """What else a reader has to know."""
     notes = []
     unseen = summary["gain_by_seen"].get("False", [])
-    for pair in unseen if "True" in summary["gain_by_seen"] else []:
-        who = pair["first"].rpartition(":")[0]
-        notes.append(
-            f"On the {pair['n']:,} statements about images that training did not show"
-            f"{f' ({who})' if who else ''}: {points(pair['difference'])} ({_interval(pair)})."
-        )
+    if unseen and "True" in summary["gain_by_seen"]:
+        gains = [f"{model_of(p['first'])} {points(p['difference'])} ({_interval(p)})".strip() for p in unseen]
+        where = f"On the {unseen[0]['n']:,} statements about images that training did not show"
+        notes.append(f"{where}: {'; '.join(gains)}.")
     if summary["statements_in_train"]:
         notes.append(
             f"{summary['statements_in_train']:,} of the {summary['statements']:,} statements were trained on: no "
