@@ -22,8 +22,8 @@ from theworld.gemma import Gemma
 from theworld.masks import attention_masks
 
 Weight = Tensor | Fp8Weight
-# Of flex attention on a Hopper GPU at Gemma's heads of 256, the fastest of those that were tried (RESULTS.md). With its
-# own choice of 4 warps the gradients of keys and values do not fit into registers.
+# Of flex attention in bfloat16 on a Hopper GPU at Gemma's heads of 256: the fastest of those that were tried
+# (RESULTS.md). With its own choice of 4 warps the gradients of keys and values do not fit into registers.
 HOPPER_KERNELS = {
     **{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4},
     **{"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64},
@@ -77,7 +77,7 @@ class Decoder:
             config.head_dim,
             config.query_pre_attn_scalar**-0.5,
             config.rms_norm_eps,
-            _kernel_options(config.head_dim, gemma.device),
+            _kernel_options(config.head_dim, gemma),
         )
         self.kinds = list(config.layer_types)
         model = gemma.text_model
@@ -215,10 +215,11 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return fp8_linear(x, weight) if isinstance(weight, Fp8Weight) else F.linear(x, weight)
 
 
-def _kernel_options(head_width: int, device: torch.device) -> tuple[tuple[str, int], ...]:
-    """Where nothing better is known, flex attention chooses for itself."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return tuple(HOPPER_KERNELS.items()) if hopper and head_width == 256 else ()
+def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...]:
+    """Where nothing better is known, flex attention chooses for itself. In float32 these would not fit."""
+    hopper = gemma.device.type == "cuda" and torch.cuda.get_device_capability(gemma.device)[0] == 9
+    known = hopper and head_width == 256 and gemma.dtype == torch.bfloat16
+    return tuple(HOPPER_KERNELS.items()) if known else ()
 
 
 def _merged(layer: Any, fp8: bool) -> Layer:
