@@ -83,6 +83,24 @@ def test_training_statements_that_moved_have_to_be_named(vsr: Path, tmp_path: Pa
     assert data.seen_images == {"a.jpg"}
 
 
+def test_what_an_earlier_stage_was_trained_on_was_seen(vsr: Path, tmp_path: Path) -> None:
+    write(tmp_path / "own", "train", [("d.jpg", "five")])
+    first = checkpoint(tmp_path / "first", tmp_path / "own")
+    (first / "projection.safetensors").touch()
+    second = checkpoint(tmp_path / "second", vsr, init_from=str(first))
+    data = held_out({"": second}, "test", {})
+    assert data.seen_images == {"a.jpg", "d.jpg"}
+    assert data.trained_on == {
+        "": "3 statements of own data train, before that on 1 statements of own data train"
+    }
+    (first / "projection.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"second was trained on train of .*vsr \(vsr\) from .*first, .*neither a check"
+    ):
+        held_out({"": second}, "test", {})
+    assert held_out({"": second}, "test", {}, train_annotations=str(vsr)).seen_images == {"a.jpg"}
+
+
 def test_checkpoints_are_compared_on_the_same_statements(vsr: Path, tmp_path: Path) -> None:
     write(tmp_path / "own", "train", [("d.jpg", "five")])
     both = {"x": checkpoint(tmp_path / "x", vsr), "y": checkpoint(tmp_path / "y", tmp_path / "own")}

@@ -259,7 +259,8 @@ def test_where_results_are_found(tmp_path: Path, photographs: Path) -> None:
     assert find_results(checkpoint) == [path]
     assert set(find_results(tmp_path / "run")) == {path, other}
     other.write_text("not a record\n")
-    text = render(tmp_path / "run", path, [other], photographs)
+    text = render(tmp_path / "run", path, [other], photographs, tmp_path / "my page.html")
+    assert f"{tmp_path / 'run'} --results {path} --output &#x27;{tmp_path / 'my page.html'}&#x27;" in text
     assert "Other evaluations of this run" in text
     assert "checkpoint-20-vsr_random-test.jsonl:1: Expecting value" in text
     with pytest.raises(ValueError, match="Expecting value"):

@@ -13,6 +13,7 @@ from theworld.files import hash_file
 from theworld.metrics import SYSTEMS, read_jsonl, summarise
 from theworld.model import Gemma
 from theworld.provenance import default_output, read_source, short_names
+from theworld.saved import read_world
 from theworld.score import score, score_to_file
 from theworld.train import Trainer
 
@@ -83,6 +84,43 @@ def test_checkpoints_that_ask_in_other_words_have_a_baseline_each(
     rows = read_jsonl(tmp_path / "r.jsonl")
     assert list(rows[0]["systems"]) == ["s0:world", "s0:baseline", "s1:world", "s1:baseline"]
     assert rows[0]["systems"]["s0:baseline"] != rows[0]["systems"]["s1:baseline"]
+
+
+def test_baseline_is_the_published_gemma_and_a_trained_one_stands_beside_it(
+    seeds: list[Path], config: Config, cache: Path, tmp_path: Path
+) -> None:
+    """A second stage that trains Gemma's language model: what that answers alone is another system."""
+    stage = replace(
+        config,
+        max_steps=3,
+        do_eval=False,
+        learning_rate=1e-2,
+        init_from=str(seeds[0]),
+        freeze_gemma_language=False,
+        output_dir=str(tmp_path / "stage-2"),
+    )
+    second = Trainer(stage, cache).run()
+    assert read_world(second)["parts"] == ["language"]
+    alone = score(seeds[0] / "checkpoint-1", cache, None, "test", SYSTEMS, {})
+    score_to_file([seeds[0], second.parent], "test", cache, None, SYSTEMS, {}, [], tmp_path / "r.jsonl")
+    rows = read_jsonl(tmp_path / "r.jsonl")
+    own = ["world", "zero", "shuffled", "text"]
+    wanted = ["baseline", *(f"s0:{k}" for k in own), "stage-2:world", "stage-2:without"]
+    assert list(rows[0]["systems"]) == [*wanted, *(f"stage-2:{k}" for k in own[1:])]
+    single = score(second, cache, None, "test", SYSTEMS, {})
+    assert list(single[0]["systems"]) == ["world", "without", "zero", "shuffled", "text", "baseline"]
+    for row, one, published in zip(rows, single, alone, strict=True):
+        plain = published["systems"]["baseline"]
+        assert row["systems"]["baseline"] == pytest.approx(plain, abs=1e-4)
+        assert one["systems"]["baseline"] == pytest.approx(plain, abs=1e-4)
+        assert row["systems"]["stage-2:without"] == pytest.approx(one["systems"]["without"], abs=1e-4)
+    gap = [
+        abs(one["systems"]["without"]["logit_1"] - one["systems"]["baseline"]["logit_1"]) for one in single
+    ]
+    assert max(gap) > 1e-2
+    source = read_source(tmp_path / "r.jsonl")
+    assert source is not None
+    assert [source["checkpoints"][name]["parts"] for name in ("s0", "stage-2")] == [[], ["language"]]
 
 
 def test_results_of_a_run_lie_in_it(seeds: list[Path], cache: Path) -> None:

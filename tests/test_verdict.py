@@ -70,6 +70,22 @@ def test_a_control_that_is_only_not_shown_to_be_less_is_not_called_as_good() -> 
     assert "but zero latents (71.5 %) are not shown to do less (+2.0 points for the world, " in found.sentence
 
 
+def test_a_gemma_that_was_trained_has_to_be_beaten_without_world_tokens_too() -> None:
+    found = judged(world=180, baseline=140, zero=138, shuffled=100, without=178)
+    assert found.kind == NOT_THE_WORLD
+    assert (
+        "but its own Gemma's answers without them (89.0 %) help as much (+1.0 points for the world"
+        in found.sentence
+    )
+    better = judged(world=180, baseline=140, zero=138, shuffled=100, without=150)
+    assert better.kind == HELPS
+    assert better.sentence.endswith(
+        "another image's latents (50.0 %) and zero latents (69.0 %) lose it, its own Gemma's answers without them "
+        "(75.0 %) keep +5.0 points of it."
+    )
+    assert judged(world=180, baseline=140, zero=100, without=100).kind == UNCONTROLLED
+
+
 def test_without_controls_nothing_is_claimed() -> None:
     found = judged(world=180, baseline=140, zero=100)
     assert found.kind == UNCONTROLLED

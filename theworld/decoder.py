@@ -1,4 +1,4 @@
-"""Gemma's frozen decoder over packed rows: what transformers computes, with less work.
+"""Gemma's decoder over packed rows: what transformers computes, with less work where it is frozen.
 
 Nothing here trains, so a layer is a pure function of its input and fixed weights: queries, keys and values come from
 one matrix, nothing is computed for weight gradients, and the last layer goes on with the wanted rows alone. The
@@ -126,6 +126,35 @@ class Decoder:
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(function, *arguments, self.shape, use_reentrant=False)
         return function(*arguments, self.shape)
+
+
+class TrainedDecoder:
+    """transformers' own decoder over packed rows, for a language model that trains or has LoRA matrices beside it."""
+
+    def __init__(self, gemma: Gemma, compiled: bool = False, checkpointed: bool = False) -> None:
+        """As `Decoder`."""
+        self.gemma = gemma
+        if checkpointed:
+            checkpoint_layers(gemma.text_model)
+        if compiled:
+            for layer in gemma.text_model.layers:
+                layer.compile()
+
+    def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
+        """As `Decoder`; there are no frozen columns."""
+        assert not batch.num_frozen, "everything here depends on what trains"
+        masks = attention_masks(batch, self.gemma.sliding_window, "sdpa")
+        options = {"position_ids": batch.position_ids, "use_cache": False}
+        with self.gemma.computing():
+            output = self.gemma.text_model(inputs_embeds=x, attention_mask=masks, **options)
+        return output.last_hidden_state.flatten(0, 1)[wanted].to(self.gemma.dtype)
+
+
+def checkpoint_layers(module: Any) -> None:
+    """Lets a transformers module keep only each layer's input for the backward pass. That takes its training mode, in
+    which a Gemma 3 does nothing else, as it has no dropout."""
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    module.train()
 
 
 def decoder_layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:

@@ -57,15 +57,18 @@ def predict(
     device = model.gemma.device
     other = shuffled_images(images_of(statements)) if "shuffled" in systems else {}
     order = _order(statements, other)
-    starts = range(0, len(order), batch_size)
+    every = list(range(0, len(order), batch_size))
+    starts: list[int | None] = list(every)
     if processes is not None:
-        starts = starts[processes.rank :: processes.count]
+        starts = list(every[processes.rank :: processes.count])
+        if model.shell is not None and len(starts) < len(every[:: processes.count]):
+            starts.append(None)  # sharded processes compute together: one with less to do goes along
     packer = model.packer()
 
     def passes() -> Iterator[tuple[list[int], Pass]]:
         for start in starts:
-            chosen = order[start : start + batch_size]
-            asked = [statements[i] for i in chosen]
+            chosen = order[start : start + batch_size] if start is not None else []
+            asked = [statements[i] for i in chosen or order[:1]]
             worlds = [_world(system, s.image, other) for system in systems for s in asked]
             yield chosen, make_pass(model, packer, asked * len(systems), latents, vision, worlds)
 
@@ -76,9 +79,11 @@ def predict(
     for chosen, one in bar:
         one = one.to(device)
         assert one.batch is not None
-        every = model(one.batch, one.latents, one.vision)
-        answers = torch.cat([every[:, list(model.gemma.answer_ids)], every.logsumexp(1, keepdim=True)], 1)
-        logits[:, chosen] = answers.view(len(systems), len(chosen), 3)
+        every_token = model(one.batch, one.latents, one.vision)
+        two = every_token[:, list(model.gemma.answer_ids)]
+        if chosen:
+            answers = torch.cat([two, every_token.logsumexp(1, keepdim=True)], 1)
+            logits[:, chosen] = answers.view(len(systems), len(chosen), 3)
     if processes is not None:
         (logits,) = processes.sum([logits])
     return dict(zip(systems, logits.cpu().numpy(), strict=True))

@@ -1,6 +1,6 @@
 """Phase 1: photographs through a frozen encoder into a store, once, resumable. It serves both encoders.
 
-    list ─> check ─> encode (see `theworld.stages`) ─> publish
+    list ─> check ─> encode (see `theworld.stages`; `theworld.image_by_image` for rollouts) ─> publish
 
 Any number of processes may share the work (see `theworld.parts`); whoever finds all shards committed publishes.
 """
@@ -8,36 +8,27 @@ Any number of processes may share the work (see `theworld.parts`); whoever finds
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from theworld.cache import FAILURES, LATENTS, VISION
+from theworld.cache import FAILURES, LATENTS, VISION, expected_latents
 from theworld.config import Config
-from theworld.encodings import Encoding, LatentEncoding, VisionEncoding
+from theworld.console import duration
+from theworld.encodings import Encoding, LatentEncoding, RolloutEncoding, VisionEncoding, open_store
+from theworld.finished import refusals
 from theworld.gemma import Gemma
-from theworld.images import PREPROCESSING
+from theworld.image_by_image import roll_out
 from theworld.listing import freeze, known_hashes, write_failures
 from theworld.parts import Part, this_part
 from theworld.reading import Batches, Source, num_workers
+from theworld.rollout import Rollout, check_rollout
 from theworld.stages import batches_of, encode_shards
-from theworld.store import ImageEntry, Store, verify_store
+from theworld.store import ImageEntry, Store, check_existing, verify_store
 from theworld.vae import CosmosEncoder
 from theworld.vsr import images_of, load_all
 from theworld.weights import resolve_device, resolve_dtype, wants_compile
-
-
-def open_store(
-    cache: Path, encoding: Encoding, images: list[ImageEntry], shard_size: int, batch_size: int
-) -> Store:
-    """The store of one encoding in the cache, new or to be resumed; StoreMismatch where it is another one."""
-    fingerprint = {
-        **encoding.fingerprint(),
-        **{f"preprocessing_{k}": v for k, v in PREPROCESSING.items()},
-        "storage_dtype": encoding.arrays[0].dtype,
-        "encode_batch_size": batch_size,
-    }
-    return Store.create(cache / encoding.name, fingerprint, images, encoding.arrays, shard_size)
 
 
 def preflight(store: Store, encoding: Encoding, pending: list[int], source: Source, batch_size: int) -> str:
@@ -56,7 +47,7 @@ def preflight(store: Store, encoding: Encoding, pending: list[int], source: Sour
     return (
         f"{encoding.name}: {len(rows):,} of {len(store.rows):,} images to encode in {len(pending)} of "
         f"{store.num_shards} shards, {size / 2**20:,.1f} MiB on disk ({free / 2**30:,.1f} GiB free), "
-        f"about {_duration(seconds)}"
+        f"about {duration(seconds)}"
     )
 
 
@@ -87,14 +78,6 @@ def _seconds_an_image(
     return max(reading, encoding_seconds(batch_size))
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-    )
-
-
 def verify(cache: Path) -> list[str]:
     """What is wrong with the stores of a cache; empty when every byte reads back as it was written."""
     problems: list[str] = []
@@ -107,15 +90,23 @@ def verify(cache: Path) -> list[str]:
 
 
 def extract(
-    config: Config, cache: Path, with_vision: bool, allow_missing: bool, part: Part | None = None
+    config: Config,
+    cache: Path,
+    with_vision: bool,
+    allow_missing: bool,
+    part: Part | None = None,
+    guardrail: Any = None,
 ) -> bool:
     """Phase 1 as `tools/extract_latents.py` runs it: list, check, encode, publish. `part`: of independent tasks.
+    `guardrail`: see `Rollout`.
 
     Returns whether all of the cache is there now, which it is not before the last task is done, and False in the
     processes of one run that leave the last word to the first. Raises ValueError if photographs are missing or
     unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded.
     """
     part = this_part(part)
+    if config.num_world_steps:
+        part.from_first(lambda: _check_rollout(config, cache, guardrail))
     images = part.from_first(lambda: list_images(config, cache, _source(config, part), allow_missing))
     source = _source(config, part)
     device = resolve_device(part.device(config.device))
@@ -125,12 +116,24 @@ def extract(
     compiled = wants_compile(config.compile, device)
     encoder = CosmosEncoder(config.cosmos_model_name, dtype, device, compiled)
     latents = LatentEncoding(encoder, config.latent_size, config.latent_dtype)
-    complete = run(latents, cache, images, source, config, part)
+    if config.num_world_steps:
+        rollout = Rollout(config, dtype, device, encoder.revision, guardrail)
+        moments = RolloutEncoding(latents, rollout, config.encode_batch_size)
+        complete = roll_out(moments, cache, images, source, config, part, allow_missing)
+        del rollout, moments  # the largest models of all
+    else:
+        complete = run(latents, cache, images, source, config, part)
     if with_vision:
         vision = VisionEncoding(Gemma(config.model_name, dtype, device), compiled)
         complete = run(vision, cache, images, source, config, part) and complete
     part.leave()
     return complete and part.speaks
+
+
+def _check_rollout(config: Config, cache: Path, guardrail: Any) -> None:
+    """What can be known to be wrong before hours are spent: a cache of other settings, no guardrail, no pipeline."""
+    check_existing(cache / LATENTS, expected_latents(config))
+    check_rollout(config, guardrail)
 
 
 def _source(config: Config, part: Part) -> Source:
@@ -151,7 +154,9 @@ def list_images(config: Config, cache: Path, source: Source, allow_missing: bool
         tqdm.write(f"{config.annotations}: no other statements than those of {' and '.join(splits)}")
     cache.mkdir(parents=True, exist_ok=True)
     images, failures = freeze(names, source, known_hashes(cache))
-    write_failures(cache, failures)
+    refused = refusals(cache / LATENTS)
+    predicted = [(image.path, refused[image.sha256]) for image in images if image.sha256 in refused]
+    write_failures(cache, sorted(failures + predicted))
     if failures and not (allow_missing and images):
         some = "\n".join(f"  {path}: {reason}" for path, reason in failures[:5])
         raise ValueError(

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from theworld.checkpoint import find_model
 from theworld.config import Config, load_config
-from theworld.model import CONFIG_FILE
 from theworld.references import dataset_label
+from theworld.saved import CONFIG_FILE
 from theworld.vsr import RELEASES, Statement, load_statements, seen_images
 
 
@@ -34,10 +35,10 @@ def held_out(
 ) -> HeldOut:
     """The split that the checkpoints' settings name, with `overrides` on top, and what training had of it.
 
-    What a checkpoint was trained on is in its own settings, whatever `overrides` say; `train_annotations` is where
-    that lies now, if it moved. Raises ValueError where checkpoints name different splits, where training statements
-    are not found, and, unless `allow_trained`, for a split of one release of VSR and a checkpoint of the other, since
-    the releases share statements.
+    What a checkpoint was trained on is in its own settings and in those of the stages before it, whatever `overrides`
+    say; `train_annotations` is where the statements of all stages lie now, if they moved. Raises ValueError where
+    checkpoints name different splits, where training statements are not found, and, unless `allow_trained`, for a split
+    of one release of VSR and a checkpoint of the other, since the releases share statements.
     """
     settings = {name: load_config(path / CONFIG_FILE, overrides) for name, path in checkpoints.items()}
     sources = {name: (c.annotations, c.dataset_name) for name, c in settings.items()}
@@ -53,39 +54,52 @@ def held_out(
     seen: set[str] = set()
     trained_on = {}
     for name, path in checkpoints.items():
-        own = load_config(path / CONFIG_FILE)
-        train = _training_statements(own, path, train_annotations)
-        had = {(s.image, s.caption) for s in train}
+        stages = _stages(path, train_annotations)
+        had = {(s.image, s.caption) for train, _ in stages for s in train}
         overlap = sum((s.image, s.caption) in had for s in statements)
-        _check_release(path, own, dataset_name, split, (overlap, len(statements)), allow_trained)
+        trained = {RELEASES[own.dataset_name] for _, own in stages}
+        if not allow_trained:
+            _check_release(path, trained, RELEASES[dataset_name], split, overlap, len(statements))
         in_train |= had
-        seen |= seen_images(statements, train)
-        release = dataset_label(own.dataset_name, "train", len(train))
-        trained_on[name] = f"{len(train):,} statements of {release} train"
+        seen |= {image for train, _ in stages for image in seen_images(statements, train)}
+        trained_on[name] = ", before that on ".join(
+            f"{len(train):,} statements of {dataset_label(own.dataset_name, 'train', len(train))} train"
+            for train, own in stages
+        )
     image_folder = next(iter(settings.values())).image_folder
     return HeldOut(statements, split, dataset, annotations, image_folder, seen, in_train, trained_on)
 
 
-def _training_statements(own: Config, path: Path, train_annotations: str | None) -> list[Statement]:
-    source = own.annotations if train_annotations is None else train_annotations
-    try:
-        return load_statements(source, "train", own.dataset_name)[: own.num_samples]
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} was trained on train of {source or 'the hub'} ({own.dataset_name}), and which images it has seen "
-            f"cannot be told: {error}; give --train_annotations, where those statements lie now"
-        ) from error
+def _stages(path: Path, train_annotations: str | None) -> list[tuple[list[Statement], Config]]:
+    """What a checkpoint was trained on, and with which settings, by stage, the last first."""
+    found = []
+    stage: Path | None = path
+    while stage is not None:
+        own = load_config(stage / CONFIG_FILE)
+        source = own.annotations if train_annotations is None else train_annotations
+        try:
+            train = load_statements(source, "train", own.dataset_name)[: own.num_samples]
+            before = own.init_from if train_annotations is None else None
+            stage = find_model(before) if before else None
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{stage} was trained on train of {source or 'the hub'} ({own.dataset_name})"
+                f"{f' from {own.init_from}' if own.init_from else ''}, and which images it has seen cannot be told: "
+                f"{error}; give --train_annotations, where the training statements of all stages lie now"
+            ) from error
+        found.append((train, own))
+    return found
 
 
 def _check_release(
-    path: Path, own: Config, dataset_name: str, split: str, overlap: tuple[int, int], allowed: bool
+    path: Path, trained: set[str], scored: str, split: str, overlap: int, num_statements: int
 ) -> None:
     """ValueError for a split that is not held out from the other release's training."""
-    trained, scored = RELEASES[own.dataset_name], RELEASES[dataset_name]
-    if allowed or trained == scored or not (overlap[0] or scored == "zeroshot"):
+    if trained == {scored} or not (overlap or scored == "zeroshot"):
         return
     raise ValueError(
-        f"{path} was trained on VSR {trained}, and {overlap[0]:,} of the {overlap[1]:,} statements of {scored} {split} "
-        f"are among its training statements, so this would be no {scored} result; score a model that was trained with "
-        f"--dataset_name vsr_{scored}, or give --allow_trained_statements: the records then mark them"
+        f"{path} was trained on VSR {' and '.join(sorted(trained))}, and {overlap:,} of the {num_statements:,} "
+        f"statements of {scored} {split} are among its training statements, so this would be no {scored} result; score "
+        f"a model that was trained with --dataset_name vsr_{scored}, or give --allow_trained_statements: the records "
+        "then mark them"
     )

@@ -26,6 +26,8 @@ from theworld.files import publish_bytes
 from theworld.vsr import Statement, meta_category
 
 SYSTEMS = ("world", "baseline", "zero", "shuffled", "text")
+# Of a checkpoint that has a Gemma of its own also what that answers without world tokens.
+KINDS = (*SYSTEMS, "without")
 FEW = 30  # statements: below this a share says little
 Row = dict[str, Any]
 
@@ -167,7 +169,7 @@ def _check(row: Any, where: str) -> None:
 
 
 def kind_of(system: str) -> str:
-    """One of SYSTEMS: "world" of "run-1:world"."""
+    """One of KINDS: "world" of "run-1:world"."""
     return system.rpartition(":")[2]
 
 
@@ -285,7 +287,7 @@ def over_checkpoints(summary: dict[str, Any]) -> dict[str, Any]:
     if len(models) < 2:
         return {}
     found = {}
-    for kind in SYSTEMS:
+    for kind in KINDS:
         named = {m: system_of(systems, m, kind) for m in models}
         found[kind] = {m: summary["systems"][s]["accuracy"] for m, s in named.items() if s}
     both = [m for m in models if m in found["world"] and m in found["baseline"]]

@@ -34,6 +34,7 @@ def of_checkpoint(model: TheWorld, path: Path, trained_on: str) -> dict[str, Any
         "dtype": str(model.gemma.dtype).removeprefix("torch."),
         "device": str(model.gemma.device),
         "trained_on": trained_on,
+        "parts": list(model.gemma.changed),  # of Gemma, that are not as they were published
         "trained_parameters": count_parameters(model.projection)[0],
         "projection": model.projection.shape.to_dict(),
         "fingerprint": {k: v for k, v in fingerprint.items() if k not in _LONG},

@@ -44,8 +44,8 @@ def write_report(
     found = find_results(run)
     shown = results or (found[-1] if found else None)
     others = [path for path in found if shown is None or path.resolve() != shown.resolve()]
-    text = render(run, shown, others, image_folder)
     output = output or run / "report.html"
+    text = render(run, shown, others, image_folder, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     publish_bytes(output, text.encode("utf-8"), overwrite=True)
     return output
@@ -69,8 +69,10 @@ def find_results(folder: Path) -> list[Path]:
     return sorted(set(found), key=lambda path: (path.stat().st_mtime_ns, path.name))
 
 
-def render(run: Path, results: Path | None, others: Sequence[Path], image_folder: Path | None) -> str:
-    """The page as text."""
+def render(
+    run: Path, results: Path | None, others: Sequence[Path], image_folder: Path | None, output: Path
+) -> str:
+    """The page as text; `output` is where it is going to lie."""
     rows = read_jsonl(results) if results else []
     source = read_source(results) if results else None
     head = f'<p class="kicker">TheWorld, evaluation of {escape(str(run))}</p><h1>Do world tokens help?</h1>'
@@ -91,10 +93,9 @@ def render(run: Path, results: Path | None, others: Sequence[Path], image_folder
     if others:
         sections.append(("others", "Other evaluations of this run", _others(others)))
     if results:
-        sections.append(("source", "How to make this again", origins.source(results, source, run)))
-    footer = paragraph(
-        "Made by tools/report.py from the records alone. This page loads nothing and runs no script."
-    )
+        sections.append(("source", "How to make this again", origins.source(results, source, run, output)))
+    made = "Made by tools/report.py from the records and what lies beside them."
+    footer = paragraph(f"{made} This page loads nothing and runs no script.")
     return page(f"Do world tokens help? {run.name}", head, sections, footer)
 
 

@@ -120,6 +120,8 @@ def _about(summary: Summary, with_others: bool) -> str:
         " Plain Gemma has the photograph and no world tokens; zero latents are the mean latent, which says nothing; "
         "text only is Gemma without the photograph."
     )
+    if any(kind_of(system) == "without" for system in summary["systems"]):
+        text += " Its own Gemma alone is the one that was trained, without world tokens."
     if not with_others:
         text += " Published results are for the test splits of Visual Spatial Reasoning, so none is drawn beside these."
     return paragraph(text)

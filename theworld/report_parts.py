@@ -11,7 +11,7 @@ from PIL import Image
 
 from theworld.charts import Series, plot, scale_of, thinned
 from theworld.images import ImageError, read_image
-from theworld.metrics import Row, models_in, system_of
+from theworld.metrics import KINDS, Row, models_in, system_of
 from theworld.page import data_uri, details, missing, paragraph, percent, table
 from theworld.report_figures import name_of
 
@@ -135,11 +135,7 @@ def examples(rows: Sequence[Row], photographs: Photographs) -> str:
         kinds.append(
             ("Most harmed: wrong with world tokens, right without", sorted(harmed, key=lambda r: gain[id(r)]))
         )
-    shown = [
-        s
-        for kind in ("world", "baseline", "zero", "shuffled", "text")
-        if (s := system_of(names, model, kind))
-    ]
+    shown = [s for kind in KINDS if (s := system_of(names, model, kind))]
     for title, found in kinds:
         chosen = list({r["image"]: r for r in reversed(found)}.values())[::-1][:NUM_PHOTOGRAPHS]
         parts.append(f"<h3>{escape(title)} ({len(found):,})</h3>")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,14 @@ def _picture(path: Path) -> str:
 # ---- where it comes from
 
 
-def source(results: Path, found: dict[str, Any] | None, run: Path) -> str:
-    """Checkpoints, fingerprints, versions, and the commands that make all of this again."""
-    again = "<h3>The figures again, from the records alone</h3>" + command(
-        f"python tools/eval.py --from {results}"
+def source(results: Path, found: dict[str, Any] | None, run: Path, output: Path) -> str:
+    """Checkpoints, fingerprints, versions, and the commands that make all of this again. `output`: the page."""
+    figures = shlex.join(["python", "tools/eval.py", "--from", str(results)])
+    page = shlex.join(
+        ["python", "tools/report.py", str(run), "--results", str(results), "--output", str(output)]
     )
-    again += "<h3>This page again</h3>" + command(f"python tools/report.py {run}")
+    again = f"<h3>The figures again, from the records alone</h3>{command(figures)}"
+    again += f"<h3>This page again</h3>{command(page)}"
     if found is None:
         beside = results.with_suffix(".meta.json")
         lack = f"{beside} is not there, so which checkpoint and cache gave these records is unknown."
@@ -134,6 +137,10 @@ def source(results: Path, found: dict[str, Any] | None, run: Path) -> str:
                     ("optimizer steps", "unknown" if one["step"] is None else f"{one['step']:,}"),
                     ("seed", str(one["seed"])),
                     ("trained on", one["trained_on"]),
+                    (
+                        "of Gemma",
+                        f"trained: {', '.join(one['parts'])}" if one["parts"] else "as it was published",
+                    ),
                     ("trained parameters", f"{one['trained_parameters']:,}"),
                     ("Gemma", f"{one['model_name']}, {one['model_revision'] or 'a local folder'}"),
                     ("computed", f"in {one['dtype']} on {one['device']}"),

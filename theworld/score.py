@@ -1,6 +1,5 @@
 """Checkpoints scored on a split: from a cache, or from photographs alone."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,27 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from theworld.cache import (
-    LATENTS,
-    VISION,
-    LiveVision,
-    Rows,
-    check_meaning,
-    expected_vision,
-    in_cache,
-    latent_pixels,
-)
+from theworld.cache import LATENTS, LiveVision, Rows, check_meaning, in_cache, latent_pixels
 from theworld.checkpoint import find_model
 from theworld.config import Config, load_config
-from theworld.data import check_same_eyes
+from theworld.data import cached_vision, vision_for
 from theworld.evaluate import predict
 from theworld.feed import Fetch
-from theworld.gemma import Gemma
 from theworld.held_out import HeldOut, held_out
 from theworld.images import read_image
 from theworld.metrics import Row, model_of, records
-from theworld.model import CONFIG_FILE, WORLD_FILE, TheWorld
+from theworld.model import TheWorld
 from theworld.provenance import default_output, of_checkpoint, of_results, short_names, write_results
+from theworld.saved import CONFIG_FILE, read_world
+from theworld.unfrozen import load_gemma
 from theworld.vae import CosmosEncoder
 from theworld.vsr import Statement
 
@@ -107,47 +98,69 @@ def score_all(
 ) -> tuple[list[Row], dict[str, Any]]:
     """The records of several checkpoints on the same statements, and where they come from (`theworld.provenance`).
 
-    `checkpoints`: folders by the names that stand before their systems, "" for a single one. What does not depend on
-    a checkpoint is answered once where all of them have the same Gemma and ask it the same: then "baseline" and
-    "text" have no name before them. Gemma stays loaded from one checkpoint to the next that has the same.
+    `checkpoints`: folders by the names that stand before their systems, "" for a single one. "baseline" is always Gemma
+    as it was published: where a checkpoint has a Gemma of its own, what that answers without world tokens is "without".
+    What is the same for all checkpoints is answered once, and has no name before it. Gemma stays loaded from one to the
+    next that has the same.
     """
-    keys = {name: _gemma_key(path, overrides) for name, path in checkpoints.items()}
-    shared = len(set(keys.values())) == 1
-    statements = data.statements
+    worlds = {name: read_world(path) for name, path in checkpoints.items()}
+    keys = {name: _gemma_key(path, worlds[name], overrides) for name, path in checkpoints.items()}
+    same = len(set(keys.values())) == 1
+    shared = {"baseline"} if same else set()
+    shared |= {"text"} if same and not any(world["parts"] for world in worlds.values()) else set()
     logits: dict[str, np.ndarray] = {}
     sources: dict[str, Any] = {}
-    gemma: Gemma | None = None
-    loaded: Any = None
-    for name, path in checkpoints.items():
-        model = TheWorld.from_pretrained(path, gemma if keys[name] == loaded else None, **overrides)
-        gemma, loaded = model.gemma, keys[name]
-        if cache is not None:
-            latents, vision, statements = _from_cache(model, cache, data.statements)
-        else:
-            assert image_folder is not None
-            latents, vision = _from_photographs(model, model.config, image_folder)
-        asked = {f"{name}:{kind}" if name else kind: kind for kind in _possible(model, systems)}
-        if name and shared:
-            asked = {kind if kind in ("baseline", "text") else system: kind for system, kind in asked.items()}
-        asked = {system: kind for system, kind in asked.items() if system not in logits}
-        print(f"answering as {', '.join(asked)}", flush=True)
+    statements = data.statements
+    gemma, loaded = None, None  # as it was published, and its key
+
+    def ask(model: TheWorld, kinds: dict[str, str]) -> None:
+        """Adds what `model` answers; `kinds`: what it is asked by what its answers are called."""
+        nonlocal statements
+        latents, vision, statements = _sources(model, cache, image_folder, data.statements)
+        named = {k if k in shared or not name else f"{name}:{k}": kind for k, kind in kinds.items()}
+        named = {system: kind for system, kind in named.items() if system not in logits}
+        print(f"answering as {', '.join(named)}", flush=True)
         size = model.config.eval_statements
-        answers = predict(model, statements, latents, vision, list(asked.values()), size, quiet=False)
-        logits |= {system: answers[kind] for system, kind in asked.items()}
+        found = predict(model, statements, latents, vision, list(named.values()), size, quiet=False)
+        logits.update({system: found[kind] for system, kind in named.items()})
+
+    for name, path in checkpoints.items():
+        world = worlds[name]
+        if world["parts"] or keys[name] != loaded:
+            gemma, loaded = None, None  # before another is loaded
+        model = TheWorld.from_pretrained(path, gemma, **overrides)
         sources[name] = of_checkpoint(model, path, data.trained_on[name])
-        del model, latents, vision  # before the next: with them its merged copy of Gemma's matrices
+        kinds = _possible(model, systems)
+        ask(model, {"without" if world["parts"] and kind == "baseline" else kind: kind for kind in kinds})
+        if world["parts"] and "baseline" in kinds and not shared & logits.keys():
+            config, fingerprint = model.config, model.fingerprint
+            del model
+            plain = load_gemma(config, revision=world["model_revision"])
+            model = TheWorld.from_config(config, plain, fingerprint)
+            ask(model, {"baseline": "baseline"})
+        if not model.gemma.changed:
+            gemma, loaded = model.gemma, keys[name]
+        del model  # before the next: it holds merged copies of Gemma's matrices
     logits = dict(sorted(logits.items(), key=lambda item: bool(model_of(item[0]))))  # what all share first
     rows = records(statements, logits, data.seen_images, data.in_train, data.dataset, data.split)
     return rows, of_results(data, cache, image_folder, sources)
 
 
-def _gemma_key(path: Path, overrides: dict[str, Any]) -> tuple[Any, ...]:
-    """What is equal for two checkpoints if and only if they answer alike without world tokens, so that one Gemma serves
-    both."""
+def _gemma_key(path: Path, world: dict[str, Any], overrides: dict[str, Any]) -> tuple[Any, ...]:
+    """What is equal for two checkpoints if and only if the Gemma that they started from answers both alike without
+    world tokens."""
     config = load_config(path / CONFIG_FILE, overrides)
     fields = ("model_name", "dtype", "device", "compile", "fp8", "question_template", "max_seq_length")
-    revision = json.loads((path / WORLD_FILE).read_text()).get("model_revision")
-    return (revision, *(getattr(config, field) for field in fields))
+    return (world["model_revision"], *(getattr(config, field) for field in fields))
+
+
+def _sources(
+    model: TheWorld, cache: Path | None, image_folder: Path | None, statements: list[Statement]
+) -> tuple[Fetch, Fetch | None, list[Statement]]:
+    if cache is not None:
+        return _from_cache(model, cache, statements)
+    assert image_folder is not None
+    return *_from_photographs(model, model.config, image_folder), statements
 
 
 def _possible(model: TheWorld, systems: Sequence[str]) -> list[str]:
@@ -169,25 +182,14 @@ def _from_cache(
     check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
     statements, note = in_cache(statements, latents, cache)
     print(f"scoring {note}")
-    if not model.gemma.is_multimodal:
-        return latents, None, statements
-    if (cache / VISION).exists():
-        vision = Rows(cache / VISION, VISION, expected_vision(model.config))
-        check_same_eyes(model.gemma, vision)
-        return latents, vision, statements
-    if model.config.image_folder is None:
-        raise ValueError(
-            f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or score "
-            "from photographs with --image-dir"
-        )
-    return (
-        latents,
-        LiveVision(model.gemma, model.config.image_folder, model.config.max_image_pixels),
-        statements,
-    )
+    notes: list[str] = []
+    vision = vision_for(model.gemma, model.config, cached_vision(model.config, cache), notes)
+    print("".join(f"{note}\n" for note in notes), end="")
+    return latents, vision, statements
 
 
 def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch | None]:
+    model.check_no_steps("photographs alone, --image-dir, are not enough")
     encoder = CosmosEncoder(config.cosmos_model_name, model.gemma.dtype, model.gemma.device)
     model.check_encoder(encoder.identity())
     latents = LiveLatents(encoder, folder, config.latent_size, config.max_image_pixels)

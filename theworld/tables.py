@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from theworld.metrics import FEW, SYSTEMS
+from theworld.metrics import FEW, KINDS
 from theworld.references import quoted
 from theworld.verdict import points, verdict
 
@@ -13,6 +13,7 @@ NAMES = {
     "zero": "zero latents",
     "shuffled": "another image's latents",
     "text": "text only",
+    "without": "its own Gemma alone",
 }
 
 
@@ -95,7 +96,7 @@ def _checkpoints(found: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
     lines = ["", "over checkpoints (mean, sample standard deviation, each)"]
-    for kind in (*SYSTEMS, "gain"):
+    for kind in (*KINDS, "gain"):
         if kind in found:
             one = found[kind]
             name = "world − baseline" if kind == "gain" else kind

@@ -13,7 +13,9 @@ from theworld.arguments import ArgumentParser, add_config_arguments
 from theworld.metrics import SYSTEMS, read_jsonl, write_summary
 from theworld.tables import table
 
-KEYS = "dataset_name annotations num_workers dtype device max_image_pixels eval_batch_size".split()
+KEYS = (
+    "dataset_name annotations image_folder num_workers dtype device max_image_pixels eval_batch_size".split()
+)
 
 
 def main() -> int:
@@ -24,7 +26,7 @@ def main() -> int:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--cache", type=Path, help="cache folder")
     photographs = "photographs, encoded on the spot: no cache"
-    source.add_argument("--image-dir", "--image_dir", type=Path, dest="image_folder", help=photographs)
+    source.add_argument("--image-dir", "--image_dir", type=Path, help=photographs)
     source.add_argument(
         "--from", type=Path, dest="records", help="records of an earlier call: no model loads"
     )
@@ -41,7 +43,7 @@ def main() -> int:
     add_config_arguments(parser, KEYS, of_checkpoint=True)
     arguments = vars(parser.parse_args())
     overrides = {key: arguments.pop(key) for key in KEYS if key in arguments}
-    records = arguments.pop("records")
+    records, arguments["image_folder"] = arguments.pop("records"), arguments.pop("image_dir")
     if bool(records) == bool(arguments["models"]) or (records and arguments["output"]):
         parser.error("give --model_name, or --from without --model_name and --output")
     try:
