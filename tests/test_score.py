@@ -133,14 +133,9 @@ def test_results_of_a_run_lie_in_it(seeds: list[Path], cache: Path) -> None:
 
 
 def test_a_model_that_lies_by_itself_has_its_results_in_its_folder(tmp_path: Path) -> None:
-    class Data:
-        dataset, split = "vsr_random", "dev"
-
     download = tmp_path / "snapshot"
-    assert (
-        default_output(download, download, Data())
-        == download / "evaluation" / "snapshot-vsr_random-dev.jsonl"
-    )  # type: ignore[arg-type]
+    wanted = download / "evaluation" / "snapshot-own-data-dev.jsonl"
+    assert default_output([download], [download], "own data", "dev") == wanted
 
 
 def test_where_results_come_from_is_not_believed_of_other_records(seeds: list[Path], cache: Path) -> None:

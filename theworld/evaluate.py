@@ -30,6 +30,14 @@ def shuffled_images(images: Sequence[str], seed: int = 0) -> dict[str, str]:
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
+def possible_systems(systems: Sequence[str], sees: bool, name: str) -> list[str]:
+    """Those that a Gemma of that name has, which sees photographs or does not. ValueError if none is left."""
+    possible = [system for system in systems if system != "text" or sees]
+    if not possible:
+        raise ValueError(f"system 'text': {name} sees no photograph, so it is 'baseline'; ask for that")
+    return possible
+
+
 @torch.no_grad()
 def predict(
     model: TheWorld,

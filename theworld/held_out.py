@@ -1,6 +1,6 @@
 """Which statements are scored, and what of them the training of the scored checkpoints had."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from theworld.config import Config, load_config
 from theworld.references import dataset_label
 from theworld.saved import CONFIG_FILE
 from theworld.vsr import RELEASES, Statement, load_statements, seen_images
+
+Load = Callable[[str | None, str, str], list[Statement]]  # as `load_statements`
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,14 @@ def held_out(
     overrides: Mapping[str, Any],
     train_annotations: str | None = None,
     allow_trained: bool = False,
+    load: Load = load_statements,
 ) -> HeldOut:
     """The split that the checkpoints' settings name, with `overrides` on top, and what training had of it.
 
     What a checkpoint was trained on is in its own settings and in those of the stages before it, whatever `overrides`
     say; `train_annotations` is where the statements of all stages lie now, if they moved. Raises ValueError where
     checkpoints name different splits, where training statements are not found, and, unless `allow_trained`, for a split
-    of one release of VSR and a checkpoint of the other, since the releases share statements.
+    of one release of VSR and a checkpoint of the other, since the releases share statements. `load` reads statements.
     """
     settings = {name: load_config(path / CONFIG_FILE, overrides) for name, path in checkpoints.items()}
     sources = {name: (c.annotations, c.dataset_name) for name, c in settings.items()}
@@ -48,13 +51,13 @@ def held_out(
             f"the checkpoints' settings name different statements ({found}); give --annotations and --dataset_name"
         )
     annotations, dataset_name = next(iter(sources.values()))
-    statements = load_statements(annotations, split, dataset_name)
+    statements = load(annotations, split, dataset_name)
     dataset = dataset_label(dataset_name, split, len(statements))
     in_train: set[tuple[str, str]] = set()
     seen: set[str] = set()
     trained_on = {}
     for name, path in checkpoints.items():
-        stages = _stages(path, train_annotations)
+        stages = _stages(path, train_annotations, load)
         had = {(s.image, s.caption) for train, _ in stages for s in train}
         overlap = sum((s.image, s.caption) in had for s in statements)
         trained = {RELEASES[own.dataset_name] for _, own in stages}
@@ -70,7 +73,7 @@ def held_out(
     return HeldOut(statements, split, dataset, annotations, image_folder, seen, in_train, trained_on)
 
 
-def _stages(path: Path, train_annotations: str | None) -> list[tuple[list[Statement], Config]]:
+def _stages(path: Path, train_annotations: str | None, load: Load) -> list[tuple[list[Statement], Config]]:
     """What a checkpoint was trained on, and with which settings, by stage, the last first."""
     found = []
     stage: Path | None = path
@@ -78,7 +81,7 @@ def _stages(path: Path, train_annotations: str | None) -> list[tuple[list[Statem
         own = load_config(stage / CONFIG_FILE)
         source = own.annotations if train_annotations is None else train_annotations
         try:
-            train = load_statements(source, "train", own.dataset_name)[: own.num_samples]
+            train = load(source, "train", own.dataset_name)[: own.num_samples]
             before = own.init_from if train_annotations is None else None
             stage = find_model(before) if before else None
         except (OSError, ValueError) as error:

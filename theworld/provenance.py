@@ -114,8 +114,10 @@ def short_names(folders: Sequence[Path], checkpoints: Sequence[Path]) -> list[st
     raise AssertionError("different paths have different parts")
 
 
-def default_output(given: Path, checkpoint: Path, data: HeldOut) -> Path:
+def default_output(given: Sequence[Path], checkpoints: Sequence[Path], dataset: str, split: str) -> Path:
     """Where the results of one checkpoint go: into evaluation/ of its run, with the checkpoint in their name. A model
-    that lies by itself, such as a download, has them in its own folder."""
-    run = checkpoint.parent if (checkpoint / INDEX).is_file() else given
-    return run / "evaluation" / f"{checkpoint.name}-{data.dataset.replace(' ', '-')}-{data.split}.jsonl"
+    that lies by itself, such as a download, has them in its own folder. ValueError for several."""
+    if len(checkpoints) > 1:
+        raise ValueError("several models belong to no single run; name an --output, such as comparison.jsonl")
+    run = checkpoints[0].parent if (checkpoints[0] / INDEX).is_file() else given[0]
+    return run / "evaluation" / f"{checkpoints[0].name}-{dataset.replace(' ', '-')}-{split}.jsonl"

@@ -9,7 +9,7 @@ What it reads lies in a run, of which a checkpoint is a part:
 What is not there is said on the page, with the command that makes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from theworld import report_source as origins
 from theworld.files import publish_bytes
 from theworld.metrics import Row, read_jsonl, summarise
 from theworld.page import missing, page, paragraph, table
+from theworld.places import check_output
 from theworld.provenance import read_source
 from theworld.verdict import verdict
 
@@ -37,18 +38,40 @@ def write_report(
     photographs, if they are not where they were when the records were made. Raises ValueError and OSError for a run
     that is not there and for records that do not hold.
     """
+    shown, others = _chosen(run, results)
+    output = output or run / "report.html"
+    check_output(output)
+    text = render(run, shown, others, image_folder, output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    publish_bytes(output, text.encode("utf-8"), overwrite=True)
+    return output
+
+
+def plan_report(
+    run: Path, output: Path | None = None, results: Path | None = None, image_folder: Path | None = None
+) -> Iterator[str]:
+    """What `write_report` would do with the same arguments, in lines. Raises ValueError and OSError as it does."""
+    shown, others = _chosen(run, results)
+    if shown is not None:
+        rows = read_jsonl(shown)
+        photographs = _photographs(image_folder, read_source(shown))
+        yield f"reads        {shown}: {len(rows):,} statements, {', '.join(rows[0]['systems'])}"
+        yield f"             photographs: {photographs.folder or photographs.lack}"
+    for path in (*others, run_of(run) / "metrics.jsonl", run_of(run) / "alignment.json"):
+        yield f"             {path}{'' if path.is_file() else ': not there, which the page says'}"
+    output = output or run / "report.html"
+    yield f"writes       {output}{check_output(output)}"
+
+
+def _chosen(run: Path, results: Path | None) -> tuple[Path | None, list[Path]]:
+    """The records to show, and the others of the run. ValueError if it is not there."""
     if not run.is_dir():
         raise ValueError(
             f"{run}: no such folder; name a run such as checkpoints/vsr, or one of its checkpoints"
         )
     found = find_results(run)
     shown = results or (found[-1] if found else None)
-    others = [path for path in found if shown is None or path.resolve() != shown.resolve()]
-    output = output or run / "report.html"
-    text = render(run, shown, others, image_folder, output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    publish_bytes(output, text.encode("utf-8"), overwrite=True)
-    return output
+    return shown, [path for path in found if shown is None or path.resolve() != shown.resolve()]
 
 
 def run_of(folder: Path) -> Path:

@@ -12,12 +12,13 @@ from theworld.cache import LATENTS, LiveVision, Rows, check_meaning, in_cache, l
 from theworld.checkpoint import find_model
 from theworld.config import Config, load_config
 from theworld.data import cached_vision, vision_for
-from theworld.evaluate import predict
+from theworld.evaluate import possible_systems, predict
 from theworld.feed import Fetch
 from theworld.held_out import HeldOut, held_out
 from theworld.images import read_image
 from theworld.metrics import Row, model_of, records
 from theworld.model import TheWorld
+from theworld.places import check_output
 from theworld.provenance import default_output, of_checkpoint, of_results, short_names, write_results
 from theworld.saved import CONFIG_FILE, read_world
 from theworld.unfrozen import load_gemma
@@ -81,9 +82,8 @@ def score_to_file(
     found = [find_model(model) for model in models]
     checkpoints = dict(zip(short_names(models, found), found, strict=True))
     data = held_out(checkpoints, split, overrides, train_annotations, allow_trained)
-    if output is None and len(found) > 1:
-        raise ValueError("several models belong to no single run; name an --output, such as comparison.jsonl")
-    output = output or default_output(models[0], found[0], data)
+    output = output or default_output(models, found, data.dataset, split)
+    check_output(output)
     rows, source = score_all(checkpoints, data, cache, image_folder, systems, overrides)
     return output, write_results(rows, source, output, command)
 
@@ -130,7 +130,9 @@ def score_all(
             gemma, loaded = None, None  # before another is loaded
         model = TheWorld.from_pretrained(path, gemma, **overrides)
         sources[name] = of_checkpoint(model, path, data.trained_on[name])
-        kinds = _possible(model, systems)
+        kinds = possible_systems(systems, model.gemma.is_multimodal, model.gemma.name)
+        if len(kinds) < len(systems):
+            print("without 'text': this Gemma sees no photograph, so it is 'baseline'")
         ask(model, {"without" if world["parts"] and kind == "baseline" else kind: kind for kind in kinds})
         if world["parts"] and "baseline" in kinds and not shared & logits.keys():
             config, fingerprint = model.config, model.fingerprint
@@ -161,18 +163,6 @@ def _sources(
         return _from_cache(model, cache, statements)
     assert image_folder is not None
     return *_from_photographs(model, model.config, image_folder), statements
-
-
-def _possible(model: TheWorld, systems: Sequence[str]) -> list[str]:
-    """The systems that this Gemma has; says which one it leaves out. ValueError if none is left."""
-    possible = [s for s in systems if s != "text" or model.gemma.is_multimodal]
-    if not possible:
-        raise ValueError(
-            f"system 'text': {model.gemma.name} sees no photograph, so it is 'baseline'; ask for that"
-        )
-    if len(possible) < len(systems):
-        print("without 'text': this Gemma sees no photograph, so it is 'baseline'")
-    return possible
 
 
 def _from_cache(

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Phase 1: encode every photograph that VSR names, once, into a sharded cache.
 
     python tools/extract_latents.py --config configs/vsr_training.json --image_folder images/ --cache cache/
@@ -11,7 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
-from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from theworld.arguments import ArgumentParser, add_config_arguments, add_dry_run, config_from_arguments
+from theworld.console import quiet_libraries, rehearse
 from theworld.parts import part_of
 
 KEYS = (
@@ -23,7 +25,7 @@ KEYS = (
 
 def main() -> int:
     """Parses arguments, runs phase 1 or its verification, prints; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser, KEYS)
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
     parser.add_argument("--gemma_vision", action="store_true", help="cache Gemma's own vision features too")
@@ -32,22 +34,23 @@ def main() -> int:
     parser.add_argument(
         "--verify", action="store_true", help="only read everything back; 1 if anything is wrong"
     )
+    add_dry_run(parser)
     arguments = parser.parse_args()
     # After the arguments: torch takes seconds to load, and --help should not.
-    from theworld.console import quiet_libraries
+    from theworld.dry_run import extraction
     from theworld.extract import extract, verify
 
     quiet_libraries()
+    options = (arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part)
+    if arguments.dry_run and not arguments.verify:
+        return rehearse("extract_latents", lambda: extraction(config_from_arguments(arguments), *options))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the reading processes too
     try:
         if arguments.verify:
             problems = verify(arguments.cache)
             print("\n".join(problems) or f"{arguments.cache}: sound")
             return 1 if problems else 0
-        config = config_from_arguments(arguments)
-        complete = extract(
-            config, arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part
-        )
+        complete = extract(config_from_arguments(arguments), *options)
     except KeyboardInterrupt:
         print("\nextract_latents: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
