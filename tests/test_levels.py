@@ -7,9 +7,10 @@ import pytest
 
 LEVELS = [
     {"jsonc", "console", "images", "weights", "scenes", "fp8", "parts", "settings"},
-    {"files", "vsr", "fetch"},
+    {"files", "vsr", "fetch", "compare"},
     {"config", "shards", "vae", "gemma", "projection", "processes"},
     {"arguments", "metrics", "plan", "trackers"},
+    {"verify"},
     {"reader"},
     {"store", "schedule"},
     {"cache", "batch", "reading"},
@@ -18,7 +19,7 @@ LEVELS = [
     {"encodings", "listing", "model"},
     {"stages", "checkpoint", "feed", "gather"},
     {"evaluate", "extract", "card"},
-    {"data", "publish"},
+    {"data", "publish", "repair", "audit"},
     {"objectives"},
     {"train", "score", "doctor", "align"},
     {"small_models", "align_picture"},

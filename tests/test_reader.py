@@ -69,7 +69,7 @@ def test_a_list_of_thousands_with_odd_names_loads_as_it_was_written(tmp_path: Pa
     assert list(loaded.images.items()) == [(row.path, row.sha256) for row in rows]
     assert [loaded.row(name) for name in sorted(names)] == list(range(3008))
     assert plan._cut_lines(written) == loaded.images
-    assert [vars_of(image) for image in plan._parse_lines(written, tmp_path)] == list(loaded.images.items())
+    assert [vars_of(image) for image in plan.parse_images(written, tmp_path)] == list(loaded.images.items())
 
 
 def vars_of(image: ImageEntry) -> tuple[str, str]:

@@ -8,6 +8,7 @@ Any number of processes may share the work (see `theworld.parts`); whoever finds
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,8 +22,9 @@ from theworld.listing import freeze, known_hashes, write_failures
 from theworld.parts import Part, this_part
 from theworld.reading import Batches, Source, num_workers
 from theworld.stages import batches_of, encode_shards
-from theworld.store import ImageEntry, Store, verify_store
+from theworld.store import ImageEntry, Store
 from theworld.vae import CosmosEncoder
+from theworld.verify import Problem, examine
 from theworld.vsr import images_of, load_all
 from theworld.weights import resolve_device, resolve_dtype, wants_compile
 
@@ -31,13 +33,18 @@ def open_store(
     cache: Path, encoding: Encoding, images: list[ImageEntry], shard_size: int, batch_size: int
 ) -> Store:
     """The store of one encoding in the cache, new or to be resumed; StoreMismatch where it is another one."""
-    fingerprint = {
+    fingerprint = fingerprint_of(encoding, batch_size)
+    return Store.create(cache / encoding.name, fingerprint, images, encoding.arrays, shard_size)
+
+
+def fingerprint_of(encoding: Encoding, batch_size: int) -> dict[str, Any]:
+    """What the numbers of a store of this encoding mean."""
+    return {
         **encoding.fingerprint(),
         **{f"preprocessing_{k}": v for k, v in PREPROCESSING.items()},
         "storage_dtype": encoding.arrays[0].dtype,
         "encode_batch_size": batch_size,
     }
-    return Store.create(cache / encoding.name, fingerprint, images, encoding.arrays, shard_size)
 
 
 def preflight(store: Store, encoding: Encoding, pending: list[int], source: Source, batch_size: int) -> str:
@@ -95,15 +102,17 @@ def _duration(seconds: float) -> str:
     )
 
 
-def verify(cache: Path) -> list[str]:
+def stores_of(cache: Path) -> list[Path]:
+    """The folders of the stores that are in a cache."""
+    return [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
+
+
+def verify(cache: Path) -> list[Problem]:
     """What is wrong with the stores of a cache; empty when every byte reads back as it was written."""
-    problems: list[str] = []
-    stores = [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
+    stores = stores_of(cache)
     if not stores:
-        return [f"{cache}: no store in it; run tools/extract_latents.py first"]
-    for root in stores:
-        problems += verify_store(root)
-    return problems
+        return [Problem(f"{cache}: no store in it; run tools/extract_latents.py first", (), damaged=False)]
+    return [problem for root in stores for problem in examine(root)]
 
 
 def extract(
@@ -116,24 +125,31 @@ def extract(
     unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded.
     """
     part = this_part(part)
-    images = part.from_first(lambda: list_images(config, cache, _source(config, part), allow_missing))
-    source = _source(config, part)
-    device = resolve_device(part.device(config.device))
-    if device.index is not None:
-        torch.cuda.set_device(device)  # pinned memory and events are of the current one
-    dtype = resolve_dtype(config.dtype, device)
-    compiled = wants_compile(config.compile, device)
-    encoder = CosmosEncoder(config.cosmos_model_name, dtype, device, compiled)
-    latents = LatentEncoding(encoder, config.latent_size, config.latent_dtype)
-    complete = run(latents, cache, images, source, config, part)
-    if with_vision:
-        vision = VisionEncoding(Gemma(config.model_name, dtype, device), compiled)
-        complete = run(vision, cache, images, source, config, part) and complete
+    images = part.from_first(lambda: list_images(config, cache, source_of(config, part), allow_missing))
+    source = source_of(config, part)
+    device = part.device(config.device)
+    complete = True
+    for name in (LATENTS, VISION) if with_vision else (LATENTS,):
+        complete = run(load_encoding(name, config, device), cache, images, source, config, part) and complete
     part.leave()
     return complete and part.speaks
 
 
-def _source(config: Config, part: Part) -> Source:
+def load_encoding(name: str, config: Config, device_name: str, exact: bool = False) -> Encoding:
+    """The encoding of one store, with its model on the device. `exact`: in float32 whatever the settings say."""
+    device = resolve_device(device_name)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # pinned memory and events are of the current one
+    dtype = torch.float32 if exact else resolve_dtype(config.dtype, device)
+    compiled = not exact and wants_compile(config.compile, device)
+    if name == VISION:
+        return VisionEncoding(Gemma(config.model_name, dtype, device), compiled)
+    encoder = CosmosEncoder(config.cosmos_model_name, dtype, device, compiled)
+    return LatentEncoding(encoder, config.latent_size, None if exact else config.latent_dtype)
+
+
+def source_of(config: Config, part: Part) -> Source:
+    """Where the photographs are. ValueError if that is not set, or no folder."""
     if config.image_folder is None:
         raise ValueError("image_folder is not set: give --image_folder, the folder with the COCO photographs")
     workers = num_workers(config.num_workers, part.local_count)

@@ -21,7 +21,8 @@ from typing import Any
 from theworld.jsonc import unique_keys
 
 SCHEMA_VERSION = 1
-MAX_JSON_BYTES = 1 << 30
+MAX_JSON_BYTES = 1 << 30  # images.jsonl and the manifest, which grow with the number of images
+MAX_STORE_BYTES, MAX_RECORD_BYTES = 1 << 22, 1 << 16  # store.json; a record
 STALE_SECONDS = 24 * 3600
 TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -180,19 +181,21 @@ def seal(fields: dict[str, Any]) -> bytes:
     return (json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
-def read_plain(path: Path) -> bytes:
-    """All of a small plain file. StoreError if it is missing, no plain file or too large."""
+def read_plain(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """All of a small plain file. StoreError if it is missing, no plain file or larger than `limit` bytes."""
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON_BYTES:
-            raise StoreError(f"{path}: {size:,} bytes, limit {MAX_JSON_BYTES:,}")
+        if size > limit:
+            raise StoreError(f"{path}: {size:,} bytes, limit {limit:,}")
         return file.readall()
 
 
-def read_sealed(path: Path, kinds: Mapping[str, type]) -> tuple[dict[str, Any], str]:
+def read_sealed(
+    path: Path, kinds: Mapping[str, type], limit: int = MAX_STORE_BYTES
+) -> tuple[dict[str, Any], str]:
     """The fields without the seal, and the SHA-256 of the file. StoreError if a single byte is not as
-    `seal` wrote it."""
-    data = read_plain(path)
+    `seal` wrote it, or if there are more than `limit` bytes."""
+    data = read_plain(path, limit)
     fields = parse_json(data, path)
     if fields.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         version = fields["schema_version"]

@@ -32,6 +32,7 @@ from theworld.plan import (
     fingerprint_differences,
     image_differences,
     image_table,
+    manifest_fields,
     paths,
     read_manifest,
     surplus,
@@ -50,6 +51,7 @@ class Store:
         self.root, self.plan = root, plan
         self.num_shards, self.shard_size = plan.num_shards, plan.shard_size
         self.notes: list[str] = []
+        self.aside = root / "set-aside"  # where what is replaced goes
         self._unchanged: dict[Path, tuple[int, ...] | None] = {}
 
     @classmethod
@@ -108,7 +110,7 @@ class Store:
         files.publish_bytes(self.root / "images.jsonl", self.plan.images_bytes, overwrite=True)
         files.publish_bytes(self.root / "store.json", self.plan.store_bytes, overwrite)
         for path in surplus(self.root, self.num_shards):
-            self._set_aside(path, "no shard of this image list")
+            self.set_aside(path, "no shard of this image list")
 
     @cached_property
     def rows(self) -> list[ImageEntry]:
@@ -212,16 +214,17 @@ class Store:
             self._check_committed(shard, manifest)
         except StoreError as error:
             for path in differing:
-                self._set_aside(path, str(error))
+                self.set_aside(path, str(error))
         else:
             for path in differing:
                 raise StoreError(
                     f"{path}: shard {shard} is committed, with other values than those given now"
                 )
 
-    def _set_aside(self, path: Path, reason: str) -> None:
-        target = self.root / "set-aside" / f"{path.name}.{secrets.token_hex(4)}"
-        target.parent.mkdir(exist_ok=True)
+    def set_aside(self, path: Path, reason: str) -> None:
+        """Moves a file that is damaged or replaced out of the way, and notes it. Nothing is ever deleted."""
+        target = self.aside / f"{path.name}.{secrets.token_hex(4)}"
+        target.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # missing, or another process was faster
             os.rename(path, target)
             self._note(f"{path.name} was moved to {target}: {reason}")
@@ -243,13 +246,7 @@ class Store:
                 f"{self.root}: {len(pending)} of {self.num_shards} shards are missing: {pending[:10]}; run the "
                 "extraction again, or those of its parts that write them"
             )
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "store_sha256": hashlib.sha256(self.plan.store_bytes).hexdigest(),
-            "num_images": len(self.plan.images),
-            "num_rows": self.plan.num_rows,
-            "shards": list(entries.values()),
-        }
+        manifest = manifest_fields(self.plan, [found for found in entries.values() if found is not None])
         files.publish_bytes(self.root / "manifest.json", files.seal(manifest))
         self._remove_stale()
 

@@ -3,8 +3,9 @@
     python tools/extract_latents.py --config configs/vsr_training.json --image_folder images/ --cache cache/
 
 Run the same command again to go on after any stop. `accelerate launch tools/extract_latents.py ...` shares the work
-among the GPUs of a machine; independent tasks share it with `--part 1/8` to `--part 8/8`.
-Exit status: 0 done, 1 failed or damaged, 2 wrong usage, 130 interrupted.
+among the GPUs of a machine; independent tasks share it with `--part 1/8` to `--part 8/8`. Instead of extracting,
+`--verify` only reads, `--repair` makes damaged shards again, `--audit N` encodes N random images again and compares.
+Exit status: 0 done or sound, 1 failed or damaged, 2 wrong usage or (--verify) nothing can be said, 130 interrupted.
 """
 
 import signal
@@ -28,22 +29,32 @@ def main() -> int:
     parser.add_argument("--gemma_vision", action="store_true", help="cache Gemma's own vision features too")
     parser.add_argument("--allow_missing", action="store_true", help="go on without unreadable photographs")
     parser.add_argument("--part", type=part_of, metavar="I/N", help="only the I-th of N parts (default: all)")
-    parser.add_argument(
-        "--verify", action="store_true", help="only read everything back; 1 if anything is wrong"
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--verify", action="store_true", help="read it all: 0 sound, 1 damaged, 2 cannot say"
+    )
+    instead.add_argument("--repair", action="store_true", help="make again what is damaged")
+    instead.add_argument(
+        "--audit", type=int, metavar="N", help="encode N images again, compare (default: none)"
     )
     arguments = parser.parse_args()
     # After the arguments: torch takes seconds to load, and --help should not.
+    from theworld.audit import audit
     from theworld.console import quiet_libraries
     from theworld.extract import extract, verify
+    from theworld.repair import repair, report
 
     quiet_libraries()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the reading processes too
     try:
         if arguments.verify:
-            problems = verify(arguments.cache)
-            print("\n".join(problems) or f"{arguments.cache}: sound")
-            return 1 if problems else 0
+            return report(verify(arguments.cache), arguments.cache, sys.argv)
         config = config_from_arguments(arguments)
+        if arguments.repair:
+            repair(config, arguments.cache)
+            return 0
+        if arguments.audit is not None:
+            return 0 if audit(config, arguments.cache, arguments.audit) else 1
         complete = extract(
             config, arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part
         )
