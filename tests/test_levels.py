@@ -16,7 +16,7 @@ LEVELS = [
     {"cache", "batch", "reading"},
     {"masks"},
     {"decoder", "generation"},
-    {"encodings", "listing", "model"},
+    {"encodings", "listing", "model", "foresee"},
     {"stages", "checkpoint", "feed", "gather"},
     {"evaluate", "extract", "card"},
     {"data", "publish", "repair", "audit"},

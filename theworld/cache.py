@@ -8,7 +8,7 @@ cache/failures.jsonl   images that statements name but that could not be read, w
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from theworld.config import Config
 from theworld.gemma import Gemma
-from theworld.images import read_image, square, to_unit_range
+from theworld.images import PREPROCESSING, ImageError, decode, read_bytes, sha256, square, to_unit_range
 from theworld.store import StoreError, StoreMismatch, StoreReader, fingerprint_differences
 from theworld.vsr import Statement, images_of
 from theworld.weights import model_id
@@ -43,6 +43,9 @@ def latent_pixels(pixels: np.ndarray, size: int) -> Tensor:
     return torch.from_numpy(to_unit_range(square(pixels, size)))
 
 
+_PREPROCESSING = {f"preprocessing_{key}": value for key, value in PREPROCESSING.items()}
+
+
 def expected_latents(config: Config) -> dict[str, Any]:
     """The fields of a latents fingerprint that follow from a run's settings."""
     expected = {
@@ -50,13 +53,14 @@ def expected_latents(config: Config) -> dict[str, Any]:
         "latent_size": config.latent_size,
         "num_world_steps": config.num_world_steps,
         "posterior": "mean",
+        **_PREPROCESSING,
     }
     return expected | ({"storage_dtype": config.latent_dtype} if config.latent_dtype else {})
 
 
 def expected_vision(config: Config) -> dict[str, Any]:
     """The fields of a vision fingerprint that follow from a run's settings."""
-    return {"model_name": model_id(config.model_name)}
+    return {"model_name": model_id(config.model_name), **_PREPROCESSING}
 
 
 # Fields of a fingerprint that say how exactly a number was computed, not what it means.
@@ -199,15 +203,32 @@ class Rows:
 class LiveVision:
     """Gemma's vision features straight from the photographs: what stands in where they are not cached."""
 
-    def __init__(self, gemma: Gemma, image_folder: str | Path, max_image_pixels: int) -> None:
+    def __init__(
+        self,
+        gemma: Gemma,
+        image_folder: str | Path,
+        max_image_pixels: int,
+        hashes: Mapping[str, str] | None = None,
+    ) -> None:
+        """`hashes`: path -> SHA-256 of the photographs whose latents go with these features."""
         self.gemma = gemma
         self.image_folder = Path(image_folder)
         self.max_image_pixels = max_image_pixels
+        self.hashes = hashes
 
     def __call__(self, images: Sequence[str]) -> Tensor:
-        """dtype[len(images), N, V]. Raises ImageError for a photograph that cannot be read."""
-        pixels = [read_image(self.image_folder, image, max_pixels=self.max_image_pixels) for image in images]
-        return self.gemma.vision_features(self.gemma.pixel_values(pixels))
+        """dtype[len(images), N, V]. Raises ImageError for a photograph that cannot be read or was changed."""
+        return self.gemma.vision_features(self.gemma.pixel_values([self._pixels(image) for image in images]))
+
+    def _pixels(self, image: str) -> np.ndarray:
+        data = read_bytes(self.image_folder, image)
+        if self.hashes is not None and sha256(data) != self.hashes[image]:
+            raise ImageError(
+                image,
+                f"changed since its latents were extracted: SHA-256 was {self.hashes[image]}, is {sha256(data)}; "
+                "put it back, or extract into another --cache",
+            )
+        return decode(data, image, self.max_image_pixels)
 
 
 def read_failures(cache: str | Path) -> dict[str, str]:
@@ -215,8 +236,16 @@ def read_failures(cache: str | Path) -> dict[str, str]:
     path = Path(cache) / FAILURES
     if not path.is_file():
         return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {row["path"]: row["reason"] for row in rows}
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        reasons = {row["path"]: row["reason"] for row in rows}
+        if not all(isinstance(text, str) for pair in reasons.items() for text in pair):
+            raise TypeError("path and reason are strings")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(
+            f"{path} is damaged: {error!r:.200}; run tools/extract_latents.py with --allow_missing again"
+        ) from None
+    return reasons
 
 
 def in_cache(statements: list[Statement], rows: Rows, cache: str | Path) -> tuple[list[Statement], str]:

@@ -18,9 +18,9 @@ SHOWN = 5
 class PhotographsChanged(ValueError):
     """`changes`: path -> (SHA-256 when extracted, SHA-256 now or the reason why there is none)."""
 
-    def __init__(self, folder: Path, changes: Mapping[str, tuple[str, str]]) -> None:
+    def __init__(self, folder: Path, changes: Mapping[str, tuple[str, str]], number: int) -> None:
         self.folder, self.changes = folder, dict(changes)
-        lines = [f"{len(changes):,} photographs in {folder} are not those that were extracted:"]
+        lines = [f"{len(changes):,} of {number:,} photographs in {folder} changed since they were extracted:"]
         shown = sorted(changes.items())[:SHOWN]
         lines += [f"  {path}: SHA-256 was {old}, now {new}" for path, (old, new) in shown]
         lines += [f"  and {len(changes) - SHOWN:,} more"] if len(changes) > SHOWN else []
@@ -56,7 +56,7 @@ def check_photographs(
                     changes[path] = (images[path], now)
             compared += len(chunk)
     if changes:
-        raise PhotographsChanged(folder, changes)
+        raise PhotographsChanged(folder, changes, compared)
     if compared == len(images):
         return f"photographs: all {compared:,} are those that were extracted"
     return (

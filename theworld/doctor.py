@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 from packaging.requirements import Requirement
 
 from theworld.cache import LATENTS, VISION, expected_latents, expected_vision, read_failures
+from theworld.compare import check_photographs
 from theworld.config import Config
 from theworld.images import ImageError, read_image
 from theworld.store import StoreReader, verify_store
@@ -53,6 +54,7 @@ def look_over(config: Config, cache: Path) -> list[Finding]:
         ("photographs", lambda: _photographs(config)),
         ("latents", lambda: _store("latents", cache / LATENTS, expected_latents(config), config)),
         ("vision", lambda: _store("vision", cache / VISION, expected_vision(config), config)),
+        ("compared", lambda: _compared(config, cache / LATENTS)),
     ]
     found: list[Finding] = []
     for topic, check in checks:
@@ -166,3 +168,11 @@ def _store(topic: str, root: Path, expected: dict[str, Any], config: Config) -> 
     )
     cure = f"{len(missing):,} of the statements' images are not in it: extract again" if missing else ""
     yield Finding(topic, FAULT if missing else OK, says, cure)
+
+
+def _compared(config: Config, root: Path) -> Iterator[Finding]:
+    """Every photograph that is at hand with what was extracted."""
+    folder = Path(config.image_folder or "")
+    if config.image_folder is None or not folder.is_dir() or not (root / "manifest.json").exists():
+        return
+    yield Finding("compared", OK, check_photographs(StoreReader(root).images, folder))

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from theworld.cache import FAILURES, LATENTS, VISION
 from theworld.config import Config
 from theworld.encodings import Encoding, LatentEncoding, VisionEncoding
+from theworld.foresee import check_settings
 from theworld.gemma import Gemma
 from theworld.images import PREPROCESSING
 from theworld.listing import freeze, known_hashes, write_failures
@@ -125,9 +126,15 @@ def extract(
     unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded.
     """
     part = this_part(part)
-    images = part.from_first(lambda: list_images(config, cache, source_of(config, part), allow_missing))
-    source = source_of(config, part)
     device = part.device(config.device)
+
+    def look() -> list[ImageEntry]:
+        source = source_of(config, part)
+        check_settings(config, cache, device, with_vision)
+        return list_images(config, cache, source, allow_missing)
+
+    images = part.from_first(look)
+    source = source_of(config, part)
     complete = True
     for name in (LATENTS, VISION) if with_vision else (LATENTS,):
         complete = run(load_encoding(name, config, device), cache, images, source, config, part) and complete

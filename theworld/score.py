@@ -18,12 +18,13 @@ from theworld.cache import (
     latent_pixels,
 )
 from theworld.config import Config
-from theworld.data import check_same_eyes
+from theworld.data import check_same_eyes, check_trained_for
 from theworld.evaluate import predict
 from theworld.feed import Fetch
 from theworld.images import read_image
 from theworld.metrics import records
 from theworld.model import TheWorld
+from theworld.store import StoreReader
 from theworld.vae import CosmosEncoder
 from theworld.vsr import Statement, load_statements, seen_images
 
@@ -60,6 +61,9 @@ def score(
 
     Exactly one of `cache` and `image_folder` is given. Prints what is left out, if anything is.
     """
+    if cache is not None and (Path(checkpoint) / "world.json").is_file():  # else it is a name on the hub
+        reader = StoreReader(cache / LATENTS)
+        check_trained_for(Path(checkpoint), reader.root, reader.fingerprint)
     model = TheWorld.from_pretrained(checkpoint, **overrides)
     config = model.config
     statements = load_statements(config.annotations, split, config.dataset_name)
@@ -94,7 +98,9 @@ def _from_cache(
         )
     return (
         latents,
-        LiveVision(model.gemma, model.config.image_folder, model.config.max_image_pixels),
+        LiveVision(
+            model.gemma, model.config.image_folder, model.config.max_image_pixels, latents.reader.images
+        ),
         statements,
     )
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from theworld.batch import Packer
-from theworld.cache import check_meaning
 from theworld.card import Facts, public_settings
 from theworld.checkpoint import (
     CheckpointError,
@@ -29,7 +28,7 @@ from theworld.checkpoint import (
 )
 from theworld.config import Config
 from theworld.console import progress
-from theworld.data import load_data, load_model
+from theworld.data import check_trained_for, load_data, load_model
 from theworld.evaluate import predict
 from theworld.feed import Pass, ahead, make_pass
 from theworld.metrics import label_loss
@@ -61,6 +60,9 @@ class Trainer:
         self.step = 0
         self.window = {"loss": 0.0, "statement_loss": 0.0, "correct": 0.0, "statements": 0.0}
         resumed = find_checkpoint(config.resume_from) if config.resume_from else None
+        if resumed is not None:
+            reader = self.data.latents.reader
+            check_trained_for(resumed, reader.root, reader.fingerprint)
         self._refuse_to_overwrite(resumed)
         self.processes.wait()  # until all have looked: the main one is going to write there
         main = self.processes.is_main
@@ -279,9 +281,6 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         state, record = load_checkpoint(path, self.model.gemma.device)
-        world = json.loads((path / "world.json").read_text())
-        reader = self.data.latents.reader
-        check_meaning(reader.root, reader.fingerprint, world["fingerprint"])
         if record["num_statements"] != len(self.data.train):
             raise CheckpointError(
                 f"{path} was trained on {record['num_statements']} statements, now there are "
