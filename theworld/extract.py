@@ -16,6 +16,7 @@ from tqdm import tqdm
 from theworld.cache import FAILURES, LATENTS, VISION
 from theworld.config import Config
 from theworld.encodings import Encoding, LatentEncoding, VisionEncoding
+from theworld.files import make_folder
 from theworld.foresee import check_settings
 from theworld.gemma import Gemma
 from theworld.images import PREPROCESSING
@@ -172,7 +173,7 @@ def list_images(config: Config, cache: Path, source: Source, allow_missing: bool
     names = images_of([statement for own in splits.values() for statement in own])
     if len(splits) < 3:
         tqdm.write(f"{config.annotations}: no other statements than those of {' and '.join(splits)}")
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
     images, failures = freeze(names, source, known_hashes(cache))
     write_failures(cache, failures)
     if failures and not (allow_missing and images):

@@ -79,16 +79,34 @@ def identity(path: Path) -> tuple[int, ...] | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def explained(error: OSError, path: Path, needed: str) -> OSError:
+    """The same error with the path, what was needed and how much room there is."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    return OSError(error.errno, f"{error.strerror or error}; {needed} needed, {free:,} bytes free", str(path))
+
+
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Makes the names in a folder durable. Raises OSError with its path."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what file systems say that cannot sync a folder at all
+                raise
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what file systems say that cannot sync a folder at all
-            raise
-    finally:
-        os.close(descriptor)
+        raise explained(error, folder, "its names on disk") from error
+
+
+def make_folder(folder: Path) -> None:
+    """A folder, with those above it, if it is not there. Raises OSError with its path and the bytes free."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explained(error, folder, "a folder") from error
 
 
 def publish_bytes(path: Path, data: bytes, overwrite: bool = False) -> None:
@@ -118,9 +136,8 @@ def publish_bytes(path: Path, data: bytes, overwrite: bool = False) -> None:
             raise
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        detail = (
-            f"{error.strerror or error}; {len(data):,} bytes needed, {free:,} free; nothing was published"
-        )
+        reason = str(error.strerror or error).partition("; ")[0]
+        detail = f"{reason}; {len(data):,} bytes needed, {free:,} free; nothing was published"
         raise OSError(error.errno, detail, str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # after the rename, or where nothing can be written

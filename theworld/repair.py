@@ -266,7 +266,7 @@ class Mending:
 
     def _write_why(self) -> None:
         """`why.jsonl` in the quarantine: what was wrong with what is in it."""
-        self.quarantine.mkdir(parents=True)
+        files.make_folder(self.quarantine)
         lines = [
             json.dumps(
                 {"files": [p.relative_to(self.root).as_posix() for p in problem.paths], "says": str(problem)}

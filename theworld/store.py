@@ -104,7 +104,7 @@ class Store:
 
     def _freeze(self, overwrite: bool) -> None:
         """Writes images.jsonl, then store.json: its rename is the commit."""
-        (self.root / "shards").mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.root / "shards")
         files.sync_folder(self.root)
         files.sync_folder(self.root.parent)
         files.publish_bytes(self.root / "images.jsonl", self.plan.images_bytes, overwrite=True)
@@ -224,10 +224,14 @@ class Store:
     def set_aside(self, path: Path, reason: str) -> None:
         """Moves a file that is damaged or replaced out of the way, and notes it. Nothing is ever deleted."""
         target = self.aside / f"{path.name}.{secrets.token_hex(4)}"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # missing, or another process was faster
+        files.make_folder(target.parent)
+        try:
             os.rename(path, target)
-            self._note(f"{path.name} was moved to {target}: {reason}")
+        except FileNotFoundError:  # missing, or another process was faster
+            return
+        except OSError as error:
+            raise files.explained(error, path, f"its move to {target}") from error
+        self._note(f"{path.name} was moved to {target}: {reason}")
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
