@@ -93,6 +93,9 @@ class StoreReader:
             opened = self._shards[shard] = self._open_shard(shard)
         try:
             return opened.read(position, array, out)
+        except StoreError as error:
+            command = f"python tools/extract_latents.py --verify --cache {self.root.parent}"
+            raise StoreError(f"{error}; look for more with: {command}") from None
         finally:
             # Without a lock: each call is atomic, and a file closes only with the last reference to it.
             self._recent.pop(shard, None)
