@@ -23,6 +23,7 @@ def audits(config: Config, cache: Path, num_images: int = 9) -> list:
 
 
 @pytest.mark.parametrize("storage", [None, "float16", "bfloat16"])
+@pytest.mark.torture("cache", "--audit: right numbers within the tolerance")
 def test_a_right_cache_is_within_the_tolerance(config: Config, tmp_path: Path, storage: str | None) -> None:
     config = replace(config, latent_dtype=storage)
     extract(config, tmp_path, with_vision=True, allow_missing=False)
@@ -37,6 +38,7 @@ def test_a_right_cache_is_within_the_tolerance(config: Config, tmp_path: Path, s
     assert (latents.largest > 0) is (storage is not None) or latents.largest < 1e-4
 
 
+@pytest.mark.torture("cache", "--audit: right numbers within the tolerance")
 def test_what_was_computed_in_bfloat16_is_within_its_tolerance(config: Config, tmp_path: Path) -> None:
     extract(replace(config, dtype="bfloat16"), tmp_path, with_vision=True, allow_missing=False)
     for one in audits(config, tmp_path):
@@ -45,6 +47,7 @@ def test_what_was_computed_in_bfloat16_is_within_its_tolerance(config: Config, t
 
 
 @pytest.mark.parametrize("wrong", ["another photograph's row", "a tenth of it", "another scale"])
+@pytest.mark.torture("cache", "--audit: wrong numbers under right hashes found")
 def test_wrong_numbers_under_right_hashes_are_found(
     config: Config,
     tmp_path: Path,

@@ -44,6 +44,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
+@pytest.mark.torture(
+    "cache", "a photograph edited, replaced, deleted after extraction: noticed before training"
+)
 def test_training_does_not_start_on_photographs_that_changed(
     own: Config, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +126,7 @@ def test_the_first_few_of_many_are_shown(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.torture("cache", "a photograph edited while training reads it")
 def test_a_photograph_that_changes_while_training_stops_it(own: Config, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "cache" / VISION)
     trainer = Trainer(own, tmp_path / "cache")  # reads the photographs at every step

@@ -110,6 +110,7 @@ def test_these_are_all_the_fields(tiny: Config) -> None:
 
 
 @pytest.mark.parametrize(("store", "field"), FIELDS)
+@pytest.mark.torture("cache", "each fingerprint field changed alone: extraction refuses")
 def test_extraction_refuses_each_field_before_any_model_loads(
     tiny: Config, store: str, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +126,7 @@ def test_extraction_refuses_each_field_before_any_model_loads(
 
 
 @pytest.mark.parametrize(("store", "field"), FIELDS)
+@pytest.mark.torture("cache", "each fingerprint field changed alone: training, resume, evaluation")
 def test_training_refuses_each_field_that_changes_the_meaning(
     tiny: Config, store: str, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

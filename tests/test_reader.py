@@ -104,6 +104,7 @@ HASH = "0" * 64
         ("\n", "line 2 is not valid JSON"),
     ],
 )
+@pytest.mark.torture("security", "image lists spelled otherwise")
 def test_each_way_to_spell_a_line_otherwise_is_refused(tmp_path: Path, line: str, message: str) -> None:
     build(tmp_path, ["a"], 1)
     path, store = tmp_path / "images.jsonl", json.loads((tmp_path / "store.json").read_text())

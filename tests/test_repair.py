@@ -77,6 +77,7 @@ DAMAGE |= {
 
 
 @pytest.mark.parametrize("damage", list(DAMAGE))
+@pytest.mark.torture("cache", "--repair: byte-identical, what was damaged is kept")
 def test_a_repaired_cache_is_the_one_that_was_damaged(finished: Path, job: Path, damage: str) -> None:
     cache = job / "cache"
     DAMAGE[damage](cache / "latents")
@@ -143,6 +144,7 @@ def test_with_other_settings_nothing_is_replaced(job: Path) -> None:
 
 
 @pytest.mark.parametrize("witness", ["manifest.json", "shards/00001.json"])
+@pytest.mark.torture("cache", "--repair that would give other numbers replaces nothing")
 def test_an_encoder_that_gives_other_numbers_replaces_nothing(
     job: Path, witness: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +209,7 @@ def test_an_unfinished_store_keeps_what_is_sound_and_stays_unfinished(job: Path,
     assert status(verify(cache)) == SOUND
 
 
+@pytest.mark.torture("cache", "--repair stopped at each file it publishes")
 def test_a_repair_that_is_killed_is_repaired(
     job: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

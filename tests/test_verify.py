@@ -114,6 +114,7 @@ def test_what_cannot_be_read_is_no_damage_and_not_sound(root: Path, monkeypatch:
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "link", "device"])
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.torture("security", "a FIFO, folder, link or device in the place of each file")
 def test_what_is_no_plain_file_is_damage_and_is_not_waited_for(root: Path, name: str, kind: str) -> None:
     path = root / name
     path.rename(root / "elsewhere")
@@ -134,6 +135,7 @@ def test_a_folder_without_a_store_says_so(tmp_path: Path) -> None:
         assert (problem.damaged, str(problem).split(";")[0]) == (False, f"{root}: no store in it")
 
 
+@pytest.mark.torture("cache", "a moved cache is sound")
 def test_a_moved_cache_is_sound_and_names_no_machine(root: Path, tmp_path: Path) -> None:
     before = {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
     assert not any(
@@ -144,6 +146,7 @@ def test_a_moved_cache_is_sound_and_names_no_machine(root: Path, tmp_path: Path)
     assert StoreReader(tmp_path / "elsewhere").read("3.jpg", "a").tolist() == [1, 1, 1]
 
 
+@pytest.mark.torture("security", "records and store.json of 512 MB refused unread")
 def test_large_files_are_refused_by_their_size(root: Path) -> None:
     for name in ("store.json", "shards/00001.json"):
         sound = (root / name).read_bytes()
