@@ -11,7 +11,7 @@ from theworld.bench_results import Results, spread
 
 def test_the_tool_measures_and_its_last_line_is_json(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
-    parts = "encode train variants evaluate growth_images growth_statements".split()
+    parts = "encode train variants losses start evaluate growth_images growth_statements".split()
     arguments = ["--shapes", "tiny", "--output", output, "--folder", tmp_path / "folder", "--device", "cpu"]
     done = tool("bench", *arguments, "--parts", *parts, "--variants", "exact", "--changes", '{"seed": 1}')
     summary = json.loads(done.stdout.splitlines()[-1])

@@ -26,9 +26,9 @@ LEVELS = [
     {"lessons"},
     {"demo", "pretrain"},
     {"bench_results", "bench_data", "bench_models", "end_to_end", "chip"},
-    {"bench_observe"},
+    {"bench_observe", "bench_cache"},
     {"bench_setup"},
-    {"bench_growth", "bench_encoders", "bench_training", "bench_processes"},
+    {"bench_growth", "bench_encoders", "bench_training", "bench_runs", "bench_processes"},
     {"bench"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -10,8 +10,9 @@ from typing import Any
 from theworld.bench_encoders import part_chip, part_encode, part_extract
 from theworld.bench_growth import growth_images, growth_statements, growth_tokens
 from theworld.bench_processes import part_processes
+from theworld.bench_runs import part_losses, part_run, part_start
 from theworld.bench_setup import Workbench
-from theworld.bench_training import part_evaluate, part_run, part_train, part_variants
+from theworld.bench_training import part_evaluate, part_train, part_variants
 
 PARTS: dict[str, Callable[[Workbench], None]] = {
     "encode": part_encode,
@@ -19,6 +20,8 @@ PARTS: dict[str, Callable[[Workbench], None]] = {
     "train": part_train,
     "variants": part_variants,
     "evaluate": part_evaluate,
+    "losses": part_losses,
+    "start": part_start,
     "run": part_run,
     "processes": part_processes,
     "growth_images": growth_images,

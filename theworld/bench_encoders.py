@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 from transformers import AutoConfig
 
-from theworld.bench_data import statement_images
+from theworld.bench_data import draw_photograph, statement_images
 from theworld.bench_observe import quietly
 from theworld.bench_results import spread
 from theworld.bench_setup import Workbench, run_tool
@@ -23,7 +24,10 @@ from theworld.chip import (
 )
 from theworld.end_to_end import VaePixels, extract_plainly
 from theworld.extract import extract
-from theworld.vae import CosmosEncoder, load_vae
+from theworld.images import decode, square
+from theworld.vae import CosmosEncoder, load_vae, unit_range
+
+PLAIN_IMAGES = 1024  # at most, for the plain loop: its rate does not depend on how many there are
 
 
 def part_chip(bench: Workbench) -> None:
@@ -92,6 +96,27 @@ def part_encode(bench: Workbench) -> None:
         row = spread([count / s for s in seconds[name]]) | {"unit": "images/s", "batch_size": batch_size}
         row |= {"mfu": flops * row["rate"] / bench.rates["flops"], "memory_gib": memory[name]}
         bench.results.add("encode", name, row)
+    with bench.results.attempt("encode", "error"):
+        bench.results.add("encode", "error", _encoding_error(bench, encoder))
+
+
+def _encoding_error(bench: Workbench, encoder: CosmosEncoder) -> dict[str, float]:
+    """How far latents as phase 1 makes them are from diffusers' own in float32, over a batch of photographs: the norm
+    of the difference over the norm; of all together, and of the worst one."""
+    config, size = bench.config(), bench.shapes.encode_batch_size
+    drawn = [decode(draw_photograph(seed, bench.shapes.photograph), str(seed)) for seed in range(4)]
+    one = torch.from_numpy(np.stack([square(pixels, config.latent_size) for pixels in drawn]))
+    pixels = one.permute(0, 3, 1, 2)[torch.arange(size) % 4].contiguous()
+    vae = load_vae(config.cosmos_model_name).to(bench.device).eval()
+    exactly = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with torch.inference_mode():
+        frames = torch.stack([unit_range(p.to(bench.device)) for p in pixels[:4]])
+        wanted = torch.cat([vae.encode(f[None, :, None]).latent_dist.mode()[:, :, 0] for f in frames])
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = exactly
+    found = encoder.encode(pixels)[:4].float()
+    each = (found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    return {"relative": float((found - wanted).norm() / wanted.norm()), "worst": float(each.max())}
 
 
 def in_turns(kinds: dict[str, Callable[[], Any]], bench: Workbench) -> dict[str, list[float]]:
@@ -107,12 +132,14 @@ def part_extract(bench: Workbench) -> None:
     """JPEG files to stored latents: a plain loop over diffusers and ours in turns, then ours as a cold command with
     Gemma's vision features."""
     images = len(statement_images(Path(str(bench.config().annotations))))
+    counts = {"plain loop": min(images, PLAIN_IMAGES), "ours": images}
     seconds: dict[str, list[float]] = {"plain loop": [], "ours": []}
     for _ in range(min(2, bench.shapes.repeats)):
         seconds["plain loop"].append(_plain_extraction(bench))
         seconds["ours"].append(_own_extraction(bench))
     for name, own in seconds.items():
-        row = spread([images / s for s in own]) | {"unit": "images/s", "images": images, "seconds": min(own)}
+        count = counts[name]
+        row = spread([count / s for s in own]) | {"unit": "images/s", "images": count, "seconds": min(own)}
         bench.results.add("extract", name, row)
     with bench.results.attempt("extract", "command with vision"):
         taken, said = _extract_command(bench)
@@ -135,7 +162,7 @@ def _plain_extraction(bench: Workbench) -> float:
     """Seconds of the loop one would write."""
     bench.free()
     config, target = bench.config(), bench.fresh("plain")
-    images = statement_images(Path(str(config.annotations)))
+    images = statement_images(Path(str(config.annotations)))[:PLAIN_IMAGES]
     photographs = VaePixels(images, str(config.image_folder), config.latent_size)
     size, workers = bench.shapes.baseline_batch_size, bench.cores
     start = time.perf_counter()

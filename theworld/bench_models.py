@@ -47,6 +47,7 @@ class Shapes:
     warm_up: int  # training steps before any counts: compilation, allocator, page cache
     repeats: int  # of each measurement
     steps: int  # of training in each repeat
+    loss_steps: int  # of training, to compare losses
     store_rows: tuple[int, ...]  # sizes of stores, for growth
     world_patches: tuple[int, ...]  # for growth; all divide latent_size / 8
 
@@ -91,6 +92,7 @@ REAL = Shapes(
     warm_up=3,
     repeats=5,
     steps=8,
+    loss_steps=200,
     store_rows=(1_000, 20_000, 200_000),
     world_patches=(16, 8, 4, 2, 1),
 )
@@ -130,6 +132,7 @@ SMALL = Shapes(
     warm_up=1,
     repeats=5,
     steps=1,
+    loss_steps=20,
     store_rows=(1_000, 20_000, 200_000),
     world_patches=(4, 2, 1),
 )
@@ -170,6 +173,7 @@ TINY = Shapes(
     warm_up=1,
     repeats=1,
     steps=1,
+    loss_steps=3,
     store_rows=(10, 30),
     world_patches=(4, 2),
 )

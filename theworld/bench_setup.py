@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from theworld.batch import Packer
+from theworld.bench_cache import write_random_cache
 from theworld.bench_data import statement_images, write_photographs, write_statements
 from theworld.bench_models import Shapes, make_gemma_folder, make_vae_folder
 from theworld.bench_observe import quietly
@@ -50,6 +51,7 @@ class Workbench:
     image_folder: Path | None = None  # COCO's photographs; None: stand-ins
     variants: tuple[str, ...] = ()  # kinds of runs to measure
     changes: dict[str, Any] = field(default_factory=dict)  # of the settings, for all that is measured
+    random_cache: bool = False  # instead of an extracted one
     rates: dict[str, float] = field(default_factory=dict)  # of the chip: flops and bytes a second
 
     @property
@@ -132,7 +134,10 @@ class Workbench:
         """The finished cache of latents and vision features, extracted if it is not there."""
         if not self.has_cache():
             with self._told("cache"), quietly():
-                extract(self.config(), self.cache_folder, with_vision=True, allow_missing=False)
+                if self.random_cache:
+                    write_random_cache(self.config(), self.cache_folder, self.dtype, self.device)
+                else:
+                    extract(self.config(), self.cache_folder, with_vision=True, allow_missing=False)
             self.free()
         return self.cache_folder
 

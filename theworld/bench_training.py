@@ -1,9 +1,8 @@
-"""Measures phases 2 and 3: optimizer steps beside the end-to-end baseline, kinds of runs, evaluation, a whole run."""
+"""Measures phases 2 and 3: optimizer steps beside the end-to-end baseline, kinds of runs, evaluation."""
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from theworld.bench_results import Row, spread
 from theworld.bench_setup import (
     Workbench,
     branch_tokens,
-    last_metrics,
-    run_tool,
     statements_a_step,
     stepper,
 )
@@ -127,13 +124,13 @@ def _add_stages(bench: Workbench, trainer: Trainer) -> None:
 
 
 def _kernels(bench: Workbench, trainer: Trainer) -> dict[str, Any]:
-    """The share of two steps in which the GPU works, and its six longest kernels' shares of that."""
+    """The share of two steps in which the GPU works, and its longest kernels' shares of that."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         total = sum(bench.call_seconds(trainer.train_step, 2))
     events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     busy = sum(event.self_device_time_total for event in events) / 1e6
-    longest = {e.key[:60]: e.self_device_time_total / 1e6 / busy for e in events[:6]}
+    longest = {e.key[:90]: e.self_device_time_total / 1e6 / busy for e in events[:12]}
     return {"busy_share": busy / total, "longest": longest}
 
 
@@ -143,25 +140,6 @@ def part_variants(bench: Workbench) -> None:
         with bench.results.attempt("variants", name):
             bench.results.add("variants", name, bench.train_row(**VARIANTS[name]))
         bench.free()
-
-
-def part_run(bench: Workbench) -> None:
-    """Three epochs from a cold start to the saved checkpoint, with evaluation on dev, as a user runs it."""
-    output = bench.fresh("run")
-    config = replace(bench.config(), num_epochs=3, do_eval=True, output_dir=str(output / "checkpoints"))
-    cache = bench.cache()
-    statements = len(load_statements(config.annotations, "train", config.dataset_name))
-    seconds, _ = run_tool("train.py", config, cache, [])
-    checkpoints = [path.name for path in (output / "checkpoints").glob("checkpoint-*")]
-    assert checkpoints, "a run that ended well has saved something"
-    row = {
-        "rate": 3 * statements / seconds,
-        "unit": "statements/s",
-        "seconds": seconds,
-        "statements": statements,
-    }
-    loss = last_metrics(output / "checkpoints").get("loss")
-    bench.results.add("run", "three epochs", row | {"last_loss": loss, "checkpoints": len(checkpoints)})
 
 
 # ---- phase 3

@@ -1,7 +1,7 @@
 """Gemma's frozen decoder over packed rows: what transformers computes, with less work.
 
-Nothing here trains, so a layer is a pure function of its input and fixed weights: matrices that read the same input
-are one matrix, nothing is computed for weight gradients, and the last layer goes on with the wanted rows alone. The
+Nothing here trains, so a layer is a pure function of its input and fixed weights: queries, keys and values come from
+one matrix, nothing is computed for weight gradients, and the last layer goes on with the wanted rows alone. The
 functions compile as a whole; all layers share their compiled code, since weights are arguments.
 
 Dimensions: R rows of L tokens, K wanted tokens, D width, H query heads and G key-value heads of E.
@@ -22,6 +22,13 @@ from theworld.gemma import Gemma
 from theworld.masks import attention_masks
 
 Weight = Tensor | Fp8Weight
+# Of flex attention on a Hopper GPU at Gemma's heads of 256, the fastest of those that were tried (RESULTS.md). With its
+# own choice of 4 warps the gradients of keys and values do not fit into registers.
+HOPPER_KERNELS = {
+    **{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4},
+    **{"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64},
+    **{"bwd_num_stages": 2, "bwd_num_warps": 8},
+}
 
 
 class Layer(NamedTuple):
@@ -35,7 +42,8 @@ class Layer(NamedTuple):
     key_norm: Tensor
     qkv: Weight  # [(H + 2 G) E, D]
     out: Weight  # [D, H E]
-    gate_up: Weight  # [2 F, D]
+    gate: Weight  # [F, D]
+    up: Weight  # [F, D]
     down: Weight  # [D, F]
 
 
@@ -47,6 +55,7 @@ class Shape(NamedTuple):
     head_width: int  # E
     scale: float
     epsilon: float
+    kernel_options: tuple[tuple[str, int], ...]  # of flex attention
 
 
 class Decoder:
@@ -68,6 +77,7 @@ class Decoder:
             config.head_dim,
             config.query_pre_attn_scalar**-0.5,
             config.rms_norm_eps,
+            _kernel_options(config.head_dim, gemma.device),
         )
         self.kinds = list(config.layer_types)
         model = gemma.text_model
@@ -158,7 +168,7 @@ def two_part_last_layer(
 
 def _heads(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     """Queries dtype[R, H, L, E], keys and values dtype[R, G, L, E]: the first two normalised and turned."""
-    heads, groups, width, _, epsilon = shape
+    heads, groups, width, _, epsilon, _ = shape
     projected = linear(rms_norm(x, w.before_attention, epsilon), w.qkv)
     projected = projected.unflatten(-1, (-1, width)).transpose(1, 2)  # R, H + 2 G, L, E
     query, key, value = projected.split((heads, groups, groups), 1)
@@ -173,13 +183,17 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=shape.scale)
     else:
-        attended = flex_attention(query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True)
+        options: Any = dict(shape.kernel_options)
+        attended = flex_attention(
+            query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True, kernel_options=options
+        )
     return attended.transpose(1, 2).flatten(2)
 
 
 def _after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tensor:
     x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
-    gate, up = linear(rms_norm(x, w.before_mlp, shape.epsilon), w.gate_up).chunk(2, -1)
+    normed = rms_norm(x, w.before_mlp, shape.epsilon)
+    gate, up = linear(normed, w.gate), linear(normed, w.up)
     return x + rms_norm(linear(F.gelu(gate, approximate="tanh") * up, w.down), w.after_mlp, shape.epsilon)
 
 
@@ -201,12 +215,22 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return fp8_linear(x, weight) if isinstance(weight, Fp8Weight) else F.linear(x, weight)
 
 
+def _kernel_options(head_width: int, device: torch.device) -> tuple[tuple[str, int], ...]:
+    """Where nothing better is known, flex attention chooses for itself."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return tuple(HOPPER_KERNELS.items()) if hopper and head_width == 256 else ()
+
+
 def _merged(layer: Any, fp8: bool) -> Layer:
-    """A layer's weights with those that read the same input in one matrix; transformers' modules keep views."""
+    """A layer's weights, those of queries, keys and values in one matrix, of which transformers' modules keep views.
+
+    Gate and up stay two: the gradients of both halves would have to be put side by side for the product that follows,
+    which costs more than one large product saves over two.
+    """
     attention, mlp = layer.self_attn, layer.mlp
     qkv = _one_matrix([attention.q_proj, attention.k_proj, attention.v_proj])
-    gate_up = _one_matrix([mlp.gate_proj, mlp.up_proj])
-    matrices: Sequence[Any] = (qkv, attention.o_proj.weight, gate_up, mlp.down_proj.weight)
+    others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    matrices: Sequence[Any] = (qkv, *(module.weight for module in others))
     return Layer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,

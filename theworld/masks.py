@@ -4,7 +4,7 @@
                 or  block[q] == block[k] >= 0       both are tokens of one image, or world tokens of one world
                 and, on sliding layers, position[k] > position[q] - window
 
-Dimensions: R rows of L tokens, Q of them queries and K keys; B blocks of 128 tokens.
+Dimensions: R rows of L tokens, Q of them queries and K keys; B blocks of 64 tokens.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from theworld.batch import ROW_MULTIPLE, Batch
 
-BLOCK = ROW_MULTIPLE
+BLOCK = 64  # smaller than a row's multiple: fewer of them straddle two trees
+assert ROW_MULTIPLE % BLOCK == 0
 FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of the two kinds of layers
 
 
@@ -33,7 +34,8 @@ def attention_masks(
 def _rule(batch: Batch, window: int | None, start: int) -> Callable[[Any, Any, Any, Any], Tensor]:
     """The rule as flex attention takes it, with queries counted from `start`; the same code for both kinds of layers,
     so that it compiles once."""
-    place, end, block, position = batch.place, batch.end, batch.block, batch.position_ids
+    # 32 bits, of which a kernel's registers hold twice as many
+    place, end, block, position = (x.int() for x in (batch.place, batch.end, batch.block, batch.position_ids))
     horizon = torch.full_like(position, -1) if window is None else position - window
     own_place, own_block, horizon = place[:, start:], block[:, start:], horizon[:, start:]
 
@@ -54,7 +56,7 @@ def _dense_mask(batch: Batch, window: int | None, start: int, stop: int) -> Tens
 
 
 def _block_mask(batch: Batch, window: int | None, start: int, stop: int) -> BlockMask:
-    """Which blocks of keys a block of queries has to look at, from the smallest and largest numbers in each: L / 128
+    """Which blocks of keys a block of queries has to look at, from the smallest and largest numbers in each: L / 64
     squared comparisons, where flex attention's own way makes L squared of them at every step."""
     some, every = visible_blocks(batch, window, start, stop)
     return BlockMask.from_kv_blocks(

@@ -13,12 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanAttentionBlock,
+    WanCausalConv3d,
+)
 from torch import Tensor, nn
 
 from theworld.weights import hub_revision, model_id, weights_sha256
 
 SPATIAL_FACTOR = 8
+LARGEST_SCORES = 2**30  # values; in float32 4 GiB
 
 
 class FrameConv(nn.Module):
@@ -39,11 +43,45 @@ class FrameConv(nn.Module):
         return F.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
 
 
-def _to_frame_convolutions(encoder: nn.Module) -> None:
+class FrameAttention(nn.Module):
+    """diffusers' attention among the places of a frame, with a single head of all channels."""
+
+    def __init__(self, block: WanAttentionBlock) -> None:
+        super().__init__()
+        self.norm, self.to_qkv, self.proj = block.norm, block.to_qkv, block.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float[B, C, 1, H, W] -> the same."""
+        frames = x.squeeze(2)
+        qkv = self.to_qkv(self.norm(frames)).permute(0, 2, 3, 1).flatten(1, 2)  # B, places, 3 C
+        attended = attend(*qkv.chunk(3, -1)).unflatten(1, frames.shape[2:]).permute(0, 3, 1, 2)
+        return self.proj(attended).unsqueeze(2) + x
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of one head, dtype[B, N, C] each. No fused kernel for a GPU is fast at heads of 384, and one frame's
+    scores fit into memory, so there it is two products with a softmax between them."""
+    scores_size = query.shape[0] * query.shape[1] * key.shape[1]
+    if query.is_cuda and scores_size <= LARGEST_SCORES:
+        return scores_product(query, key).softmax(-1).type_as(value) @ value
+    query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).squeeze(1)
+
+
+def scores_product(query: Tensor, key: Tensor) -> Tensor:
+    """float32[B, N, N]: scaled products of queries and keys, not rounded to their dtype."""
+    query = query * query.shape[-1] ** -0.5
+    if query.dtype == torch.float32:
+        return query @ key.mT
+    return torch.bmm(query, key.mT, out_dtype=torch.float32)
+
+
+def _to_frame_modules(encoder: nn.Module) -> None:
+    kinds = {WanCausalConv3d: FrameConv, WanAttentionBlock: FrameAttention}
     for module in list(encoder.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, WanCausalConv3d):
-                setattr(module, name, FrameConv(child))
+            if type(child) in kinds:
+                setattr(module, name, kinds[type(child)](child))
 
 
 class CosmosEncoder:
@@ -80,7 +118,7 @@ class CosmosEncoder:
         self.weights_sha256 = weights_sha256(
             {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
         )
-        _to_frame_convolutions(vae.encoder)
+        _to_frame_modules(vae.encoder)
         quant = FrameConv(vae.quant_conv) if vae.quant_conv is not None else nn.Identity()
         self.encoder, self.quant_conv = (self._frozen(module) for module in (vae.encoder, quant))
         self._run = torch.compile(self._means, fullgraph=True, dynamic=False) if compile else self._means

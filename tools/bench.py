@@ -41,11 +41,18 @@ def main() -> int:
     parser.add_argument("--image_folder", type=Path, help="their photographs (default: stand-ins)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--changes", type=json.loads, default={}, help="of the settings, JSON (default: {})")
+    parser.add_argument(
+        "--random_cache", action="store_true", help="train on random numbers, extract nothing"
+    )
+    for name in ("repeats", "loss_steps"):
+        parser.add_argument(
+            f"--{name}", type=int, help="of each measurement, of training (default: by --shapes)"
+        )
     arguments = parser.parse_args()
     quiet_libraries()
     shapes = SHAPES[arguments.shapes]
-    if arguments.share is not None:
-        shapes = replace(shapes, share=arguments.share)
+    given = {name: getattr(arguments, name) for name in ("share", "repeats", "loss_steps")}
+    shapes = replace(shapes, **{name: value for name, value in given.items() if value is not None})
     try:
         results = Results(arguments.output, shlex.join(["python", "tools/bench.py", *sys.argv[1:]]))
     except ValueError as error:
@@ -60,6 +67,7 @@ def main() -> int:
         arguments.image_folder and arguments.image_folder.resolve(),
         tuple(arguments.variants),
         arguments.changes,
+        arguments.random_cache,
     )
     summary = run_parts(bench, arguments.parts)
     print(f"\n{results.table()}\n\nfigures: {arguments.output}")
