@@ -1,11 +1,15 @@
 """SIGKILL at any moment of an extraction: nothing is lost, nothing is wrong, and the same command goes on."""
 
+import os
 import random
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from jobs import config_of, finish_extraction, make_photographs, published, start_extraction
 from torture import Tally
 
@@ -98,3 +102,57 @@ def test_killed_at_each_rename(job: Path, tmp_path: Path, tally: Tally) -> None:
     past.join(60)
     assert past.exitcode == 0  # there is no further rename
     tally(kills=len(chosen))
+
+
+@pytest.mark.heavy  # the rows above are its sample
+@pytest.mark.torture("cache", "SIGKILL of the tool itself, with its reading processes")
+def test_a_killed_tool_leaves_no_process_and_the_same_command_goes_on(tmp_path: Path, tally: Tally) -> None:
+    make_photographs(tmp_path, 200, 60)
+    chance, words = random.Random(0), ["--num_workers", "2", "--latent_size", "128"]
+    command = [
+        sys.executable,
+        "tools/extract_latents.py",
+        "--config",
+        str(tmp_path / "config.json"),
+        *words,
+        "--cache",
+    ]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def start(cache: Path) -> subprocess.Popen[bytes]:
+        log = cache.with_suffix(".log").open("wb")
+        return subprocess.Popen(
+            [*command, str(cache)], cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+
+    assert start(tmp_path / "once").wait(200) == 0
+    expected = published(tmp_path / "once")
+    for kill in range(tally.number(8, sample=2)):
+        cache = tmp_path / str(kill)
+        tool = start(cache)
+        shards, wanted = cache / "latents/shards", chance.randrange(1, 20)
+        while len(list(shards.glob("*.json"))) < wanted:
+            assert tool.poll() is None
+            time.sleep(0.01)
+        tool.kill()
+        tool.wait()
+        deadline = time.monotonic() + 60
+        while _group_lives(
+            tool.pid
+        ):  # reading processes look every few seconds whether the tool is still there
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        files = check_nothing_wrong(cache, expected, set())
+        assert start(cache).wait(200) == 0
+        valid = len(committed(files))
+        assert f"resuming: {valid} of 25 shards valid" in cache.with_suffix(".log").read_text()
+        assert published(cache) == expected
+        tally(kills=1, processes_left=int(_group_lives(tool.pid)), byte_identical="yes")
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """A damaged cache becomes, byte for byte, the one that it was; or nothing is replaced, and the reason is said."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import CALLS, failing_disk
 from jobs import config_of, content, flip, make_photographs
+from torture import Tally
 
 from theworld import repair as module
 from theworld.compare import PhotographsChanged
@@ -242,3 +245,38 @@ def test_processes_launched_together_do_not_repair(job: Path, monkeypatch: pytes
     monkeypatch.setenv("WORLD_SIZE", "2")
     flip(job / "cache/latents/shards/00001.h5")
     refused(job, settings(job), ValueError, "--repair runs in one process; 2 were launched")
+
+
+@pytest.mark.torture("cache", "--repair on a disk that fails at each call")
+@pytest.mark.parametrize("kind", list(CALLS))
+def test_a_repair_on_a_failing_disk_loses_nothing_and_goes_on(
+    job: Path, finished: Path, kind: str, tally: Tally
+) -> None:
+    cache, number, faults, step = job / "cache", 1, 0, tally.number(1, sample=7)
+    while True:
+        for name in FILES:
+            flip(cache / "latents" / name)
+        before = {
+            data for name, data in sound(cache).items() if content(finished / "cache").get(name) != data
+        }
+        words = str(cache)
+        with failing_disk(kind, number, (errno.ENOSPC, errno.EIO)[number % 2]) as disk:
+            try:
+                repair(settings(job), cache)
+            except OSError as error:
+                words = str(error)
+        assert str(cache) in words
+        kept = {p.read_bytes() for p in cache.rglob("*") if p.is_file()}
+        assert before <= kept  # in their places or in the quarantine
+        for name, data in sound(cache).items():  # right, as damaged as before, or gone: never anything else
+            assert data in before or data == content(finished / "cache").get(name)
+        repair(settings(job), cache)
+        if not (cache / "latents/manifest.json").exists():  # it was in the quarantine by then
+            extract(settings(job), cache, with_vision=False, allow_missing=False)
+        assert sound(cache) == content(finished / "cache")
+        if not disk.failed:
+            break
+        faults += 1
+        number += step
+    assert faults > 0
+    tally(faults=faults, byte_identical="yes")

@@ -21,8 +21,9 @@ from theworld.store import ImageEntry, StoreError
 from theworld.weights import torch_dtype, weights_sha256
 
 # Distance ||cached - encoded again|| / ||encoded again|| of one image that rounding can explain, by the coarser of the
-# dtypes in which it was computed and stored. float32 leaves room for TF32, in which GPUs convolve; another photograph
-# is at about 1.
+# dtypes in which it was computed and stored. A VAE of the real shape (random weights, CPU) is at 1.2e-2 when computed
+# in bfloat16, at 1.7e-3 when only stored in it. float32 leaves room for TF32, in which GPUs convolve. Another
+# photograph's latent is at about 1.
 TOLERANCE = {"float32": 5e-3, "float16": 5e-3, "bfloat16": 5e-2}
 
 

@@ -157,7 +157,8 @@ def _store(topic: str, root: Path, expected: dict[str, Any], config: Config) -> 
     reader = StoreReader(root, expected)
     problems = verify_store(root)
     if problems:
-        yield Finding(topic, FAULT, problems[0], f"python tools/extract_latents.py --cache {root.parent}")
+        command = f"python tools/extract_latents.py --repair --cache {root.parent}"
+        yield Finding(topic, FAULT, problems[0], f"{command}, with the settings of the extraction")
         return
     splits = load_all(config.annotations, config.dataset_name)
     left_out = read_failures(root.parent)
