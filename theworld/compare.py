@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from theworld.console import progress
 from theworld.images import ImageError, read_bytes, sha256
 
 THREADS = 8  # hashing leaves Python's lock, and a network disk answers several at once
@@ -42,7 +43,8 @@ def check_photographs(
     they are there is always looked at. Raises PhotographsChanged, which names them.
     """
     changes: dict[str, tuple[str, str]] = {}
-    with ThreadPoolExecutor(THREADS) as pool:
+    bar = progress(total=len(images), desc="comparing photographs", unit=" images", leave=False)
+    with bar, ThreadPoolExecutor(THREADS) as pool:
         changed_at = dict(zip(images, pool.map(lambda path: _changed_at(folder / path), images), strict=True))
         first = [path for path in images if since is None or changed_at[path] > since]
         rest = sorted(images.keys() - set(first))
@@ -55,6 +57,7 @@ def check_photographs(
                 if now != images[path]:
                     changes[path] = (images[path], now)
             compared += len(chunk)
+            bar.update(len(chunk))
     if changes:
         raise PhotographsChanged(folder, changes, compared)
     if compared == len(images):

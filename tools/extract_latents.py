@@ -38,6 +38,8 @@ def main() -> int:
         "--audit", type=int, metavar="N", help="encode N images again, compare (default: none)"
     )
     arguments = parser.parse_args()
+    if arguments.part and (arguments.verify or arguments.repair or arguments.audit is not None):
+        parser.error("--part is for extracting; --verify, --repair and --audit take all of a cache")
     # After the arguments: torch takes seconds to load, and --help should not.
     from theworld.audit import audit
     from theworld.console import quiet_libraries
