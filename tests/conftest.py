@@ -1,6 +1,7 @@
 """Small things that the tests share: the embedded models, photographs made of noise, statements about them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +122,17 @@ def config(tmp_path: Path, photographs: Path, annotations: Path) -> Config:
         shard_size=2,
         encode_batch_size=2,
     )
+
+
+@pytest.fixture(scope="session")
+def video2world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small Video2World pipeline of random weights, whose VAE is the embedded one."""
+    from video2world import make_pipeline
+
+    return make_pipeline(tmp_path_factory.mktemp("models") / "video2world")
+
+
+@pytest.fixture
+def rolling(config: Config, video2world: Path) -> Config:
+    """The settings of that tiny run, with two predicted moments after each photograph."""
+    return replace(config, cosmos_model_name=str(video2world), num_world_steps=2, rollout_steps=2)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from theworld.bench_cache import write_random_cache
 from theworld.bench_data import (
     PER_IMAGE,
     draw_photograph,
@@ -17,6 +18,9 @@ from theworld.bench_data import (
 )
 from theworld.bench_models import TINY, make_gemma_folder, make_vae_folder, num_world_tokens
 from theworld.bench_setup import EMBEDDED, QUESTION
+from theworld.config import Config
+from theworld.data import load_data
+from theworld.extract import verify
 from theworld.gemma import Gemma
 from theworld.images import read_image, sha256
 from theworld.vae import CosmosEncoder
@@ -94,3 +98,24 @@ def test_a_branch_has_as_many_tokens_as_with_gemmas_own_tokenizer(tmp_path: Path
 def test_every_share_can_be_scored(share: float) -> None:
     placed = place_images(share)
     assert all(len(images) >= 2 for images in placed.values())
+
+
+def test_a_random_cache_is_a_finished_one(tmp_path: Path) -> None:
+    make_gemma_folder(tmp_path / "gemma", TINY, EMBEDDED / "gemma", torch.float32, "cpu")
+    make_vae_folder(tmp_path / "vae", TINY)
+    write_statements(tmp_path, 0.001)
+    write_photographs(tmp_path / "images", statement_images(tmp_path), 2, 1, (40, 30))
+    config = Config(
+        model_name=str(tmp_path / "gemma"),
+        cosmos_model_name=str(tmp_path / "vae"),
+        annotations=str(tmp_path),
+        image_folder=str(tmp_path / "images"),
+        latent_size=32,
+    )
+    write_random_cache(config, tmp_path / "cache", torch.float32, torch.device("cpu"))
+    assert verify(tmp_path / "cache") == []
+    data, vision_cached = load_data(config, tmp_path / "cache")
+    assert vision_cached
+    image = data.train[0].image
+    assert data.latents([image]).shape == (1, 16, 4, 4)
+    assert 0.8 < data.latents([image]).std() < 1.2

@@ -13,6 +13,7 @@ from theworld.cache import VISION, LiveVision, Rows
 from theworld.compare import PhotographsChanged, check_photographs
 from theworld.config import Config
 from theworld.extract import extract
+from theworld.gemma import Gemma
 from theworld.images import ImageError, sha256
 from theworld.train import Trainer
 
@@ -53,7 +54,7 @@ def test_training_does_not_start_on_photographs_that_changed(
     path = Path(str(own.image_folder)) / "b.png"
     before = sha256(path.read_bytes())
     CHANGES[change](path)
-    monkeypatch.setattr(loading, "load_gemma", None)  # no model loads
+    monkeypatch.setattr(Gemma, "load_weights", None)  # no model loads
     monkeypatch.setattr(loading, "COMPARE_SECONDS", 0.0)  # what has another time stamp is read all the same
     with pytest.raises(PhotographsChanged) as caught:
         Trainer(own, tmp_path / "cache")

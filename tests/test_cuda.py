@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMBEDDED_VAE
+from conftest import EMBEDDED_GEMMA, EMBEDDED_VAE
 from test_model import gradients, latents_of, make_model, vision_of
 
+from theworld.bench_models import TINY, make_gemma_folder
 from theworld.config import Config
 from theworld.extract import extract, verify
 from theworld.gemma import Gemma
@@ -41,6 +42,27 @@ def test_flex_attention_equals_dense_masks(
     for key in wanted:
         scale = wanted[key].abs().max()
         torch.testing.assert_close(flex[key] / scale, wanted[key] / scale, atol=2e-3, rtol=0)
+
+
+def test_kernels_for_heads_of_256_equal_dense_masks(
+    tmp_path: Path, photographs: Path, statements: list[Statement]
+) -> None:
+    shapes = replace(TINY, text=TINY.text | {"head_dim": 256, "query_pre_attn_scalar": 256})
+    make_gemma_folder(tmp_path / "gemma", shapes, EMBEDDED_GEMMA, torch.float32, "cpu")
+    found = []
+    for attention in ("sdpa", "flex_attention"):
+        own = Gemma(str(tmp_path / "gemma"), torch.bfloat16, "cuda", attention)
+        model = make_model(own, compile=attention == "flex_attention")
+        batch = model.packer().pack(statements)
+        vision, latents = vision_of(own, photographs, batch.images), latents_of(batch.worlds).to("cuda")
+        losses = model.losses(batch.to("cuda"), latents, vision)
+        losses["total"].backward()
+        found.append((losses["total"].item(), gradients(model)))
+    (loss, wanted), (flex_loss, flex) = found
+    # bfloat16 has 8 bits
+    assert abs(flex_loss / loss - 1) < 1e-2
+    for key in wanted:
+        assert float((flex[key] - wanted[key]).norm() / wanted[key].norm()) < 5e-2
 
 
 def test_eight_bit_linears_train_nearly_alike(

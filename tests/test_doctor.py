@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from theworld import doctor
+from theworld import doctor, rollout
 from theworld.config import Config
 from theworld.doctor import FAULT, NOTE, OK, Finding, look_over
 from theworld.extract import extract
@@ -112,3 +112,16 @@ def test_a_photograph_that_changed_since_it_was_extracted_is_a_fault(
     found = by_topic(look_over(replace(config, image_folder=str(folder)), cache))["compared"]
     assert found.state == FAULT
     assert "c.png: SHA-256 was " in found.says
+
+
+def test_a_rollout_takes_a_pipeline_and_its_guardrail(
+    rolling: Config, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "is_cosmos_guardrail_available", lambda: False)
+    found = by_topic(look_over(rolling, tmp_path))["rollout"]
+    assert found.state == FAULT
+    assert found.says.endswith("pip install cosmos_guardrail")
+    monkeypatch.setattr(rollout, "is_cosmos_guardrail_available", lambda: True)
+    assert by_topic(look_over(rolling, tmp_path))["rollout"].state == OK
+    found = by_topic(look_over(replace(config, num_world_steps=2), tmp_path))["rollout"]
+    assert (found.state, "no model_index.json" in found.says) == (FAULT, True)

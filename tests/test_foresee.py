@@ -13,6 +13,7 @@ from theworld.cache import LATENTS, VISION
 from theworld.config import Config
 from theworld.extract import extract
 from theworld.foresee import check_settings, foreseen
+from theworld.gemma import Gemma
 from theworld.score import score
 from theworld.store import StoreMismatch
 from theworld.train import Trainer
@@ -134,7 +135,7 @@ def test_training_refuses_each_field_that_changes_the_meaning(
     if not (Path(config.output_dir) / "checkpoint-1").exists():
         Trainer(config, cache_of(tiny)).run()
     checkpoint = Path(config.output_dir) / "checkpoint-1"
-    monkeypatch.setattr("theworld.data.load_gemma", None)
+    monkeypatch.setattr(Gemma, "load_weights", None)
     monkeypatch.setattr("theworld.score.TheWorld", None)
     again = replace(config, output_dir=tiny.output_dir + "-again")
     with Changed(root, field) as changed:

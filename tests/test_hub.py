@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from conftest import EMBEDDED_GEMMA, EMBEDDED_VAE, ROOT
 from hub import COMMIT, serve
 from test_model import make_model
+from video2world import Guardrail
 
+from theworld.config import Config
 from theworld.gemma import Gemma
+from theworld.rollout import Rollout
 from theworld.vae import CosmosEncoder
 
 SCRIPT = """
@@ -108,3 +112,35 @@ def test_a_projection_loads_by_hub_name_with_its_models_in_the_revisions_it_was_
     assert f"{names['model_name']}/resolve/{old}/model.safetensors" in asked
     assert f"{names['cosmos_model_name']}/resolve/{old}/vae/" in asked
     assert "trainer.pt" not in asked
+
+
+ROLLOUT = """
+import json
+import sys
+
+import torch
+sys.path.insert(0, "tests")
+from video2world import Guardrail
+from theworld.config import Config
+from theworld.rollout import Rollout
+from theworld.vae import CosmosEncoder
+
+config = Config(num_world_steps=1, rollout_steps=2)
+encoder = CosmosEncoder(config.cosmos_model_name)
+rollout = Rollout(config, torch.float32, torch.device("cpu"), encoder.revision, Guardrail())
+print(json.dumps([encoder.revision, rollout.identity()]))
+"""
+
+
+def test_a_video_model_loads_by_hub_name_in_the_revision_of_its_vae(
+    video2world: Path, tmp_path: Path
+) -> None:
+    with serve({"nvidia/Cosmos-Predict2-2B-Video2World": video2world}) as (address, requests):
+        done = run(ROLLOUT, address, tmp_path / "home")
+    assert done.returncode == 0, done.stderr[-3000:] + "\n".join(requests[-20:])
+    revision, identity = json.loads(done.stdout.splitlines()[-1])
+    assert revision == COMMIT
+    config = Config(cosmos_model_name=str(video2world), num_world_steps=1, rollout_steps=2)
+    assert identity == Rollout(config, torch.float32, torch.device("cpu"), None, Guardrail()).identity()
+    asked = [line for line in requests if line.startswith("GET") and "safetensors" in line]
+    assert {line.split("/resolve/")[1].split("/")[0] for line in asked} == {COMMIT}

@@ -8,8 +8,8 @@ import pytest
 LEVELS = [
     {"jsonc", "console", "images", "weights", "scenes", "fp8", "parts", "settings"},
     {"files", "vsr", "fetch", "compare"},
-    {"config", "shards", "vae", "gemma", "projection", "processes"},
-    {"arguments", "metrics", "plan", "trackers"},
+    {"config", "shards", "vae", "gemma", "processes", "saved"},
+    {"arguments", "metrics", "plan", "trackers", "unfrozen", "sharding", "projection", "finished", "rollout"},
     {"verify"},
     {"reader"},
     {"store", "schedule"},
@@ -17,10 +17,11 @@ LEVELS = [
     {"masks"},
     {"decoder", "generation"},
     {"encodings", "listing", "model", "foresee"},
-    {"stages", "checkpoint", "feed", "gather"},
+    {"stages", "image_by_image", "checkpoint", "feed", "gather"},
     {"evaluate", "extract", "card"},
     {"data", "publish", "repair", "audit"},
     {"objectives"},
+    {"preflight"},
     {"train", "score", "doctor", "align"},
     {"small_models", "align_picture"},
     {"lessons"},
@@ -29,7 +30,7 @@ LEVELS = [
     {"bench_observe", "bench_cache"},
     {"bench_setup"},
     {"bench_growth", "bench_encoders", "bench_training", "bench_runs", "bench_processes"},
-    {"bench"},
+    {"bench", "bench_steps"},
 ]
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 PACKAGE = Path(__file__).parent.parent / "theworld"

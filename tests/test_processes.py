@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from torch import Tensor
 
 from theworld.config import Config, save_config
 from theworld.extract import extract
@@ -18,14 +19,16 @@ from theworld.processes import Processes
 from theworld.train import Trainer
 
 
-def launch(config: Config, cache: Path, settings: Path, count: int = 2) -> subprocess.CompletedProcess[str]:
-    """tools/train.py in `count` processes, as `accelerate launch --multi_cpu` starts them."""
+def launch(
+    config: Config, cache: Path, settings: Path, count: int = 2, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """tools/train.py in `count` processes, as `accelerate launch --multi_cpu` starts them, with these variables."""
     save_config(config, settings)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     arguments = ["tools/train.py", "--config", str(settings), "--cache", str(cache)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     return subprocess.run(
-        [*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
 
 
@@ -41,6 +44,17 @@ def test_alone_a_process_is_the_main_one_and_adds_nothing(monkeypatch: pytest.Mo
     values = [torch.ones(2, 3), torch.zeros(1)]
     assert all(torch.equal(a, b) for a, b in zip(alone.sum(values), values, strict=True))
     alone.wait()
+
+
+def test_sums_go_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    processes = Processes("cpu")
+    processes.count = 2
+    sent: list[Tensor] = []
+    monkeypatch.setattr("theworld.processes.MESSAGE", 6)
+    monkeypatch.setattr("theworld.processes.reduce", lambda flat, how: sent.append(flat) or 2 * flat)
+    values = [torch.full((n,), float(n)) for n in (2, 4, 1, 9, 3)]
+    assert [t.tolist() for t in processes.sum(values)] == [(2 * v).tolist() for v in values]
+    assert [len(message) for message in sent] == [6, 1, 9, 3]
 
 
 def test_two_processes_train_and_evaluate_as_one(config: Config, tmp_path: Path) -> None:

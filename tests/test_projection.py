@@ -80,3 +80,55 @@ def test_latents_of_another_shape_are_refused() -> None:
 def test_statistics_of_another_number_of_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="2 and 3 numbers"):
         WorldProjection(ProjectionShape((3, 4, 4), 8, patch=2), [0.0, 0.0], [1.0, 1.0, 1.0])
+
+
+def test_moments_follow_each_other_through_the_same_layers() -> None:
+    alone, moments = make(positions=True), make(positions=True, steps=2)
+    torch.nn.init.normal_(alone.positions)
+    assert dict(alone.named_parameters()).keys() | {"time"} == dict(moments.named_parameters()).keys()
+    moments.load_state_dict(alone.state_dict(), strict=False)
+    latents = torch.randn(2, 3, 3, 4, 6)
+    tokens = moments(latents)
+    assert tokens.shape == (2, 18, 8)
+    assert (moments.shape.num_tokens, moments.shape.tokens_per_moment) == (18, 6)
+    for moment in range(3):  # time starts at zero: each is what the photograph's projection makes of it
+        wanted = alone(latents[:, moment])
+        torch.testing.assert_close(tokens[:, 6 * moment : 6 * (moment + 1)], wanted, atol=1e-6, rtol=1e-6)
+
+
+def test_time_is_added_to_every_token_of_its_moment_before_the_norm() -> None:
+    projection = make(steps=2, max_steps=4)
+    assert projection.time is not None
+    assert projection.time.shape == (5, 8)
+    assert projection.time.count_nonzero() == 0
+    latents = torch.randn(1, 3, 3, 4, 6)
+    torch.nn.init.normal_(projection.time)
+    with torch.no_grad():
+        plain = make(steps=2, max_steps=4)
+        plain.norm = torch.nn.Identity()  # type: ignore[assignment]
+        shifted = plain(latents).unflatten(1, (3, 6)) + projection.time[:3, None]
+        torch.testing.assert_close(projection(latents), projection.norm(shifted.flatten(1, 2)))
+    projection(latents).sum().backward()
+    assert projection.time.grad is not None
+    assert projection.time.grad.abs().sum(1).gt(0).tolist() == [True, True, True, False, False]
+
+
+def test_without_moments_nothing_speaks_of_them() -> None:
+    shape = ProjectionShape((3, 4, 6), width=8, patch=2)
+    assert list(shape.to_dict()) == [
+        *("latent_shape", "width", "mode", "patch", "architecture", "hidden", "positions"),
+    ]
+    assert shape.row_shape == (3, 4, 6)
+    moments = ProjectionShape((3, 4, 6), width=8, patch=2, steps=2, max_steps=16)
+    assert moments.row_shape == (3, 3, 4, 6)
+    assert ProjectionShape.from_dict(moments.to_dict()) == moments
+
+
+def test_rows_of_another_number_of_moments_are_refused() -> None:
+    message = r"latents \(3, 4, 6\); this projection takes \(3, 3, 4, 6\)"
+    with pytest.raises(ValueError, match=message):
+        make(steps=2)(torch.zeros(1, 3, 4, 6))
+    with pytest.raises(ValueError, match=r"latents \(2, 3, 4, 6\); this projection takes \(3, 4, 6\)"):
+        make()(torch.zeros(1, 2, 3, 4, 6))
+    with pytest.raises(ValueError, match="num_world_steps 3: wanted 0 to max_world_steps, 2"):
+        make(steps=3, max_steps=2)

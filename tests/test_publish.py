@@ -80,11 +80,11 @@ def checkpoint_of(folder: Path, step: int, config: Config, fill: float) -> Path:
     """A checkpoint whose every tensor and number is of its step, without a model."""
 
     class Model:
-        def save_pretrained(self, target: Path) -> None:
+        def save_pretrained(self, target: Path, weights: object = None) -> None:
             target.mkdir(parents=True)
             (target / "projection.safetensors").write_bytes(f"weights of {step}".encode() * 1000)
             shape = {"architecture": "mlp", "mode": "patch"}
-            world = {"projection": shape, "fingerprint": {"latent_size": step}}
+            world = {"format": 1, "parts": [], "projection": shape, "fingerprint": {"latent_size": step}}
             (target / "world.json").write_text(json.dumps(world))
             save_config(config, target / "config.json")
 

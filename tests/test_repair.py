@@ -12,8 +12,10 @@ import pytest
 from faults import CALLS, failing_disk
 from jobs import config_of, content, flip, make_photographs
 from torture import Tally
+from video2world import Guardrail
 
 from theworld import repair as module
+from theworld.audit import audit
 from theworld.compare import PhotographsChanged
 from theworld.config import Config
 from theworld.extract import extract, verify
@@ -280,3 +282,20 @@ def test_a_repair_on_a_failing_disk_loses_nothing_and_goes_on(
         number += step
     assert faults > 0
     tally(faults=faults, byte_identical="yes")
+
+
+def test_rollouts_are_made_again_by_the_extraction_and_audited_by_their_photographs(
+    rolling: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract(rolling, tmp_path, False, False, None, Guardrail())
+    before = sound(tmp_path)
+    assert audit(rolling, tmp_path, 9)
+    assert "3 of 3 images encoded again in float32" in capsys.readouterr().out
+    flip(tmp_path / "latents/shards/00001.h5")
+    with pytest.raises(ValueError, match=r"--repair makes no rollouts\. The extraction itself does"):
+        repair(rolling, tmp_path)
+    extract(rolling, tmp_path, False, False, None, Guardrail())
+    assert {name: data for name, data in content(tmp_path).items() if "set-aside" not in name} == before
+    assert verify(tmp_path) == []
+    with pytest.raises(StoreMismatch, match="rollout_steps: cached 2, wanted 3"):
+        extract(replace(rolling, rollout_steps=3), tmp_path, False, False, None, Guardrail())

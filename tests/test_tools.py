@@ -83,6 +83,29 @@ def test_the_three_phases_one_after_the_other(settings: Path) -> None:
         assert a["systems"]["world"]["p_true"] == pytest.approx(b["systems"]["world"]["p_true"], abs=1e-4)
 
 
+def test_a_dry_run_of_training_says_what_it_would_do_and_writes_nothing(
+    settings: Path, tmp_path: Path
+) -> None:
+    tool("extract_latents", "--config", settings, "--cache", tmp_path / "cache", "--gemma_vision")
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    command = (
+        "--config",
+        settings,
+        "--cache",
+        tmp_path / "cache",
+        "--output_dir",
+        tmp_path / "run",
+        "--dry_run",
+    )
+    lines = tool("train", *command).stdout.splitlines()
+    assert lines[0] == "trains: projection, 8,512 parameters (3.084%); frozen: Gemma, 267,520 (96.916%)"
+    assert lines[-1] == "dry run: nothing was written"
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == files
+    done = tool("train", *command, "--latent_size", "32", check=False)
+    assert done.returncode == 1
+    assert "latent_size" in done.stderr
+
+
 def test_a_flipped_bit_is_found_and_named(settings: Path, tmp_path: Path) -> None:
     tool("extract_latents", "--config", settings, "--cache", tmp_path)
     shard = tmp_path / "latents" / "shards" / "00000.h5"

@@ -11,7 +11,7 @@ from conftest import EMBEDDED_VAE
 from diffusers import AutoencoderKLWan
 
 from theworld.images import to_unit_range
-from theworld.vae import CosmosEncoder, FrameConv, load_vae, unit_range
+from theworld.vae import CosmosEncoder, FrameConv, attend, by_products, load_vae, unit_range
 
 
 @pytest.mark.parametrize("downsample", [[False, True, True], [True, True, False]])
@@ -61,6 +61,14 @@ def test_the_encoder_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         torch, "compile", partial(torch.compile, backend="eager")
     )  # traces, generates nothing
     close_to_diffusers(CosmosEncoder(str(EMBEDDED_VAE), compile=True), 32)
+
+
+def test_attention_as_two_products_is_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (3 * torch.randn(2, 30, 24, generator=generator) for _ in range(3))
+    torch.testing.assert_close(
+        by_products(query, key, value), attend(query, key, value), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.heavy

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from theworld.cache import LATENTS, VISION, Rows, check_meaning, expected_vision, in_cache
-from theworld.data import check_same_eyes
+from theworld.cache import LATENTS, Rows, check_meaning, in_cache
+from theworld.data import cached_vision, vision_for
 from theworld.gemma import Gemma
 from theworld.model import TheWorld
 from theworld.projection import ProjectionShape, WorldProjection
@@ -40,7 +40,7 @@ class Sample:
     """Some images of a split in random order, and the tokens that their world tokens are compared with."""
 
     images: list[str]
-    latents: Tensor  # float[I, C, H, W] as the VAE gives them
+    latents: Tensor  # float[I, *row_shape] as the VAE gives them
     image: Tensor | None  # float32[I, M, D], Gemma's own image tokens; None for a text-only Gemma
     text: Tensor  # float32[T, D], the different tokens of all statements, as the first layer sees them
     text_of: list[Tensor]  # for each image float32[_, D], the different tokens of the statements about it
@@ -78,9 +78,14 @@ def align(
         "checkpoint": str(checkpoint),
         "split": split,
         "images": len(sample.images),
-        "world_tokens": model.projection.shape.num_tokens,
+        "world_tokens": model.projection.shape.tokens_per_moment,
         "image_tokens": model.gemma.num_image_tokens,
         "comparison": kind,
+        **(
+            {"predicted_moments_left_out": model.projection.shape.steps}
+            if model.projection.shape.steps
+            else {}
+        ),
         **{name: figures(one) for name, one in measured.items()},
     }
     return measured, result
@@ -109,12 +114,13 @@ def load_sample(model: TheWorld, cache: Path, split: str, num_samples: int) -> S
 
 def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> Tensor:
     """float32[I, M, D]: what Gemma puts into its own prompts for these images."""
-    if not (cache / VISION).exists():
+    cached = cached_vision(model.config, cache)
+    if cached is None and not model.gemma.changed:
         raise ValueError(
             f"{cache} has no vision features to compare with; extract them with tools/extract_latents.py --gemma_vision"
         )
-    vision = Rows(cache / VISION, VISION, expected_vision(model.config))
-    check_same_eyes(model.gemma, vision)
+    vision = vision_for(model.gemma, model.config, cached, [])
+    assert vision is not None
     return torch.cat([model.gemma.image_features(vision([image])).float().cpu() for image in images])
 
 
@@ -138,15 +144,16 @@ def comparison(shape: ProjectionShape, num_image_tokens: int) -> str:
     and cover the whole picture; a latent channel has no place."""
     if num_image_tokens == 0:
         return NEAREST_TEXT
-    same = shape.mode == "patch" and shape.num_tokens == num_image_tokens
+    same = shape.mode == "patch" and shape.tokens_per_moment == num_image_tokens
     return SAME_PLACE if same else NEAREST_IMAGE
 
 
 @torch.no_grad()
 def project(projection: WorldProjection, latents: Tensor) -> Tensor:
-    """float[I, C, H, W] -> float32[I, N, D] on the CPU."""
-    device = projection.brackets.device
-    return torch.cat([projection(row[None].to(device)).cpu() for row in latents])
+    """float[I, *row_shape] -> float32[I, N, D] on the CPU: the photographs' own world tokens. Those of moments that
+    were predicted from them have no place in the photograph, and are left out."""
+    device, num_own = projection.brackets.device, projection.shape.tokens_per_moment
+    return torch.cat([projection(row[None].to(device))[:, :num_own].cpu() for row in latents])
 
 
 def measure(world: Tensor, sample: Sample, kind: str) -> Measured:
@@ -223,9 +230,15 @@ _PARTNER = {
 def report(result: dict[str, Any]) -> str:
     """The figures as text for a terminal, with the guide's reading and its limits."""
     both, kind = [result["untrained"], result["trained"]], result["comparison"]
+    later = result.get("predicted_moments_left_out", 0)
     lines = [
         f"{result['images']} images of {result['split']}: {result['world_tokens']} world tokens each, "
         f"{result['image_tokens']} image tokens",
+        *(
+            [f"those of {later} predicted moments have no place in the photograph and are left out"]
+            if later
+            else []
+        ),
         _PARTNER[kind],
         "",
         f"{'':<46}{'untrained':>11}{'trained':>11}{'n':>9}",

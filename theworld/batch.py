@@ -96,6 +96,7 @@ class Packer:
         self.world_position = world_position
         self.row_tokens = row_tokens
         self.max_length = max_length
+        self.frozen_columns = not (gemma.trained or gemma.plain_decoder)
         self.flex = gemma.attention == "flex_attention"
         self._prompts: dict[tuple[str, bool], Prompt] = {}
 
@@ -125,7 +126,8 @@ class Packer:
             leaves.append((_add(roots, path), prompt))
         nodes = list(roots.values())
         multiple = ROW_MULTIPLE if self.flex else 1
-        num_frozen, length = _lay_out(nodes, self._capacity([node.size() for node in nodes]), multiple)
+        capacity = self._capacity([node.size() for node in nodes])
+        num_frozen, length = _lay_out(nodes, capacity, multiple, self.frozen_columns)
         return _assemble(nodes, leaves, statements, self.gemma.answer_ids, num_frozen, length)
 
     def _capacity(self, sizes: list[int]) -> int:
@@ -211,21 +213,22 @@ def _add(roots: dict[Any, _Node], path: Sequence[_Segment]) -> _Node:
     return node
 
 
-def _lay_out(roots: list[_Node], capacity: int, multiple: int) -> tuple[int, int]:
+def _lay_out(roots: list[_Node], capacity: int, multiple: int, freeze: bool) -> tuple[int, int]:
     """Gives every node its row, column and place; returns how many columns are frozen, and how many there are."""
     rows = [
         [node for index in members for node in roots[index].walk()]
         for members in _fill_rows([root.size() for root in roots], capacity)
     ]
-    frozen = [sum(len(n.segment.token_ids) for n in nodes if n.is_frozen) for nodes in rows]
+    frozen = [sum(len(n.segment.token_ids) for n in nodes if freeze and n.is_frozen) for nodes in rows]
     num_frozen = -(-max(frozen) // multiple) * multiple
     longest = 0
     for row, nodes in enumerate(rows):
         place, columns = 0, {True: 0, False: num_frozen}
         for node in nodes:
-            node.row, node.place, node.column = row, place, columns[node.is_frozen]
+            kept = freeze and node.is_frozen
+            node.row, node.place, node.column = row, place, columns[kept]
             place += len(node.segment.token_ids)
-            columns[node.is_frozen] += len(node.segment.token_ids)
+            columns[kept] += len(node.segment.token_ids)
         longest = max(longest, columns[False])
     return num_frozen, -(-longest // multiple) * multiple
 

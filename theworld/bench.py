@@ -9,7 +9,7 @@ from typing import Any
 
 from theworld.bench_encoders import part_chip, part_encode, part_extract
 from theworld.bench_growth import growth_images, growth_statements, growth_tokens
-from theworld.bench_processes import part_processes
+from theworld.bench_processes import part_processes, part_sharded
 from theworld.bench_runs import part_losses, part_run, part_start
 from theworld.bench_setup import Workbench
 from theworld.bench_training import part_evaluate, part_train, part_variants
@@ -24,6 +24,7 @@ PARTS: dict[str, Callable[[Workbench], None]] = {
     "start": part_start,
     "run": part_run,
     "processes": part_processes,
+    "sharded": part_sharded,
     "growth_images": growth_images,
     "growth_statements": growth_statements,
     "growth_tokens": growth_tokens,

@@ -2,13 +2,16 @@
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from theworld.bench_data import statement_images
-from theworld.bench_setup import Workbench, run_tool
+from theworld.bench_setup import Workbench, run_command, run_tool
+from theworld.config import save_config
 
 
 def part_processes(bench: Workbench) -> None:
@@ -25,6 +28,25 @@ def part_processes(bench: Workbench) -> None:
                 rates[count] = measure(bench, count)
                 row = {"rate": rates[count], "unit": unit, "times_one": rates[count] / rates[1]}
                 bench.results.add("processes", f"{name}, {count}", row)
+
+
+def part_sharded(bench: Workbench) -> None:
+    """Optimizer steps of a language model that trains, by LoRA and by all of its weights, sharded over all GPUs; two
+    processes on a CPU."""
+    count = torch.cuda.device_count() if bench.device.type == "cuda" else 2
+    kinds: dict[str, dict[str, Any]] = {"LoRA": {"lora_rank": 16}, "all weights": {}}
+    for name, changes in kinds.items():
+        with bench.results.attempt("sharded", f"{name}, {count}"):
+            folder, cache = bench.fresh("sharded"), bench.cache()
+            bench.free()
+            changes = {"freeze_gemma_language": False, "device": bench.device.type, **changes}
+            settings = folder / "settings.json"
+            save_config(bench.config(**changes, output_dir=str(folder / "run")), settings)
+            launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={count}", "-m"]
+            steps = [str(settings), str(cache), str(bench.shapes.steps)]
+            command = [sys.executable, "-m", *launcher, "theworld.bench_steps", *steps]
+            said = run_command(command, ACCELERATE_USE_FSDP="true")
+            bench.results.add("sharded", f"{name}, {count}", json.loads(said.splitlines()[-1]))
 
 
 def _train_rate(bench: Workbench, count: int) -> float:

@@ -191,8 +191,10 @@ class Workbench:
         statements = statements_a_step(trainer.config)
         row = spread([statements / s for s in seconds]) | {
             "unit": "statements/s",
-            "mfu": self.mfu(trainer, statistics.median(seconds)),
+            # Of what trains of Gemma there are weight gradients too, which are not counted.
+            "mfu": None if trainer.model.gemma.trained else self.mfu(trainer, statistics.median(seconds)),
             "memory_gib": self.peak_gib(),
+            "estimated_gib": trainer.plan.memory.total / 2**30,
             "load_s": loaded,
             "first_step_s": first,
             "step_s": statistics.median(seconds),
@@ -264,9 +266,16 @@ def run_tool(
     command = [sys.executable, *(launcher if processes > 1 else []), str(TOOLS / tool)]
     keys = [*command, "--config", str(settings), "--cache", str(cache), *flags]
     save_config(config, settings)
-    environment = os.environ | {"PYTHONPATH": str(TOOLS.parent)}
     start = time.perf_counter()
-    done = subprocess.run(keys, capture_output=True, text=True, env=environment, cwd=TOOLS.parent)
+    said = run_command(keys)
+    return time.perf_counter() - start, said
+
+
+def run_command(command: list[str], **variables: str) -> str:
+    """The output of a command that works with this package. RuntimeError with its last lines where it fails."""
+    path = os.pathsep.join([str(TOOLS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)} | variables
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=TOOLS.parent)
     if done.returncode != 0:
-        raise RuntimeError(f"{tool} ended with {done.returncode}: {done.stderr[-400:]}")
-    return time.perf_counter() - start, done.stdout + done.stderr
+        raise RuntimeError(f"{' '.join(command[1:4])} ended with {done.returncode}: {done.stderr[-400:]}")
+    return done.stderr + done.stdout

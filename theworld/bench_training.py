@@ -33,6 +33,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {"use_gradient_checkpointing": True},
     "not compiled": {"compile": False},
     "world_patch 1": {"world_patch": 1, "batch_size": 2},
+    "vision": {"freeze_gemma_vision": False, "batch_size": 8, "gradient_accumulation_steps": 2},
+    "vision, checkpointing": {"freeze_gemma_vision": False, "use_gradient_checkpointing": True},
+    "language": {"freeze_gemma_language": False, "batch_size": 8, "gradient_accumulation_steps": 2},
+    "language, checkpointing": {"freeze_gemma_language": False, "use_gradient_checkpointing": True},
+    "lora": {
+        "freeze_gemma_language": False,
+        "lora_rank": 16,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 2,
+    },
+    "lora, checkpointing": {
+        "freeze_gemma_language": False,
+        "lora_rank": 16,
+        "use_gradient_checkpointing": True,
+    },
 }
 
 

@@ -1,6 +1,6 @@
 """A cache folder as the training and evaluation loops see it: images in, tensors out.
 
-cache/latents/         the Cosmos latents, one float[C, H, W] an image
+cache/latents/         the Cosmos latents, one float[C, H, W] an image; float[1 + n, C, H, W] with n predicted moments
 cache/gemma_vision/    optional: Gemma's own pooled SigLIP features, one float[N, V] an image
 cache/failures.jsonl   images that statements name but that could not be read, with the reason
 """
@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,13 @@ _PREPROCESSING = {f"preprocessing_{key}": value for key, value in PREPROCESSING.
 
 def expected_latents(config: Config) -> dict[str, Any]:
     """The fields of a latents fingerprint that follow from a run's settings."""
-    expected = {
+    expected: dict[str, Any] = {
         "cosmos_model_name": model_id(config.cosmos_model_name),
         "latent_size": config.latent_size,
         "num_world_steps": config.num_world_steps,
         "posterior": "mean",
         **_PREPROCESSING,
+        **config.rollout_settings,
     }
     return expected | ({"storage_dtype": config.latent_dtype} if config.latent_dtype else {})
 
@@ -72,6 +74,7 @@ _PRECISION = {
     "torch",
     "diffusers",
     "transformers",
+    "cosmos_guardrail",
     "pillow",
 }
 
@@ -200,8 +203,8 @@ class Rows:
         return as_tensor(self.reader.read_row(row, self.array))
 
 
-class LiveVision:
-    """Gemma's vision features straight from the photographs: what stands in where they are not cached."""
+class LivePixels:
+    """Photographs as Gemma's vision tower takes them: what a tower that trains has to see."""
 
     def __init__(
         self,
@@ -215,12 +218,14 @@ class LiveVision:
         self.image_folder = Path(image_folder)
         self.max_image_pixels = max_image_pixels
         self.hashes = hashes
+        self.readers = ThreadPoolExecutor(8)  # PIL decodes outside of Python's lock
 
     def __call__(self, images: Sequence[str]) -> Tensor:
-        """dtype[len(images), N, V]. Raises ImageError for a photograph that cannot be read or was changed."""
-        return self.gemma.vision_features(self.gemma.pixel_values([self._pixels(image) for image in images]))
+        """float32[len(images), 3, S, S] on the CPU. Raises ImageError for a photograph that cannot be read or was
+        changed."""
+        return torch.cat(list(self.readers.map(self._one, images)))
 
-    def _pixels(self, image: str) -> np.ndarray:
+    def _one(self, image: str) -> Tensor:
         data = read_bytes(self.image_folder, image)
         if self.hashes is not None and sha256(data) != self.hashes[image]:
             raise ImageError(
@@ -228,7 +233,16 @@ class LiveVision:
                 f"changed since its latents were extracted: SHA-256 was {self.hashes[image]}, is {sha256(data)}; "
                 "put it back, or extract into another --cache",
             )
-        return decode(data, image, self.max_image_pixels)
+        return self.gemma.pixel_values([decode(data, image, self.max_image_pixels)])
+
+
+class LiveVision(LivePixels):
+    """Gemma's vision features straight from the photographs: what stands in where they are not cached."""
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[str]) -> Tensor:
+        """dtype[len(images), N, V]. Raises ImageError for a photograph that cannot be read or was changed."""
+        return self.gemma.vision_features(super().__call__(images))
 
 
 def read_failures(cache: str | Path) -> dict[str, str]:

@@ -2,18 +2,24 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from theworld.checkpoint import checkpoint_step
 from theworld.config import FIELDS, Config, load_config
 from theworld.files import canonical_sha256
-from theworld.model import CONFIG_FILE, WORLD_FILE
+from theworld.saved import CONFIG_FILE, part_file, read_world
 from theworld.vsr import RELEASES
 from theworld.weights import model_id
 
-_PLACES = ("annotations", "image_folder", "output_dir", "resume_from")  # settings that name local folders
+_PLACES = (
+    "annotations",
+    "image_folder",
+    "output_dir",
+    "resume_from",
+    "init_from",
+)  # settings that name local folders
 _MODELS = ("model_name", "cosmos_model_name")
 # Settings that say where a run goes and who hears of it, not what it is.
 _NOT_SHOWN = {*_PLACES, "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"}
@@ -44,6 +50,7 @@ class Facts:
     num_steps: int  # optimizer steps of the whole run
     statements_per_step: int
     data: Sequence[str]  # lines such as "train: 6 of 6 statements, 3 of 3 images"
+    also: dict[str, int] = field(default_factory=dict)  # what trains of Gemma, in words, and its parameters
 
 
 def public_settings(config: Config) -> dict[str, Any]:
@@ -72,7 +79,7 @@ def model_card(
     """A README.md for the hub. `metrics`: lines of metrics.jsonl; those after the checkpoint are left out.
     `results`: a summary of tools/eval.py for this checkpoint, if there is one."""
     config = load_config(checkpoint / CONFIG_FILE)
-    world = json.loads((checkpoint / WORLD_FILE).read_text())
+    world = read_world(checkpoint)
     step = checkpoint_step(checkpoint)
     parts = [
         _header(config),
@@ -108,15 +115,30 @@ def _what(config: Config, world: dict[str, Any], facts: Facts, step: int) -> str
     gemma, cosmos = (public_settings(config)[key] for key in _MODELS)
     shape = world["projection"]
     name = (config.hub_model_id or f"checkpoint-{step}").split("/")[-1]
+    own = facts.trainable - sum(facts.also.values())
+    also = "".join(
+        f"- Trained as well: {part}, {count:,} parameters.\n" for part, count in facts.also.items()
+    )
+    if world["parts"]:
+        files = ", ".join(f"`{part_file(part)}`" for part in world["parts"])
+        also += f"- Not as Google published it: {files}, a derivative of Gemma under Gemma's terms.\n"
+    frozen = "the rest of Gemma" if world["parts"] else "Gemma"
+    kind = "a" if world["parts"] else "a frozen"
     return (
         f"# {name}\n\n"
-        f"A projection that gives a frozen Gemma 3 (`{gemma}`) *world tokens*: latents of the frozen VAE of "
-        f"`{cosmos}`, one set a photograph,\nfor statements about where things are (Visual Spatial Reasoning).\n\n"
-        f"- Trained: the projection and the two vectors around the world tokens, {facts.trainable:,} parameters "
-        f"(`{shape['architecture']}`, mode `{shape['mode']}`).\n"
-        f"- Frozen, and not in this repository: Gemma, {facts.frozen:,} parameters as loaded here, and the VAE.\n"
+        f"A projection that gives {kind} Gemma 3 (`{gemma}`) *world tokens*: latents of the frozen VAE of "
+        f"`{cosmos}`, one set a photograph{_moments(world)},\nfor statements about where things are (Visual Spatial "
+        "Reasoning).\n\n"
+        f"- Trained: the projection and the two vectors around the world tokens, {own:,} parameters "
+        f"(`{shape['architecture']}`, mode `{shape['mode']}`).\n{also}"
+        f"- Frozen, and not in this repository: {frozen}, {facts.frozen:,} parameters as loaded here, and the VAE.\n"
         f"- After {step:,} of {facts.num_steps:,} optimizer steps of {facts.statements_per_step:,} statements."
     )
+
+
+def _moments(world: dict[str, Any]) -> str:
+    steps = world["fingerprint"].get("num_world_steps", 0)
+    return f" and for each of {steps} moments that its Video2World model predicts after it" if steps else ""
 
 
 def _data(config: Config, fingerprint: dict[str, Any], facts: Facts) -> str:

@@ -22,6 +22,7 @@ from theworld.settings import Refused, checked, nearest_name, refused, setting, 
 DATASET_NAMES = ("vsr", "vsr_random", "vsr_zeroshot")
 DTYPES = ("float32", "float16", "bfloat16")  # of stored latents
 COMPUTE = ("float32", "bfloat16")  # of the frozen models
+FRAMES_A_STEP = 4  # video frames to one latent frame, after the first
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
@@ -37,14 +38,17 @@ class Config:
     cosmos_model_name: str = setting(
         "nvidia/Cosmos-Predict2-2B-Video2World", "whose VAE encodes: hub name or local folder", filled=True
     )
-    freeze_gemma_vision: bool = setting(True, "keep Gemma's vision tower as it is", built=True)
-    freeze_gemma_language: bool = setting(True, "keep Gemma's language model as it is", built=True)
+    freeze_gemma_vision: bool = setting(True, "keep Gemma's vision tower and its projector as they are")
+    freeze_gemma_language: bool = setting(True, "keep Gemma's language model as it is")
+    lora_rank: int | None = setting(
+        None, "of the language model train LoRA matrices alone; none: all weights", "rank", at_least=1
+    )
     freeze_cosmos_vae: bool = setting(True, "keep the VAE as it is; a cache allows nothing else")
     num_world_steps: int = setting(
-        0, "future to roll out; 0: the photograph only", "steps", at_least=0, built=0
+        0, "predict so many moments after the photograph, each 4 video frames; 0: none", "steps", at_least=0
     )
     max_world_steps: int | None = setting(
-        None, "without meaning while num_world_steps is 0", "steps", at_least=0
+        None, "rows of the time embedding; none: num_world_steps, and 0 needs none", "steps", at_least=0
     )
 
     # Data
@@ -73,6 +77,24 @@ class Config:
     latent_dtype: str | None = setting(None, "latents are stored in it; none: as computed", choices=DTYPES)
     encode_batch_size: int = setting(8, "encoded at a time", "photographs", at_least=1)
     shard_size: int = setting(512, "in one file of the cache", "photographs", at_least=1)
+    rollout_prompt: str = setting(
+        "The scene goes on as it is. The camera does not move.",
+        "what the video model is told of what follows a photograph, in all rollouts",
+        filled=True,
+    )
+    rollout_frames: int | None = setting(
+        None,
+        "predicted, 1 + 4 k; the first are kept; none: 1 + 4 num_world_steps",
+        "video frames",
+        at_least=5,
+    )
+    rollout_steps: int = setting(35, "of denoising", "steps", at_least=2)
+    rollout_guidance: float = setting(
+        7.0, "classifier-free guidance; 1: none, at half the cost", "scale", at_least=1.0
+    )
+    rollout_seed: int = setting(
+        0, "of the noise, with the photograph's hash", "seed", at_least=0, below=2**32
+    )
 
     # World tokens
     world_mode: str = setting("patch", "what of a latent is one world token", choices=("patch", "channel"))
@@ -104,6 +126,12 @@ class Config:
         None, "stop after so many; none: all epochs", "optimizer steps", at_least=1
     )
     learning_rate: float = setting(0.0001, "peak learning rate", "per step", above=0.0)
+    gemma_learning_rate: float | None = setting(
+        None,
+        "peak learning rate of what trains of Gemma; none: a tenth of learning_rate, for LoRA all of it",
+        "per step",
+        above=0.0,
+    )
     lr_schedule: str = setting("cosine", "decay after the warm-up", choices=("cosine", "linear", "constant"))
     warmup_steps: int | None = setting(None, "warm-up; none: by warmup_ratio", "optimizer steps", at_least=0)
     warmup_ratio: float = setting(
@@ -133,6 +161,9 @@ class Config:
         None, "in one pass, which keeps nothing; none: 4 batch_size", "statements", at_least=1
     )
     output_dir: str = setting("checkpoints/vsr", "folder of checkpoints and logs", filled=True)
+    init_from: str | None = setting(
+        None, "checkpoint of an earlier stage whose weights this run starts from", filled=True
+    )
     save_steps: int = setting(500, "between two checkpoints", "optimizer steps", at_least=1)
     save_total_limit: int | None = setting(3, "keep the newest; none: all", "checkpoints", at_least=1)
     resume_from: str | None = setting(None, "checkpoint folder to go on from; none: start anew", filled=True)
@@ -156,14 +187,50 @@ class Config:
             object.__setattr__(self, field.name, value)
         if not self.freeze_cosmos_vae:
             raise refused("freeze_cosmos_vae", False, "true; a cache cannot follow a VAE that trains")
+        self._check_stage()
         if self.latent_size % 16:
             raise refused("latent_size", self.latent_size, "a multiple of 16 pixels")
+        if self.max_world_steps is not None and self.num_world_steps > self.max_world_steps:
+            allowed = f"at most max_world_steps, {self.max_world_steps}"
+            raise refused("num_world_steps", self.num_world_steps, allowed)
+        fewest = 1 + FRAMES_A_STEP * self.num_world_steps
+        if self.rollout_frames is not None and not _is_video(self.rollout_frames, fewest):
+            allowed = f"1 + 4 k frames, at least {fewest}, as num_world_steps is {self.num_world_steps}"
+            raise refused("rollout_frames", self.rollout_frames, allowed)
         if self.question_template.count("{caption}") != 1:
             raise refused("question_template", self.question_template, "{caption} in it exactly once")
         if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?", self.device):
             raise refused("device", self.device, "auto, cpu, cuda or cuda:N")
         if self.push_to_hub and not HUB_NAME.fullmatch(self.hub_model_id or ""):
             raise refused("hub_model_id", self.hub_model_id, "user/name, as push_to_hub is true")
+
+    def _check_stage(self) -> None:
+        """What only a frozen Gemma can have, and what only one that trains has a use for."""
+        if self.freeze_gemma_language and self.lora_rank is not None:
+            raise refused("lora_rank", self.lora_rank, "null, as freeze_gemma_language is true")
+        if self.fp8 and not self.freeze_gemma_language:
+            raise refused("fp8", True, "false, as freeze_gemma_language is false: only frozen linears can be")
+        if self.freeze_gemma_vision and self.freeze_gemma_language:
+            if self.gemma_learning_rate is not None:
+                raise refused(
+                    "gemma_learning_rate", self.gemma_learning_rate, "null, as nothing of Gemma trains"
+                )
+        elif self.align_steps:
+            allowed = "0, as Gemma trains: do these steps in a first stage, and go on from it with init_from"
+            raise refused("align_steps", self.align_steps, allowed)
+
+    @property
+    def video_frames(self) -> int:
+        """Frames that are predicted of each photograph, itself included."""
+        return self.rollout_frames or 1 + FRAMES_A_STEP * self.num_world_steps
+
+    @property
+    def rollout_settings(self) -> dict[str, Any]:
+        """What a fingerprint says of the settings of a rollout; nothing where there is none."""
+        if not self.num_world_steps:
+            return {}
+        keys = ("rollout_prompt", "rollout_steps", "rollout_guidance", "rollout_seed")
+        return {"rollout_frames": self.video_frames} | {key: getattr(self, key) for key in keys}
 
     @property
     def eval_statements(self) -> int:
@@ -173,6 +240,10 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Every key with its value, as plain JSON types; `Config(**config.to_dict()) == config`."""
         return dataclasses.asdict(self)
+
+
+def _is_video(frames: int, fewest: int) -> bool:
+    return frames >= fewest and frames % FRAMES_A_STEP == 1
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

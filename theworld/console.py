@@ -35,3 +35,12 @@ def quiet_libraries() -> None:
         diffusers_logging.set_verbosity_error()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|diffusers|huggingface_hub")
+
+
+def duration(seconds: float) -> str:
+    """A time span in words, to the second or, from an hour on, to the minute."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    )

@@ -1,18 +1,16 @@
 """What a run trains and evaluates on, checked against its settings before any model loads."""
 
 import contextlib
-import json
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from theworld.cache import (
     LATENTS,
     VISION,
+    LivePixels,
     LiveVision,
     Rows,
     check_meaning,
@@ -24,8 +22,11 @@ from theworld.compare import check_photographs
 from theworld.config import Config
 from theworld.feed import Fetch
 from theworld.gemma import Gemma, is_multimodal
-from theworld.model import TheWorld, load_gemma
+from theworld.model import TheWorld
+from theworld.saved import VISION as VISION_PART
+from theworld.saved import read_world
 from theworld.store import StoreError
+from theworld.unfrozen import prepare_parts
 from theworld.vsr import Statement, images_of, load_statements
 
 COMPARE_SECONDS = 60.0  # for comparing photographs before training; tools/doctor.py takes the time it needs
@@ -55,8 +56,9 @@ class Data:
         threading.Thread(target=read, daemon=True).start()
 
 
-def load_data(config: Config, cache: Path) -> tuple[Data, bool]:
-    """Statements and cache, checked against the settings before any model loads; and whether vision is cached."""
+def load_data(config: Config, cache: Path) -> Data:
+    """Statements and cache, checked against the settings before any model loads. Vision is there if it is cached; see
+    `load_model`."""
     latents = Rows(cache / LATENTS, LATENTS, expected_latents(config))
     train = load_statements(config.annotations, "train", config.dataset_name)
     dev = load_statements(config.annotations, "dev", config.dataset_name) if config.do_eval else []
@@ -65,14 +67,9 @@ def load_data(config: Config, cache: Path) -> tuple[Data, bool]:
     dev, dev_note = in_cache(dev, latents, cache)
     if not train:
         raise ValueError(f"{config.annotations}: no training statement has its image in {cache}")
-    cached = is_multimodal(config.model_name) and (cache / VISION).exists()
-    vision = Rows(cache / VISION, VISION, expected_vision(config)) if cached else None
-    notes = [
-        f"train: {train_note}",
-        f"dev: {dev_note}",
-        *compared(config, latents, images_of([*train, *dev])),
-    ]
-    return Data(train, dev, latents, vision, notes), cached
+    notes = [f"train: {train_note}", f"dev: {dev_note}"]
+    notes += compared(config, latents, images_of([*train, *dev]))
+    return Data(train, dev, latents, cached_vision(config, cache), notes)
 
 
 def compared(config: Config, latents: Rows, images: list[str]) -> list[str]:
@@ -90,32 +87,68 @@ def compared(config: Config, latents: Rows, images: list[str]) -> list[str]:
     return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS)]
 
 
-def check_trained_for(model: Path, root: Path, fingerprint: dict[str, Any]) -> None:
-    """StoreMismatch, field by field, unless a saved projection was trained for such latents. Loads no model; a damaged
-    world.json is left to those who load it."""
-    try:
-        trained = dict(json.loads((model / "world.json").read_text())["fingerprint"])
-    except (ValueError, KeyError, TypeError, FileNotFoundError):
-        return
-    check_meaning(root, fingerprint, trained)
+def cached_vision(config: Config, cache: Path) -> Rows | None:
+    """The cache's vision features, of a Gemma as it was published; None if it does not see or they are not there."""
+    if not (cache / VISION).exists() or not is_multimodal(config.model_name):
+        return None
+    return Rows(cache / VISION, VISION, expected_vision(config))
 
 
-def load_model(config: Config, data: Data, vision_cached: bool, device: torch.device) -> TheWorld:
-    """Gemma and a new projection. Without cached vision features a Gemma that sees reads the photographs."""
-    gemma = load_gemma(config, device)
-    if gemma.is_multimodal and vision_cached:
-        assert isinstance(data.vision, Rows)
-        check_same_eyes(gemma, data.vision)
+def prepare_gemma(gemma: Gemma, config: Config, data: Data, start: Path | None) -> None:
+    """Makes of a Gemma as it was published the one that a run trains. `start`: the checkpoint of this run or of an
+    earlier stage, whose latents have to be those of the cache. Sets where `data` has Gemma's sight from."""
+    world = None
+    if start is not None:
+        world = read_world(start)
+        check_meaning(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
+    prepare_parts(gemma, config, world)
+    data.vision = vision_for(gemma, config, data.vision, data.notes, data.latents.reader.images)
+    if isinstance(data.vision, Rows):
         gemma.drop_vision()
-    elif gemma.is_multimodal:
-        if config.image_folder is None:
-            raise ValueError(
-                "this Gemma looks at the photographs, and the cache has no features of them: give --image_folder, or "
-                "extract them once with tools/extract_latents.py --gemma_vision"
-            )
-        hashes = data.latents.reader.images
-        data.vision = LiveVision(gemma, config.image_folder, config.max_image_pixels, hashes)
-    return TheWorld.from_config(config, gemma, data.latents.reader.fingerprint)
+
+
+def load_model(gemma: Gemma, config: Config, data: Data, start: Path | None) -> TheWorld:
+    """The weights of a Gemma made without them, and a new projection or the weights of `start`: see `prepare_gemma`."""
+    gemma.load_weights()
+    prepare_gemma(gemma, config, data, start)
+    model = TheWorld.from_config(config, gemma, data.latents.reader.fingerprint)
+    if start is not None:
+        model.load_weights(start)
+    return model
+
+
+def vision_for(
+    gemma: Gemma,
+    config: Config,
+    cached: Fetch | None,
+    notes: list[str],
+    hashes: Mapping[str, str] | None = None,
+) -> Fetch | None:
+    """Where a Gemma's sight comes from: cached features, photographs through its tower or, if that trains, photographs
+    alone; None for one that does not see. Adds a note where cached features are of no use. `hashes`: path -> SHA-256 of
+    the photographs whose latents go with them.
+
+    Raises ValueError if photographs are needed and `image_folder` is not set, StoreMismatch if cached features are
+    another tower's.
+    """
+    if not gemma.is_multimodal:
+        return None
+    if isinstance(cached, Rows) and VISION_PART not in gemma.changed:
+        if gemma.has_weights:
+            check_same_eyes(gemma, cached)
+        return cached
+    if VISION_PART in gemma.changed:
+        reason = "Gemma's vision tower is not as it was published, so cached features of it are of no use"
+        note = f"photographs are read: {reason}"
+        if isinstance(cached, Rows) and note not in notes:
+            notes.append(note)
+    else:
+        reason = "the cache has no features of them"
+    if config.image_folder is None:
+        other = "" if gemma.changed else ", or extract them once with tools/extract_latents.py --gemma_vision"
+        raise ValueError(f"this Gemma looks at the photographs: {reason}; give --image_folder{other}")
+    kind = LivePixels if VISION_PART in gemma.trained else LiveVision
+    return kind(gemma, config.image_folder, config.max_image_pixels, hashes)
 
 
 def check_same_eyes(gemma: Gemma, vision: Rows) -> None:

@@ -1,4 +1,4 @@
-"""Gemma's frozen decoder over packed rows: what transformers computes, with less work.
+"""Gemma's decoder over packed rows: what transformers computes, with less work where it is frozen.
 
 Nothing here trains, so a layer is a pure function of its input and fixed weights: queries, keys and values come from
 one matrix, nothing is computed for weight gradients, and the last layer goes on with the wanted rows alone. The
@@ -22,8 +22,8 @@ from theworld.gemma import Gemma
 from theworld.masks import attention_masks
 
 Weight = Tensor | Fp8Weight
-# Of flex attention on a Hopper GPU at Gemma's heads of 256, the fastest of those that were tried (RESULTS.md). With its
-# own choice of 4 warps the gradients of keys and values do not fit into registers.
+# Of flex attention in bfloat16 on a Hopper GPU at Gemma's heads of 256: the fastest of those that were tried
+# (RESULTS.md). With its own choice of 4 warps the gradients of keys and values do not fit into registers.
 HOPPER_KERNELS = {
     **{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4},
     **{"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64},
@@ -77,7 +77,7 @@ class Decoder:
             config.head_dim,
             config.query_pre_attn_scalar**-0.5,
             config.rms_norm_eps,
-            _kernel_options(config.head_dim, gemma.device),
+            _kernel_options(config.head_dim, gemma),
         )
         self.kinds = list(config.layer_types)
         model = gemma.text_model
@@ -126,6 +126,35 @@ class Decoder:
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(function, *arguments, self.shape, use_reentrant=False)
         return function(*arguments, self.shape)
+
+
+class TrainedDecoder:
+    """transformers' own decoder over packed rows, for a language model that trains or has LoRA matrices beside it."""
+
+    def __init__(self, gemma: Gemma, compiled: bool = False, checkpointed: bool = False) -> None:
+        """As `Decoder`."""
+        self.gemma = gemma
+        if checkpointed:
+            checkpoint_layers(gemma.text_model)
+        if compiled:
+            for layer in gemma.text_model.layers:
+                layer.compile()
+
+    def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
+        """As `Decoder`; there are no frozen columns."""
+        assert not batch.num_frozen, "everything here depends on what trains"
+        masks = attention_masks(batch, self.gemma.sliding_window, "sdpa")
+        options = {"position_ids": batch.position_ids, "use_cache": False}
+        with self.gemma.computing():
+            output = self.gemma.text_model(inputs_embeds=x, attention_mask=masks, **options)
+        return output.last_hidden_state.flatten(0, 1)[wanted].to(self.gemma.dtype)
+
+
+def checkpoint_layers(module: Any) -> None:
+    """Lets a transformers module keep only each layer's input for the backward pass. That takes its training mode, in
+    which a Gemma 3 does nothing else, as it has no dropout."""
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    module.train()
 
 
 def decoder_layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
@@ -215,10 +244,11 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return fp8_linear(x, weight) if isinstance(weight, Fp8Weight) else F.linear(x, weight)
 
 
-def _kernel_options(head_width: int, device: torch.device) -> tuple[tuple[str, int], ...]:
-    """Where nothing better is known, flex attention chooses for itself."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return tuple(HOPPER_KERNELS.items()) if hopper and head_width == 256 else ()
+def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...]:
+    """Where nothing better is known, flex attention chooses for itself. In float32 these would not fit."""
+    hopper = gemma.device.type == "cuda" and torch.cuda.get_device_capability(gemma.device)[0] == 9
+    known = hopper and head_width == 256 and gemma.dtype == torch.bfloat16
+    return tuple(HOPPER_KERNELS.items()) if known else ()
 
 
 def _merged(layer: Any, fp8: bool) -> Layer:

@@ -51,6 +51,7 @@ def look_over(config: Config, cache: Path) -> list[Finding]:
         ("device", lambda: _device(config)),
         ("Gemma", lambda: _model("Gemma", config.model_name, "config.json")),
         ("Cosmos VAE", lambda: _model("Cosmos VAE", config.cosmos_model_name, "vae/config.json")),
+        ("rollout", lambda: _rollout(config)),
         ("photographs", lambda: _photographs(config)),
         ("latents", lambda: _store("latents", cache / LATENTS, expected_latents(config), config)),
         ("vision", lambda: _store("vision", cache / VISION, expected_vision(config), config)),
@@ -117,6 +118,16 @@ def _model(topic: str, name: str, file: str) -> Iterator[Finding]:
         yield Finding(topic, FAULT, f"{name}: {str(error).splitlines()[0]}", "check the name, and HF_TOKEN")
     else:
         yield Finding(topic, OK, f"{name}: on the hub, and open to you")
+
+
+def _rollout(config: Config) -> Iterator[Finding]:
+    """What phase 1 takes beside the VAE where moments are predicted."""
+    if config.num_world_steps:
+        from theworld.rollout import check_rollout
+
+        check_rollout(config)
+        says = f"{config.cosmos_model_name}: a Video2World pipeline, and its guardrail is installed"
+        yield Finding("rollout", OK, says)
 
 
 def _photographs(config: Config) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
-"""The two encoders as phase 1 runs them: what a row of their store is, and the way from pixels to it."""
+"""The encoders as phase 1 runs them: what a row of their store is, and the way from pixels to it."""
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,24 +10,48 @@ from torch import Tensor
 
 from theworld.cache import LATENTS, VISION
 from theworld.gemma import Gemma
-from theworld.images import square
-from theworld.store import ArraySpec
+from theworld.images import PREPROCESSING, square
+from theworld.rollout import Rollout, image_seed
+from theworld.store import ArraySpec, ImageEntry, Store
 from theworld.vae import CosmosEncoder
 from theworld.weights import torch_dtype
 
 
-class Encoding(Protocol):
-    """What `extract` needs of an encoder: its name, what a row is, and the way from pixels to a row.
+class Meaning(Protocol):
+    """What a store is opened with: its name, what a row is, and what the numbers in it mean."""
+
+    name: str
+    arrays: list[ArraySpec]
+
+    def fingerprint(self) -> dict[str, Any]: ...
+
+
+def full_fingerprint(meaning: Meaning, batch_size: int) -> dict[str, Any]:
+    """What a store says of its numbers: what the encoder does, and what is done before and after it."""
+    return {
+        **meaning.fingerprint(),
+        **{f"preprocessing_{k}": v for k, v in PREPROCESSING.items()},
+        "storage_dtype": meaning.arrays[0].dtype,
+        "encode_batch_size": batch_size,
+    }
+
+
+def open_store(
+    cache: Path, meaning: Meaning, images: list[ImageEntry], shard_size: int, batch_size: int
+) -> Store:
+    """The store of one encoding in the cache, new or to be resumed; StoreMismatch where it is another one."""
+    fingerprint = full_fingerprint(meaning, batch_size)
+    return Store.create(cache / meaning.name, fingerprint, images, meaning.arrays, shard_size)
+
+
+class Encoding(Meaning, Protocol):
+    """What `extract` needs of an encoder: its meaning, and the way from pixels to a row.
 
     `prepare` runs in other processes: it may not touch a GPU. `encode` may return before a GPU is done.
     """
 
-    name: str
-    arrays: list[ArraySpec]
     device: torch.device
     compiled: bool
-
-    def fingerprint(self) -> dict[str, Any]: ...
 
     def prepare(self, pixels: np.ndarray) -> Tensor: ...
 
@@ -64,6 +89,40 @@ class LatentEncoding:
     def encode(self, prepared: Tensor) -> Tensor:
         """uint8[B, S, S, 3] -> storage dtype[B, C, H, W]."""
         return self.encoder.encode(prepared.permute(0, 3, 1, 2)).to(torch_dtype(self.storage))
+
+
+class RolloutEncoding:
+    """Photographs to their Cosmos latents and those of the moments predicted from them, one photograph at a time."""
+
+    name = LATENTS
+
+    def __init__(self, latents: LatentEncoding, rollout: Rollout, batch_size: int) -> None:
+        """`batch_size`: that of an encoding of photographs alone, so that the first moment is to the bit what that
+        would store."""
+        self.latents, self.rollout, self.batch_size = latents, rollout, batch_size
+        own = latents.arrays[0]
+        moments = 1 + rollout.config.num_world_steps
+        self.arrays = [ArraySpec(LATENTS, (moments, *own.shape), own.dtype)]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What these numbers mean: those of the photographs, and how the rest was predicted."""
+        steps = {"num_world_steps": self.rollout.config.num_world_steps}
+        return {
+            **self.latents.fingerprint(),
+            **steps,
+            **self.rollout.identity(),
+            **_libraries("transformers"),
+        }
+
+    def encode(self, pixels: np.ndarray, image_sha256: str) -> Tensor:
+        """uint8[H, W, 3] -> storage dtype[1 + n, C, H, W] on the CPU, not normalised. Raises FramesRefused."""
+        prepared = self.latents.prepare(pixels)
+        batch = prepared.new_zeros((self.batch_size, *prepared.shape))
+        batch[0] = prepared
+        photograph = self.latents.encode(batch)[:1].cpu()
+        seed = image_seed(self.rollout.config.rollout_seed, image_sha256)
+        moments = self.rollout.moments(prepared.numpy(), seed)
+        return torch.cat([photograph, moments.to(torch_dtype(self.latents.storage)).cpu()])
 
 
 class VisionEncoding:

@@ -51,15 +51,18 @@ def predict(
     device = model.gemma.device
     other = shuffled_images(images_of(statements)) if "shuffled" in systems else {}
     order = _order(statements, other)
-    starts = range(0, len(order), batch_size)
+    every = list(range(0, len(order), batch_size))
+    starts: list[int | None] = list(every)
     if processes is not None:
-        starts = starts[processes.rank :: processes.count]
+        starts = list(every[processes.rank :: processes.count])
+        if model.shell is not None and len(starts) < len(every[:: processes.count]):
+            starts.append(None)  # sharded processes compute together: one with less to do goes along
     packer = model.packer()
 
     def passes() -> Iterator[tuple[list[int], Pass]]:
         for start in starts:
-            chosen = order[start : start + batch_size]
-            asked = [statements[i] for i in chosen]
+            chosen = order[start : start + batch_size] if start is not None else []
+            asked = [statements[i] for i in chosen or order[:1]]
             worlds = [_world(system, s.image, other) for system in systems for s in asked]
             yield chosen, make_pass(model, packer, asked * len(systems), latents, vision, worlds)
 
@@ -71,7 +74,8 @@ def predict(
         one = one.to(device)
         assert one.batch is not None
         answers = model(one.batch, one.latents, one.vision)[:, list(model.gemma.answer_ids)]
-        logits[:, chosen] = answers.view(len(systems), len(chosen), 2)
+        if chosen:
+            logits[:, chosen] = answers.view(len(systems), len(chosen), 2)
     if processes is not None:
         (logits,) = processes.sum([logits])
     return dict(zip(systems, logits.cpu().numpy(), strict=True))

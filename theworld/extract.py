@@ -1,6 +1,6 @@
 """Phase 1: photographs through a frozen encoder into a store, once, resumable. It serves both encoders.
 
-    list ─> check ─> encode (see `theworld.stages`) ─> publish
+    list ─> check ─> encode (see `theworld.stages`; `theworld.image_by_image` for rollouts) ─> publish
 
 Any number of processes may share the work (see `theworld.parts`); whoever finds all shards committed publishes.
 """
@@ -15,38 +15,23 @@ from tqdm import tqdm
 
 from theworld.cache import FAILURES, LATENTS, VISION
 from theworld.config import Config
-from theworld.encodings import Encoding, LatentEncoding, VisionEncoding
+from theworld.console import duration
+from theworld.encodings import Encoding, LatentEncoding, RolloutEncoding, VisionEncoding, open_store
 from theworld.files import make_folder
+from theworld.finished import refusals
 from theworld.foresee import check_settings
 from theworld.gemma import Gemma
-from theworld.images import PREPROCESSING
+from theworld.image_by_image import roll_out
 from theworld.listing import freeze, known_hashes, write_failures
 from theworld.parts import Part, this_part
 from theworld.reading import Batches, Source, num_workers
+from theworld.rollout import Rollout, check_rollout
 from theworld.stages import batches_of, encode_shards
 from theworld.store import ImageEntry, Store
 from theworld.vae import CosmosEncoder
 from theworld.verify import Problem, examine
 from theworld.vsr import images_of, load_all
 from theworld.weights import resolve_device, resolve_dtype, wants_compile
-
-
-def open_store(
-    cache: Path, encoding: Encoding, images: list[ImageEntry], shard_size: int, batch_size: int
-) -> Store:
-    """The store of one encoding in the cache, new or to be resumed; StoreMismatch where it is another one."""
-    fingerprint = fingerprint_of(encoding, batch_size)
-    return Store.create(cache / encoding.name, fingerprint, images, encoding.arrays, shard_size)
-
-
-def fingerprint_of(encoding: Encoding, batch_size: int) -> dict[str, Any]:
-    """What the numbers of a store of this encoding mean."""
-    return {
-        **encoding.fingerprint(),
-        **{f"preprocessing_{k}": v for k, v in PREPROCESSING.items()},
-        "storage_dtype": encoding.arrays[0].dtype,
-        "encode_batch_size": batch_size,
-    }
 
 
 def preflight(store: Store, encoding: Encoding, pending: list[int], source: Source, batch_size: int) -> str:
@@ -65,7 +50,7 @@ def preflight(store: Store, encoding: Encoding, pending: list[int], source: Sour
     return (
         f"{encoding.name}: {len(rows):,} of {len(store.rows):,} images to encode in {len(pending)} of "
         f"{store.num_shards} shards, {size / 2**20:,.1f} MiB on disk ({free / 2**30:,.1f} GiB free), "
-        f"about {_duration(seconds)}"
+        f"about {duration(seconds)}"
     )
 
 
@@ -96,14 +81,6 @@ def _seconds_an_image(
     return max(reading, encoding_seconds(batch_size))
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-    )
-
-
 def stores_of(cache: Path) -> list[Path]:
     """The folders of the stores that are in a cache."""
     return [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
@@ -118,9 +95,15 @@ def verify(cache: Path) -> list[Problem]:
 
 
 def extract(
-    config: Config, cache: Path, with_vision: bool, allow_missing: bool, part: Part | None = None
+    config: Config,
+    cache: Path,
+    with_vision: bool,
+    allow_missing: bool,
+    part: Part | None = None,
+    guardrail: Any = None,
 ) -> bool:
     """Phase 1 as `tools/extract_latents.py` runs it: list, check, encode, publish. `part`: of independent tasks.
+    `guardrail`: see `Rollout`.
 
     Returns whether all of the cache is there now, which it is not before the last task is done, and False in the
     processes of one run that leave the last word to the first. Raises ValueError if photographs are missing or
@@ -132,13 +115,24 @@ def extract(
     def look() -> list[ImageEntry]:
         source = source_of(config, part)
         check_settings(config, cache, device, with_vision)
+        if config.num_world_steps:
+            check_rollout(config, guardrail)
         return list_images(config, cache, source, allow_missing)
 
     images = part.from_first(look)
     source = source_of(config, part)
-    complete = True
-    for name in (LATENTS, VISION) if with_vision else (LATENTS,):
-        complete = run(load_encoding(name, config, device), cache, images, source, config, part) and complete
+    latents = load_encoding(LATENTS, config, device)
+    if config.num_world_steps:
+        assert isinstance(latents, LatentEncoding)
+        rollout = Rollout(config, latents.encoder.dtype, latents.device, latents.encoder.revision, guardrail)
+        moments = RolloutEncoding(latents, rollout, config.encode_batch_size)
+        complete = roll_out(moments, cache, images, source, config, part, allow_missing)
+        del rollout, moments  # the largest models of all
+    else:
+        complete = run(latents, cache, images, source, config, part)
+    if with_vision:
+        vision = load_encoding(VISION, config, device)
+        complete = run(vision, cache, images, source, config, part) and complete
     part.leave()
     return complete and part.speaks
 
@@ -175,7 +169,9 @@ def list_images(config: Config, cache: Path, source: Source, allow_missing: bool
         tqdm.write(f"{config.annotations}: no other statements than those of {' and '.join(splits)}")
     make_folder(cache)
     images, failures = freeze(names, source, known_hashes(cache))
-    write_failures(cache, failures)
+    refused = refusals(cache / LATENTS)
+    predicted = [(image.path, refused[image.sha256]) for image in images if image.sha256 in refused]
+    write_failures(cache, sorted(failures + predicted))
     if failures and not (allow_missing and images):
         some = "\n".join(f"  {path}: {reason}" for path, reason in failures[:5])
         raise ValueError(

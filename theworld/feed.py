@@ -3,14 +3,16 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from theworld.batch import Batch, Packer
+from theworld.config import Config
 from theworld.model import TheWorld
+from theworld.schedule import Order, split
 from theworld.vsr import Statement
 
 Fetch = Callable[[Sequence[str]], Tensor]  # image paths -> one row an image
@@ -23,8 +25,9 @@ class Pass:
 
     statements: tuple[Statement, ...]
     batch: Batch | None  # None where no language model reads it (the start at the image tokens)
-    latents: Tensor | None  # float[W, C, H, W]
-    vision: Tensor | None  # float[G, I, V]
+    latents: Tensor | None  # float[W, *row_shape]
+    vision: Tensor | None  # float[G, I, V], or photographs, float[G, 3, S, S]
+    weight: float = 1.0  # of its losses in the step
 
     def to(self, device: torch.device) -> "Pass":
         """The same on a device; copies overlap with other work where memory is pinned."""
@@ -34,7 +37,7 @@ class Pass:
                 return value.to(device, non_blocking=True)
             return None if value is None else value.to(device)
 
-        return Pass(self.statements, move(self.batch), move(self.latents), move(self.vision))
+        return replace(self, batch=move(self.batch), latents=move(self.latents), vision=move(self.vision))
 
     def pin(self, device: torch.device) -> "Pass":
         """The same in page-locked memory, from which a GPU copies by itself; as it is for another device."""
@@ -46,7 +49,21 @@ class Pass:
 
         if device.type != "cuda":
             return self
-        return Pass(self.statements, pinned(self.batch), pinned(self.latents), pinned(self.vision))
+        return replace(
+            self, batch=pinned(self.batch), latents=pinned(self.latents), vision=pinned(self.vision)
+        )
+
+
+def parts_of_step(
+    config: Config, packer: Packer, order: Order, start: int, processes: int
+) -> list[list[Statement]]:
+    """The statements of an optimizer step from the `start`-th of the order on, in one part for each pass of each
+    process, of about equal length; some are empty where a step has few images."""
+    passes = config.gradient_accumulation_steps * processes
+    statements = order.take(start, config.batch_size * passes)
+    example = packer.prompt(statements[0].caption, True)
+    shared = len(example.shared) + packer.num_world_tokens + 2
+    return split(statements, passes, shared, len(example.branch))
 
 
 def make_pass(

@@ -16,6 +16,7 @@ from theworld import files
 from theworld.cache import LATENTS, VISION, expected_latents, expected_vision
 from theworld.config import Config
 from theworld.plan import STORE_KEYS, StoreMismatch, fingerprint_differences
+from theworld.store import check_existing
 from theworld.vae import SPATIAL_FACTOR
 from theworld.weights import hub_revision, resolve_device, resolve_dtype, wants_compile
 
@@ -27,6 +28,9 @@ def check_settings(config: Config, cache: Path, device_name: str, with_vision: b
     """
     for name in (LATENTS, VISION) if with_vision else (LATENTS,):
         path = cache / name / "store.json"
+        if name == LATENTS and config.num_world_steps:  # the rest is known once the video model is there
+            check_existing(path.parent, expected_latents(config))
+            continue
         try:
             cached = files.read_sealed(path, STORE_KEYS)[0]["fingerprint"]
         except files.StoreError:

@@ -1,4 +1,4 @@
-"""The frozen Gemma 3: loading, prompts, answer tokens and image features.
+"""Gemma 3: loading, prompts, answer tokens and image features. Frozen unless `theworld.unfrozen` sets parts of it free.
 
 One `Gemma` serves both kinds: the multimodal `Gemma3ForConditionalGeneration` (4B and larger), which sees the
 photograph through its SigLIP tower, and the text-only `Gemma3ForCausalLM` (270M, 1B), which does not.
@@ -50,8 +50,10 @@ class Gemma:
         device: str | torch.device = "cpu",
         attention: str = "sdpa",
         revision: str | None = None,
+        weights: bool = True,
     ) -> None:
-        """`revision`: the commit of a hub model; None: the newest.
+        """`revision`: the commit of a hub model; None: the newest. `weights` False: shapes without values, which can be
+        counted and packed for, until `load_weights`.
 
         `attention`: how packed rows are read, "sdpa" with dense masks or "flex_attention" with block masks, which give
         the same; flex needs rows of whole blocks, and is for compiled code on a GPU. (The FlashAttention kernels ignore
@@ -61,10 +63,16 @@ class Gemma:
         self.device = torch.device(device)
         self.dtype = dtype
         self.attention = attention
+        # See `theworld.unfrozen`, which sets these.
+        self.changed: tuple[str, ...] = ()  # parts that are not as they were published
+        self.trained: tuple[str, ...] = ()  # those of them that train
+        self.lora_rank: int | None = None
+        self.plain_decoder = False  # packed rows are read by transformers' own decoder
         if self.attention not in ("sdpa", "flex_attention"):
             raise ValueError(f"attention {self.attention!r}: wanted sdpa or flex_attention")
         hub = {"revision": revision} if revision else {}
-        self.model = _load_model(name_or_path, dtype, self.device, hub)
+        self._hub = hub
+        self.model = _load_model(name_or_path, dtype, self.device, hub, weights)
         self.revision = revision or hub_revision(name_or_path, "config.json")
         self.is_multimodal = isinstance(self.model, Gemma3ForConditionalGeneration)
         self.processor = AutoProcessor.from_pretrained(name_or_path, **hub) if self.is_multimodal else None
@@ -76,6 +84,15 @@ class Gemma:
         added = self.tokenizer.added_tokens_decoder.values()
         self._control_tokens = sorted(token.content for token in added if token.special)
         self.answer_ids = tuple(_single_token(self.tokenizer, digit) for digit in "01")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is more than shapes."""
+        return not self.text_model.embed_tokens.weight.is_meta
+
+    def load_weights(self) -> None:
+        """The weights of a Gemma that was made without them, as they were published."""
+        self.model = _load_model(self.name, self.dtype, self.device, self._hub, weights=True)
 
     # ---- parts
 
@@ -111,11 +128,17 @@ class Gemma:
         """
         if self.image_token_id is not None:
             token_ids = token_ids.masked_fill(token_ids == self.image_token_id, 0)
-        return self.text_model.embed_tokens(token_ids)
+        return self.text_model.embed_tokens(token_ids).to(self.dtype)
+
+    def computing(self) -> torch.autocast:
+        """What trains is kept in float32; within this it is computed in `dtype` all the same."""
+        enabled = bool(self.trained) and self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """dtype[S, D] -> float32[S, vocabulary]: the head, as the model's own forward applies it."""
-        logits = self.model.lm_head(hidden).float()
+        with self.computing():
+            logits = self.model.lm_head(hidden).float()
         cap = getattr(self.text_config, "final_logit_softcapping", None)
         return logits if cap is None or self.is_multimodal else torch.tanh(logits / cap) * cap
 
@@ -205,7 +228,6 @@ class Gemma:
         assert self.processor is not None, "a text-only Gemma sees no photographs"
         return self.processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
 
-    @torch.no_grad()
     def vision_features(self, pixel_values: Tensor) -> Tensor:
         """float[B, 3, S, S] -> dtype[B, N, V]: SigLIP's patches, pooled to N places as Gemma's projector does it.
 
@@ -214,16 +236,17 @@ class Gemma:
         tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
         if tower is None:
             raise ValueError("this Gemma was without its vision tower (drop_vision)")
-        patches = tower(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
+        with self.computing():
+            patches = tower(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
         grid = patches.transpose(1, 2).unflatten(2, (projector.patches_per_image,) * 2)
         return F.avg_pool2d(grid, projector.kernel_size).flatten(2).transpose(1, 2)
 
-    @torch.no_grad()
     def image_features(self, vision_features: Tensor) -> Tensor:
         """dtype[B, N, V] -> dtype[B, N, D]: the other half of Gemma's projector, into the language model's space."""
         projector = self.model.model.multi_modal_projector
-        normed = projector.mm_soft_emb_norm(vision_features.to(self.device, self.dtype))
-        return normed @ projector.mm_input_projection_weight
+        with self.computing():
+            normed = projector.mm_soft_emb_norm(vision_features.to(self.device, self.dtype))
+            return normed @ projector.mm_input_projection_weight
 
     def compile_vision(self) -> None:
         """Compiles the layers of the vision tower: pays for thousands of photographs in batches of one size."""
@@ -263,10 +286,16 @@ def is_multimodal(name_or_path: str, **hub: str) -> bool:
 _CLASSES = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
 
 
-def _load_model(name: str, dtype: torch.dtype, device: torch.device, hub: dict[str, str]) -> PreTrainedModel:
+def _load_model(
+    name: str, dtype: torch.dtype, device: torch.device, hub: dict[str, str], weights: bool
+) -> PreTrainedModel:
     kind = _CLASSES["gemma3" if is_multimodal(name, **hub) else "gemma3_text"]
-    options = {"dtype": dtype, "device_map": str(device), "attn_implementation": "sdpa"}
-    model = kind.from_pretrained(name, **options, **hub)
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    if weights:
+        model = kind.from_pretrained(name, **options, device_map=str(device), **hub)
+    else:
+        with torch.device("meta"):
+            model = kind._from_config(AutoConfig.from_pretrained(name, **hub), **options)
     return model.eval().requires_grad_(False)
 
 

@@ -1,10 +1,9 @@
-"""TheWorld: packed sequences in, answer logits out. Gemma is frozen; the projection is all that trains.
+"""TheWorld: packed sequences in, answer logits out. The projection trains; Gemma is frozen unless a stage sets parts
+of it free (`theworld.unfrozen`).
 
 Dimensions: R rows of L tokens, W worlds, G images, S statements, N world tokens, D the width of the language model.
 """
 
-import json
-import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,59 +11,66 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from theworld.batch import ZERO, Batch, Packer
 from theworld.cache import check_meaning
 from theworld.config import Config, load_config, save_config
-from theworld.decoder import Decoder
+from theworld.decoder import Decoder, TrainedDecoder, checkpoint_layers
 from theworld.gemma import Gemma
 from theworld.generation import Photograph, generate_ids
 from theworld.projection import ProjectionShape, WorldProjection
-from theworld.weights import model_id, resolve_device, resolve_dtype, wants_compile
-
-FORMAT_VERSION = 1
-PROJECTION_FILE, WORLD_FILE, CONFIG_FILE = "projection.safetensors", "world.json", "config.json"
+from theworld.saved import (
+    CONFIG_FILE,
+    PROJECTION_FILE,
+    VISION,
+    part_file,
+    read_world,
+    saved_folder,
+    write_world,
+)
+from theworld.sharding import asked, shard, whole
+from theworld.unfrozen import copy_strictly, load_gemma, load_parts, parameters_of, restore_parts
+from theworld.weights import model_id, wants_compile
 
 
 class TheWorld(nn.Module):
-    """A frozen Gemma with world tokens. Its parameters, as torch sees them, are those of the projection alone:
-    what `parameters()` gives to an optimiser is what trains, and `state_dict()` is what is saved."""
+    """A Gemma with world tokens. `trainable()` is what trains; torch's own `parameters()` are the projection's alone,
+    since Gemma is no submodule: it is saved by whoever published it, and here only where it differs."""
 
     def __init__(
         self, gemma: Gemma, projection: WorldProjection, config: Config, fingerprint: dict[str, Any]
     ) -> None:
         """`fingerprint` is that of the latents the projection is for."""
         super().__init__()
-        object.__setattr__(self, "gemma", gemma)  # not a submodule: frozen, and saved by whoever published it
+        object.__setattr__(self, "gemma", gemma)
         self.gemma: Gemma
+        self.shell: nn.Module | None
+        object.__setattr__(self, "shell", None)  # what all computing goes through where Gemma is sharded
         channels = projection.latents_mean.cpu()
-        self.mean_latent = channels.expand(
-            projection.shape.latent_shape
-        )  # on the CPU, where batches are made
+        self.mean_latent = channels.expand(projection.shape.row_shape)  # on the CPU, where batches are made
         self.projection = projection.to(gemma.device)
         self.config = config
         self.fingerprint = fingerprint
         self.enable_world = True
-        compiled = wants_compile(config.compile, gemma.device)
-        decoder = Decoder(gemma, compiled, config.fp8, config.use_gradient_checkpointing)
-        object.__setattr__(self, "decoder", decoder)
-        self.decoder: Decoder
+        compiled, checkpointed = (
+            wants_compile(config.compile, gemma.device),
+            config.use_gradient_checkpointing,
+        )
+        if gemma.plain_decoder:
+            # FSDP puts a layer together around its call, which compiled code would take in.
+            compiled = compiled and not asked()
+            self.decoder: Decoder | TrainedDecoder = TrainedDecoder(gemma, compiled, checkpointed)
+        else:
+            self.decoder = Decoder(gemma, compiled, config.fp8, checkpointed)
+        if checkpointed and VISION in gemma.trained:
+            checkpoint_layers(gemma.model.model.vision_tower)
 
     @classmethod
     def from_config(cls, config: Config, gemma: Gemma, fingerprint: dict[str, Any]) -> "TheWorld":
         """A new, untrained projection for the latents that `fingerprint` describes, at Gemma's scale."""
-        shape = ProjectionShape(
-            latent_shape=tuple(fingerprint["latent_shape"]),
-            width=gemma.width,
-            mode=config.world_mode,
-            patch=config.world_patch,
-            architecture=config.projection,
-            hidden=config.projection_hidden,
-            positions=config.world_positions,
-        )
+        shape = ProjectionShape.from_settings(config, fingerprint, gemma.width)
         torch.manual_seed(config.seed)
         projection = WorldProjection(
             shape,
@@ -99,20 +105,17 @@ class TheWorld(nn.Module):
             overrides["dtype"] = str(dtype).removeprefix("torch.")
         if device_map is not None:
             overrides["device"] = str(device_map)
-        folder = _folder(name_or_path, revision)
-        for name in (PROJECTION_FILE, WORLD_FILE, CONFIG_FILE):
-            if not (folder / name).is_file():
-                raise ValueError(
-                    f"{folder}: no {name} in it; name a folder such as checkpoints/vsr/checkpoint-500"
-                )
+        folder = saved_folder(name_or_path, revision)
         config = load_config(folder / CONFIG_FILE, overrides)
-        world = json.loads((folder / WORLD_FILE).read_text())
-        if world.get("format") != FORMAT_VERSION:
-            raise ValueError(
-                f"{folder / WORLD_FILE}: format {world.get('format')!r}; wanted {FORMAT_VERSION}"
-            )
+        world = read_world(folder)
         if gemma is None:
             gemma = load_gemma(config, revision=world.get("model_revision"))
+        elif world["parts"] or gemma.changed:
+            raise ValueError(
+                f"{folder} goes with a Gemma of its own (of it {world['parts']} are in the folder, and of the one that "
+                f"was handed in {list(gemma.changed)} are changed); leave `gemma` out"
+            )
+        restore_parts(gemma, folder, world)
         fingerprint = world["fingerprint"]
         shape = ProjectionShape.from_dict(world["projection"])
         if shape.width != gemma.width:
@@ -126,44 +129,60 @@ class TheWorld(nn.Module):
         model.enable_world = enable_world
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes projection.safetensors (what trains and nothing else), world.json and config.json."""
+    def save_pretrained(
+        self, folder: str | Path, weights: dict[str, dict[str, Tensor]] | None = None
+    ) -> None:
+        """Writes projection.safetensors, a file for each part of Gemma that is not as it was published, world.json and
+        config.json. `weights`: those of `weights()`, where they had to be put together before."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.trainable().items()}
-        save_file(state, folder / PROJECTION_FILE, metadata={"format": "pt"})
+        for name, state in (weights or self.weights()).items():
+            save_file(state, folder / name, metadata={"format": "pt"})
         world = {
-            "format": FORMAT_VERSION,
             "model_name": model_id(self.gemma.name),
             "model_revision": self.gemma.revision,
             "projection": self.projection.shape.to_dict(),
+            "parts": list(self.gemma.changed),
+            "lora_rank": self.gemma.lora_rank,
             "fingerprint": self.fingerprint,
         }
-        (folder / WORLD_FILE).write_text(json.dumps(world, indent=2, sort_keys=True) + "\n")
+        write_world(folder, world)
         save_config(self.config, folder / CONFIG_FILE)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The one rule for what trains, what is optimised and what is saved: parameters that ask for a gradient."""
-        return {name: p for name, p in self.projection.named_parameters() if p.requires_grad}
+        """The one rule for what trains and is optimised: parameters that ask for a gradient."""
+        named = dict(self.projection.named_parameters())
+        named |= {f"gemma.{name}": p for name, p in self.gemma.model.named_parameters()}
+        return {name: p for name, p in named.items() if p.requires_grad}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """By file what a checkpoint holds: the projection, and the parts of Gemma that are not as they were published.
+        On the CPU, and whole: where Gemma is sharded, all processes have to call this."""
+        wanted = {PROJECTION_FILE: dict(self.projection.named_parameters())}
+        wanted |= {part_file(part): parameters_of(self.gemma, part) for part in self.gemma.changed}
+        return {
+            file: {name: whole(p.detach()).cpu().contiguous() for name, p in own.items()}
+            for file, own in wanted.items()
+        }
 
     def load_projection(self, path: Path) -> None:
         """Loads trained weights strictly; ValueError names what is missing, unknown or of another shape."""
-        state = load_file(path, device=str(self.gemma.device))
-        wanted = self.trainable()
-        for name in sorted(wanted.keys() | state.keys()):
-            have = tuple(state[name].shape) if name in state else "nothing"
-            want = tuple(wanted[name].shape) if name in wanted else "nothing"
-            if have != want:
-                raise ValueError(f"{path}: {name} has shape {have}; this projection wants {want}")
-        with torch.no_grad():
-            for name, parameter in wanted.items():
-                parameter.copy_(state[name])
+        copy_strictly(path, dict(self.projection.named_parameters()))
+
+    def load_weights(self, folder: Path) -> None:
+        """Loads what `save_pretrained` wrote into a model that has the same parts, strictly."""
+        parts = read_world(folder)["parts"]
+        if set(parts) - set(self.gemma.changed):
+            raise ValueError(f"{folder} holds {parts} of Gemma; this model has {list(self.gemma.changed)}")
+        self.load_projection(folder / PROJECTION_FILE)
+        load_parts(self.gemma, folder, parts)
 
     @cached_property
     def encoder(self) -> Any:
         """The `CosmosEncoder` that the settings name, loaded when it is first asked for: training never does."""
         from theworld.vae import CosmosEncoder
 
+        self.check_no_steps("generate needs no cache with enable_world=False")
         encoder = CosmosEncoder(
             self.config.cosmos_model_name,
             self.gemma.dtype,
@@ -172,6 +191,15 @@ class TheWorld(nn.Module):
         )
         self.check_encoder(encoder.identity())
         return encoder
+
+    def check_no_steps(self, instead: str) -> None:
+        """ValueError where world tokens take more than a photograph: moments predicted from it, minutes each."""
+        steps = self.projection.shape.steps
+        if steps:
+            raise ValueError(
+                f"this projection was trained on {steps} predicted moments a photograph (num_world_steps), which only "
+                f"a cache holds: use tools/eval.py --cache; {instead}"
+            )
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
         """StoreMismatch if latents of an encoder of that identity are others than those the projection is for."""
@@ -192,13 +220,14 @@ class TheWorld(nn.Module):
 
     def embed(self, batch: Batch, latents: Tensor | None, vision: Tensor | None) -> Tensor:
         """Token embeddings with the world tokens and image features in their slots: dtype[R, L, D]."""
-        with torch.no_grad():
-            embeddings = self.gemma.embed(batch.token_ids)
-            flat = embeddings.flatten(0, 1)
-            if batch.image_slots.numel():
-                assert vision is not None, "a multimodal Gemma needs the photographs' features"
-                features = self.gemma.image_features(vision)
-                flat = flat.index_copy(0, batch.image_slots.flatten(), features.flatten(0, 1).to(flat.dtype))
+        embeddings = self.gemma.embed(batch.token_ids)
+        flat = embeddings.flatten(0, 1)
+        if batch.image_slots.numel():
+            assert vision is not None, "a multimodal Gemma needs the photographs or their features"
+            if vision.ndim == 4:
+                vision = self.gemma.vision_features(vision)
+            features = self.gemma.image_features(vision)
+            flat = flat.index_copy(0, batch.image_slots.flatten(), features.flatten(0, 1).to(flat.dtype))
         if batch.worlds:
             assert latents is not None, "the batch has world tokens, so it needs latents"
             tokens = self.projection(latents)
@@ -208,12 +237,12 @@ class TheWorld(nn.Module):
         return flat.view_as(embeddings)
 
     def latents(self, batch: Batch, fetch: Callable[[Sequence[str]], Tensor]) -> Tensor | None:
-        """float[W, C, H, W] on the CPU: what `fetch` has for each world of the batch, the mean latent for ZERO."""
+        """float[W, *row_shape] on the CPU: what `fetch` has for each world of the batch, the mean latent for ZERO."""
         if not batch.worlds:
             return None
         named = [world for world in batch.worlds if world != ZERO]
         if not named:
-            return self.mean_latent.expand(len(batch.worlds), -1, -1, -1).clone()
+            return self.mean_latent.expand(len(batch.worlds), *self.mean_latent.shape).clone()
         rows = fetch(named)
         if len(named) == len(batch.worlds):
             return rows
@@ -228,7 +257,8 @@ class TheWorld(nn.Module):
         """The language model's last hidden states, dtype[K, D], of the tokens with the flat indices `wanted`
         (int64[K]; None: all R x L, where no columns are frozen). `batch` lies on Gemma's device.
 
-        latents: float[W, C, H, W] as the VAE gives them; vision: float[G, I, V] from `Gemma.vision_features`.
+        latents: float[W, *row_shape] as the VAE gives them; vision: float[G, I, V] from `Gemma.vision_features`, or the
+        photographs themselves, float[G, 3, S, S] from `Gemma.pixel_values`.
         """
         if wanted is None:
             wanted = torch.arange(batch.token_ids.numel(), device=batch.token_ids.device)
@@ -236,7 +266,14 @@ class TheWorld(nn.Module):
 
     def forward(self, batch: Batch, latents: Tensor | None = None, vision: Tensor | None = None) -> Tensor:
         """float32[S, vocabulary]: what follows each statement's prompt."""
-        return self.gemma.logits(self.hidden(batch, latents, vision, batch.label_rows))
+        return self._compute(lambda: self.gemma.logits(self.hidden(batch, latents, vision, batch.label_rows)))
+
+    def shard(self) -> None:
+        """Shards Gemma among the processes of the run, before an optimiser is made: see `theworld.sharding`."""
+        object.__setattr__(self, "shell", shard(self.gemma.model, self.gemma.dtype))
+
+    def _compute(self, compute: Callable[[], Any]) -> Any:
+        return compute() if self.shell is None else self.shell(compute)
 
     @torch.no_grad()
     def generate(
@@ -267,6 +304,11 @@ class TheWorld(nn.Module):
         statement the mean next-word cross-entropy over its caption, 0 where the weight is 0. `total`: label +
         weight x statement. `logits`: float32[S, 2], of '0' and '1'.
         """
+        return self._compute(lambda: self._losses(batch, latents, vision, statement_loss_weight))
+
+    def _losses(
+        self, batch: Batch, latents: Tensor | None, vision: Tensor | None, statement_loss_weight: float
+    ) -> dict[str, Tensor]:
         with_words = statement_loss_weight > 0 and len(batch.words) > 0
         wanted = torch.cat([batch.label_rows, batch.word_rows]) if with_words else batch.label_rows
         hidden = self.hidden(batch, latents, vision, wanted)
@@ -280,26 +322,3 @@ class TheWorld(nn.Module):
         answers = torch.stack([logits[:, token] for token in self.gemma.answer_ids], 1).detach()
         total = label + statement_loss_weight * statement
         return {"total": total, "label": label.detach(), "statement": statement.detach(), "logits": answers}
-
-
-def _folder(name_or_path: str | Path, revision: str | None) -> Path:
-    """The folder itself, or the three files of a hub model in a local one. ValueError for neither."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
-        raise ValueError(f"{name_or_path}: neither a folder nor a name on the hub, such as user/name")
-    files = [PROJECTION_FILE, WORLD_FILE, CONFIG_FILE]
-    return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=files))
-
-
-def load_gemma(config: Config, device: torch.device | None = None, revision: str | None = None) -> Gemma:
-    """The Gemma that the settings name, as they want it computed; `device` goes before theirs."""
-    device = device or resolve_device(config.device)
-    # Flex attention is only fast, and only small, in compiled code.
-    fast = device.type == "cuda" and wants_compile(config.compile, device)
-    attention = "flex_attention" if fast else "sdpa"
-    dtype = resolve_dtype(config.dtype, device)
-    if dtype == torch.bfloat16:
-        # What stays in float32 is the projection: TF32 rounds its products to 10 bits, the frozen models have 7.
-        torch.set_float32_matmul_precision("high")
-    return Gemma(config.model_name, dtype, device, attention, revision)

@@ -7,19 +7,32 @@ from theworld.config import Config
 from theworld.data import Data
 from theworld.feed import Pass
 from theworld.model import TheWorld
+from theworld.projection import ProjectionShape
 from theworld.vsr import Statement
 
 
 def make_optimizer(model: TheWorld, config: Config) -> torch.optim.AdamW:
-    """AdamW over what trains; weight decay on the matrices alone, as is usual."""
-    named = model.trainable()
-    matrices = [p for name, p in named.items() if name.endswith("weight") and p.ndim >= 2]
-    vectors = [p for name, p in named.items() if not (name.endswith("weight") and p.ndim >= 2)]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.adam_beta2))
+    """AdamW over what trains; weight decay on the matrices alone, as is usual. A group's `share` of the learning rate
+    is 1 for the projection, and for what trains of Gemma what `gemma_learning_rate` says."""
+    groups = []
+    for of_gemma, share in ((False, 1.0), (True, gemma_share(config))):
+        named = {n: p for n, p in model.trainable().items() if n.startswith("gemma.") is of_gemma}
+        matrices = [p for name, p in named.items() if name.endswith("weight") and p.ndim >= 2]
+        vectors = [p for name, p in named.items() if not (name.endswith("weight") and p.ndim >= 2)]
+        if named:
+            groups.append({"params": matrices, "weight_decay": config.weight_decay, "share": share})
+            groups.append({"params": vectors, "weight_decay": 0.0, "share": share})
+    # Fused, a step needs no room beside the weights, which a whole Gemma would feel.
+    fused = model.gemma.device.type == "cuda" and bool(model.gemma.trained)
+    betas = (0.9, config.adam_beta2)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+
+
+def gemma_share(config: Config) -> float:
+    """The learning rate of what trains of Gemma, as a share of the projection's."""
+    if config.gemma_learning_rate is not None:
+        return config.gemma_learning_rate / config.learning_rate
+    return 0.1 if config.lora_rank is None else 1.0
 
 
 def answer_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
@@ -31,10 +44,10 @@ def answer_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
     return losses | {"correct": (said_true == is_true).sum()}
 
 
-def check_align(model: TheWorld) -> None:
-    """A start at Gemma's image tokens needs as many of them as there are world tokens, on the same places."""
-    config = model.config
-    world, image = model.projection.shape.num_tokens, model.gemma.num_image_tokens
+def check_align(config: Config, shape: ProjectionShape, image: int) -> None:
+    """A start at Gemma's image tokens, of which there are `image`, needs as many world tokens of a photograph, on the
+    same places."""
+    world = shape.tokens_per_moment
     if config.align_steps and (world != image or config.world_mode != "patch"):
         raise ValueError(
             f"align_steps {config.align_steps}: {world} world tokens (world_mode {config.world_mode}) "
@@ -51,13 +64,13 @@ def align_pass(model: TheWorld, data: Data, statements: list[Statement]) -> Pass
 
 
 def align_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
-    """Squared distance of an image's world tokens to Gemma's image tokens of the same places, as a share of the
-    image tokens' own squared size, summed over statements: each by itself, so that it does not matter which others
-    are in the pass."""
+    """Squared distance of a photograph's world tokens (those of moments predicted from it have no place there) to
+    Gemma's image tokens of the same places, as a share of the image tokens' own squared size, summed over statements:
+    each by itself, so that it does not matter which others are in the pass."""
     assert one.latents is not None
     assert one.vision is not None
     target = model.gemma.image_features(one.vision).float()
-    tokens = model.projection(one.latents)
+    tokens = model.projection(one.latents)[:, : model.projection.shape.tokens_per_moment]
     loss = ((tokens - target).pow(2).mean((1, 2)) / target.pow(2).mean((1, 2))).sum()
     zero = torch.zeros_like(loss).detach()
     return {"total": loss, "label": loss.detach(), "statement": zero, "correct": zero}

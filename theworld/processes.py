@@ -1,6 +1,6 @@
 """The processes of a run: one by itself, or those that `accelerate launch` (or torchrun) started together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import PartialState
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from theworld.parts import num_launched
 from theworld.weights import resolve_device
+
+MESSAGE = 2**26  # values
 
 
 class Processes:
@@ -40,10 +42,24 @@ class Processes:
             self._state.wait_for_everyone()
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Float tensors of the same shapes in every process, each added up over them: in one message, whose order of
+        """Float tensors of the same shapes in every process, each added up over them: in few messages, whose order of
         addition is that of the processes, so that all get the same bits."""
         if self.count == 1:
             return list(tensors)
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
-        parts = reduce(flat, "sum").split([tensor.numel() for tensor in tensors])
-        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+        sums: list[Tensor] = []
+        for message in _messages(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in message])
+            parts = reduce(flat, "sum").split([tensor.numel() for tensor in message])
+            sums += [part.view_as(tensor) for part, tensor in zip(parts, message, strict=True)]
+        return sums
+
+
+def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in their order, together as far as MESSAGE goes: a message is held twice beside them."""
+    message: list[Tensor] = []
+    for tensor in tensors:
+        if message and sum(t.numel() for t in message) + tensor.numel() > MESSAGE:
+            yield message
+            message = []
+        message.append(tensor)
+    yield message

@@ -2,8 +2,8 @@
 
 One commit holds one checkpoint as it was published by rename, read whole and checked against its hashes:
 
-projection.safetensors  world.json  config.json  README.md    the model and its card
-last-checkpoint/...                                            with hub_strategy "checkpoint": all of it, to resume from
+projection.safetensors ... world.json  config.json  README.md    the model (see `theworld.saved`) and its card
+last-checkpoint/...                                              with hub_strategy "checkpoint": all that a resume takes
 
 No setting that names a place on this machine is uploaded, and no token is written or shown anywhere.
 """
@@ -30,7 +30,7 @@ from theworld.card import Facts, model_card, public_settings, read_metrics
 from theworld.checkpoint import INDEX, CheckpointError
 from theworld.config import Config, load_config
 from theworld.console import progress
-from theworld.model import CONFIG_FILE, PROJECTION_FILE, WORLD_FILE
+from theworld.saved import CONFIG_FILE, WORLD_FILE, model_files
 
 CARD, LAST, LOG, REPEAT = "README.md", "last-checkpoint", "hub.jsonl", "hub_upload"
 PATIENCE = 1800  # seconds for the last upload: the hub's client itself waits for an answer for ever
@@ -46,7 +46,7 @@ def snapshot(checkpoint: Path, card: str, resumable: bool) -> dict[str, bytes]:
     saved = {name: _checked(checkpoint / name, wanted["sha256"]) for name, wanted in index["files"].items()}
     config = load_config(checkpoint / CONFIG_FILE)
     saved[CONFIG_FILE] = (json.dumps(public_settings(config), indent=2, ensure_ascii=False) + "\n").encode()
-    files = {name: saved[name] for name in (PROJECTION_FILE, WORLD_FILE, CONFIG_FILE)}
+    files = {name: saved[name] for name in model_files(json.loads(saved[WORLD_FILE]))}
     files[CARD] = card.encode()
     if resumable:
         index["files"][CONFIG_FILE] = {

@@ -20,11 +20,11 @@ import numpy as np
 from tqdm import tqdm
 
 from theworld import files, shards
-from theworld.cache import read_failures
+from theworld.cache import LATENTS, read_failures
 from theworld.compare import check_photographs
 from theworld.config import Config
-from theworld.encodings import Encoding
-from theworld.extract import fingerprint_of, load_encoding, source_of, stores_of
+from theworld.encodings import Encoding, full_fingerprint
+from theworld.extract import load_encoding, source_of, stores_of
 from theworld.files import StoreError
 from theworld.listing import freeze
 from theworld.parts import Part, num_launched
@@ -53,6 +53,11 @@ def repair(config: Config, cache: Path, say: Say = tqdm.write) -> None:
     if num_launched() > 1:
         raise ValueError(f"--repair runs in one process; {num_launched()} were launched")
     damaged = [root for root in stores_of(cache) if _damage(root)]
+    if config.num_world_steps and any(root.name == LATENTS for root in damaged):
+        raise ValueError(
+            f"{cache / LATENTS}: --repair makes no rollouts. The extraction itself does: it sets damaged shards aside "
+            "and rolls out their photographs again, and no others"
+        )
     if not damaged:
         say(f"{cache}: nothing is known to be damaged; --verify says whether all is there")
     for root in damaged:
@@ -120,7 +125,7 @@ class Mending:
         self.bad = {path for problem in problems for path in problem.paths}
         self.shards = sorted({p.shard for p in problems if p.shard is not None})
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        self.quarantine = root / "quarantine" / f"{stamp}-damaged-{secrets.token_hex(2)}"
+        self.quarantine = root / "quarantine" / f"{stamp}-damaged-{secrets.token_hex(4)}"
         self._encoding: Encoding | None = None
 
     def run(self) -> None:
@@ -174,7 +179,9 @@ class Mending:
             return Plan.load(self.root)
         if self.is_bad("store.json"):
             encoding = self._loaded()
-            fields: dict[str, Any] = {"fingerprint": fingerprint_of(encoding, self.config.encode_batch_size)}
+            fields: dict[str, Any] = {
+                "fingerprint": full_fingerprint(encoding, self.config.encode_batch_size)
+            }
             fields |= {"arrays": encoding.arrays, "shard_size": self.config.shard_size}
         else:
             fields = files.read_sealed(store, STORE_KEYS)[0]
@@ -249,7 +256,7 @@ class Mending:
 
     def _check_encoding(self, plan: Plan) -> None:
         """StoreMismatch, field by field, unless the encoder here gives the numbers that are in the store."""
-        own = fingerprint_of(self._loaded(), self.config.encode_batch_size)
+        own = full_fingerprint(self._loaded(), self.config.encode_batch_size)
         differences = fingerprint_differences(plan.fingerprint, own)
         if differences:
             raise StoreMismatch(self.root, differences)

@@ -7,23 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from theworld.cache import (
-    LATENTS,
-    VISION,
-    LiveVision,
-    Rows,
-    check_meaning,
-    expected_vision,
-    in_cache,
-    latent_pixels,
-)
+from theworld.cache import LATENTS, LiveVision, Rows, check_meaning, in_cache, latent_pixels
 from theworld.config import Config
-from theworld.data import check_same_eyes, check_trained_for
+from theworld.data import cached_vision, vision_for
 from theworld.evaluate import predict
 from theworld.feed import Fetch
 from theworld.images import read_image
 from theworld.metrics import records
 from theworld.model import TheWorld
+from theworld.saved import WORLD_FILE, read_world
 from theworld.store import StoreReader
 from theworld.vae import CosmosEncoder
 from theworld.vsr import Statement, load_statements, seen_images
@@ -61,9 +53,9 @@ def score(
 
     Exactly one of `cache` and `image_folder` is given. Prints what is left out, if anything is.
     """
-    if cache is not None and (Path(checkpoint) / "world.json").is_file():  # else it is a name on the hub
+    if cache is not None and (Path(checkpoint) / WORLD_FILE).is_file():  # else it is a name on the hub
         reader = StoreReader(cache / LATENTS)
-        check_trained_for(Path(checkpoint), reader.root, reader.fingerprint)
+        check_meaning(reader.root, reader.fingerprint, read_world(Path(checkpoint))["fingerprint"])
     model = TheWorld.from_pretrained(checkpoint, **overrides)
     config = model.config
     statements = load_statements(config.annotations, split, config.dataset_name)
@@ -85,27 +77,15 @@ def _from_cache(
     check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
     statements, note = in_cache(statements, latents, cache)
     print(f"scoring {note}")
-    if not model.gemma.is_multimodal:
-        return latents, None, statements
-    if (cache / VISION).exists():
-        vision = Rows(cache / VISION, VISION, expected_vision(model.config))
-        check_same_eyes(model.gemma, vision)
-        return latents, vision, statements
-    if model.config.image_folder is None:
-        raise ValueError(
-            f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or score "
-            "from photographs with --image-dir"
-        )
-    return (
-        latents,
-        LiveVision(
-            model.gemma, model.config.image_folder, model.config.max_image_pixels, latents.reader.images
-        ),
-        statements,
-    )
+    notes: list[str] = []
+    cached = cached_vision(model.config, cache)
+    vision = vision_for(model.gemma, model.config, cached, notes, latents.reader.images)
+    print("".join(f"{note}\n" for note in notes), end="")
+    return latents, vision, statements
 
 
 def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch | None]:
+    model.check_no_steps("photographs alone, --image-dir, are not enough")
     encoder = CosmosEncoder(config.cosmos_model_name, model.gemma.dtype, model.gemma.device)
     model.check_encoder(encoder.identity())
     latents = LiveLatents(encoder, folder, config.latent_size, config.max_image_pixels)

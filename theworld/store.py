@@ -28,6 +28,7 @@ from theworld.plan import (
     Plan,
     StoreMismatch,
     check_entry,
+    check_fingerprint,
     entry,
     fingerprint_differences,
     image_differences,
@@ -42,6 +43,17 @@ from theworld.shards import ArraySpec, ImageEntry
 
 __all__ = ["SCHEMA_VERSION", "ArraySpec", "ImageEntry", "StoreError"]
 __all__ += ["Store", "StoreMismatch", "StoreReader", "fingerprint_differences", "verify_store"]
+
+
+def check_existing(root: Path, expected: dict[str, Any]) -> None:
+    """StoreMismatch if a store that is there, finished or not, has other values in these fields of its fingerprint."""
+    if not os.path.lexists(root / "store.json"):
+        return
+    fields, _ = files.read_sealed(root / "store.json", STORE_KEYS)
+    cached = {key: value for key, value in fields["fingerprint"].items() if key in expected}
+    differences = fingerprint_differences(cached, check_fingerprint(expected))
+    if differences:
+        raise StoreMismatch(root, differences)
 
 
 class Store:

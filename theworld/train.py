@@ -8,7 +8,9 @@ import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,28 +18,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from theworld.batch import Packer
-from theworld.card import Facts, public_settings
-from theworld.checkpoint import (
-    CheckpointError,
-    checkpoint_step,
-    find_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    rotate,
-    save_checkpoint,
-)
+from theworld.card import public_settings
+from theworld.checkpoint import CheckpointError, rotate, save_checkpoint
 from theworld.config import Config
 from theworld.console import progress
-from theworld.data import check_trained_for, load_data, load_model
+from theworld.data import load_model
 from theworld.evaluate import predict
-from theworld.feed import Pass, ahead, make_pass
+from theworld.feed import Pass, ahead, make_pass, parts_of_step
 from theworld.metrics import label_loss
-from theworld.objectives import align_loss, align_pass, answer_loss, check_align, make_optimizer
-from theworld.processes import Processes
+from theworld.objectives import align_loss, align_pass, answer_loss, make_optimizer
+from theworld.preflight import Plan
 from theworld.publish import Publisher
-from theworld.schedule import Order, learning_rate, num_train_steps, split
+from theworld.schedule import learning_rate
+from theworld.sharding import clip, is_sharded, load_state, whole_state
 from theworld.trackers import Trackers, check_trackers
-from theworld.weights import count_parameters
 
 FIGURES = ("total", "label", "statement", "correct")  # of each pass, summed over its statements
 
@@ -51,32 +45,28 @@ class Trainer:
     tokens (`align_steps`) first, then those of the main phase."""
 
     def __init__(self, config: Config, cache: str | Path) -> None:
-        torch.manual_seed(config.seed)
-        self.config = config
-        self.processes = Processes(config.device)
-        self.per_step = config.batch_size * config.gradient_accumulation_steps * self.processes.count
+        plan = Plan(config, Path(cache))
+        self.config, self.plan, self.data, self.order = config, plan, plan.data, plan.order
+        self.processes, self.per_step, self.num_steps = plan.processes, plan.per_step, plan.num_steps
         self.output_dir = Path(config.output_dir)
-        self.data, vision_cached = load_data(config, Path(cache))
         self.step = 0
         self.window = {"loss": 0.0, "statement_loss": 0.0, "correct": 0.0, "statements": 0.0}
-        resumed = find_checkpoint(config.resume_from) if config.resume_from else None
-        if resumed is not None:
-            reader = self.data.latents.reader
-            check_trained_for(resumed, reader.root, reader.fingerprint)
-        self._refuse_to_overwrite(resumed)
         self.processes.wait()  # until all have looked: the main one is going to write there
         main = self.processes.is_main
         if main:
             check_trackers(config)
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
-        self.model = load_model(config, self.data, vision_cached, self.processes.device)
+        self.model = load_model(plan.gemma, config, self.data, plan.start)
         self.packer: Packer = self.model.packer()
-        self.order = Order(self.data.train, config.seed)
-        self.num_steps = config.align_steps + num_train_steps(config, len(self.data.train), self.per_step)
+        self.sharded = plan.sharded
+        self.scale = (
+            self.processes.count if self.sharded else 1
+        )  # FSDP averages gradients; here they are sums
+        if self.sharded:
+            self.model.shard()
         self.optimizer = make_optimizer(self.model, config)
-        check_align(self.model)
-        if resumed is not None:
-            self._resume(resumed)
+        if plan.resumed is not None and plan.progress is not None:
+            self._resume(plan.resumed, *plan.progress)
 
     # ---- one step
 
@@ -86,16 +76,18 @@ class Trainer:
         config = self.config
         aligning = step < config.align_steps
         start = (step if aligning else step - config.align_steps) * self.per_step
-        statements = self.order.take(start, self.per_step)
-        example = self.packer.prompt(statements[0].caption, True)
-        shared = len(example.shared) + self.packer.num_world_tokens + 2
+        parts = parts_of_step(config, self.packer, self.order, start, self.processes.count)
         passes = config.gradient_accumulation_steps
-        parts = split(statements, passes * self.processes.count, shared, len(example.branch))
         own = parts[self.processes.rank * passes : (self.processes.rank + 1) * passes]
         if aligning:
             return [align_pass(self.model, self.data, part) for part in own if part]
         fetch = (self.data.latents, self.data.vision)
-        return [make_pass(self.model, self.packer, part, *fetch) for part in own if part]
+        if not self.sharded:
+            return [make_pass(self.model, self.packer, part, *fetch) for part in own if part]
+        # Sharded processes work layer by layer together: one without a statement goes along, and counts for nothing.
+        filled = next(part for part in parts if part)
+        made = [make_pass(self.model, self.packer, part or filled[:1], *fetch) for part in own]
+        return [replace(one, weight=float(bool(part))) for one, part in zip(made, own, strict=True)]
 
     def train_step(self, passes: list[Pass] | None = None) -> dict[str, float]:
         """Forward, backward, clip, step. `passes`: what `prepare` gave for this step, if it was called already."""
@@ -109,10 +101,10 @@ class Trainer:
             one = one.to(self.model.gemma.device)
             aligning = step < config.align_steps
             losses = align_loss(self.model, one) if aligning else answer_loss(self.model, one)
-            (losses["total"] / self.per_step).backward()
-            sums += torch.stack([losses[name].detach() for name in FIGURES])
+            (losses["total"] * (one.weight * self.scale / self.per_step)).backward()
+            sums += torch.stack([losses[name].detach() for name in FIGURES]) * one.weight
         sums = self._sum_over_processes(sums)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.model.trainable().values()), config.max_grad_norm)
+        norm = clip(list(self.model.trainable().values()), config.max_grad_norm)
         total, label, statement, correct, norm = torch.cat(
             [sums, norm[None]]
         ).tolist()  # waits for the device
@@ -126,15 +118,15 @@ class Trainer:
         return {"learning_rate": rate, "gradient_norm": norm}
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
-        """The figures of all processes; gradients are added up in the same message. A process without a statement, as
-        there may be when a step has few images, adds nothing."""
+        """The figures of all processes; gradients are added up in the same message, but for those of sharded weights,
+        which FSDP has averaged. A process without a statement, where a step has few images, adds nothing."""
         if self.processes.count == 1:
             return sums
-        parameters = list(self.model.trainable().values())
+        parameters = [p for p in self.model.trainable().values() if not is_sharded(p)]
         own = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         sums, *gradients = self.processes.sum([sums, *own])
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.clone()
+            parameter.grad = gradient.div(self.scale)
         return sums
 
     def _set_learning_rate(self) -> float:
@@ -145,7 +137,7 @@ class Trainer:
             done, steps = self.step - config.align_steps, self.num_steps - config.align_steps
             rate = learning_rate(config, done, steps, config.learning_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         return rate
 
     def _stop(self, loss: float, norm: float, passes: list[Pass], rate: float) -> None:
@@ -163,11 +155,10 @@ class Trainer:
         main = self.processes.is_main
         if main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            for line in self.describe():
-                tqdm.write(line)
+            tqdm.write("\n".join(self.plan.lines))
         settings = public_settings(self.config)
         trackers = Trackers(self.config, settings, self.output_dir, self.step > 0) if main else None
-        last = find_checkpoint(self.config.resume_from) if self.config.resume_from else self.output_dir
+        last = self.plan.resumed or self.output_dir
         with progress(
             total=self.num_steps,
             initial=self.step,
@@ -189,7 +180,7 @@ class Trainer:
                 if self._due(self.config.save_steps):
                     last = self.save()
         if self.publisher is not None:
-            self.publisher.finish(last, self._facts())
+            self.publisher.finish(last, self.plan.facts)
         if trackers is not None:
             trackers.close()
         return last
@@ -239,75 +230,44 @@ class Trainer:
         shown = {"loss": ".3f", "accuracy": ".1%", "dev_accuracy": ".1%", "statements_per_second": ".1f"}
         bar.set_postfix({k: format(figures[k], f) for k, f in shown.items() if k in figures})
 
-    def describe(self) -> list[str]:
-        """What trains, what is frozen, on what: lines to show before the start."""
-        facts = self._facts()
-        trainable, frozen = facts.trainable, facts.frozen
-        share = trainable / (trainable + frozen)
-        lines = [
-            f"trains: projection, {trainable:,} parameters ({share:.3%}); frozen: Gemma, {frozen:,} ({1 - share:.3%})",
-            *self.data.notes,
-            f"{self.num_steps:,} optimizer steps of {self._shares()} statements, "
-            f"{self.model.projection.shape.num_tokens} world tokens and {self.model.gemma.num_image_tokens} image "
-            f"tokens each, on {self.model.gemma.device}",
-        ]
-        return lines + ([f"resumed after step {self.step:,}"] if self.step else [])
-
-    def _facts(self) -> Facts:
-        trainable, _ = count_parameters(self.model.projection)
-        frozen = sum(p.numel() for p in self.model.gemma.model.parameters())
-        return Facts(trainable, frozen, self.num_steps, self.per_step, self.data.notes)
-
-    def _shares(self) -> str:
-        own = f"{self.config.batch_size} x {self.config.gradient_accumulation_steps}"
-        return own + (f" x {self.processes.count} (processes)" if self.processes.count > 1 else "")
-
     # ---- checkpoints
 
     def save(self) -> Path:
         """Publishes checkpoint-<step>, then removes the oldest ones beyond save_total_limit."""
-        if not self.processes.is_main:
+        main = self.processes.is_main
+        weights = optimizer = None
+        if main or self.sharded:  # the others give their shares
+            weights, optimizer = self.model.weights(), whole_state(self.optimizer.state_dict())
+        if not main:
             self.processes.wait()
             return self.output_dir / f"checkpoint-{self.step}"
-        state = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        state = {"optimizer": optimizer, "rng": torch.get_rng_state()}
         record = {"step": self.step, "window": self.window, "num_statements": len(self.data.train)}
-        record["statements_per_step"] = self.per_step
-        path = save_checkpoint(self.output_dir, self.step, self.model, state, record)
+        record |= {"statements_per_step": self.per_step, "trained": list(self.model.gemma.trained)}
+        path = save_checkpoint(self.output_dir, self.step, self.model, state, record, weights)
         if self.publisher is not None:
-            self.publisher.saved(path, self._facts())
+            self.publisher.saved(path, self.plan.facts)
         rotate(self.output_dir, self.config.save_total_limit)
         self.processes.wait()
         return path
 
-    def _resume(self, path: Path) -> None:
-        state, record = load_checkpoint(path, self.model.gemma.device)
-        if record["num_statements"] != len(self.data.train):
+    def _resume(self, path: Path, state: dict[str, Any], record: dict[str, Any]) -> None:
+        statements, trained = len(self.data.train), list(self.model.gemma.trained)
+        if record["num_statements"] != statements:
             raise CheckpointError(
-                f"{path} was trained on {record['num_statements']} statements, now there are "
-                f"{len(self.data.train)}; use the same --annotations and cache"
+                f"{path} was trained on {record['num_statements']} statements, now there are {statements}; use the "
+                "same --annotations and cache"
             )
         if record["statements_per_step"] != self.per_step:
             raise CheckpointError(
                 f"{path} was trained with {record['statements_per_step']} statements a step, now there are "
                 f"{self.per_step}: batch_size x gradient_accumulation_steps x processes has to stay the same"
             )
-        self.model.load_projection(path / "projection.safetensors")
-        self.step, self.window = record["step"], record["window"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"].cpu())
-
-    def _refuse_to_overwrite(self, resumed: Path | None) -> None:
-        """Checkpoints that this run would write again must not be there when it starts."""
-        done = -1 if resumed is None else checkpoint_step(resumed)
-        ahead = [p for p in list_checkpoints(self.output_dir) if _step(p) > done]
-        if ahead:
-            cure = "use another --output_dir, or move them away"
-            if resumed is None:
-                cure = f"go on with --resume_from {self.output_dir}, " + cure
+        if record["trained"] != trained:
             raise CheckpointError(
-                f"{self.output_dir} already holds {', '.join(p.name for p in ahead)}; {cure}"
+                f"{path} trained {record['trained'] or 'nothing'} of Gemma, now {trained or 'nothing'} would train; "
+                "start a new stage with --init_from in place of --resume_from"
             )
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("checkpoint-"))
+        self.step, self.window = record["step"], record["window"]
+        load_state(self.optimizer, state["optimizer"])
+        torch.set_rng_state(state["rng"])

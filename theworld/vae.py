@@ -63,17 +63,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     scores fit into memory, so there it is two products with a softmax between them."""
     scores_size = query.shape[0] * query.shape[1] * key.shape[1]
     if query.is_cuda and scores_size <= LARGEST_SCORES:
-        return scores_product(query, key).softmax(-1).type_as(value) @ value
+        return by_products(query, key, value)
     query, key, value = (x.unsqueeze(1) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).squeeze(1)
 
 
-def scores_product(query: Tensor, key: Tensor) -> Tensor:
-    """float32[B, N, N]: scaled products of queries and keys, not rounded to their dtype."""
+def by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same with all scores written out, in float32 whatever the dtype of the rest."""
     query = query * query.shape[-1] ** -0.5
-    if query.dtype == torch.float32:
-        return query @ key.mT
-    return torch.bmm(query, key.mT, out_dtype=torch.float32)
+    wide: Any = {} if query.dtype == torch.float32 else {"out_dtype": torch.float32}
+    scores = torch.bmm(query, key.mT, **wide)
+    return scores.softmax(-1).type_as(value) @ value
 
 
 def _to_frame_modules(encoder: nn.Module) -> None:

@@ -35,6 +35,20 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def files_sha256(folder: Path) -> str:
+    """SHA-256 over the config and the weights as they lie in a model's folder, so of no dtype they are loaded in.
+    ValueError if there are none."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    config = folder / "config.json"
+    if not weights or not config.is_file():
+        raise ValueError(f"{folder}: no config.json with weights (*.safetensors) in it")
+    digest = hashlib.sha256()
+    for path in [config, *weights]:
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def count_parameters(module: nn.Module) -> tuple[int, int]:
     """(trainable, frozen) numbers of parameters; tied ones count once."""
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -41,18 +41,12 @@ def main() -> int:
     parser.add_argument("--image_folder", type=Path, help="their photographs (default: stand-ins)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     parser.add_argument("--changes", type=json.loads, default={}, help="of the settings, JSON (default: {})")
-    parser.add_argument(
-        "--random_cache", action="store_true", help="train on random numbers, extract nothing"
-    )
-    for name in ("repeats", "loss_steps"):
-        parser.add_argument(
-            f"--{name}", type=int, help="of each measurement, of training (default: by --shapes)"
-        )
+    parser.add_argument("--random_cache", action="store_true", help="read random numbers, extract nothing")
+    parser.add_argument("--sizes", type=json.loads, default={}, help="other sizes of --shapes, JSON")
     arguments = parser.parse_args()
     quiet_libraries()
-    shapes = SHAPES[arguments.shapes]
-    given = {name: getattr(arguments, name) for name in ("share", "repeats", "loss_steps")}
-    shapes = replace(shapes, **{name: value for name, value in given.items() if value is not None})
+    sizes = arguments.sizes | ({} if arguments.share is None else {"share": arguments.share})
+    shapes = replace(SHAPES[arguments.shapes], **sizes)
     try:
         results = Results(arguments.output, shlex.join(["python", "tools/bench.py", *sys.argv[1:]]))
     except ValueError as error:

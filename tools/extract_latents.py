@@ -17,7 +17,8 @@ from theworld.parts import part_of
 
 KEYS = (
     "cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels latent_size latent_dtype "
-    "encode_batch_size shard_size dtype device compile num_workers"
+    "encode_batch_size shard_size dtype device compile num_workers num_world_steps rollout_prompt rollout_frames "
+    "rollout_steps rollout_guidance rollout_seed"
 ).split()
 
 
@@ -30,13 +31,9 @@ def main() -> int:
     parser.add_argument("--allow_missing", action="store_true", help="go on without unreadable photographs")
     parser.add_argument("--part", type=part_of, metavar="I/N", help="only the I-th of N parts (default: all)")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--verify", action="store_true", help="read it all: 0 sound, 1 damaged, 2 cannot say"
-    )
+    instead.add_argument("--verify", action="store_true", help="only read: 0 sound, 1 damaged, 2 unknown")
     instead.add_argument("--repair", action="store_true", help="make again what is damaged")
-    instead.add_argument(
-        "--audit", type=int, metavar="N", help="encode N images again, compare (default: none)"
-    )
+    instead.add_argument("--audit", type=int, metavar="N", help="encode N images again (default: none)")
     arguments = parser.parse_args()
     if arguments.part and (arguments.verify or arguments.repair or arguments.audit is not None):
         parser.error("--part is for extracting; --verify, --repair and --audit take all of a cache")

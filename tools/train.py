@@ -17,14 +17,25 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__.split("\n\n")[0])
     add_config_arguments(parser)
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
+    parser.add_argument(
+        "--dry_run",
+        "--dry-run",
+        action="store_true",
+        help="check everything, say what would happen, and stop",
+    )
     arguments = parser.parse_args()
     # After the arguments: torch takes seconds to load, and --help should not.
     from theworld.console import quiet_libraries
+    from theworld.preflight import Plan
     from theworld.train import NotFinite, Trainer
 
     quiet_libraries()
     try:
-        trainer = Trainer(config_from_arguments(arguments), arguments.cache)
+        config = config_from_arguments(arguments)
+        if arguments.dry_run:
+            print("\n".join([*Plan(config, arguments.cache).lines, "dry run: nothing was written"]))
+            return 0
+        trainer = Trainer(config, arguments.cache)
         checkpoint = trainer.run()
     except KeyboardInterrupt:
         print("\ntrain: interrupted; go on with --resume_from and the same --output_dir", file=sys.stderr)

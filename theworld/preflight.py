@@ -1,0 +1,165 @@
+"""What a run is going to do, before it does it: what trains, how many steps, and about how much memory they take."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from theworld.batch import Packer
+from theworld.card import Facts
+from theworld.checkpoint import find_checkpoint, find_start, load_checkpoint, refuse_to_overwrite
+from theworld.config import Config
+from theworld.data import load_data, prepare_gemma
+from theworld.feed import parts_of_step
+from theworld.objectives import check_align
+from theworld.processes import Processes
+from theworld.projection import ProjectionShape, WorldProjection
+from theworld.saved import VISION
+from theworld.schedule import Order, num_train_steps
+from theworld.sharding import wants_sharding
+from theworld.unfrozen import IN_WORDS, load_gemma, parameters_of
+from theworld.weights import count_parameters
+
+TRAINED_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments, in float32
+# Values that a token keeps for the backward pass, in multiples of what `_layer_values` counts. Measured: RESULTS.md.
+PLAIN = 2.0  # transformers' own decoder, beside ours
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, about."""
+
+    frozen: float  # weights
+    trained: float  # weights, gradients and moments
+    activations: float  # what the largest pass of a step keeps for its backward pass
+    available: float
+
+    @property
+    def total(self) -> float:
+        """All of what is used."""
+        return self.frozen + self.trained + self.activations
+
+    def __str__(self) -> str:
+        total, available, frozen, trained, activations = (
+            f"{size / GIB:,.1f}"
+            for size in (self.total, self.available, self.frozen, self.trained, self.activations)
+        )
+        return (
+            f"memory: about {total} of {available} GiB: frozen weights {frozen}, what trains with its gradients and "
+            f"moments {trained}, a pass {activations}"
+        )
+
+
+class Plan:
+    """A run before its weights load: data, order, steps, and counts from the shapes of the models alone."""
+
+    def __init__(self, config: Config, cache: Path) -> None:
+        """Raises ValueError, StoreError and CheckpointError for what stands in the way of the run."""
+        self.config = config
+        self.processes = Processes(config.device)
+        count = self.processes.count
+        self.per_step = config.batch_size * config.gradient_accumulation_steps * count
+        self.data = load_data(config, cache)
+        self.resumed = find_checkpoint(config.resume_from) if config.resume_from else None
+        refuse_to_overwrite(Path(config.output_dir), self.resumed)
+        self.progress = load_checkpoint(self.resumed) if self.resumed is not None else None
+        self.start = self.resumed or (find_start(config.init_from) if config.init_from else None)
+        self.order = Order(self.data.train, config.seed)
+        self.num_steps = config.align_steps + num_train_steps(config, len(self.data.train), self.per_step)
+        self.gemma = load_gemma(config, self.processes.device, weights=False)
+        prepare_gemma(self.gemma, config, self.data, self.start)
+        self.sharded = wants_sharding(count, self.gemma)
+        fingerprint = self.data.latents.reader.fingerprint
+        shape = ProjectionShape.from_settings(config, fingerprint, self.gemma.width)
+        check_align(config, shape, self.gemma.num_image_tokens)
+        own, _ = count_parameters(
+            WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
+        )
+        self.facts = self._facts(own)
+        self.memory = self._memory(own, shape)
+        check_memory(self.memory, self.sharded)
+        self.lines = self._lines(own, shape)
+
+    def _facts(self, projection: int) -> Facts:
+        gemma = self.gemma
+        also = {IN_WORDS[part]: _number(parameters_of(gemma, part).values()) for part in gemma.trained}
+        trains = sum(also.values())
+        frozen = _number(gemma.model.parameters()) - trains
+        return Facts(projection + trains, frozen, self.num_steps, self.per_step, self.data.notes, also)
+
+    def _lines(self, projection: int, shape: ProjectionShape) -> list[str]:
+        """What trains and what is frozen, on what, in how many steps: lines to show before the start."""
+        config, facts, count = self.config, self.facts, self.processes.count
+        share = facts.trainable / (facts.trainable + facts.frozen)
+        trains = f"projection, {projection:,} parameters"
+        if facts.also:
+            trains += "".join(f"; {name}, {number:,}" for name, number in facts.also.items())
+            trains += f"; together {facts.trainable:,}"
+        statements = f"{config.batch_size} x {config.gradient_accumulation_steps}"
+        statements += f" x {count} (processes)" if count > 1 else ""
+        lines = [
+            f"trains: {trains} ({share:.3%}); frozen: Gemma, {facts.frozen:,} ({1 - share:.3%})",
+            *facts.data,
+            f"{facts.num_steps:,} optimizer steps of {statements} statements, {shape.num_tokens} world tokens "
+            f"and {self.gemma.num_image_tokens} image tokens each, on {self.gemma.device}",
+            str(self.memory),
+        ]
+        return lines + ([f"resumed after step {self.progress[1]['step']:,}"] if self.progress else [])
+
+    def _memory(self, projection: int, shape: ProjectionShape) -> Memory:
+        """An estimate, for the first step of the main phase."""
+        config, gemma, share = self.config, self.gemma, self.processes.count if self.sharded else 1
+        trained = [p for part in gemma.trained for p in parameters_of(gemma, part).values()]
+        every = sum(p.numel() * p.element_size() for p in gemma.model.parameters())
+        frozen = every - sum(p.numel() * p.element_size() for p in trained)
+        packer = Packer(
+            gemma, config.question_template, shape.num_tokens, world_position=config.world_position
+        )
+        parts = parts_of_step(config, packer, self.order, 0, self.processes.count)
+        batches = [packer.pack(part) for part in parts if part]
+        text = gemma.text_config
+        layer = (
+            3 * text.hidden_size + 2 * text.intermediate_size + 4 * text.num_attention_heads * text.head_dim
+        )
+        layer *= PLAIN if gemma.plain_decoder else 1
+        tokens = max(batch.token_ids.numel() for batch in batches)
+        kept = tokens * _kept(config, text.num_hidden_layers, text.hidden_size, layer)
+        if VISION in gemma.trained:
+            eyes = gemma.model.config.vision_config
+            patches = (eyes.image_size // eyes.patch_size) ** 2
+            layer = PLAIN * (8 * eyes.hidden_size + 2 * eyes.intermediate_size)
+            images = max(len(batch.images) for batch in batches)
+            kept += images * patches * _kept(config, eyes.num_hidden_layers, eyes.hidden_size, layer)
+        held = TRAINED_BYTES * (_number(trained) / share + projection)
+        width = torch.finfo(gemma.dtype).bits // 8
+        return Memory(frozen / share, held, kept * width, _available(gemma.device))
+
+
+def _number(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _kept(config: Config, layers: int, width: int, layer: float) -> float:
+    """Values that a token keeps: all layers' own or, with checkpointing, their inputs and one layer's own."""
+    return layers * width + layer if config.use_gradient_checkpointing else layers * layer
+
+
+def _available(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(memory: Memory, sharded: bool) -> None:
+    """ValueError where what is held from the first step to the last does not fit; a pass can be made smaller."""
+    held = memory.frozen + memory.trained
+    if held > memory.available:
+        cure = "more GPUs" if sharded else "more GPUs with `accelerate launch --use_fsdp`"
+        raise ValueError(
+            f"weights, gradients and moments take {held / GIB:,.1f} GiB, and there are {memory.available / GIB:,.1f}: "
+            f"train less of Gemma (--lora_rank 16), or use {cure}"
+        )
