@@ -12,12 +12,13 @@ from PIL import Image
 from test_tools import tool
 
 from theworld.align import (
-    CAUTION,
+    KEPT,
     NEAREST_IMAGE,
     NEAREST_TEXT,
     SAME_PLACE,
     Measured,
     Sample,
+    Tokens,
     align,
     compare,
     comparison,
@@ -25,9 +26,9 @@ from theworld.align import (
     load_sample,
     measure,
     project,
-    report,
 )
 from theworld.align_picture import draw
+from theworld.align_report import CAUTION, report
 from theworld.cache import VISION
 from theworld.config import Config
 from theworld.extract import extract
@@ -96,7 +97,8 @@ def test_figures_by_hand() -> None:
         "text": torch.tensor([[2.0, 0.0]]),
     }
     control, distance = torch.tensor([0.5, 0.5]), torch.tensor([1.0, 3.0])
-    result = figures(Measured(torch.tensor([0.0, 1.0]), control, distance, vectors))
+    kinds = {kind: Tokens().add(tokens, most=9) for kind, tokens in vectors.items()}
+    result = figures(Measured(torch.tensor([0.0, 1.0]), control, distance, kinds))
     assert list(result) == FIGURES
     quantiles = {"0.05": 0.05, "0.25": 0.25, "0.5": 0.5, "0.75": 0.75, "0.95": 0.95}
     assert result["cosine"] == {"n": 2, "mean": 0.5, "quantiles": pytest.approx(quantiles)}
@@ -114,6 +116,36 @@ def test_figures_by_hand() -> None:
         "world_text": {"n": [2, 1], "cosine": pytest.approx(1.5 / length)},
         "image_text": {"n": [1, 1], "cosine": 0},
     }
+
+
+def test_of_many_tokens_some_are_kept_and_all_are_counted() -> None:
+    torch.manual_seed(0)
+    every = [torch.randn(700, 3) for _ in range(4)]
+    tokens, again = Tokens(), Tokens()
+    for one in every:
+        tokens.add(one, most=5)
+        again.add(one, most=5)
+    assert torch.equal(tokens.norms, torch.cat(every).norm(dim=-1))
+    torch.testing.assert_close(tokens.mean, torch.cat(every).double().mean(0))
+    assert tokens.some.shape == (20, 3)
+    assert torch.equal(tokens.some, again.some)
+    rows = {tuple(row) for row in torch.cat(every).tolist()}
+    assert {tuple(row) for row in tokens.some.tolist()} <= rows
+    assert len(tokens.some.unique(dim=0)) == 20
+
+
+def test_memory_does_not_grow_with_tokens_times_images() -> None:
+    """Of 64 images of 1,000 tokens at most as many stay as of two."""
+    held = []
+    for count in (2, 64):
+        image = [torch.ones(4, 2)] * count
+        names = [str(i) for i in range(count)]
+        sample = Sample(names, torch.zeros(count), image, torch.eye(2), [torch.eye(2)] * count)
+        measured = measure((torch.ones(1000, 2) for _ in range(count)), sample, NEAREST_IMAGE)
+        assert len(measured.cosine) == len(measured.kinds["world"].norms) == 1000 * count
+        held.append(len(measured.vectors["world"]))
+    assert held[0] == KEPT
+    assert KEPT <= held[1] < KEPT + 64
 
 
 def test_only_as_many_patches_as_image_tokens_lie_on_the_same_places() -> None:
@@ -140,7 +172,7 @@ def test_both_projections_and_all_tokens_are_those_of_the_run(
     assert sorted(sample.images) == ["a.png", "b.png", "c.png"]
 
     def world() -> torch.Tensor:
-        return project(model.projection, sample.latents).flatten(0, 1)
+        return torch.cat(list(project(model.projection, sample.latents)))
 
     assert torch.equal(measured["trained"].vectors["world"], world())
     with torch.no_grad():
@@ -169,7 +201,7 @@ def test_fewer_samples_are_some_of_the_split(cache: Path, config: Config, gemma:
     assert some.images == every.images[:2]
     assert some.latents.shape == (2, 16, 8, 8)
     assert some.image is not None
-    assert some.image.shape == (2, 16, 64)
+    assert [tokens.shape for tokens in some.image] == [(16, 64), (16, 64)]
 
 
 def test_world_tokens_without_a_place_are_compared_with_the_nearest(cache: Path, config: Config) -> None:
@@ -212,7 +244,7 @@ def test_the_guides_reading_comes_with_the_control_and_with_what_it_does_not_sho
     mean: float, word: str
 ) -> None:
     def some(cosine: float) -> dict[str, Any]:
-        values = {kind: torch.ones(2, 2) for kind in ("world", "image", "text")}
+        values = {kind: Tokens().add(torch.ones(2, 2), 2) for kind in ("world", "image", "text")}
         return figures(Measured(torch.full((2,), cosine), torch.full((2,), 0.25), torch.ones(2), values))
 
     result = dict(zip(KEYS, ["c", "test", 2, 1, 1, SAME_PLACE, some(0), some(mean)], strict=True))

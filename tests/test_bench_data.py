@@ -114,8 +114,8 @@ def test_a_random_cache_is_a_finished_one(tmp_path: Path) -> None:
     )
     write_random_cache(config, tmp_path / "cache", torch.float32, torch.device("cpu"))
     assert verify(tmp_path / "cache") == []
-    data, vision_cached = load_data(config, tmp_path / "cache")
-    assert vision_cached
+    data = load_data(config, tmp_path / "cache")
+    assert data.vision is not None
     image = data.train[0].image
     assert data.latents([image]).shape == (1, 16, 4, 4)
     assert 0.8 < data.latents([image]).std() < 1.2

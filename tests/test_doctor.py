@@ -2,16 +2,20 @@
 
 import shutil
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from theworld import doctor, rollout
+from theworld import doctor, machine, places, rollout
 from theworld.config import Config
 from theworld.doctor import FAULT, NOTE, OK, Finding, look_over
 from theworld.extract import extract
+from theworld.machine import GIB, PUBLISHED, Memory
+from theworld.train import Trainer
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ def test_where_all_is_well_nothing_is_in_the_way(config: Config, cache: Path) ->
     assert states.pop("device") == NOTE  # a CPU
     assert states.pop("libraries") in (OK, NOTE)
     assert states == dict.fromkeys(
-        ["Gemma", "Cosmos VAE", "statements", "photographs", "latents", "vision", "compared"], OK
+        "memory,Gemma,Cosmos VAE,statements,photographs,latents,vision,compared,output_dir".split(","), OK
     )
     assert page["statements"].says == "6 train, 1 dev, 4 test, about 3 photographs"
     assert page["photographs"].says.endswith("; 3 of 3 looked at can be read")
@@ -78,7 +82,7 @@ def test_a_damaged_cache_and_one_of_other_settings_are_faults(config: Config, ca
     [
         (GatedRepoError, "the licence is not accepted, or no token is set"),
         (RepositoryNotFoundError, "no such model, or a private one"),
-        (LocalEntryNotFoundError, "the hub cannot be reached"),
+        (ConnectionResetError, "the hub cannot be reached"),
     ],
 )
 def test_models_on_the_hub_are_asked_for_by_their_config(
@@ -86,12 +90,17 @@ def test_models_on_the_hub_are_asked_for_by_their_config(
 ) -> None:
     asked = []
 
-    def download(name: str, file: str) -> None:
+    def answer(url: str, timeout: float) -> None:
+        name, _, file = url.removeprefix("https://huggingface.co/").partition("/resolve/main/")
         asked.append((name, file))
-        response = SimpleNamespace(headers={}, request=None)
-        raise error("no") if error is LocalEntryNotFoundError else error("no", response=response)  # type: ignore[call-arg]
+        if issubclass(error, ConnectionResetError):
+            raise error("no")
+        raise error("no", response=SimpleNamespace(headers={}, request=None))  # type: ignore[call-arg]
 
-    monkeypatch.setattr(doctor, "hf_hub_download", download)
+    monkeypatch.setattr(places, "get_hf_file_metadata", answer)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(doctor, "sizes_of", lambda name: None)
+    monkeypatch.setattr(doctor, "_store", lambda *arguments: iter(()))
     names = {
         "model_name": "google/gemma-3-4b-it",
         "cosmos_model_name": "nvidia/Cosmos-Predict2-2B-Video2World",
@@ -125,3 +134,83 @@ def test_a_rollout_takes_a_pipeline_and_its_guardrail(
     assert by_topic(look_over(rolling, tmp_path))["rollout"].state == OK
     found = by_topic(look_over(replace(config, num_world_steps=2), tmp_path))["rollout"]
     assert (found.state, "no model_index.json" in found.says) == (FAULT, True)
+
+
+def test_cures_carry_the_settings_that_were_given(config: Config, tmp_path: Path) -> None:
+    page = by_topic(look_over(config, tmp_path / "c", "--config my.json"))
+    command = f"python tools/extract_latents.py --config my.json --cache {tmp_path / 'c'}"
+    assert (page["latents"].cure, page["vision"].cure) == (command, f"{command} --gemma_vision")
+    assert "it takes 0.0 MiB, " in page["latents"].says
+
+
+def test_a_disk_without_room_for_the_cache_is_a_fault(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("theworld.places.free_bytes", lambda path: 100)
+    found = by_topic(look_over(config, tmp_path / "c"))["latents"]
+    assert found.state == FAULT
+    assert "12,288 bytes are needed and 100 are free" in found.says
+    assert "move --cache" in found.says
+
+
+def test_checkpoints_in_the_way_are_a_fault_unless_they_are_resumed(
+    config: Config, cache: Path, tmp_path: Path
+) -> None:
+    checkpoint = Trainer(replace(config, max_steps=1), cache).run()
+    found = by_topic(look_over(config, cache))["output_dir"]
+    assert (found.state, found.cure.split(" to ")[0]) == (FAULT, f"--resume_from {config.output_dir}")
+    assert f"{config.output_dir} holds checkpoint-1, " in found.says
+    resumed = replace(config, resume_from=str(checkpoint))
+    assert by_topic(look_over(resumed, cache))["output_dir"].state == OK
+    (tmp_path / "file").write_text("")
+    blocked = by_topic(look_over(replace(config, output_dir=str(tmp_path / "file")), cache))["output_dir"]
+    assert (blocked.state, "is a file, and a folder is wanted" in blocked.says) == (FAULT, True)
+
+
+GPU = Memory("NVIDIA A100", free=70 * GIB, total=80 * GIB, capability=(8, 0))
+
+
+@pytest.mark.parametrize(
+    ("have", "fp8", "batch_size", "states"),
+    [
+        (GPU, False, 8, {"device": OK, "memory": OK}),
+        (GPU, True, 8, {"device": OK, "fp8": FAULT, "memory": OK}),
+        (replace(GPU, capability=(9, 0)), True, 8, {"device": OK, "memory": OK}),
+        (GPU, False, 400, {"device": OK, "memory": FAULT}),
+        (replace(GPU, free=9 * GIB), False, 8, {"device": OK, "memory": NOTE}),
+        (replace(GPU, total=4 * GIB), False, 8, {"device": OK, "memory": FAULT}),
+    ],
+)
+def test_a_gpu_is_held_against_what_a_training_takes(
+    config: Config,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    have: Memory,
+    fp8: bool,
+    batch_size: int,
+    states: dict[str, str],
+) -> None:
+    monkeypatch.setattr(doctor, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(machine, "resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(doctor, "memory_of", lambda device: have)
+    monkeypatch.setattr(doctor, "sizes_of", lambda name: PUBLISHED["4b"])
+    config = replace(config, fp8=fp8, batch_size=batch_size, latent_size=512, world_patch=4)
+    found = by_topic(list(doctor._device(config)))
+    assert {topic: finding.state for topic, finding in found.items()} == states
+    assert all(finding.cure for finding in found.values() if finding.state != OK)
+
+
+def test_a_library_that_is_missing_and_a_package_that_is_not_installed(
+    config: Config, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=99", "nowhere>=1.0", "wandb; extra == 'x'"])
+    page = by_topic(look_over(config, cache))
+    assert (page["torch"].state, page["torch"].cure) == (NOTE, "pip install 'torch>=99'")
+    assert (page["nowhere"].state, page["nowhere"].says) == (FAULT, "not installed")
+    assert page["nowhere"].cure == "pip install 'nowhere>=1.0'"
+
+    def missing(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor, "requires", missing)
+    assert by_topic(look_over(config, cache))["libraries"].cure == "pip install -e ."

@@ -18,8 +18,8 @@ from theworld.score import score
 from theworld.store import StoreMismatch
 from theworld.train import Trainer
 
-LATENT_FIELDS = """compute_dtype cosmos_model_name cosmos_revision cosmos_weights_sha256 diffusers encode_batch_size
-latent_shape latent_size latents_mean latents_std num_world_steps pillow posterior preprocessing_alpha
+LATENT_FIELDS = """arithmetic compute_dtype cosmos_model_name cosmos_revision cosmos_weights_sha256 diffusers
+encode_batch_size latent_shape latent_size latents_mean latents_std num_world_steps pillow posterior preprocessing_alpha
 preprocessing_colour preprocessing_depth preprocessing_orientation preprocessing_range preprocessing_resize
 storage_dtype torch""".split()
 VISION_FIELDS = """compute_dtype encode_batch_size image_processor image_size model_name model_revision pillow

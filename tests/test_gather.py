@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import socket
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,9 @@ from PIL import Image
 from tls_server import Handler, make_certificate, serve
 
 from theworld import gather as gathering
+from theworld.config import Config
 from theworld.fetch import COCO_HOST, CertificateRefused, Fetcher, FetchError, Limits, checked, secure_url
-from theworld.gather import ALL_SPLITS, CocoCopies, CocoFolder, Downloads, Gathered, gather, links_of
+from theworld.gather import CocoCopies, CocoFolder, Downloads, Gathered, gather, links_of, plan_images
 from theworld.images import ImageError
 from theworld.vsr import Statement, load_statements
 
@@ -172,7 +175,9 @@ def test_eight_threads_get_what_a_server_gives_in_the_end(
 @pytest.mark.parametrize(("release", "number"), [("random", 6259), ("zeroshot", 3181)])
 def test_every_link_of_vsr_is_one_that_is_downloaded(release: str, number: int) -> None:
     links = links_of(
-        s for split in ALL_SPLITS for s in load_statements(VSR / release, split, f"vsr_{release}")
+        s
+        for split in ("train", "dev", "test")
+        for s in load_statements(VSR / release, split, f"vsr_{release}")
     )
     assert len(links) == number
     for name, link in links.items():
@@ -274,3 +279,49 @@ def test_a_source_has_to_be_there_and_a_folder_or_a_zip(photographs: Path, tmp_p
         CocoCopies([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match=r"a\.png is neither a folder nor a whole zip file"):
         CocoCopies([photographs / "a.png"])
+
+
+# ---- what would be done
+
+
+def test_a_plan_counts_what_is_there_what_a_coco_has_and_what_it_lacks(
+    config: Config, photographs: Path, tmp_path: Path
+) -> None:
+    coco, output = tmp_path / "coco", tmp_path / "images"
+    (coco / "train2017").mkdir(parents=True)
+    output.mkdir()
+    shutil.copy(photographs / "a.png", output)
+    shutil.copy(photographs / "b.png", coco / "train2017")
+    for source in (coco, Path(shutil.make_archive(str(tmp_path / "coco"), "zip", coco))):
+        assert list(plan_images(config, output, [source], [COCO_HOST], 3)) == [
+            "statements   11, about 3 photographs",
+            f"photographs  1 are in {output}, 2 to get",
+            f"takes        1 from {source}, 3 at a time",
+            f"would fail   1, such as c.png: not in {source}",
+        ]
+    assert names_in(output) == ["a.png"]
+
+
+def test_a_plan_of_downloads_has_their_size_and_hosts_that_are_not_asked(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        {"image": name, "image_link": link, "caption": "On.", "label": 1, "relation": "on"}
+        for name, link in (
+            ("a.jpg", f"http://{COCO_HOST}/train2017/a.jpg"),
+            ("b.jpg", "https://example.org/b.jpg"),
+            ("c.jpg", ""),
+        )
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, annotations=str(tmp_path))
+    lines = list(plan_images(config, tmp_path / "images", [], [COCO_HOST], 8))
+    assert lines[2].startswith(f"downloads    1 from {COCO_HOST}, 8 at a time: about 0 MiB (")
+    assert lines[3] == "would fail   2, such as b.jpg: without a link, or with one to another host"
+    monkeypatch.setattr("theworld.places.free_bytes", lambda path: 159_999)
+    with pytest.raises(ValueError, match="160,000 bytes are needed and 159,999 are free"):
+        list(plan_images(config, tmp_path / "images", [], [COCO_HOST], 8))
+    with pytest.raises(ValueError, match="allowed_host is 'https://x'"):
+        list(plan_images(config, tmp_path / "images", [], ["https://x"], 8))
+    with pytest.raises(FileNotFoundError, match="coco: no file or folder nowhere"):
+        list(plan_images(config, tmp_path / "images", [Path("nowhere")], [COCO_HOST], 8))

@@ -6,10 +6,32 @@ from pathlib import Path
 import pytest
 
 LEVELS = [
-    {"jsonc", "console", "images", "weights", "scenes", "fp8", "parts", "settings"},
+    {
+        "bench_choices",
+        "pretrain_settings",
+        "jsonc",
+        "console",
+        "images",
+        "weights",
+        "scenes",
+        "fp8",
+        "parts",
+        "settings",
+    },
     {"files", "vsr", "fetch", "compare"},
-    {"config", "shards", "vae", "gemma", "processes", "saved"},
-    {"arguments", "metrics", "plan", "trackers", "unfrozen", "sharding", "projection", "finished", "rollout"},
+    {"config", "places", "shards", "vae", "gemma", "processes", "saved"},
+    {
+        "arguments",
+        "metrics",
+        "plan",
+        "trackers",
+        "unfrozen",
+        "sharding",
+        "projection",
+        "finished",
+        "rollout",
+        "machine",
+    },
     {"verify"},
     {"reader"},
     {"store", "schedule"},
@@ -22,8 +44,9 @@ LEVELS = [
     {"data", "publish", "repair", "audit"},
     {"objectives"},
     {"preflight"},
-    {"train", "score", "doctor", "align"},
-    {"small_models", "align_picture"},
+    {"train", "score", "align"},
+    {"small_models", "align_picture", "align_report", "dry_run"},
+    {"doctor"},
     {"lessons"},
     {"demo", "pretrain"},
     {"bench_results", "bench_data", "bench_models", "end_to_end", "chip"},
@@ -60,7 +83,7 @@ def test_a_module_imports_from_lower_levels_only(module: str) -> None:
 
 
 def test_the_core_does_not_know_the_demo_or_the_measurements() -> None:
-    demo = {"demo", "scenes", "pretrain", "small_models", "lessons"}
+    demo = {"demo", "scenes", "pretrain", "pretrain_settings", "small_models", "lessons"}
     measurements = {name for name in MODULES if name.startswith("bench")} | {"end_to_end", "chip"}
     for module in set(MODULES) - demo - measurements:
         assert not imported(PACKAGE / f"{module}.py") & (demo | measurements)

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from test_tools import tool
 from video2world import Guardrail
 
-from theworld.align import SAME_PLACE, align, report
+from theworld.align import SAME_PLACE, align
+from theworld.align_report import report
 from theworld.batch import ZERO
 from theworld.cache import LATENTS, Rows
 from theworld.card import Facts, model_card
@@ -74,7 +75,7 @@ def test_the_later_moments_reach_the_answer_and_zero_stands_for_all_of_them(
     checkpoint: Path, cache: Path
 ) -> None:
     model, rows = TheWorld.from_pretrained(checkpoint), Rows(cache / LATENTS, LATENTS)
-    batch = model.packer().pack(load_data(model.config, cache)[0].train[:1], [ZERO])
+    batch = model.packer().pack(load_data(model.config, cache).train[:1], [ZERO])
     assert batch.world_slots.shape == (1, 3 * 16 + 2)
     zero = model.latents(batch, rows)
     assert zero is not None

@@ -214,7 +214,9 @@ def test_the_tool_makes_both_folders_from_nothing(tmp_path: Path, monkeypatch: p
         "--seed 3 --num_scenes 40 --gemma_steps 3 --vae_steps 2 --batch_size 4 --vae_batch_size 2 --workers 1"
     )
     monkeypatch.setattr(sys, "argv", ["make_demo_models.py", "--output", str(tmp_path), *tiny.split()])
-    runpy.run_path(str(ROOT / "tools" / "make_demo_models.py"), run_name="__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / "make_demo_models.py"), run_name="__main__")
+    assert ended.value.code == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gemma", "training.json", "vae"]
     record = json.loads((tmp_path / "training.json").read_text())
     assert record["models"]["vae"]["settings"]["seed"] == 3

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,19 +10,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT
 from hub import COMMIT, Uploads, serve
 
-from theworld.card import Facts, model_card, public_settings, read_metrics
+from theworld.card import Facts, model_card, public_settings, read_metrics, read_results
 from theworld.checkpoint import CheckpointError, find_model, list_checkpoints, save_checkpoint
 from theworld.config import Config, save_config
 from theworld.extract import extract
+from theworld.metrics import records, summarise
 from theworld.model import TheWorld
-from theworld.publish import Publisher, snapshot
+from theworld.publish import Publisher, connect, snapshot
 from theworld.train import Trainer
+from theworld.vsr import Statement
 
 CANARY = "hf_canary0123456789canary"
 NAME = "someone/world"
@@ -288,6 +292,18 @@ def test_a_damaged_checkpoint_is_not_uploaded(
 # ---- checked before any model loads
 
 
+def test_a_hub_that_accepts_and_is_silent_stops_the_run_before_it_starts(
+    pushing: Config, hub: Callable[..., Uploads], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("theworld.publish.CONNECT_SECONDS", 0.3)
+        with pytest.raises(ValueError, match=r"cannot be written to: there was no answer in time \(0\.3 s\)"):
+            connect(pushing)
+
+
 @pytest.mark.parametrize(
     ("options", "token", "message"),
     [
@@ -411,6 +427,28 @@ def test_a_card_shows_controls_where_they_were_measured(tmp_path: Path) -> None:
     assert "| world | 8 | 75.0% | 50.0% to 90.0% |  |" in card
     assert "| baseline | 8 | 50.0% | 50.0% to 90.0% | 0.62 |" in card
     assert "8 statements about 3 images" in card
+
+
+def test_an_evaluation_beside_a_checkpoint_comes_with_its_upload(
+    pushing: Config, hub: Callable[..., Uploads], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uploads = hub()
+    path = checkpoint_of(tmp_path, 2, pushing, 0.0)
+    assert read_results(path) is None
+    statements = [Statement("a.jpg", "On.", 1, "on", 0), Statement("b.jpg", "On.", 0, "on", 1)]
+    answers = {"world": np.array([[0.0, 1.0], [1.0, 0.0]]), "baseline": np.array([[0.0, 1.0], [0.0, 1.0]])}
+    summary = summarise(records(statements, answers, set()))
+    beside = tmp_path / "checkpoint-2.jsonl"  # as tools/eval.py is told by --output
+    beside.with_suffix(".summary.json").write_text(json.dumps(summary))
+    assert Publisher(pushing, tmp_path).finish(path, FACTS)
+    card = uploads.files()["README.md"].decode()
+    assert "2 statements about 2 images; p: exact McNemar." in card
+    assert "| world | 2 | 100.0% |" in card
+    assert "| baseline | 2 | 50.0% |" in card
+    beside.with_suffix(".summary.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"checkpoint-2\.summary\.json is no summary of tools/eval\.py"):
+        read_results(path)
+    assert not Publisher(pushing, tmp_path).finish(path, FACTS)  # and training goes on
 
 
 def test_public_settings_make_a_config_again() -> None:

@@ -289,7 +289,7 @@ def test_rollouts_are_made_again_by_the_extraction_and_audited_by_their_photogra
 ) -> None:
     extract(rolling, tmp_path, False, False, None, Guardrail())
     before = sound(tmp_path)
-    assert audit(rolling, tmp_path, 9)
+    assert audit(rolling, tmp_path, 9) == SOUND
     assert "3 of 3 images encoded again in float32" in capsys.readouterr().out
     flip(tmp_path / "latents/shards/00001.h5")
     with pytest.raises(ValueError, match=r"--repair makes no rollouts\. The extraction itself does"):

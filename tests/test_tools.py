@@ -164,7 +164,7 @@ def test_a_host_that_was_not_allowed_is_not_asked(tmp_path: Path) -> None:
             "extract_latents",
             ["--repair", "--part", "1/2"],
             2,
-            "--part is for extracting; --verify, --repair and",
+            "--part and --dry_run are for extracting; --verify shows",
         ),
         ("extract_latents", ["--repair", "--verify"], 2, "not allowed with argument"),
         ("extract_latents", ["--latent_sise", "64"], 2, "the nearest known flag is --latent_size"),

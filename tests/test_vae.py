@@ -96,6 +96,7 @@ def test_identity_names_weights_and_normalisation_and_holds_no_path(tmp_path: Pa
         "latents_mean",
         "latents_std",
         "posterior",
+        "arithmetic",
         "compute_dtype",
     }
     assert identity["cosmos_model_name"] == "vae"

@@ -6,10 +6,13 @@ Each world token has a partner, and what is measured of it has a control: the sa
     nearest image token   otherwise: the image token of the same image with the highest cosine
     nearest text token    for a text-only Gemma: the token with the highest cosine in statements about that image
 
+Tokens are made and measured image by image, and of each image only some stay in memory to be drawn: 4,096 tokens of a
+hundred images would be 4 GB.
+
 Dimensions: I images, N world tokens and M image tokens an image, T text tokens, D the width of the language model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from theworld.cache import LATENTS, Rows, check_meaning, in_cache
+from theworld.config import Config
 from theworld.data import cached_vision, vision_for
+from theworld.feed import Fetch
 from theworld.gemma import Gemma
 from theworld.model import TheWorld
 from theworld.projection import ProjectionShape, WorldProjection
 from theworld.vsr import Statement, images_of, load_statements
 
 SAME_PLACE, NEAREST_IMAGE, NEAREST_TEXT = "same place", "nearest image token", "nearest text token"
+KEPT = 2000  # tokens of a kind that are kept to be drawn
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-GOOD, POOR = 0.5, 0.3  # the guide's reading of a mean cosine
-CAUTION = """\
-What this does not show: whether world tokens are of use. Tokens that resemble image tokens can hold nothing about the
-picture, and tokens that do not can be read well; accuracy beside its controls tells (tools/eval.py). Where all tokens
-point one way, unrelated ones have high cosines too: only what lies above the control depends on the picture."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,57 @@ class Sample:
 
     images: list[str]
     latents: Tensor  # float[I, *row_shape] as the VAE gives them
-    image: Tensor | None  # float32[I, M, D], Gemma's own image tokens; None for a text-only Gemma
+    image: (
+        Sequence[Tensor] | None
+    )  # for each image float32[M, D], Gemma's own tokens; None for a text-only Gemma
     text: Tensor  # float32[T, D], the different tokens of all statements, as the first layer sees them
     text_of: list[Tensor]  # for each image float32[_, D], the different tokens of the statements about it
+
+
+class ImageTokens(Sequence[Tensor]):
+    """What Gemma puts into its own prompts for some images, made when asked for: float32[M, D] each, on the CPU."""
+
+    def __init__(self, gemma: Gemma, vision: Fetch, images: Sequence[str]) -> None:
+        self.gemma, self.vision, self.images = gemma, vision, images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.gemma.image_features(self.vision([self.images[i]])).float().cpu()[0]
+
+
+class Tokens:
+    """Tokens of one kind as they come: how many, the length of each, their mean, and some of them to be drawn."""
+
+    def __init__(self) -> None:
+        self._norms: list[Tensor] = []
+        self._some: list[Tensor] = []
+        self._sum = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, tokens: Tensor, most: int) -> "Tokens":
+        """Counts float32[_, D], and keeps at most so many of them: those of the same places at every call."""
+        total = tokens.sum(0, dtype=torch.float64)
+        self._sum = total if not self._norms else self._sum + total
+        self._norms.append(tokens.norm(dim=-1))
+        chosen = np.sort(np.random.default_rng(len(self._norms)).permutation(len(tokens))[:most])
+        self._some.append(tokens[torch.from_numpy(chosen)])
+        return self
+
+    @property
+    def norms(self) -> Tensor:
+        """float32[_], of every token."""
+        return torch.cat(self._norms)
+
+    @property
+    def mean(self) -> Tensor:
+        """float64[D], of all tokens."""
+        return self._sum / len(self.norms)
+
+    @property
+    def some(self) -> Tensor:
+        """float32[_, D], those that were kept."""
+        return torch.cat(self._some)
 
 
 @dataclass(frozen=True)
@@ -53,7 +102,12 @@ class Measured:
     cosine: Tensor  # float32[I N], of each world token and its partner
     control: Tensor  # float32[I N], the same with the tokens of another image
     distance: Tensor  # float32[I N], L2, to the partner
-    vectors: dict[str, Tensor]  # kind -> float32[_, D]: world, image (unless text-only), text
+    kinds: dict[str, Tokens]  # world, image (unless text-only), text
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """kind -> float32[_, D], some tokens of it."""
+        return {kind: tokens.some for kind, tokens in self.kinds.items()}
 
 
 def align(
@@ -100,28 +154,39 @@ def load_sample(model: TheWorld, cache: Path, split: str, num_samples: int) -> S
     statements = load_statements(config.annotations, split, config.dataset_name)
     statements, note = in_cache(statements, latents, cache)
     print(f"{split}: {note}")
+    images = chosen_images(statements, split, num_samples)
+    image = _image_tokens(model, cache, images) if model.gemma.is_multimodal else None
+    text, text_of = _text_tokens(model.gemma, statements, images)
+    return Sample(images, latents(images), image, text, text_of)
+
+
+def chosen_images(statements: Sequence[Statement], split: str, num_samples: int) -> list[str]:
+    """So many of the images, the same at every call. ValueError for fewer than two."""
     every = images_of(statements)
     count = min(num_samples, len(every))
     if count < 2:
         raise ValueError(
             f"--num_samples {num_samples}, {len(every)} images in {split}: the control needs at least two images"
         )
-    images = [every[i] for i in np.random.default_rng(0).permutation(len(every))[:count]]
-    image = _image_tokens(model, cache, images) if model.gemma.is_multimodal else None
-    text, text_of = _text_tokens(model.gemma, statements, images)
-    return Sample(images, latents(images), image, text, text_of)
+    return [every[i] for i in np.random.default_rng(0).permutation(len(every))[:count]]
 
 
-def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> Tensor:
-    """float32[I, M, D]: what Gemma puts into its own prompts for these images."""
-    cached = cached_vision(model.config, cache)
-    if cached is None and not model.gemma.changed:
+def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Rows | None:
+    """Gemma's vision features of the cache; None where they are another's, as parts of this Gemma are `changed`.
+    ValueError where the cache should have some and has none."""
+    cached = cached_vision(config, cache)
+    if cached is None and not changed:
         raise ValueError(
             f"{cache} has no vision features to compare with; extract them with tools/extract_latents.py --gemma_vision"
         )
+    return cached
+
+
+def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> ImageTokens:
+    cached = vision_to_compare(model.config, cache, model.gemma.changed)
     vision = vision_for(model.gemma, model.config, cached, [])
     assert vision is not None
-    return torch.cat([model.gemma.image_features(vision([image])).float().cpu() for image in images])
+    return ImageTokens(model.gemma, vision, images)
 
 
 @torch.no_grad()
@@ -149,30 +214,37 @@ def comparison(shape: ProjectionShape, num_image_tokens: int) -> str:
 
 
 @torch.no_grad()
-def project(projection: WorldProjection, latents: Tensor) -> Tensor:
-    """float[I, *row_shape] -> float32[I, N, D] on the CPU: the photographs' own world tokens. Those of moments that
-    were predicted from them have no place in the photograph, and are left out."""
+def project(projection: WorldProjection, latents: Tensor) -> Iterator[Tensor]:
+    """float[I, *row_shape] -> float32[N, D] on the CPU for each image: the photographs' own world tokens. Those of
+    moments that were predicted from them have no place in the photograph, and are left out."""
     device, num_own = projection.brackets.device, projection.shape.tokens_per_moment
-    return torch.cat([projection(row[None].to(device))[:, :num_own].cpu() for row in latents])
+    for row in latents:
+        yield projection(row[None].to(device))[0, :num_own].cpu()
 
 
-def measure(world: Tensor, sample: Sample, kind: str) -> Measured:
-    """World tokens float32[I, N, D] of the sample's images beside their partners; `kind` is that of `comparison`.
-
-    The control of an image is the one before it in the sample's random order.
+@torch.no_grad()
+def measure(world: Iterable[Tensor], sample: Sample, kind: str) -> Measured:
+    """World tokens, float32[N, D] of each of the sample's images, beside their partners; `kind` is that of
+    `comparison`. The control of an image is the one before it in the sample's random order.
     """
-    targets = sample.text_of if sample.image is None else list(sample.image)
-    others = [targets[-1], *targets[:-1]]
-    own = [compare(w, t, kind) for w, t in zip(world, targets, strict=True)]
-    control = [compare(w, t, kind)[0] for w, t in zip(world, others, strict=True)]
-    vectors = {"world": world.flatten(0, 1)}
-    if sample.image is not None:
-        vectors["image"] = sample.image.flatten(0, 1)
+    targets = sample.text_of if sample.image is None else sample.image
+    kinds = {"world": Tokens()} | ({} if sample.image is None else {"image": Tokens()})
+    most = -(-KEPT // len(sample.images))
+    own: list[tuple[Tensor, Tensor]] = []
+    control: list[Tensor] = []
+    before = targets[len(sample.images) - 1]
+    for tokens, target in zip(world, targets, strict=True):
+        own.append(compare(tokens, target, kind))
+        control.append(compare(tokens, before, kind)[0])
+        kinds["world"].add(tokens, most)
+        if sample.image is not None:
+            kinds["image"].add(target, most)
+        before = target
     return Measured(
         cosine=torch.cat([cosine for cosine, _ in own]),
         control=torch.cat(control),
         distance=torch.cat([distance for _, distance in own]),
-        vectors=vectors | {"text": sample.text},
+        kinds=kinds | {"text": Tokens().add(sample.text, KEPT)},
     )
 
 
@@ -187,10 +259,10 @@ def compare(world: Tensor, target: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 def figures(measured: Measured) -> dict[str, Any]:
     """The JSON form: distributions, and the cosines between the mean vectors of two kinds of tokens."""
-    vectors = measured.vectors
-    norms = {kind: _distribution(v.norm(dim=-1)) for kind, v in vectors.items()}
-    pairs = [(a, b) for a, b in (("world", "image"), ("world", "text"), ("image", "text")) if a in vectors]
-    pairs = [(a, b) for a, b in pairs if b in vectors]
+    kinds = measured.kinds
+    norms = {kind: _distribution(tokens.norms) for kind, tokens in kinds.items()}
+    pairs = [(a, b) for a, b in (("world", "image"), ("world", "text"), ("image", "text")) if a in kinds]
+    pairs = [(a, b) for a, b in pairs if b in kinds]
     return {
         "cosine": _distribution(measured.cosine),
         "control_cosine": _distribution(measured.control),
@@ -201,8 +273,8 @@ def figures(measured: Measured) -> dict[str, Any]:
         },
         "mean_vector_cosine": {
             f"{a}_{b}": {
-                "n": [len(vectors[a]), len(vectors[b])],
-                "cosine": float(F.cosine_similarity(vectors[a].mean(0), vectors[b].mean(0), dim=0)),
+                "n": [len(kinds[a].norms), len(kinds[b].norms)],
+                "cosine": float(F.cosine_similarity(kinds[a].mean, kinds[b].mean, dim=0)),
             }
             for a, b in pairs
         },
@@ -216,69 +288,3 @@ def _distribution(values: Tensor) -> dict[str, Any]:
         "mean": float(values.double().mean()),
         "quantiles": {str(q): float(value) for q, value in zip(QUANTILES, quantiles, strict=True)},
     }
-
-
-_PARTNER = {
-    SAME_PLACE: "each world token is compared with the image token of the same place",
-    NEAREST_IMAGE: "they do not lie on the same places: each world token is compared with the nearest image token of\n"
-    "the same image (the highest cosine of many, so higher than at the same place)",
-    NEAREST_TEXT: "a text-only Gemma: each world token is compared with the nearest token, by cosine, of the\n"
-    "statements about its image",
-}
-
-
-def report(result: dict[str, Any]) -> str:
-    """The figures as text for a terminal, with the guide's reading and its limits."""
-    both, kind = [result["untrained"], result["trained"]], result["comparison"]
-    later = result.get("predicted_moments_left_out", 0)
-    lines = [
-        f"{result['images']} images of {result['split']}: {result['world_tokens']} world tokens each, "
-        f"{result['image_tokens']} image tokens",
-        *(
-            [f"those of {later} predicted moments have no place in the photograph and are left out"]
-            if later
-            else []
-        ),
-        _PARTNER[kind],
-        "",
-        f"{'':<46}{'untrained':>11}{'trained':>11}{'n':>9}",
-    ]
-    for key, label in (
-        ("cosine", f"cosine, {kind}"),
-        ("control_cosine", "control: the same of another image"),
-        ("distance", "distance (L2)"),
-    ):
-        lines.append(_row(label, [one[key]["mean"] for one in both], both[0][key]["n"]))
-        if key != "distance":
-            for q in (str(QUANTILES[0]), str(QUANTILES[-1])):
-                lines.append(
-                    _row(f"  {float(q):.0%} of them are below", [o[key]["quantiles"][q] for o in both])
-                )
-    for name in both[0]["norm"]:
-        lines.append(
-            _row(f"norm, {name}", [o["norm"][name]["mean"] for o in both], both[0]["norm"][name]["n"])
-        )
-    for name in both[0]["norm_ratio"]:
-        label = name.replace("_", " / ")
-        lines.append(_row(f"ratio of norms, {label}", [o["norm_ratio"][name] for o in both]))
-    for name in both[0]["mean_vector_cosine"]:
-        label = name.replace("_", ", ")
-        values = [o["mean_vector_cosine"][name]["cosine"] for o in both]
-        lines.append(_row(f"cosine of mean vectors, {label}", values))
-    return "\n".join([*lines, "", _reading(result), CAUTION])
-
-
-def _row(label: str, values: Sequence[float], n: int | None = None) -> str:
-    return f"{label:<46}{values[0]:>11.3f}{values[1]:>11.3f}" + (f"{n:>9,}" if n else "")
-
-
-def _reading(result: dict[str, Any]) -> str:
-    mean = result["trained"]["cosine"]["mean"]
-    above = mean - result["trained"]["control_cosine"]["mean"]
-    if result["comparison"] == NEAREST_TEXT:
-        return f"mean cosine {mean:.2f}, {above:+.2f} against the control."
-    word = "good" if mean > GOOD else "poor" if mean < POOR else "in between"
-    return (
-        f"mean cosine {mean:.2f}, {above:+.2f} against the control. The guide's reading: {word} "
-        f"(above {GOOD} good, below {POOR} poor)."
-    )

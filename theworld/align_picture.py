@@ -47,10 +47,10 @@ def draw(measured: dict[str, Measured], result: dict[str, Any], path: Path) -> N
 def draw_tokens(left: Axes, right: Axes, measured: Measured, name: str) -> None:
     """The same number of each kind of tokens, on their first two principal components and by t-SNE."""
     generator = np.random.default_rng(0)
-    most = MAX_POINTS // len(measured.vectors)
+    most = MAX_POINTS // len(measured.kinds)
     chosen = {
-        kind: vectors[np.sort(generator.permutation(len(vectors))[:most])].numpy()
-        for kind, vectors in measured.vectors.items()
+        kind: some[np.sort(generator.permutation(len(some))[:most])].numpy()
+        for kind, some in measured.vectors.items()
     }
     points = np.concatenate(list(chosen.values()))
     pca = PCA(min(50, *points.shape), random_state=0)
@@ -92,7 +92,7 @@ def draw_cosines(axis: Axes, measured: Measured, edges: list[float], kind: str) 
 
 def draw_norms(axis: Axes, measured: Measured, numbers: dict[str, Any]) -> None:
     """The lengths of the tokens of each kind: box from 25 to 75 %, whiskers from 5 to 95 %."""
-    norms = {kind: vectors.norm(dim=-1).numpy() for kind, vectors in measured.vectors.items()}
+    norms = {kind: tokens.norms.numpy() for kind, tokens in measured.kinds.items()}
     boxes = axis.boxplot(list(norms.values()), whis=(5, 95), showfliers=False, patch_artist=True, widths=0.5)
     for box, kind in zip(boxes["boxes"], norms, strict=True):
         box.set(facecolor=COLOURS[kind], alpha=0.6)

@@ -18,6 +18,7 @@ from theworld.extract import load_encoding, source_of, stores_of
 from theworld.parts import Part
 from theworld.reading import Source, read_photograph
 from theworld.store import ImageEntry, StoreError
+from theworld.verify import DAMAGED, SOUND
 from theworld.weights import torch_dtype, weights_sha256
 
 # Distance ||cached - encoded again|| / ||encoded again|| of one image that rounding can explain, by the coarser of the
@@ -54,8 +55,9 @@ class Audit:
         )
 
 
-def audit(config: Config, cache: Path, num_images: int) -> bool:
-    """Compares so many random images of each store and prints what came out; whether all are within the tolerance.
+def audit(config: Config, cache: Path, num_images: int) -> int:
+    """Compares so many random images of each store and prints what came out; returns SOUND where all are within the
+    tolerance, else DAMAGED.
 
     Raises StoreError for a damaged cache, StoreMismatch for other settings or weights than the cache's, ImageError for
     a photograph that is not the one that was extracted.
@@ -68,7 +70,7 @@ def audit(config: Config, cache: Path, num_images: int) -> bool:
     source = source_of(config, Part())
     audits = [audit_store(root, config, source, num_images) for root in roots]
     print("\n".join(map(str, audits)))
-    return all(one.holds for one in audits)
+    return SOUND if all(one.holds for one in audits) else DAMAGED
 
 
 def audit_store(root: Path, config: Config, source: Source, num_images: int) -> Audit:

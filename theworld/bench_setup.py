@@ -26,7 +26,7 @@ from theworld.bench_models import Shapes, make_gemma_folder, make_vae_folder
 from theworld.bench_observe import quietly
 from theworld.bench_results import Results, Row, spread
 from theworld.chip import language_flops, projection_flops, time_calls, work_of
-from theworld.config import Config, save_config
+from theworld.config import Config, load_config, save_config
 from theworld.extract import extract
 from theworld.feed import ahead
 from theworld.train import Trainer
@@ -90,7 +90,7 @@ class Workbench:
         # The smallest patch that still gives as many world tokens as image tokens, as the guide's 256 and 256.
         side = self.shapes.latent_size // 8
         settings["world_patch"] = max(1, side // math.isqrt(self.shapes.image_tokens))
-        return Config(**(settings | self.changes | changes))
+        return load_config(None, settings | self.changes | changes)
 
     def prepare(self) -> None:
         """Makes what is not there yet: models, statements, photographs. Says how long each took."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from theworld.bench_choices import VARIANTS
 from theworld.bench_observe import packed_batches, quietly, stopwatch
 from theworld.bench_results import Row, spread
 from theworld.bench_setup import (
@@ -23,32 +24,6 @@ from theworld.train import Trainer
 from theworld.vsr import Statement, load_statements
 
 SYSTEMS = ("world", "baseline", "zero", "shuffled")
-# Kinds of runs, as changes of the settings; the guide's is 8 statements in a pass and 16 in a step.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "exact": {},
-    "fp8": {"fp8": True},
-    "after": {"world_position": "after"},
-    "after fp8": {"world_position": "after", "fp8": True},
-    "batch 8 x 2": {"batch_size": 8, "gradient_accumulation_steps": 2},
-    "checkpointing": {"use_gradient_checkpointing": True},
-    "not compiled": {"compile": False},
-    "world_patch 1": {"world_patch": 1, "batch_size": 2},
-    "vision": {"freeze_gemma_vision": False, "batch_size": 8, "gradient_accumulation_steps": 2},
-    "vision, checkpointing": {"freeze_gemma_vision": False, "use_gradient_checkpointing": True},
-    "language": {"freeze_gemma_language": False, "batch_size": 8, "gradient_accumulation_steps": 2},
-    "language, checkpointing": {"freeze_gemma_language": False, "use_gradient_checkpointing": True},
-    "lora": {
-        "freeze_gemma_language": False,
-        "lora_rank": 16,
-        "batch_size": 8,
-        "gradient_accumulation_steps": 2,
-    },
-    "lora, checkpointing": {
-        "freeze_gemma_language": False,
-        "lora_rank": 16,
-        "use_gradient_checkpointing": True,
-    },
-}
 
 
 def part_train(bench: Workbench) -> None:

@@ -67,6 +67,7 @@ def expected_vision(config: Config) -> dict[str, Any]:
 
 # Fields of a fingerprint that say how exactly a number was computed, not what it means.
 _PRECISION = {
+    "arithmetic",
     "compute_dtype",
     "compiled",
     "storage_dtype",
@@ -113,6 +114,9 @@ class Rows:
         not be waited for. Raises StoreError as `StoreReader` does, ValueError to pin without CUDA."""
         if pin and not torch.cuda.is_available():
             raise ValueError(f"{root}: pin is True, but there is no CUDA device to copy to; leave pin out")
+        if not root.exists():
+            cure = f"make it with tools/extract_latents.py --cache {root.parent}, or name another --cache"
+            raise StoreError(f"{root} is not there; {cure}")
         self.reader = StoreReader(root, expected)
         self.array = array
         self.pin = pin

@@ -70,6 +70,18 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def read_results(checkpoint: Path) -> dict[str, Any] | None:
+    """The summary of an evaluation of a checkpoint: what `tools/eval.py --output .../checkpoint-N.jsonl` wrote beside
+    it; None without one. ValueError for a file that is none."""
+    path = checkpoint.with_name(f"{checkpoint.name}.summary.json")
+    if not path.exists():
+        return None
+    results = json.loads(path.read_text())
+    if not isinstance(results, dict) or not {"systems", "statements", "images"} <= results.keys():
+        raise ValueError(f"{path} is no summary of tools/eval.py; move it away")
+    return results
+
+
 def model_card(
     checkpoint: Path,
     facts: Facts,

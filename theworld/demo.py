@@ -1,35 +1,31 @@
+# PYTHON_ARGCOMPLETE_OK
 """The main job at toy size: drawn scenes through all three phases, then a table and two pictures.
 
 python tools/demo.py            in the project's folder
 python -m theworld.demo         anywhere, once the package is installed
 """
 
-import argparse
 import json
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from PIL import Image
 
+from theworld.arguments import ArgumentParser, add_dry_run
 from theworld.config import load_config
-from theworld.console import quiet_libraries
-from theworld.extract import extract
-from theworld.metrics import SYSTEMS, summarise, table, write_jsonl
+from theworld.console import quiet_libraries, rehearse, status_of
+from theworld.places import GEMMA_FILE, VAE_FILE, check_folder, check_room, locate
 from theworld.scenes import write_scenes
-from theworld.score import score
-from theworld.train import Trainer
-
-matplotlib.use("agg")  # draws into files; needs no screen
-from matplotlib import pyplot
 
 EMBEDDED = Path(__file__).parent / "embedded"  # models, and settings: those of configs/demo.json
 MARKER = "demo.json"
+ROOM = 250 * 2**20  # bytes that a demo writes, about
 NUM_SCENES = {"train": 6000, "dev": 100, "test": 500}
 NAMES = {
     "baseline": "no world tokens",
@@ -47,6 +43,12 @@ def run_demo(
 
     Everything goes under `output`; an earlier demo's output there is removed, any other folder is refused.
     """
+    # Here and not above: torch takes seconds to load, and --help should not.
+    from theworld.extract import extract
+    from theworld.metrics import SYSTEMS, summarise, table, write_jsonl
+    from theworld.score import score
+    from theworld.train import Trainer
+
     start = time.perf_counter()
     _make_room(output)
     print(f"1/4 drawing scenes (seed {seed})", flush=True)
@@ -85,20 +87,52 @@ def run_demo(
     return result
 
 
+def plan_demo(config_path: Path, output: Path, seed: int) -> Iterator[str]:
+    """What `run_demo` would do with the same arguments, in lines. Raises ValueError or OSError as it does."""
+    config = load_config(config_path)
+    for name, file in (("gemma", GEMMA_FILE), ("vae", VAE_FILE)):
+        yield f"uses         {EMBEDDED / name}: {locate(str(EMBEDDED / name), file).words}"
+    removes = ", after the output of an earlier demo there is removed" if _holds_a_demo(output) else ""
+    check_folder(output, "--output")
+    free = check_room(output, ROOM, "--output")
+    counts = ", ".join(f"{count:,} {split}" for split, count in NUM_SCENES.items())
+    yield f"draws        scenes with seed {seed}: {counts}"
+    yield f"trains       {config.align_steps + (config.max_steps or 0):,} steps of {config.batch_size} statements"
+    yield f"writes       {output}: about {ROOM / 2**20:.0f} MiB{removes} ({free / 2**30:,.1f} GiB free)"
+
+
+def _holds_a_demo(output: Path) -> bool:
+    """Whether an earlier demo's output is there. ValueError for anything else that is."""
+    if not output.is_dir() or not any(output.iterdir()):
+        return False
+    if not (output / MARKER).is_file():
+        raise ValueError(
+            f"{output} holds something that no demo wrote; name another --output or move it away"
+        )
+    return True
+
+
 def _make_room(output: Path) -> None:
-    if output.exists() and any(output.iterdir()):
-        if not (output / MARKER).is_file():
-            raise ValueError(
-                f"{output} holds something that no demo wrote; name another --output or move it away"
-            )
+    check_folder(output, "--output")
+    if _holds_a_demo(output):
         print(f"removing the output of an earlier demo in {output}")
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / MARKER).write_text("{}\n")
 
 
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")  # draws into files; needs no screen
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
     """Two panels: the loss while training, and the accuracies with their intervals."""
+    pyplot = _pyplot()
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(11, 4.2), width_ratios=(1, 1.15), layout="constrained"
@@ -133,6 +167,7 @@ def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
 
 def draw_scenes(rows: list[dict[str, Any]], images: Path, path: Path, count: int = 8) -> None:
     """The first scenes with their statements and what the model says with and without world tokens."""
+    pyplot = _pyplot()
     first = {row["image"]: row for row in reversed(rows)}
     figure, axes = pyplot.subplots(2, count // 2, figsize=(11, 6.6), layout="constrained")
     for axis, row in zip(axes.flat, [first[image] for image in sorted(first)[:count]], strict=False):
@@ -153,18 +188,29 @@ def draw_scenes(rows: list[dict[str, Any]], images: Path, path: Path, count: int
 
 def main() -> int:
     """Parses arguments, runs the demo, prints the result line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="demo",
-        description="The whole job on embedded models and drawn scenes, in minutes on two CPU cores.",
+        description="The whole job on embedded models and drawn scenes, in minutes on two CPU cores.\n\n"
+        "The last line it prints is one JSON object with the accuracies on held-out scenes.\n"
+        "Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.",
     )
     parser.add_argument(
-        "--config", type=Path, default=EMBEDDED / "demo.json", help="default: configs/demo.json"
+        "--config",
+        type=Path,
+        default=EMBEDDED / "demo.json",
+        help="settings (default: those of configs/demo.json)",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("checkpoints/demo"), help="default: checkpoints/demo"
+        "--output",
+        type=Path,
+        default=Path("checkpoints/demo"),
+        help="folder for everything that it makes (default: checkpoints/demo)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and order (default: 0)")
+    add_dry_run(parser)
     arguments = parser.parse_args()
+    if arguments.dry_run:
+        return rehearse("demo", lambda: plan_demo(arguments.config, arguments.output, arguments.seed))
     quiet_libraries()
     try:
         result = run_demo(arguments.config, arguments.output, arguments.seed)
@@ -176,4 +222,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of("demo", main))

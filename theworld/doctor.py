@@ -1,29 +1,34 @@
 """Looks over everything that a run needs before it starts, and says the cure of each fault, in one page."""
 
-import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import requires, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from packaging.requirements import Requirement
 
 from theworld.cache import LATENTS, VISION, expected_latents, expected_vision, read_failures
+from theworld.checkpoint import checkpoint_step, find_checkpoint, list_checkpoints
 from theworld.compare import check_photographs
 from theworld.config import Config
+from theworld.dry_run import plan_latents, plan_vision
 from theworld.images import ImageError, read_image
+from theworld.machine import FP8_CAPABILITY, GIB, memory_of, sizes_of, training_bytes
+from theworld.places import (
+    GEMMA_FILE,
+    VAE_FILE,
+    Fault,
+    check_folder,
+    check_room,
+    free_bytes,
+    locate,
+    missing_photographs,
+    statements_at_hand,
+)
 from theworld.store import StoreReader, verify_store
-from theworld.vsr import images_of, load_all
+from theworld.vsr import Statement, images_of, load_all
 from theworld.weights import resolve_device
 
 SAMPLE = 100  # photographs that are decoded; extraction decodes all
@@ -44,80 +49,101 @@ class Finding:
         return f"{self.state:<6} {self.topic:<12} {self.says}{cure}"
 
 
-def look_over(config: Config, cache: Path) -> list[Finding]:
-    """What is well and what is not. Loads no model, changes nothing, and raises nothing that a check is for."""
+def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
+    """What is well and what is not. Loads no model, changes nothing, and raises nothing that a check is for.
+
+    `flags`: of this run's settings, for the commands among the cures.
+    """
+    extract = " ".join(["python tools/extract_latents.py", *([flags] if flags else []), f"--cache {cache}"])
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("libraries", lambda: _libraries()),
         ("device", lambda: _device(config)),
-        ("Gemma", lambda: _model("Gemma", config.model_name, "config.json")),
-        ("Cosmos VAE", lambda: _model("Cosmos VAE", config.cosmos_model_name, "vae/config.json")),
+        ("Gemma", lambda: _model("Gemma", config.model_name, GEMMA_FILE)),
+        ("Cosmos VAE", lambda: _model("Cosmos VAE", config.cosmos_model_name, VAE_FILE)),
         ("rollout", lambda: _rollout(config)),
         ("photographs", lambda: _photographs(config)),
-        ("latents", lambda: _store("latents", cache / LATENTS, expected_latents(config), config)),
-        ("vision", lambda: _store("vision", cache / VISION, expected_vision(config), config)),
+        ("latents", lambda: _store("latents", cache / LATENTS, extract, config)),
+        ("vision", lambda: _store("vision", cache / VISION, f"{extract} --gemma_vision", config)),
         ("compared", lambda: _compared(config, cache / LATENTS)),
+        ("output_dir", lambda: _output(config)),
     ]
     found: list[Finding] = []
     for topic, check in checks:
         try:
             found += check()
+        except Fault as fault:
+            found.append(Finding(topic, FAULT, fault.says, fault.cure))
         except (ValueError, OSError) as error:
             found.append(Finding(topic, FAULT, str(error)))
     return found
 
 
 def _libraries() -> Iterator[Finding]:
-    wanted = [Requirement(text) for text in requires("theworld") or []]
-    wrong = [
-        r for r in wanted if r.marker is None and not r.specifier.contains(version(r.name), prereleases=True)
-    ]
-    for requirement in wrong:
-        says = f"{requirement.name} {version(requirement.name)}; tested with {requirement.specifier}"
-        yield Finding("libraries", NOTE, says, f"pip install '{requirement}'")
-    if not wrong:
+    python = sys.version.split()[0]
+    try:
+        wanted = [Requirement(text) for text in requires("theworld") or []]
+    except PackageNotFoundError:
         yield Finding(
-            "libraries", OK, ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "diffusers"))
+            "libraries",
+            NOTE,
+            "theworld itself is not installed, so they are not looked at",
+            "pip install -e .",
         )
+        return
+    wrong = False
+    for requirement in (r for r in wanted if r.marker is None):
+        cure = f"pip install '{requirement}'"
+        try:
+            have = version(requirement.name)
+        except PackageNotFoundError:
+            yield Finding(requirement.name, FAULT, "not installed", cure)
+            wrong = True
+            continue
+        if not requirement.specifier.contains(have, prereleases=True):
+            yield Finding(requirement.name, NOTE, f"{have}; tested with {requirement.specifier}", cure)
+            wrong = True
+    if not wrong:
+        versions = ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "diffusers"))
+        yield Finding("libraries", OK, f"Python {python}, {versions}")
 
 
 def _device(config: Config) -> Iterator[Finding]:
     device = resolve_device(config.device)
+    have = memory_of(device)
+    room = f"{have.free / GIB:.1f} of {have.total / GIB:.1f} GiB free"
     if device.type == "cpu":
-        yield Finding("device", NOTE, "CPU, in float32: for the small models", "a machine with a CUDA GPU")
+        cure = "a machine with a CUDA GPU, for models of the real size"
+        yield Finding("device", NOTE, f"{have.name}, in float32, {room}: for the small models", cure)
+    else:
+        yield Finding("device", OK, f"{have.name}, {room}")
+    if config.fp8 and (have.capability or (0, 0)) < FP8_CAPABILITY:
+        says = f"fp8 is true, and {device.type} here has no 8-bit products; a Hopper GPU or newer has"
+        yield Finding("fp8", FAULT, says, "--no-fp8")
+    sizes = sizes_of(config.model_name)
+    if sizes is None:
         return
-    free, total = (size / 2**30 for size in torch.cuda.mem_get_info(device))
-    says = f"{torch.cuda.get_device_name(device)}, {free:.0f} of {total:.0f} GiB free"
-    yield Finding("device", OK if free > 0.8 * total else NOTE, says)
+    weights, kept = training_bytes(config, sizes)
+    parts = f"weights {weights / GIB:.1f}, a pass {kept / GIB:.1f}"
+    need = f"with Gemma frozen training takes about {(weights + kept) / GIB:.1f} GiB: {parts}"
+    cure = "halve --batch_size and double --gradient_accumulation_steps; or --use_gradient_checkpointing"
+    if weights > have.total:
+        yield Finding("memory", FAULT, need, "a larger GPU, or a smaller Gemma")
+    elif weights + kept > have.total:
+        yield Finding("memory", FAULT, f"{need}, at most", cure)
+    elif weights + kept > have.free:
+        yield Finding(
+            "memory", NOTE, f"{need}; other programs hold part of the memory", "end them, or " + cure
+        )
+    else:
+        yield Finding("memory", OK, need)
 
 
 def _model(topic: str, name: str, file: str) -> Iterator[Finding]:
-    if Path(name).is_dir():
-        there = any((Path(name) / own).is_file() for own in (file, Path(file).name))
-        cure = "" if there else "name a folder with a model, or its name on the hub"
-        yield Finding(
-            topic,
-            OK if there else FAULT,
-            f"{name}: a local folder{'' if there else f' without {file}'}",
-            cure,
-        )
-        return
-    try:
-        hf_hub_download(name, file)
-    except GatedRepoError:
-        cure = f"accept the licence on https://huggingface.co/{name}, then export HF_TOKEN=hf_..."
-        yield Finding(topic, FAULT, f"{name}: the licence is not accepted, or no token is set", cure)
-    except RepositoryNotFoundError:
-        yield Finding(
-            topic, FAULT, f"{name}: no such model, or a private one", "check the name, and HF_TOKEN"
-        )
-    except LocalEntryNotFoundError:
-        yield Finding(
-            topic, FAULT, f"{name}: the hub cannot be reached", "check the network; or name a local folder"
-        )
-    except HfHubHTTPError as error:
-        yield Finding(topic, FAULT, f"{name}: {str(error).splitlines()[0]}", "check the name, and HF_TOKEN")
-    else:
-        yield Finding(topic, OK, f"{name}: on the hub, and open to you")
+    yield Finding(topic, OK, f"{name}: {locate(name, file).words}")
+
+
+def _statements(config: Config) -> dict[str, list[Statement]]:
+    return statements_at_hand(config.annotations, config.dataset_name) or load_all(None, config.dataset_name)
 
 
 def _rollout(config: Config) -> Iterator[Finding]:
@@ -131,7 +157,7 @@ def _rollout(config: Config) -> Iterator[Finding]:
 
 
 def _photographs(config: Config) -> Iterator[Finding]:
-    splits = load_all(config.annotations, config.dataset_name)
+    splits = _statements(config)
     counts = ", ".join(f"{len(own):,} {split}" for split, own in splits.items())
     names = images_of([s for own in splits.values() for s in own])
     yield Finding("statements", OK, f"{counts}, about {len(names):,} photographs")
@@ -139,12 +165,13 @@ def _photographs(config: Config) -> Iterator[Finding]:
         yield Finding("photographs", NOTE, "image_folder is not set", "--image_folder FOLDER, for extraction")
         return
     folder = Path(config.image_folder)
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = missing_photographs(names, folder)
     if missing:
         says = f"{len(missing):,} of {len(names):,} are not in {folder}, such as {missing[0]}"
-        yield Finding(
-            "photographs", FAULT, says, "get them (README, step 3), or extract with --allow_missing"
+        cure = (
+            f"python tools/get_images.py --output {folder} (README, step 3), or extract with --allow_missing"
         )
+        yield Finding("photographs", FAULT, says, cure)
         return
     sample = np.random.default_rng(0).permutation(names)[:SAMPLE]
     bad = []
@@ -158,22 +185,17 @@ def _photographs(config: Config) -> Iterator[Finding]:
     yield Finding("photographs", FAULT if bad else OK, says, cure)
 
 
-def _store(topic: str, root: Path, expected: dict[str, Any], config: Config) -> Iterator[Finding]:
+def _store(topic: str, root: Path, command: str, config: Config) -> Iterator[Finding]:
     if not root.exists():
-        free = shutil.disk_usage(root.parent if root.parent.exists() else Path.cwd()).free / 2**30
-        flag = " --gemma_vision" if topic == "vision" else ""
-        cure = f"python tools/extract_latents.py --cache {root.parent}{flag}"
-        yield Finding(topic, NOTE, f"{root} is not there yet; {free:.0f} GiB free", cure)
+        yield Finding(topic, NOTE, f"{root} is not there yet; {_room(root, config)}", command)
         return
-    reader = StoreReader(root, expected)
+    reader = StoreReader(root, expected_latents(config) if topic == "latents" else expected_vision(config))
     problems = verify_store(root)
     if problems:
-        command = f"python tools/extract_latents.py --repair --cache {root.parent}"
-        yield Finding(topic, FAULT, problems[0], f"{command}, with the settings of the extraction")
+        yield Finding(topic, FAULT, problems[0], f"{command} --repair")
         return
-    splits = load_all(config.annotations, config.dataset_name)
     left_out = read_failures(root.parent)
-    names = images_of([s for own in splits.values() for s in own])
+    names = images_of([s for own in _statements(config).values() for s in own])
     missing = [name for name in names if name not in reader and name not in left_out]
     says = f"{len(reader):,} images, every byte as it was written" + (
         f"; {len(left_out):,} left out" if left_out else ""
@@ -188,3 +210,37 @@ def _compared(config: Config, root: Path) -> Iterator[Finding]:
     if config.image_folder is None or not folder.is_dir() or not (root / "manifest.json").exists():
         return
     yield Finding("compared", OK, check_photographs(StoreReader(root).images, folder))
+
+
+def _room(root: Path, config: Config) -> str:
+    """What a new store takes and what is free. ValueError where that is not enough."""
+    splits = statements_at_hand(config.annotations, config.dataset_name)
+    try:
+        planned = (
+            plan_latents(config, root.parent) if root.name == LATENTS else plan_vision(config, root.parent)
+        )
+    except ValueError:  # of the model, which has a line of its own
+        planned = None
+    if splits is None or planned is None:
+        return f"{free_bytes(root) / GIB:.0f} GiB free"
+    names = images_of([s for own in splits.values() for s in own])
+    size = len(names) * planned.spec.row_nbytes
+    return f"it takes {size / 2**20:,.1f} MiB, {check_room(root, size, '--cache') / GIB:.0f} GiB free"
+
+
+def _output(config: Config) -> Iterator[Finding]:
+    """Whether a training could write its checkpoints."""
+    folder = Path(config.output_dir)
+    check_folder(folder, "--output_dir")
+    resumed = checkpoint_step(find_checkpoint(config.resume_from)) if config.resume_from else -1
+    there = [path for path in list_checkpoints(folder) if checkpoint_step(path) > resumed]
+    if there:
+        says = (
+            f"{folder} holds {', '.join(path.name for path in there)}, which a training would not overwrite"
+        )
+        cure = f"--resume_from {folder} to go on with it, or another --output_dir"
+        yield Finding("output_dir", FAULT, says, cure)
+    else:
+        yield Finding(
+            "output_dir", OK, f"{folder}: {'resumed there' if resumed >= 0 else 'free for a training'}"
+        )

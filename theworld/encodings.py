@@ -28,12 +28,13 @@ class Meaning(Protocol):
 
 def full_fingerprint(meaning: Meaning, batch_size: int) -> dict[str, Any]:
     """What a store says of its numbers: what the encoder does, and what is done before and after it."""
-    return {
-        **meaning.fingerprint(),
-        **{f"preprocessing_{k}": v for k, v in PREPROCESSING.items()},
-        "storage_dtype": meaning.arrays[0].dtype,
-        "encode_batch_size": batch_size,
-    }
+    return meaning.fingerprint() | common_fields(meaning.arrays[0].dtype, batch_size)
+
+
+def common_fields(storage_dtype: str, batch_size: int) -> dict[str, Any]:
+    """The fields of a fingerprint that every encoding has, and that are known without an encoder."""
+    pixels = {f"preprocessing_{key}": value for key, value in PREPROCESSING.items()}
+    return pixels | {"storage_dtype": storage_dtype, "encode_batch_size": batch_size}
 
 
 def open_store(
@@ -80,7 +81,7 @@ class LatentEncoding:
         }
         if self.compiled:  # rounds elsewhere than the same model uncompiled
             own["compiled"] = True
-        return {**self.encoder.identity(), **own, **_libraries("diffusers")}
+        return {**self.encoder.identity(), **own, **libraries("diffusers")}
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
         """uint8[H, W, 3] -> uint8[S, S, 3]: a quarter of the bytes that it is in [-1, 1]."""
@@ -111,7 +112,7 @@ class RolloutEncoding:
             **self.latents.fingerprint(),
             **steps,
             **self.rollout.identity(),
-            **_libraries("transformers"),
+            **libraries("transformers"),
         }
 
     def encode(self, pixels: np.ndarray, image_sha256: str) -> Tensor:
@@ -144,7 +145,7 @@ class VisionEncoding:
     def fingerprint(self) -> dict[str, Any]:
         """What these numbers mean: tower, image processor, dtypes, libraries."""
         own = {"compiled": True} if self.compiled else {}
-        return {**self.gemma.vision_identity(), **own, **_libraries("transformers")}
+        return {**self.gemma.vision_identity(), **own, **libraries("transformers")}
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
         """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
@@ -155,5 +156,6 @@ class VisionEncoding:
         return self.gemma.vision_features(prepared.to(self.device, non_blocking=True))
 
 
-def _libraries(*names: str) -> dict[str, str]:
+def libraries(*names: str) -> dict[str, str]:
+    """The versions of what an encoding computes with, as a fingerprint has them."""
     return {name: version(name) for name in ("torch", "pillow", *names)}

@@ -5,7 +5,6 @@
 Any number of processes may share the work (see `theworld.parts`); whoever finds all shards committed publishes.
 """
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from theworld.encodings import Encoding, LatentEncoding, RolloutEncoding, Vision
 from theworld.files import make_folder
 from theworld.finished import refusals
 from theworld.foresee import check_settings
-from theworld.gemma import Gemma
+from theworld.gemma import Gemma, is_multimodal
 from theworld.image_by_image import roll_out
 from theworld.listing import freeze, known_hashes, write_failures
 from theworld.parts import Part, this_part
+from theworld.places import GEMMA_FILE, VAE_FILE, check_room, locate
 from theworld.reading import Batches, Source, num_workers
 from theworld.rollout import Rollout, check_rollout
 from theworld.stages import batches_of, encode_shards
@@ -41,16 +41,17 @@ def preflight(store: Store, encoding: Encoding, pending: list[int], source: Sour
     """
     rows = [row for shard in pending for row in store.shard_rows(shard)]
     size = sum(spec.row_nbytes for spec in encoding.arrays) * len(rows)
-    free = shutil.disk_usage(store.root).free
-    if size > free:
-        raise ValueError(
-            f"{store.root}: {size:,} bytes are needed and {free:,} are free; make room or move --cache"
-        )
+    work = amount(store.root, len(rows), len(store.rows), len(pending), store.num_shards, size)
     seconds = _seconds_an_image(store, encoding, pending, source, batch_size) * len(rows) if rows else 0.0
+    return f"{work}, about {duration(seconds)}"
+
+
+def amount(root: Path, num_rows: int, all_rows: int, pending: int, all_shards: int, size: int) -> str:
+    """What is still to be encoded into a store, and its size in bytes. ValueError where the disk has not the room."""
+    free = check_room(root, size, "--cache")
     return (
-        f"{encoding.name}: {len(rows):,} of {len(store.rows):,} images to encode in {len(pending)} of "
-        f"{store.num_shards} shards, {size / 2**20:,.1f} MiB on disk ({free / 2**30:,.1f} GiB free), "
-        f"about {duration(seconds)}"
+        f"{root.name}: {num_rows:,} of {all_rows:,} images to encode in {pending} of {all_shards} shards, "
+        f"{size / 2**20:,.1f} MiB on disk ({free / 2**30:,.1f} GiB free)"
     )
 
 
@@ -120,6 +121,7 @@ def extract(
         return list_images(config, cache, source, allow_missing)
 
     images = part.from_first(look)
+    part.from_first(lambda: check_models(config, with_vision))
     source = source_of(config, part)
     latents = load_encoding(LATENTS, config, device)
     if config.num_world_steps:
@@ -150,14 +152,26 @@ def load_encoding(name: str, config: Config, device_name: str, exact: bool = Fal
     return LatentEncoding(encoder, config.latent_size, None if exact else config.latent_dtype)
 
 
+def check_models(config: Config, with_vision: bool) -> None:
+    """Raises ValueError where one of the encoders cannot be loaded, before the first has worked for hours."""
+    locate(config.cosmos_model_name, VAE_FILE)
+    if with_vision:
+        config_file = locate(config.model_name, GEMMA_FILE).config
+        if config_file is not None and not is_multimodal(str(config_file.parent)):
+            raise ValueError(f"{config.model_name} is text-only: it has no vision features to cache")
+
+
 def source_of(config: Config, part: Part) -> Source:
-    """Where the photographs are. ValueError if that is not set, or no folder."""
+    """Where the photographs are read from. Raises ValueError where the settings name no folder."""
     if config.image_folder is None:
         raise ValueError("image_folder is not set: give --image_folder, the folder with the COCO photographs")
     workers = num_workers(config.num_workers, part.local_count)
     source = Source(Path(config.image_folder), config.max_image_pixels, workers)
     if not source.folder.is_dir():
-        raise ValueError(f"image_folder {source.folder}: not a folder")
+        raise ValueError(
+            f"image_folder {source.folder}: not a folder; get the photographs with tools/get_images.py, or say where "
+            "they are with --image_folder"
+        )
     return source
 
 
@@ -172,17 +186,27 @@ def list_images(config: Config, cache: Path, source: Source, allow_missing: bool
     refused = refusals(cache / LATENTS)
     predicted = [(image.path, refused[image.sha256]) for image in images if image.sha256 in refused]
     write_failures(cache, sorted(failures + predicted))
-    if failures and not (allow_missing and images):
-        some = "\n".join(f"  {path}: {reason}" for path, reason in failures[:5])
-        raise ValueError(
-            f"{len(failures):,} of {len(names):,} photographs cannot be read:\n{some}\n"
-            f"All are listed in {cache / FAILURES}. Mend them, or go on without them with --allow_missing"
-        )
-    if failures:
-        tqdm.write(
-            f"{len(images):,} of {len(names):,} photographs; {len(failures):,} left out by --allow_missing"
-        )
+    note = check_readable(failures, len(names), allow_missing, f"All are listed in {cache / FAILURES}. ")
+    if note:
+        tqdm.write(note)
     return images
+
+
+def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: bool, listed: str = "") -> str:
+    """A line that says how many of `total` photographs are left out; nothing where none is.
+
+    Raises ValueError with the first (path, reason) of `failures` unless `allow_missing`, or if none would be left.
+    """
+    if not failures:
+        return ""
+    if allow_missing and len(failures) < total:
+        there = total - len(failures)
+        return f"{there:,} of {total:,} photographs; {len(failures):,} left out by --allow_missing"
+    some = "\n".join(f"  {path}: {reason}" for path, reason in failures[:5])
+    cure = "Mend them, or go on without them with --allow_missing"
+    if allow_missing:
+        cure = "--allow_missing leaves none; check --image_folder"
+    raise ValueError(f"{len(failures):,} of {total:,} photographs cannot be read:\n{some}\n{listed}{cure}")
 
 
 def run(

@@ -17,7 +17,7 @@ from theworld.cache import LATENTS, VISION, expected_latents, expected_vision
 from theworld.config import Config
 from theworld.plan import STORE_KEYS, StoreMismatch, fingerprint_differences
 from theworld.store import check_existing
-from theworld.vae import SPATIAL_FACTOR
+from theworld.vae import ARITHMETIC, SPATIAL_FACTOR
 from theworld.weights import hub_revision, resolve_device, resolve_dtype, wants_compile
 
 
@@ -60,7 +60,7 @@ def foreseen(name: str, config: Config, device_name: str) -> tuple[dict[str, Any
 
 
 def _latents(config: Config) -> tuple[dict[str, Any], set[str]]:
-    own = expected_latents(config) | {"diffusers": version("diffusers")}
+    own = expected_latents(config) | {"diffusers": version("diffusers"), "arithmetic": ARITHMETIC}
     path = _vae_config(config.cosmos_model_name)
     if path is None:  # not downloaded yet
         later = {"cosmos_revision", "latents_mean", "latents_std", "latent_shape"}

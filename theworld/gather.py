@@ -10,7 +10,7 @@ import secrets
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,12 @@ from urllib.parse import urlsplit
 from theworld.cache import FAILURES
 from theworld.config import Config
 from theworld.console import progress
-from theworld.fetch import CertificateRefused, Fetcher, FetchError, Limits
+from theworld.fetch import CertificateRefused, Fetcher, FetchError, Limits, checked, secure_url
 from theworld.files import publish_bytes
 from theworld.images import MAX_BYTES, MAX_PIXELS, ImageError, decode, read_bytes
 from theworld.listing import write_failures
-from theworld.vsr import Statement, load_statements
+from theworld.places import check_folder, check_room, missing_photographs, statements_at_hand
+from theworld.vsr import Statement, load_all
 
 # Where COCO 2017's photographs lie in a folder or a zip, below it.
 PLACES = (
@@ -36,7 +37,7 @@ PLACES = (
     "coco/train2017/",
     "coco/val2017/",
 )
-ALL_SPLITS = ("train", "dev", "test")
+MEAN_BYTES = 160_000  # of a photograph of COCO 2017, about
 GIVE_UP = 50  # downloads in a row that the network or the server fails: the rest would wait for nothing
 
 # (name, link, where to put it): raises FetchError or ImageError with the reason why it is not there.
@@ -69,10 +70,10 @@ def get_images(
 ) -> Gathered:
     """Gets the photographs of all splits of the configured annotations: from `coco`, or with none from the network.
 
-    Raises as `load_statements`, `links_of`, `CocoCopies`, `Fetcher` and `gather` do.
+    Raises as `load_all`, `links_of`, `CocoCopies`, `Fetcher` and `gather` do.
     """
-    splits = [load_statements(config.annotations, split, config.dataset_name) for split in ALL_SPLITS]
-    links = links_of(statement for statements in splits for statement in statements)
+    splits = load_all(config.annotations, config.dataset_name)
+    links = links_of(statement for own in splits.values() for statement in own)
     stop = threading.Event()
     get: Get
     if coco:
@@ -80,6 +81,47 @@ def get_images(
     else:
         get = Downloads(Fetcher(allowed_hosts, Limits(max_pixels=config.max_image_pixels), stop=stop))
     return gather(links, output, get, num_workers, config.max_image_pixels, stop)
+
+
+def plan_images(
+    config: Config, output: Path, coco: Sequence[Path], allowed_hosts: Sequence[str], num_workers: int
+) -> Iterator[str]:
+    """What `get_images` would do with the same arguments, in lines; writes, decodes and downloads nothing."""
+    splits = statements_at_hand(config.annotations, config.dataset_name)
+    copies = CocoCopies(coco, config.max_image_pixels) if coco else None
+    Fetcher(allowed_hosts)  # which refuses what is no host
+    check_folder(output, "--output")
+    if splits is None:
+        yield f"statements   {config.dataset_name}, from the hub when the run starts; not counted here"
+        return
+    links = links_of(statement for own in splits.values() for statement in own)
+    missing = missing_photographs(list(links), output)
+    yield f"statements   {sum(map(len, splits.values())):,}, about {len(links):,} photographs"
+    yield f"photographs  {len(links) - len(missing):,} are in {output}, {len(missing):,} to get"
+    if copies is not None:
+        absent = [name for name in missing if name not in copies]
+        yield f"takes        {len(missing) - len(absent):,} from {copies.names}, {num_workers} at a time"
+    else:
+        absent = [name for name in missing if not _may_be_asked(links[name], allowed_hosts)]
+        size = (len(missing) - len(absent)) * MEAN_BYTES
+        free = check_room(output, size, "--output")
+        yield (
+            f"downloads    {len(missing) - len(absent):,} from {', '.join(allowed_hosts)}, {num_workers} at a time: "
+            f"about {size / 2**20:,.0f} MiB ({free / 2**30:,.1f} GiB free)"
+        )
+    if absent:
+        why = (
+            f"not in {copies.names}" if copies is not None else "without a link, or with one to another host"
+        )
+        yield f"would fail   {len(absent):,}, such as {absent[0]}: {why}"
+
+
+def _may_be_asked(link: str, allowed_hosts: Sequence[str]) -> bool:
+    try:
+        checked(secure_url(link), allowed_hosts)
+    except FetchError:
+        return False
+    return True
 
 
 def links_of(statements: Iterable[Statement]) -> dict[str, str]:
@@ -192,6 +234,9 @@ class CocoFolder:
     folder: Path
     max_pixels: int = MAX_PIXELS
 
+    def __contains__(self, name: str) -> bool:
+        return any(os.path.lexists(self.folder / place / name) for place in PLACES)
+
     def __call__(self, name: str, path: Path) -> bool:
         """Puts the photograph there; whether the folder has it. Raises ImageError if it has but cannot be used."""
         for place in PLACES:
@@ -232,6 +277,9 @@ class CocoZip:
             raise ValueError(f"{path} is neither a folder nor a whole zip file: {error}") from error
         self.members = {info.filename: info for info in self.archive.infolist()}
 
+    def __contains__(self, name: str) -> bool:
+        return any(place + name in self.members for place in PLACES)
+
     def __call__(self, name: str, path: Path) -> bool:
         """Puts the photograph there; whether the zip has it. Raises ImageError if it has but cannot be used."""
         for place in PLACES:
@@ -269,6 +317,9 @@ class CocoCopies:
         self.sources = [
             CocoFolder(path, max_pixels) if path.is_dir() else CocoZip(path, max_pixels) for path in sources
         ]
+
+    def __contains__(self, name: str) -> bool:
+        return any(name in source for source in self.sources)
 
     def __call__(self, name: str, link: str, path: Path) -> None:
         if not any(source(name, path) for source in self.sources):

@@ -21,11 +21,12 @@ from theworld.saved import VISION
 from theworld.schedule import Order, num_train_steps
 from theworld.sharding import wants_sharding
 from theworld.unfrozen import IN_WORDS, load_gemma, parameters_of
-from theworld.weights import count_parameters
+from theworld.weights import count_parameters, wants_compile
 
 TRAINED_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments, in float32
-# Values that a token keeps for the backward pass, in multiples of what `_layer_values` counts. Measured: RESULTS.md.
-PLAIN = 2.0  # transformers' own decoder, beside ours
+# What transformers' own layers keep for the backward pass, in multiples of what is counted here, which is what ours
+# keep. Fitted to what was measured: RESULTS.md.
+PLAIN, PLAIN_UNCOMPILED = 2.0, 2.9
 GIB = 2**30
 
 
@@ -125,7 +126,9 @@ class Plan:
         layer = (
             3 * text.hidden_size + 2 * text.intermediate_size + 4 * text.num_attention_heads * text.head_dim
         )
-        layer *= PLAIN if gemma.plain_decoder else 1
+        if gemma.plain_decoder:
+            compiled = wants_compile(config.compile, gemma.device) and not self.sharded
+            layer *= PLAIN if compiled else PLAIN_UNCOMPILED
         tokens = max(batch.token_ids.numel() for batch in batches)
         kept = tokens * _kept(config, text.num_hidden_layers, text.hidden_size, layer)
         if VISION in gemma.trained:
@@ -135,7 +138,9 @@ class Plan:
             images = max(len(batch.images) for batch in batches)
             kept += images * patches * _kept(config, eyes.num_hidden_layers, eyes.hidden_size, layer)
         held = TRAINED_BYTES * (_number(trained) / share + projection)
-        width = torch.finfo(gemma.dtype).bits // 8
+        width = gemma.dtype.itemsize
+        if gemma.dtype != torch.float32 and not self.sharded:
+            held += width * _number(trained)  # copies to compute with, for the time of a pass
         return Memory(frozen / share, held, kept * width, _available(gemma.device))
 
 
@@ -145,7 +150,9 @@ def _number(parameters: Iterable[nn.Parameter]) -> int:
 
 def _kept(config: Config, layers: int, width: int, layer: float) -> float:
     """Values that a token keeps: all layers' own or, with checkpointing, their inputs and one layer's own."""
-    return layers * width + layer if config.use_gradient_checkpointing else layers * layer
+    if config.use_gradient_checkpointing:
+        return layers * width + 3 * layer  # its values again, their gradients, and what is between the two
+    return layers * layer
 
 
 def _available(device: torch.device) -> float:

@@ -38,6 +38,8 @@ from theworld.lessons import (
     read_lesson,
     to_pixels,
 )
+from theworld.places import check_folder
+from theworld.pretrain_settings import PretrainSettings
 from theworld.small_models import (
     TOKENS_PER_IMAGE,
     VAE_PIXELS,
@@ -46,22 +48,7 @@ from theworld.small_models import (
     make_vae,
     save_processor,
 )
-
-
-@dataclass(frozen=True)
-class PretrainSettings:
-    """What the tool may change; with the defaults it made the embedded models (the VAE from 20,000 scenes)."""
-
-    seed: int = 0
-    device: str = "cpu"
-    num_scenes: int = 40_000  # scenes drawn to learn from
-    gemma_steps: int = 3_500
-    vae_steps: int = 2_000
-    batch_size: int = 512  # statements a step of the Gemma
-    vae_batch_size: int = 64  # pictures a step of the VAE
-    learning_rate: float = 1e-3
-    vae_learning_rate: float = 1e-3
-    workers: int = 2
+from theworld.weights import resolve_device
 
 
 class SharpSight(nn.Module):
@@ -266,8 +253,34 @@ def encode(vae: AutoencoderKLWan, pictures: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def check_models(folder: Path, settings: PretrainSettings) -> str:
+    """What would be replaced, in words, or nothing. Raises ValueError for a device that is not there, or settings that
+    nothing can be learnt with, and OSError where `folder` cannot be written."""
+    resolve_device(settings.device)
+    for key, value in asdict(settings).items():
+        if key not in ("seed", "device") and value <= 0:
+            raise ValueError(f"{key} is {value}; give more than 0")
+    check_folder(folder, "--output")
+    there = [name for name in ("gemma", "vae", "training.json") if (folder / name).exists()]
+    return f"replaces {', '.join(there)} there" if there else ""
+
+
+def plan_models(folder: Path, settings: PretrainSettings) -> Iterator[str]:
+    """What `make_models` would do with the same arguments, in lines. Raises as it does."""
+    replaces = check_models(folder, settings)
+    yield f"draws        {settings.num_scenes:,} scenes with seed {settings.seed}, in {settings.workers} processes"
+    gemma = f"a small Gemma in {settings.gemma_steps:,} steps of {settings.batch_size} statements"
+    yield f"teaches      {gemma}, on {settings.device}"
+    yield f"             a small VAE in {settings.vae_steps:,} steps of {settings.vae_batch_size} pictures"
+    yield f"writes       {folder}: gemma/, vae/ and training.json, about 4 MiB{'; ' if replaces else ''}{replaces}"
+
+
 def make_models(folder: Path, settings: PretrainSettings, command: str) -> None:
-    """Draws the scenes, teaches both models and writes `folder`/gemma, `folder`/vae and `folder`/training.json."""
+    """Draws the scenes, teaches both models and writes `folder`/gemma, `folder`/vae and `folder`/training.json.
+
+    Raises as `check_models` does, before anything is drawn.
+    """
+    check_models(folder, settings)
     torch.manual_seed(settings.seed)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True

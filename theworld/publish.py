@@ -13,10 +13,11 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import (
@@ -26,14 +27,17 @@ from huggingface_hub.utils import (
 )
 from tqdm import tqdm
 
-from theworld.card import Facts, model_card, public_settings, read_metrics
+from theworld.card import Facts, model_card, public_settings, read_metrics, read_results
 from theworld.checkpoint import INDEX, CheckpointError
 from theworld.config import Config, load_config
 from theworld.console import progress
 from theworld.saved import CONFIG_FILE, WORLD_FILE, model_files
 
+T = TypeVar("T")
+
 CARD, LAST, LOG, REPEAT = "README.md", "last-checkpoint", "hub.jsonl", "hub_upload"
 PATIENCE = 1800  # seconds for the last upload: the hub's client itself waits for an answer for ever
+CONNECT_SECONDS = 120  # for all that is asked before the start, for the same reason
 LATE = "there was no answer in time"
 
 
@@ -79,11 +83,16 @@ def connect(config: Config) -> HfApi:
             f"push_to_hub to {name}: there is no token; export HF_TOKEN=..., or log in with `hf auth login`"
         )
     api = HfApi()
-    try:
+
+    def ask() -> bool:
         api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
         private = bool(api.model_info(name).private)
         # Writes nothing: the hub answers how it would take the file, to those who may write.
         api.preupload_lfs_files(name, [CommitOperationAdd(CARD, b"# TheWorld\n")])
+        return private
+
+    try:
+        private = _within(CONNECT_SECONDS, ask)
     except Exception as error:  # noqa: BLE001 - of the hub's client and of the HTTP library beneath it
         raise ValueError(
             f"push_to_hub: {name} cannot be written to: {_in_words(error)}. Check hub_model_id, and that the token "
@@ -151,7 +160,7 @@ class Publisher:
         self.offered = checkpoint
         resumable = self.config.hub_strategy == "checkpoint"
         try:
-            card = model_card(checkpoint, facts, read_metrics(self.output_dir))
+            card = model_card(checkpoint, facts, read_metrics(self.output_dir), read_results(checkpoint))
             files = snapshot(checkpoint, card, resumable)
         except (OSError, ValueError) as error:
             self.unread, self.files = _in_words(error), {}
@@ -201,6 +210,31 @@ class Publisher:
                 file.write(json.dumps({"checkpoint": name, "status": status, **details}) + "\n")
         except OSError as error:
             tqdm.write(f"hub: {self.output_dir / LOG} cannot be written: {error}")
+
+
+def _within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` returns, or raises; TimeoutError if it is not done in time, when it goes on in a thread that ends
+    with the program."""
+    done: list[Callable[[], T]] = []
+
+    def attempt() -> None:
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 - raised again where it is waited for
+            done.append(partial(_raise, error))
+        else:
+            done.append(lambda: result)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not done:
+        raise TimeoutError(f"{LATE} ({seconds:g} s)")
+    return done[0]()
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 @contextmanager

@@ -42,14 +42,15 @@ from theworld.plan import (
 from theworld.reading import Source
 from theworld.stages import encode_shards
 from theworld.store import Store
-from theworld.verify import DAMAGED, Problem, examine, status
+from theworld.verify import DAMAGED, SOUND, Problem, examine, status
 from theworld.vsr import images_of, load_all
 
 Say = Callable[[str], None]
 
 
-def repair(config: Config, cache: Path, say: Say = tqdm.write) -> None:
-    """Mends every damaged store of a cache. Raises ValueError or OSError, with nothing lost, where it cannot."""
+def repair(config: Config, cache: Path, say: Say = tqdm.write) -> int:
+    """Mends every damaged store of a cache; returns SOUND. Raises ValueError or OSError, with nothing lost, where it
+    cannot."""
     if num_launched() > 1:
         raise ValueError(f"--repair runs in one process; {num_launched()} were launched")
     damaged = [root for root in stores_of(cache) if _damage(root)]
@@ -62,6 +63,7 @@ def repair(config: Config, cache: Path, say: Say = tqdm.write) -> None:
         say(f"{cache}: nothing is known to be damaged; --verify says whether all is there")
     for root in damaged:
         _repair(root, config, source_of(config, Part()), say)
+    return SOUND
 
 
 def report(problems: Sequence[Problem], cache: Path, command: Sequence[str]) -> int:

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from theworld.weights import hub_revision, model_id, weights_sha256
 
 SPATIAL_FACTOR = 8
+# To be raised whenever this file computes the same by other steps, which round elsewhere: a cache begun before is then
+# not gone on with, though a finished one serves as ever.
+ARITHMETIC = 2
 LARGEST_SCORES = 2**30  # values; in float32 4 GiB
 
 
@@ -172,6 +175,7 @@ class CosmosEncoder:
             "latents_mean": [float(x) for x in self.config.latents_mean],
             "latents_std": [float(x) for x in self.config.latents_std],
             "posterior": "mean",
+            "arithmetic": ARITHMETIC,
             "compute_dtype": str(self.dtype).removeprefix("torch."),
         }
 

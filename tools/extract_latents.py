@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Phase 1: encode every photograph that VSR names, once, into a sharded cache.
 
     python tools/extract_latents.py --config configs/vsr_training.json --image_folder images/ --cache cache/
@@ -12,7 +13,8 @@ import signal
 import sys
 from pathlib import Path
 
-from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from theworld.arguments import ArgumentParser, add_config_arguments, add_dry_run, config_from_arguments
+from theworld.console import quiet_libraries, rehearse
 from theworld.parts import part_of
 
 KEYS = (
@@ -24,7 +26,7 @@ KEYS = (
 
 def main() -> int:
     """Parses arguments, runs phase 1 or its verification, prints; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser, KEYS)
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
     parser.add_argument("--gemma_vision", action="store_true", help="cache Gemma's own vision features too")
@@ -34,29 +36,30 @@ def main() -> int:
     instead.add_argument("--verify", action="store_true", help="only read: 0 sound, 1 damaged, 2 unknown")
     instead.add_argument("--repair", action="store_true", help="make again what is damaged")
     instead.add_argument("--audit", type=int, metavar="N", help="encode N images again (default: none)")
+    add_dry_run(parser)
     arguments = parser.parse_args()
-    if arguments.part and (arguments.verify or arguments.repair or arguments.audit is not None):
-        parser.error("--part is for extracting; --verify, --repair and --audit take all of a cache")
+    if (arguments.part or arguments.dry_run) and (arguments.repair or arguments.audit is not None):
+        parser.error("--part and --dry_run are for extracting; --verify shows what --repair would make again")
     # After the arguments: torch takes seconds to load, and --help should not.
     from theworld.audit import audit
-    from theworld.console import quiet_libraries
+    from theworld.dry_run import extraction
     from theworld.extract import extract, verify
     from theworld.repair import repair, report
 
     quiet_libraries()
+    options = (arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part)
+    if arguments.dry_run and not arguments.verify:
+        return rehearse("extract_latents", lambda: extraction(config_from_arguments(arguments), *options))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the reading processes too
     try:
         if arguments.verify:
             return report(verify(arguments.cache), arguments.cache, sys.argv)
         config = config_from_arguments(arguments)
         if arguments.repair:
-            repair(config, arguments.cache)
-            return 0
+            return repair(config, arguments.cache)
         if arguments.audit is not None:
-            return 0 if audit(config, arguments.cache, arguments.audit) else 1
-        complete = extract(
-            config, arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part
-        )
+            return audit(config, arguments.cache, arguments.audit)
+        complete = extract(config, *options)
     except KeyboardInterrupt:
         print("\nextract_latents: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

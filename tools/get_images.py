@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Gets the photographs that VSR names, and no others: from where they are published, or from a COCO that you have.
 
     python tools/get_images.py --output images/
@@ -10,13 +11,14 @@ Exit status: 0 all are there, 1 something failed, 2 wrong usage, 130 interrupted
 import sys
 from pathlib import Path
 
-from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from theworld.arguments import ArgumentParser, add_config_arguments, add_dry_run, config_from_arguments
+from theworld.console import quiet_libraries, rehearse
 from theworld.fetch import COCO_HOST
 
 
 def main() -> int:
     """Parses arguments, gets what is missing, prints; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("images"), help="folder (default: images)")
     parser.add_argument(
         "--coco",
@@ -33,22 +35,20 @@ def main() -> int:
     )
     parser.add_argument("--num_workers", type=int, default=8, help="at the same time (default: 8)")
     add_config_arguments(parser, ["dataset_name", "annotations", "max_image_pixels"])
+    add_dry_run(parser)
     arguments = parser.parse_args()
     if arguments.num_workers < 1:
         parser.error(f"--num_workers is {arguments.num_workers}; give 1 or more")
     # After the arguments: torch takes seconds to load, and --help should not.
-    from theworld.console import quiet_libraries
-    from theworld.gather import get_images
+    from theworld.gather import get_images, plan_images
 
     quiet_libraries()
+    hosts = arguments.allowed_host or [COCO_HOST]
+    options = (arguments.output, arguments.coco or [], hosts, arguments.num_workers)
+    if arguments.dry_run:
+        return rehearse("get_images", lambda: plan_images(config_from_arguments(arguments), *options))
     try:
-        gathered = get_images(
-            config_from_arguments(arguments),
-            arguments.output,
-            arguments.coco or [],
-            arguments.allowed_host or [COCO_HOST],
-            arguments.num_workers,
-        )
+        gathered = get_images(config_from_arguments(arguments), *options)
     except KeyboardInterrupt:
         print("\nget_images: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

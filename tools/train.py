@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Phase 2: train the projection from the cache; Gemma stays frozen and the VAE never loads.
 
     python tools/train.py --config configs/vsr_training.json --cache cache/
@@ -14,7 +15,7 @@ from theworld.arguments import ArgumentParser, add_config_arguments, config_from
 
 def main() -> int:
     """Parses arguments, trains, prints; returns the exit status."""
-    parser = ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser)
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
     parser.add_argument(

@@ -1,0 +1,286 @@
+"""What phases 1 and 3 would do, found out by their own checks: nothing is loaded, downloaded or written.
+
+Each function gives lines for a terminal, one after the other, and raises ValueError or OSError where the run itself
+would stop, with its message. What takes longer than seconds is left to the run: to decode photographs, to read every
+byte of a cache, to hash weights.
+"""
+
+import json
+import os
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from theworld.align import chosen_images, vision_to_compare
+from theworld.cache import (
+    LATENTS,
+    VISION,
+    Rows,
+    check_meaning,
+    expected_latents,
+    expected_vision,
+    in_cache,
+    read_failures,
+)
+from theworld.checkpoint import find_checkpoint, find_model
+from theworld.config import Config, load_config
+from theworld.data import cached_vision
+from theworld.encodings import common_fields, libraries
+from theworld.evaluate import shuffled_images
+from theworld.extract import amount, check_models, check_readable, source_of
+from theworld.gemma import is_multimodal
+from theworld.parts import Part, num_launched
+from theworld.places import (
+    GEMMA_FILE,
+    VAE_FILE,
+    check_folder,
+    check_output,
+    locate,
+    missing_photographs,
+    statements_at_hand,
+)
+from theworld.plan import ABSENT, Plan, image_differences, paths, read_manifest
+from theworld.projection import ProjectionShape
+from theworld.saved import CONFIG_FILE, read_world
+from theworld.saved import VISION as VISION_PART
+from theworld.store import ArraySpec, StoreMismatch, fingerprint_differences
+from theworld.vae import SPATIAL_FACTOR
+from theworld.vsr import Statement, images_of, load_statements
+from theworld.weights import resolve_device, resolve_dtype, wants_compile
+
+Split = dict[str, list[Statement]]
+
+
+def line(what: str, says: str) -> str:
+    """One line of a dry run."""
+    return f"{what:<12} {says}"
+
+
+# ---- phase 1
+
+
+def extraction(
+    config: Config, cache: Path, with_vision: bool, allow_missing: bool, part: Part | None
+) -> Iterator[str]:
+    """What `theworld.extract.extract` would do with the same arguments."""
+    part = part or Part(count=num_launched())
+    source = source_of(config, part)
+    splits = statements_at_hand(config.annotations, config.dataset_name)
+    names, said = _photographs(config, splits, source.folder, allow_missing)
+    yield from said
+    device = resolve_device(config.device)
+    compiled = ", compiled" if wants_compile(config.compile, device) else ""
+    yield line("device", f"{device}, {resolve_dtype(config.dtype, device)}{compiled}")
+    check_models(config, with_vision)
+    for plan in (plan_latents, plan_vision) if with_vision else (plan_latents,):
+        planned = plan(config, cache)
+        yield line("model", planned.model)
+        check_folder(cache, "--cache")
+        yield from store_lines(planned, config, names, splits is not None, part)
+
+
+def _photographs(
+    config: Config, splits: Split | None, folder: Path, allow_missing: bool
+) -> tuple[list[str], list[str]]:
+    """Names of the photographs that would be encoded, and lines about them."""
+    if splits is None:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix == ".jpg")
+        says = f"{config.dataset_name}, from the hub when the run starts; not counted here"
+        return names, [
+            line("statements", says),
+            line("photographs", f"{len(names):,} .jpg files in {folder}"),
+        ]
+    said = [statement_line(splits)]
+    names = images_of([statement for own in splits.values() for statement in own])
+    missing = missing_photographs(names, folder)
+    note = check_readable([(name, f"no file in {folder}") for name in missing], len(names), allow_missing)
+    there = f"all {len(names):,} are in {folder}; the run finds out whether they can be decoded"
+    gone = set(missing)
+    return [name for name in names if name not in gone], [*said, line("photographs", note or there)]
+
+
+def statement_line(splits: Split) -> str:
+    """How many statements of each split, about how many photographs."""
+    counts = ", ".join(f"{len(own):,} {split}" for split, own in splits.items())
+    names = images_of([statement for own in splits.values() for statement in own])
+    return line("statements", f"{counts}, about {len(names):,} photographs")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A store as extraction would make it, as far as that is known before a model is loaded."""
+
+    root: Path
+    model: str  # the encoder and where it is, in words
+    spec: ArraySpec  # a row
+    fields: dict[str, Any]  # of the fingerprint; ABSENT: not in it
+
+
+def plan_latents(config: Config, cache: Path) -> Planned:
+    """The latents' store. Raises Fault where the VAE cannot be loaded."""
+    place = locate(config.cosmos_model_name, VAE_FILE)
+    values = json.loads(place.config.read_text()) if place.config is not None else {}
+    side = config.latent_size // SPATIAL_FACTOR
+    moments = (1 + config.num_world_steps,) if config.num_world_steps else ()
+    dtype, fields = _computed(config)
+    shape = (*moments, values.get("z_dim", 16), side, side)  # 16: of every Wan 2.1 VAE
+    spec = ArraySpec(LATENTS, shape, config.latent_dtype or dtype)
+    # How latents are normalised tells VAEs of the same name apart.
+    own = {key: [float(x) for x in values[key]] for key in ("latents_mean", "latents_std") if key in values}
+    fields |= expected_latents(config) | libraries("diffusers") | own
+    return Planned(cache / LATENTS, f"{config.cosmos_model_name}, its VAE: {place.words}", spec, fields)
+
+
+def plan_vision(config: Config, cache: Path) -> Planned:
+    """The store of Gemma's vision features. Raises Fault where Gemma cannot be loaded."""
+    place = locate(config.model_name, GEMMA_FILE)
+    tokens, width = 256, 1152  # of every Gemma 3 that sees
+    if place.config is not None:
+        model = AutoConfig.from_pretrained(place.config.parent)
+        tokens, width = int(model.mm_tokens_per_image), int(model.vision_config.hidden_size)
+    dtype, fields = _computed(config)
+    fields |= expected_vision(config) | libraries("transformers")
+    spec = ArraySpec(VISION, (tokens, width), dtype)
+    return Planned(cache / VISION, f"{config.model_name}, its vision tower: {place.words}", spec, fields)
+
+
+def _computed(config: Config) -> tuple[str, dict[str, Any]]:
+    device = resolve_device(config.device)
+    dtype = str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
+    return dtype, {"compute_dtype": dtype, "compiled": wants_compile(config.compile, device) or ABSENT}
+
+
+def store_lines(
+    planned: Planned, config: Config, names: Sequence[str], all_known: bool, part: Part
+) -> Iterator[str]:
+    """What would be written into one store. `all_known`: whether `names` are those that statements name.
+
+    Raises StoreMismatch where the store holds something else, StoreError if it is damaged, ValueError without room.
+    """
+    root, spec = planned.root, planned.spec
+    num_shards = -(-len(names) // config.shard_size)
+    if (root / "store.json").exists():
+        plan = Plan.load(root)
+        wanted = planned.fields | common_fields(spec.dtype, config.encode_batch_size)
+        cached = {key: plan.fingerprint.get(key, ABSENT) for key in wanted}
+        differences = fingerprint_differences(cached, wanted)
+        if plan.shard_size != config.shard_size:
+            differences.append(("shard_size", plan.shard_size, config.shard_size))
+        if differences:
+            raise StoreMismatch(root, differences)
+        left_out = read_failures(root.parent)
+        listed = {name: plan.images.get(name, "not read yet") for name in names if name not in left_out}
+        same = not all_known or listed.keys() == plan.images.keys()
+        if read_manifest(root) is not None:
+            if not same:
+                raise StoreMismatch(root, image_differences(plan.images, listed))
+            yield line("cache", f"{root}: complete, {len(plan.images):,} images, made with these settings")
+            return
+        num_shards = plan.num_shards if same else num_shards
+    own = [shard for shard in range(num_shards) if part.owns(shard) or part.count == num_launched()]
+    pending = [shard for shard in own if not os.path.lexists(paths(root, shard)[1])]
+    rows = sum(min(config.shard_size, len(names) - shard * config.shard_size) for shard in pending)
+    work = amount(root, rows, len(names), len(pending), num_shards, rows * spec.row_nbytes)
+    shape = " x ".join(map(str, spec.shape))
+    yield line("cache", f"{root}: {'goes on' if root.exists() else 'new'}, {shape} {spec.dtype} an image")
+    yield line("", work)
+
+
+# ---- phase 3
+
+
+def evaluation(
+    model_name: Path,
+    cache: Path | None,
+    image_folder: Path | None,
+    split: str,
+    systems: Sequence[str],
+    output: Path,
+    overrides: dict[str, Any],
+) -> Iterator[str]:
+    """What `theworld.score.score` would do with the same arguments, and what is written to `output`."""
+    config, world, sees = yield from _saved_model(find_model(model_name), overrides)
+    statements = yield from _split(config, split)
+    photographs = image_folder
+    if cache is not None:
+        statements, note = _cached(cache, world, statements)
+        vision = sees and VISION_PART not in world["parts"] and cached_vision(config, cache) is not None
+        if sees and not vision and config.image_folder is None:
+            raise ValueError(
+                f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or "
+                "score from photographs with --image-dir"
+            )
+        yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
+        if sees and not vision:
+            photographs = Path(str(config.image_folder))
+    else:
+        vae = locate(config.cosmos_model_name, VAE_FILE)
+        yield line("Cosmos VAE", f"{config.cosmos_model_name}: {vae.words}")
+    if photographs is not None:
+        names = images_of(statements)
+        missing = missing_photographs(names, photographs)
+        check_readable([(name, f"no file in {photographs}") for name in missing], len(names), False)
+        yield line("reads", f"{len(names):,} photographs in {photographs}")
+    if "shuffled" in systems and statements:
+        shuffled_images(images_of(statements))
+    batches = -(-len(statements) // config.eval_statements)
+    asked = f"{len(systems)} systems ({', '.join(systems)})"
+    yield line("asks", f"{asked} about {len(statements):,} statements, {batches:,} batches")
+    replaces = check_output(output)
+    yield line(
+        "writes", f"{output}, {len(statements):,} lines{replaces}, and {output.with_suffix('.summary.json')}"
+    )
+
+
+def alignment(
+    model_name: Path, cache: Path, split: str, num_samples: int, output: Path, overrides: dict[str, Any]
+) -> Iterator[str]:
+    """What `theworld.align.align` would do with the same arguments, and what is written to `output`."""
+    config, world, sees = yield from _saved_model(find_checkpoint(model_name), overrides)
+    statements, note = _cached(cache, world, (yield from _split(config, split)))
+    if sees:
+        vision_to_compare(config, cache, world["parts"])
+    count = len(chosen_images(statements, split, num_samples)) if statements else num_samples
+    yield line("reads", f"{count:,} images of {split} ({note}), from {cache}")
+    tokens = ProjectionShape.from_dict(world["projection"]).num_tokens
+    yield line("measures", f"{tokens:,} world tokens of each, untrained and trained")
+    replaces = check_output(output)
+    yield line("writes", f"{output}{replaces} and {output.with_suffix('.json')}")
+
+
+def _saved_model(
+    checkpoint: Path, overrides: dict[str, Any]
+) -> Generator[str, None, tuple[Config, dict[str, Any], bool]]:
+    """Settings and world.json of a saved model, and whether its Gemma sees photographs; lines about both."""
+    config = load_config(checkpoint / CONFIG_FILE, overrides)
+    world = read_world(checkpoint)
+    device = resolve_device(config.device)
+    yield line("projection", f"{checkpoint}, for {world['model_name']}")
+    gemma = locate(config.model_name, GEMMA_FILE)
+    yield line(
+        "Gemma", f"{config.model_name}: {gemma.words}; {device}, {resolve_dtype(config.dtype, device)}"
+    )
+    sees = gemma.config is None or is_multimodal(str(gemma.config.parent))
+    return config, world, sees
+
+
+def _cached(cache: Path, world: dict[str, Any], statements: list[Statement]) -> tuple[list[Statement], str]:
+    """The statements whose image is in the cache, and a line about them. Raises StoreError where it does not serve."""
+    latents = Rows(cache / LATENTS, LATENTS)
+    check_meaning(latents.reader.root, latents.reader.fingerprint, world["fingerprint"])
+    return in_cache(statements, latents, cache)
+
+
+def _split(config: Config, split: str) -> Generator[str, None, list[Statement]]:
+    """The statements of a split, as `theworld.score` reads them; none, and a line, where the hub alone has them."""
+    if config.annotations is not None:
+        return load_statements(config.annotations, split, config.dataset_name)
+    splits = statements_at_hand(None, config.dataset_name)
+    if splits is None:
+        says = f"{split} of {config.dataset_name}, from the hub when the run starts; not counted here"
+        yield line("statements", says)
+        return []
+    return splits["dev" if split == "validation" else split]
