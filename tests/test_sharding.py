@@ -12,7 +12,21 @@ from theworld.config import Config
 from theworld.extract import extract
 from theworld.train import Trainer
 
-FSDP = {"ACCELERATE_USE_FSDP": "true"}  # as `accelerate launch --use_fsdp` sets it
+# As `accelerate launch --use_fsdp` sets them by itself.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "1",
+    "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_MIN_NUM_PARAMS": "100000000",
+    "FSDP_FORWARD_PREFETCH": "false",
+    "FSDP_USE_ORIG_PARAMS": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_SYNC_MODULE_STATES": "true",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
+}
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
