@@ -101,12 +101,27 @@ def annotations(tmp_path_factory: pytest.TempPathFactory, statements: list[State
 @pytest.fixture
 def config(tmp_path: Path, photographs: Path, annotations: Path) -> Config:
     """Settings of a tiny run on the embedded models, on the CPU."""
+    return tiny_run(tmp_path / "run", photographs, annotations)
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory, photographs: Path, annotations: Path) -> Path:
+    """A finished cache of that tiny run, with vision features. Nobody writes to it."""
+    from theworld.extract import extract
+
+    folder = tmp_path_factory.mktemp("session") / "cache"
+    extract(tiny_run(folder, photographs, annotations), folder, with_vision=True, allow_missing=False)
+    return folder
+
+
+def tiny_run(output_dir: Path, photographs: Path, annotations: Path) -> Config:
+    """Settings of a tiny run on the embedded models, on the CPU."""
     return Config(
         model_name=str(EMBEDDED_GEMMA),
         cosmos_model_name=str(EMBEDDED_VAE),
         annotations=str(annotations),
         image_folder=str(photographs),
-        output_dir=str(tmp_path / "run"),
+        output_dir=str(output_dir),
         latent_size=64,
         world_patch=2,
         device="cpu",

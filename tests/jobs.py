@@ -3,12 +3,13 @@
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import signal
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+from forks import fork
 from PIL import Image
 
 from theworld.config import Config, save_config
@@ -62,11 +63,6 @@ def flip(path: Path, byte: int | None = None, bit: int = 2) -> None:
 
 # --- extractions in processes of their own, which can be killed ---------------------------------------
 
-PROCESSES = multiprocessing.get_context(
-    "forkserver"
-)  # forks from a process that has imported all and done nothing
-PROCESSES.set_forkserver_preload(["jobs", "theworld.extract"])
-
 
 def run_extraction(
     job: str, cache: str, part: str | None, log: str, kill_at: tuple[str, int] | None = None
@@ -101,12 +97,10 @@ def _kill_at_rename(side: str, rename: int) -> None:
 
 def start_extraction(
     job: Path, cache: Path, part: str | None = None, kill_at: tuple[str, int] | None = None
-) -> multiprocessing.process.BaseProcess:
+) -> BaseProcess:
     """A process that extracts; its output is in `log.txt` beside the cache."""
     log = cache.parent / f"{cache.name}.log"
-    process = PROCESSES.Process(target=run_extraction, args=(str(job), str(cache), part, str(log), kill_at))
-    process.start()
-    return process
+    return fork(run_extraction, str(job), str(cache), part, str(log), kill_at)
 
 
 def finish_extraction(job: Path, cache: Path) -> str:
