@@ -1,9 +1,9 @@
 """A stand-in for SLURM: `sbatch` that runs a batch script as SLURM does, and `scontrol requeue`.
 
-What it keeps of SLURM: the script is copied elsewhere and runs in the folder of the submission, with the options of its
-#SBATCH lines; an array is one process a task, with their numbers in the environment; --signal=B:... goes to the batch
-shell alone; what is queued again starts anew with SLURM_RESTART_COUNT and appends to its log; scancel's SIGTERM and then
-SIGKILL go to all processes of the job.
+What it keeps of SLURM: the script is copied elsewhere and runs in the folder of the submission, with the options of
+its #SBATCH lines; an array is one process a task, with their numbers in the environment; --signal=B:... goes to the
+batch shell alone; what is queued again starts anew with SLURM_RESTART_COUNT and appends to its log; SIGKILL goes to
+all processes of the job.
 """
 
 import os

@@ -207,14 +207,22 @@ def launcher(settings: Path, cache: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.heavy  # the rows above are its sample
 @pytest.mark.torture("training", "torchrun itself is asked to stop, or dies and leaves its processes")
-@pytest.mark.parametrize("target", ["process", "group"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+@pytest.mark.parametrize(
+    ("number", "target"),
+    [
+        (signal.SIGTERM, "process"),
+        (signal.SIGTERM, "group"),
+        (signal.SIGUSR1, "process"),
+        (signal.SIGUSR1, "group"),
+        (signal.SIGKILL, "process"),
+    ],
+)
 def test_torchrun_is_signalled(
     number: signal.Signals, target: str, config: Config, cache: Path, tmp_path: Path, tally: Tally
 ) -> None:
-    whole = long_run(config, tmp_path / "whole", "cache", 2, 200)
+    whole = long_run(config, tmp_path / "whole", "cache", 2, 100)
     assert Run(whole, cache, 2).wait() == {0}
-    config = long_run(config, tmp_path / "stopped", "cache", 2, 200)
+    config = long_run(config, tmp_path / "stopped", "cache", 2, 100)
     save_config(config, tmp_path / "stopped.json")
     agent = launcher(tmp_path / "stopped.json", cache)
     lines = tmp_path / "stopped/metrics.jsonl"
@@ -227,6 +235,6 @@ def test_torchrun_is_signalled(
     assert "stopped as asked" in out, out
     done = Run(resumed(config), cache, 2)
     assert done.wait() == {0}, done.log.read_text()
-    same = same_run(tmp_path / "whole", tmp_path / "stopped", 200)
+    same = same_run(tmp_path / "whole", tmp_path / "stopped", 100)
     tally(stops=1, bitwise="yes" if same else "NO")
     assert same

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from theworld.config import FIELDS, RENAMED, Config, load_config
-from theworld.settings import WANTED, nearest_name, type_of
+from theworld.settings import WANTED, nearest_name, type_of, without_tokens
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -40,7 +40,7 @@ class ArgumentParser(argparse.ArgumentParser):
         if unknown:
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             message += f"; the nearest known flag is {nearest_name(unknown[1], flags)}"
-        super().error(message)
+        super().error(without_tokens(message))
 
 
 def add_config_arguments(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +38,20 @@ def shown(value: object) -> str:
         text = json.dumps(value, default=repr)
     except (TypeError, ValueError):  # an integer of thousands of digits, keys that JSON has not
         text = f"a value of type {type(value).__name__} that cannot be shown"
+    text = without_tokens(text)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def without_tokens(text: str) -> str:
+    """The same without what looks like a token of the hub, is one that the environment holds, or was given to a flag
+    whose name says so: a token that stands in a wrong place has to be refused, and not repeated."""
+    held = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")]
+    for secret in filter(None, held):
+        text = text.replace(secret, "***")
+    text = re.sub(r"\bhf_[A-Za-z0-9]{16,}", "***", text)
+    return re.sub(
+        r"(--\S*(?:token|key|secret|password)[^\s=]*(?:=|\s+))[^\s;-]\S*", r"\1***", text, flags=re.IGNORECASE
+    )
 
 
 def type_of(field: dataclasses.Field[Any]) -> tuple[type, bool]:
