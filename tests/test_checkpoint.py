@@ -230,7 +230,7 @@ def forge(checkpoint: Path, state: Any) -> None:
     torch.save(state, checkpoint / "trainer.pt")
     index = json.loads((checkpoint / "checkpoint.json").read_text())
     index["files"]["trainer.pt"] = fingerprint_of(checkpoint / "trainer.pt")
-    (checkpoint / "checkpoint.json").write_text(json.dumps(index))
+    (checkpoint / "checkpoint.json").write_text(json.dumps(index) + "\n")
 
 
 @pytest.mark.torture(
@@ -269,7 +269,7 @@ def test_a_state_that_does_not_fit_is_refused(
 
 def test_a_step_that_is_not_that_of_the_figures_is_refused(saved: Path) -> None:
     index = json.loads((saved / "checkpoint.json").read_text())
-    (saved / "checkpoint.json").write_text(json.dumps(index | {"step": 5}))
+    (saved / "checkpoint.json").write_text(json.dumps(index | {"step": 5}) + "\n")
     with pytest.raises(CheckpointError, match=r"checkpoint\.json says step 5, trainer\.json 4"):
         load_checkpoint(saved)
 

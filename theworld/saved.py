@@ -37,7 +37,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The checkpoint.json of a checkpoint. CheckpointError if it is not as one is written."""
     path = folder / INDEX
     try:
-        index = json.loads(path.read_bytes())
+        data = path.read_bytes()
+        if not data.endswith(b"}\n"):
+            raise ValueError("its end is missing")
+        index = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; use another checkpoint") from None
     version = index.get("format") if isinstance(index, dict) else None

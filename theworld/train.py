@@ -204,7 +204,7 @@ class Trainer:
                     last = self.save()
                 if self.stopped:
                     break
-        if self.publisher is not None and not self.stopped:
+        if self.publisher is not None and not self.stopped:  # else there is no time to wait for it
             self.publisher.finish(last, self.plan.facts)
         if trackers is not None:
             trackers.close()
