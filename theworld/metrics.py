@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+from theworld.answers import p_true
 from theworld.vsr import Statement, meta_category
 
 SYSTEMS = ("world", "baseline", "zero", "shuffled")
@@ -33,9 +34,13 @@ def records(
                 raise ValueError(
                     f"{system}: statement {statement.index} ({statement.image}) has logits {zero}, {one}"
                 )
-            p_true = 1 / (1 + math.exp(min(zero - one, 700)))
             correct = (one > zero) == (statement.label == 1)
-            systems[system] = {"logit_0": zero, "logit_1": one, "p_true": p_true, "correct": correct}
+            systems[system] = {
+                "logit_0": zero,
+                "logit_1": one,
+                "p_true": p_true(zero, one),
+                "correct": correct,
+            }
         rows.append(
             {
                 "index": statement.index,
