@@ -59,9 +59,7 @@ def test_it_is_what_an_evaluation_records(
         assert together[system] == pytest.approx(wanted[system], abs=1e-5)
 
 
-def test_the_order_is_the_one_given(
-    model: TheWorld, statements: list[Statement], photographs: Path
-) -> None:
+def test_the_order_is_the_one_given(model: TheWorld, statements: list[Statement], photographs: Path) -> None:
     turned = [statements[i] for i in (4, 0, 5, 2, 1, 3)]
     found = model.score([photographs / s.image for s in turned], [s.caption for s in turned], batch_size=2)
     assert found == pytest.approx(evaluated(model, turned, photographs)["world"], abs=1e-5)

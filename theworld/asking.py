@@ -42,7 +42,9 @@ def ask(
         Statement(str(numbers[i if len(numbers) > 1 else 0]), caption, 0, "", i)
         for i, caption in enumerate(captions)
     ]
-    asked.sort(key=lambda statement: (int(statement.image), statement.index))  # of one photograph side by side
+    asked.sort(
+        key=lambda statement: (int(statement.image), statement.index)
+    )  # of one photograph side by side
     packer = model.packer()
     found: dict[str, list[float]] = {system: [0.0] * len(asked) for system in systems}
     for start in range(0, len(asked), batch_size):

@@ -68,7 +68,9 @@ def device_setting(device_map: object) -> str:
     {"": one of these}. ValueError for a map of parts: the models lie on one device."""
     if isinstance(device_map, dict):
         if list(device_map) != [""]:
-            raise ValueError(f"device_map {device_map!r}: all models lie on one device; wanted it, or a map of ''")
+            raise ValueError(
+                f"device_map {device_map!r}: all models lie on one device; wanted it, or a map of ''"
+            )
         device_map = device_map[""]
     return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)
 
