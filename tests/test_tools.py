@@ -170,7 +170,14 @@ def test_a_host_that_was_not_allowed_is_not_asked(tmp_path: Path) -> None:
     ("name", "arguments", "status", "message"),
     [
         ("extract_latents", ["--cache", "nowhere"], 1, "image_folder is not set: give --image_folder"),
-        ("extract_latents", ["--verify", "--cache", "nowhere"], 1, "nowhere: no store in it"),
+        ("extract_latents", ["--verify", "--cache", "nowhere"], 2, "nowhere: no store in it"),
+        (
+            "extract_latents",
+            ["--repair", "--part", "1/2"],
+            2,
+            "--part and --dry_run are for extracting; --verify shows",
+        ),
+        ("extract_latents", ["--repair", "--verify"], 2, "not allowed with argument"),
         ("extract_latents", ["--latent_sise", "64"], 2, "the nearest known flag is --latent_size"),
         ("extract_latents", ["--part", "9/8"], 2, "--part: '9/8' is not I/N with I from 1 to N, such as 3/8"),
         ("train", ["--cache", "nowhere"], 1, "nowhere"),

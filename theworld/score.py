@@ -21,6 +21,7 @@ from theworld.model import TheWorld
 from theworld.places import check_output
 from theworld.provenance import default_output, of_checkpoint, of_results, short_names, write_results
 from theworld.saved import CONFIG_FILE, read_world
+from theworld.store import StoreReader
 from theworld.unfrozen import load_gemma
 from theworld.vae import CosmosEncoder
 from theworld.vsr import Statement
@@ -104,6 +105,10 @@ def score_all(
     next that has the same.
     """
     worlds = {name: read_world(path) for name, path in checkpoints.items()}
+    if cache is not None:  # before any model loads
+        reader = StoreReader(cache / LATENTS)
+        for world in worlds.values():
+            check_meaning(reader.root, reader.fingerprint, world["fingerprint"])
     keys = {name: _gemma_key(path, worlds[name], overrides) for name, path in checkpoints.items()}
     same = len(set(keys.values())) == 1
     shared = {"baseline"} if same else set()
@@ -173,7 +178,8 @@ def _from_cache(
     statements, note = in_cache(statements, latents, cache)
     print(f"scoring {note}")
     notes: list[str] = []
-    vision = vision_for(model.gemma, model.config, cached_vision(model.config, cache), notes)
+    cached = cached_vision(model.config, cache)
+    vision = vision_for(model.gemma, model.config, cached, notes, latents.reader.images)
     print("".join(f"{note}\n" for note in notes), end="")
     return latents, vision, statements
 
