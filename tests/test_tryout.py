@@ -85,7 +85,7 @@ def test_a_table_has_a_column_for_each_system() -> None:
             "invalid choice: 'shuffled'",
         ),
         (["--image", "a.png", "--statement", "So."], 1, "ask: a.png: no such file in ."),
-        (["--image", "a.png", "--statement", "So.", "--device", "tpu"], 1, "device is 'tpu'; allowed: auto"),
+        (["--image", "a.png", "--statement", "So.", "--device", "tpu"], 1, 'device is "tpu"; allowed: auto'),
     ],
 )
 def test_wrong_usage_is_answered_in_words(
