@@ -14,6 +14,7 @@ from theworld.asking import SYSTEMS
 from theworld.config import Config
 from theworld.console import NOTHING_WRITTEN
 from theworld.gemma import Gemma
+from theworld.metrics import KINDS
 from theworld.model import TheWorld
 from theworld.tryout import NAMES, answers, load_for_asking, plan, table
 from theworld.vae import CosmosEncoder
@@ -69,7 +70,17 @@ def test_a_table_has_a_column_for_each_system() -> None:
         "                     7.5%        100.0%  So.",
         "                    50.0%          0.0%  Or so.",
     ]
-    assert set(NAMES) == set(SYSTEMS)
+    assert set(NAMES) == {*SYSTEMS, "without"} < set(KINDS)
+
+
+def test_a_gemma_that_was_trained_is_no_baseline(saved: Path, photographs: Path) -> None:
+    model = load_for_asking(str(saved), SYSTEMS, {})
+    plain = answers(model, photographs / "a.png", STATEMENTS)
+    model.gemma.changed = ("vision",)  # as `theworld.unfrozen` marks it
+    trained = answers(model, photographs / "a.png", STATEMENTS)
+    assert [list(row["p_true"]) for row in trained] == [["world", "without", "zero"]] * 2
+    assert [r["p_true"]["without"] for r in trained] == [r["p_true"]["baseline"] for r in plain]
+    assert table(trained) == table(plain)
 
 
 @pytest.mark.parametrize(
