@@ -200,7 +200,7 @@ def test_blocks_leave_nothing_out_and_whole_ones_are_whole(
     worlds = (
         [s.image for s in statements] + [ZERO] * 6 + ["b.png", "b.png", "c.png", "a.png", "a.png", "a.png"]
     )
-    batch = packer.pack([*statements, *statements, *statements], worlds)
+    batch = packer.pack(statements * 4, [*worlds, *[TEXT] * 6])
     frozen, length = batch.num_frozen, batch.token_ids.shape[1]
     assert (frozen > 0) is (position == "after")
     for part in [(0, length), (0, frozen), (frozen, length)] if frozen else [(0, length)]:

@@ -140,6 +140,16 @@ def test_a_model_that_lies_by_itself_has_its_results_in_its_folder(tmp_path: Pat
 
 def test_where_results_come_from_is_not_believed_of_other_records(seeds: list[Path], cache: Path) -> None:
     path, _ = score_to_file(seeds[:1], "test", cache, None, ("world",), {}, [])
+    meta = path.with_suffix(".meta.json")
+    whole = json.loads(meta.read_text())
+    assert read_source(path) == whole
+    del whole["checkpoints"][""]["parts"], whole["date"]
+    meta.write_text(json.dumps(whole))
+    with pytest.raises(
+        ValueError, match=r"test\.meta\.json has no date, parts; score again, or move it away"
+    ):
+        read_source(path)
+    score_to_file(seeds[:1], "test", cache, None, ("world",), {}, [])
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ValueError, match=r"test\.meta\.json is of records with SHA-256 .*; score again"):
         read_source(path)

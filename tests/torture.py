@@ -20,6 +20,7 @@ import pytest
 PARTS = {"cache": "Extraction and cache", "photographs": "Photographs", "security": "Security"}
 PARTS |= {"training": "Training", "evaluation": "Evaluation"}
 ROWS: dict[tuple[str, str], "Row"] = {}
+STARTED = time.monotonic()
 
 
 @dataclass
@@ -120,9 +121,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             state = "FAILED" if row.failed else "holds " if row.cases else "not run"
             write(f"{state}  {says:<{width}}  {row.seconds:6.0f} s  {row}")
     held = sum(row.cases > 0 and not row.failed for row in ROWS.values())
-    seconds = (
-        time.time() - terminalreporter._sessionstarttime
-        if hasattr(terminalreporter, "_sessionstarttime")
-        else 0
-    )
-    write(f"{held} of {len(ROWS)} rows hold" + (f", {seconds / 60:.1f} min" if seconds else ""))
+    write(f"{held} of {len(ROWS)} rows hold, {(time.monotonic() - STARTED) / 60:.1f} min")

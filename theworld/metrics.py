@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from theworld.answers import p_true
 from theworld.figures import RESAMPLES, accuracy, mcnemar, over_images, probabilities
 from theworld.files import publish_bytes
 from theworld.vsr import Statement, meta_category
@@ -89,7 +90,7 @@ def _answer(zero: float, one: float, every: float, label: int) -> Row:
         "logit_0": zero,
         "logit_1": one,
         "logsumexp": every,
-        "p_true": 1 / (1 + math.exp(min(zero - one, 700))),
+        "p_true": p_true(zero, one),
         "outside": max(0.0, 1 - math.exp(min(zero - every, 0)) - math.exp(min(one - every, 0))),
         "correct": (one > zero) == (label == 1),
     }

@@ -19,6 +19,14 @@ from theworld.store import StoreReader
 from theworld.weights import count_parameters, model_id
 
 _LONG = ("latents_mean", "latents_std")  # of a fingerprint: numbers a channel
+_OF_RESULTS = set(
+    "command records_sha256 date dataset split annotations statements_in_split image_folder cache checkpoints "
+    "versions".split()
+)
+_OF_CHECKPOINT = set(
+    "checkpoint step seed model_name model_revision dtype device trained_on parts trained_parameters projection "
+    "fingerprint fingerprint_sha256".split()
+)
 LIBRARIES = ("torch", "transformers", "numpy", "scipy", "scikit-learn")
 
 
@@ -80,11 +88,19 @@ def write_results(rows: Sequence[Row], source: dict[str, Any], path: Path, comma
 
 
 def read_source(path: Path) -> dict[str, Any] | None:
-    """What stands beside the records of `path`; None if nothing does. ValueError if it is of other records."""
+    """What stands beside the records of `path`; None if nothing does. ValueError if it is of other records or lacks
+    something."""
     meta = path.with_suffix(".meta.json")
     if not meta.is_file():
         return None
     source = json.loads(meta.read_text())
+    kinds = [
+        (source, _OF_RESULTS),
+        *((one, _OF_CHECKPOINT) for one in source.get("checkpoints", {}).values()),
+    ]
+    lacking = sorted({field for found, fields in kinds for field in fields - found.keys()})
+    if lacking:
+        raise ValueError(f"{meta} has no {', '.join(lacking)}; score again, or move it away")
     have = hash_file(path)[1]
     if source["records_sha256"] != have:
         raise ValueError(
