@@ -1,9 +1,9 @@
 #!/bin/bash
-# Phase 1 as a job array: each task encodes its part of the photographs, none talks to another, and the one that finishes
-# last completes the cache. From the project's folder:
+# Phase 1 as a job array: each task encodes its part of the photographs, none talks to another, and the one that
+# finishes last completes the cache. From the project's folder:
 #
 #     sbatch tools/slurm/extract.sh
-#     sbatch --array=3,5 tools/slurm/extract.sh        # parts that failed, or ran out of time: they go on where they were
+#     sbatch --array=3,5 tools/slurm/extract.sh        # parts that failed or ran out of time: they go on
 #
 # Edit what follows for your cluster. --array has to be 1 to PARTS.
 #SBATCH --job-name=theworld-extract

@@ -1,6 +1,6 @@
 #!/bin/bash
-# Phase 2 as a job that goes on until it is done: two minutes before its time is up it is told to stop, saves, and puts
-# itself back into the queue; whenever it starts it goes on from the newest checkpoint. From the project's folder:
+# Phase 2 as a job that goes on until it is done: two minutes before its time is up it is told to stop, saves, and
+# puts itself back into the queue; whenever it starts it goes on from the newest checkpoint. From the project's folder:
 #
 #     sbatch tools/slurm/train.sh
 #
@@ -23,8 +23,8 @@ PYTHON=${PYTHON:-.venv/bin/python}
 MAX_RESTARTS=${MAX_RESTARTS:-50}
 # More flags of tools/train.py go behind the script's name: sbatch tools/slurm/train.sh --batch_size 4
 
-# torchrun, which `accelerate launch` runs too, passes SIGTERM on to its processes and kills them after 30 seconds unless
-# told otherwise. It dies of SIGUSR1: so that one is for this script alone (the B: above).
+# torchrun, which `accelerate launch` runs too, passes SIGTERM on to its processes and kills them after 30 seconds
+# unless told otherwise. It dies of SIGUSR1: so that one is for this script alone (the B: above).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 launch=("$PYTHON")
 if ((GPUS > 1)); then
