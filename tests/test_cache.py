@@ -123,6 +123,13 @@ def test_steps_go_on_while_rows_are_read_ahead(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(rows(everything), values)
 
 
+def test_reading_ahead_ends_after_the_row_under_way(tmp_path: Path) -> None:
+    build(tmp_path, "float32", (4,), 200)
+    rows, stop = Rows(tmp_path, "latents"), threading.Event()
+    stop.set()
+    assert rows.preload(map(name, range(200)), 3, stop) == 3  # one for each thread
+
+
 def test_many_threads_ask_for_rows_that_others_read_ahead(tmp_path: Path) -> None:
     values = build(tmp_path, "bfloat16", (512,))
     rows, wrong = Rows(tmp_path, "latents"), []

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +189,30 @@ def test_an_evaluation_that_was_due_is_made_up_for_once(
     )
     assert not last.stopped
     assert same_run(whole.parent, tmp_path / "stopped", 6)
+
+
+def test_no_thread_reads_on_when_a_run_has_ended(
+    config: Config, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that ends while HDF5 is at work in another thread may wait for it for ever."""
+    trainer, reading = Trainer(config, cache), threading.Event()
+    before, real = set(threading.enumerate()), trainer.data.latents.reader.read_row
+
+    def read_row(*arguments: object) -> object:
+        if threading.current_thread().daemon:  # one that reads ahead, in the middle of a row
+            reading.set()
+            time.sleep(1)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    def fail(*_: object) -> None:
+        assert reading.wait(30)
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(trainer.data.latents.reader, "read_row", read_row)
+    trainer.train_step = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        trainer.run()
+    assert [thread for thread in threading.enumerate() if thread not in before] == []
 
 
 def launcher(settings: Path, cache: Path) -> subprocess.Popen[str]:

@@ -138,12 +138,15 @@ class Rows:
         gathered = torch.stack([self._row(row) for row in rows.tolist()])
         return gathered.pin_memory() if self.pin else gathered
 
-    def preload(self, images: Iterable[str], num_threads: int = 4) -> int:
+    def preload(
+        self, images: Iterable[str], num_threads: int = 4, stop: threading.Event | None = None
+    ) -> int:
         """Reads the rows of these images in file order, as fast as it goes, checked as ever: how many of them are in
         memory then. 0 where they do not fit; rows without a place are read each time they are asked for.
 
         Calls meanwhile, from other threads, read for themselves what is not there yet, so this can run in a daemon
-        thread beside the first steps. Raises StoreError or OSError for the first row that cannot be read.
+        thread beside the first steps. Ends after the rows under way once `stop` is set. Raises StoreError or OSError
+        for the first row that cannot be read.
         """
         rows = np.unique(np.array([self.reader.row(image) for image in images], np.int64))
         with self._lock:
@@ -159,7 +162,7 @@ class Rows:
                     self._fill(row)
                 except (StoreError, OSError) as error:
                     errors.append(error)
-                if errors:
+                if errors or (stop is not None and stop.is_set()):
                     return
 
         # Daemons, so that a program that ends does not wait for gigabytes that nobody will use.

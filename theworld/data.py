@@ -3,7 +3,7 @@
 import contextlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,18 +42,26 @@ class Data:
     vision: Fetch | None  # None for a text-only Gemma
     notes: list[str] = field(default_factory=list)
 
-    def read_ahead(self) -> None:
-        """Starts to read what training is going to ask for, in file order, beside it. Stops without a word at what
-        cannot be read: the step that needs it says so."""
-        images = images_of([*self.train, *self.dev])
+    @contextlib.contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """Reads what training is going to ask for, in file order, beside it, until the block is left: a program that
+        ends in the middle of a row may wait for HDF5 for ever. Stops without a word at what cannot be read: the step
+        that needs it says so."""
+        images, stop = images_of([*self.train, *self.dev]), threading.Event()
 
         def read() -> None:
             for rows in (self.latents, self.vision):
                 if isinstance(rows, Rows):
                     with contextlib.suppress(StoreError, OSError):
-                        rows.preload(images)
+                        rows.preload(images, stop=stop)
 
-        threading.Thread(target=read, daemon=True).start()
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
 
 def load_data(config: Config, cache: Path) -> Data:

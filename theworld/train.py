@@ -6,7 +6,8 @@ rate, nothing else is random. So a run that was resumed gives the same weights, 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,12 +184,13 @@ class Trainer:
                 disable=not main,
             ) as bar,
             self.stop.working(),
+            closing(self._steps()) as steps,
         ):
             if self.owes_dev:
                 self._log(self.evaluate_dev(), trackers, bar)
                 self.owes_dev = False
             start, done = time.perf_counter(), 0
-            for figures in self._steps():
+            for figures in steps:
                 bar.update()
                 done += 1
                 if self._due(self.config.logging_steps):
@@ -229,10 +231,10 @@ class Trainer:
             lines.append(f"{moved} lines of {METRICS} about steps that are taken again are now in {ASIDE}")
         return lines
 
-    def _steps(self) -> Iterator[dict[str, float]]:
-        self.data.read_ahead()
-        for passes in ahead(self.prepare(step) for step in range(self.step, self.num_steps)):
-            yield self.train_step(passes)
+    def _steps(self) -> Generator[dict[str, float], None, None]:
+        with self.data.reading_ahead():
+            for passes in ahead(self.prepare(step) for step in range(self.step, self.num_steps)):
+                yield self.train_step(passes)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.num_steps
