@@ -18,6 +18,7 @@ from theworld.cache import LATENTS, Rows
 from theworld.card import Facts, model_card
 from theworld.config import Config
 from theworld.data import load_data
+from theworld.dry_run import evaluation
 from theworld.extract import extract
 from theworld.metrics import SYSTEMS
 from theworld.model import TheWorld
@@ -122,6 +123,8 @@ def test_what_takes_a_photograph_alone_is_refused_with_the_cure(
     model.generate(photographs / "a.png", "Where?", enable_world=False, max_new_tokens=1)
     with pytest.raises(ValueError, match=message + "; photographs alone, --image-dir, are not enough"):
         score(checkpoint, None, photographs, "test", ("world",), {})
+    with pytest.raises(ValueError, match=message + "; photographs alone, --image-dir, are not enough"):
+        list(evaluation([checkpoint], None, photographs, "test", ("world",), tmp_path / "out.jsonl", {}))
 
 
 def test_the_start_at_image_tokens_takes_the_photographs_own_tokens_there(

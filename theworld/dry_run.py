@@ -51,6 +51,7 @@ from theworld.projection import ProjectionShape
 from theworld.provenance import default_output, short_names
 from theworld.saved import CONFIG_FILE, read_world
 from theworld.saved import VISION as VISION_PART
+from theworld.score import NOT_ALONE
 from theworld.store import ArraySpec, StoreMismatch, fingerprint_differences
 from theworld.vae import SPATIAL_FACTOR
 from theworld.vsr import Statement, images_of
@@ -261,6 +262,7 @@ def _reads(
         yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
         photographs = Path(str(config.image_folder)) if sees and not vision else None
     else:
+        ProjectionShape.from_dict(world["projection"]).check_no_steps(NOT_ALONE)
         vae = locate(config.cosmos_model_name, VAE_FILE)
         yield line("Cosmos VAE", f"{config.cosmos_model_name}: {vae.words}")
     if photographs is not None:

@@ -26,6 +26,8 @@ from theworld.unfrozen import load_gemma
 from theworld.vae import CosmosEncoder
 from theworld.vsr import Statement
 
+NOT_ALONE = "photographs alone, --image-dir, are not enough"
+
 
 class LiveLatents:
     """Latents straight from the photographs, for evaluation without a cache."""
@@ -185,7 +187,7 @@ def _from_cache(
 
 
 def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch | None]:
-    model.check_no_steps("photographs alone, --image-dir, are not enough")
+    model.check_no_steps(NOT_ALONE)
     encoder = CosmosEncoder(config.cosmos_model_name, model.gemma.dtype, model.gemma.device)
     model.check_encoder(encoder.identity())
     latents = LiveLatents(encoder, folder, config.latent_size, config.max_image_pixels)
