@@ -280,6 +280,27 @@ def test_what_trains_is_what_is_optimised_is_what_is_saved(gemma: Gemma, tmp_pat
     ]
 
 
+def test_the_size_of_world_tokens_at_the_start_is_a_setting(gemma: Gemma) -> None:
+    fingerprint = {"latent_shape": [16, 8, 8], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    for scale in (1.0, 0.25):
+        config = Config(world_patch=2, projection_scale=scale)
+        model = TheWorld.from_config(config, gemma, fingerprint)
+        size = model.projection(latents_of(["a"])).detach().pow(2).mean().sqrt()
+        assert float(size) == pytest.approx(scale * gemma.embedding_scale(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["conv", "transformer"])
+def test_a_projection_that_sees_further_is_saved_and_loaded(gemma: Gemma, tmp_path: Path, kind: str) -> None:
+    statistics = {"latents_mean": [0.1] * 16, "latents_std": [0.9] * 16}
+    config = Config(world_patch=2, projection=kind, projection_layers=3, projection_hidden=32)
+    model = TheWorld.from_config(config, gemma, {"latent_shape": [16, 8, 8], **statistics})
+    assert model.projection.shape.depth == 3
+    model.save_pretrained(tmp_path)
+    loaded = TheWorld.from_pretrained(tmp_path, gemma=gemma)
+    latents = latents_of(["a", "b"])
+    assert torch.equal(loaded.projection(latents), model.projection(latents))
+
+
 def test_a_saved_model_loads_equal_and_a_foreign_one_is_refused(gemma: Gemma, tmp_path: Path) -> None:
     model = make_model(gemma)
     model.fingerprint = {"latents_mean": [0.1] * 16, "latents_std": [0.9] * 16}

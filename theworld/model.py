@@ -76,7 +76,7 @@ class TheWorld(nn.Module):
             shape,
             fingerprint["latents_mean"],
             fingerprint["latents_std"],
-            scale=gemma.embedding_scale(),
+            scale=gemma.embedding_scale() * config.projection_scale,
             brackets=gemma.bracket_embeddings(),
         )
         return cls(gemma, projection, config, fingerprint)
