@@ -242,6 +242,35 @@ def test_the_statement_loss_is_the_mean_next_word_loss_over_true_captions(
     assert float(losses["total"]) == pytest.approx(float(losses["label"]) + 0.5 * wanted, rel=1e-5)
 
 
+def test_the_relation_loss_is_the_mean_next_word_loss_over_its_words(
+    gemma: Gemma, photographs: Path, statements: list[Statement]
+) -> None:
+    model = make_model(gemma)
+    batch = model.packer().pack(statements)
+    vision, latents = vision_of(gemma, photographs, batch.images), latents_of(batch.worlds)
+    with torch.no_grad():
+        losses = model.losses(batch, latents, vision, 0.5, 0.25, label_loss_weight=0.0)
+        alone = model.losses(batch, latents, vision, relation_loss_weight=1.0)
+        plain = model.losses(batch, latents, vision, statement_loss_weight=0.5)
+        hidden = model.hidden(batch, latents, vision)
+    wanted = 0.0
+    for statement, label_row in zip(batch.statements, batch.label_rows, strict=True):
+        if statement.label == 0:
+            continue
+        prompt = gemma.prompt(QUESTION, statement.caption, with_world=True)
+        start = statement.caption.index(statement.relation)
+        places = torch.tensor(prompt.tokens_of(start, start + len(statement.relation)))
+        assert gemma.tokenizer.decode([prompt.branch[i] for i in places]).strip() == statement.relation
+        rows = gemma.logits(hidden[int(label_row) - len(prompt.branch) + places])
+        wanted += float(F.cross_entropy(rows, torch.tensor(prompt.branch)[places]))
+    assert float(losses["relation"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(alone["relation"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(alone["total"]) == pytest.approx(float(alone["label"]) + wanted, rel=1e-5)
+    assert float(alone["statement"]) == float(plain["relation"]) == 0
+    total = 0.5 * float(plain["statement"]) + 0.25 * wanted
+    assert float(losses["total"]) == pytest.approx(total, rel=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(
     photographs: Path, statements: list[Statement], gemma: Gemma
 ) -> None:

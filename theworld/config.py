@@ -101,15 +101,10 @@ class Config:
     world_mode: str = setting("patch", "what of a latent is one world token", choices=("patch", "channel"))
     world_patch: int = setting(4, "side of a patch, in mode patch", "latent cells", at_least=1)
     projection: str = setting(
-        "mlp",
-        "from a patch to its token (mlp, linear), or with a view of other patches (conv, transformer)",
-        choices=PROJECTIONS,
+        "mlp", "from a patch to its token; conv and transformer see others too", choices=PROJECTIONS
     )
     projection_hidden: int | None = setting(
-        None,
-        "width inside it; none: Gemma's hidden size, for conv and transformer at most 512",
-        "units",
-        at_least=1,
+        None, "width inside; none: Gemma's, for conv and transformer at most 512", "units", at_least=1
     )
     projection_layers: int = setting(2, "of conv or transformer", "layers", at_least=1)
     projection_scale: float = setting(
@@ -126,6 +121,12 @@ class Config:
     # Objective
     statement_loss_weight: float = setting(
         0.0, "next-word loss on true statements (answer: 1)", "weight", at_least=0.0
+    )
+    relation_loss_weight: float = setting(
+        0.0, "next-word loss on the words of their relation alone", "weight", at_least=0.0
+    )
+    statement_steps: int = setting(
+        0, "before, words alone (all, where both weights are 0)", "optimizer steps", at_least=0
     )
     align_steps: int = setting(0, "first, towards Gemma's own image tokens", "optimizer steps", at_least=0)
     align_learning_rate: float = setting(0.001, "learning rate of these steps", "per step", above=0.0)

@@ -70,7 +70,8 @@ class Plan:
         self.progress = load_checkpoint(self.resumed) if self.resumed is not None else None
         self.start = self.resumed or (find_start(config.init_from) if config.init_from else None)
         self.order = Order(self.data.train, config.seed)
-        self.num_steps = config.align_steps + num_train_steps(config, len(self.data.train), self.per_step)
+        before = config.align_steps + config.statement_steps
+        self.num_steps = before + num_train_steps(config, len(self.data.train), self.per_step)
         self.gemma = load_gemma(config, self.processes.device, weights=False)
         prepare_gemma(self.gemma, config, self.data, self.start)
         self.sharded = wants_sharding(count, self.gemma)

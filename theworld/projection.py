@@ -92,8 +92,8 @@ class ProjectionShape:
     def to_dict(self) -> dict[str, Any]:
         """JSON form; `from_dict` gives an equal object back. It says nothing of steps or depth where there are none."""
         values = asdict(self) | {"latent_shape": list(self.latent_shape)}
-        absent = () if self.steps else ("steps", "max_steps")
-        absent += () if self.architecture in DEEP else ("depth",)
+        absent = [] if self.steps else ["steps", "max_steps"]
+        absent += [] if self.architecture in DEEP else ["depth"]
         return {k: v for k, v in values.items() if k not in absent}
 
     @classmethod

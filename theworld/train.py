@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,22 @@ from theworld.data import load_model
 from theworld.evaluate import predict
 from theworld.feed import Pass, ahead, make_pass, parts_of_step
 from theworld.metrics import label_loss
-from theworld.objectives import align_loss, align_pass, answer_loss, make_optimizer
+from theworld.objectives import (
+    align_loss,
+    align_pass,
+    answer_loss,
+    loss_weights,
+    make_optimizer,
+    on_image_tokens,
+)
 from theworld.preflight import Plan
 from theworld.publish import Publisher
-from theworld.schedule import learning_rate
+from theworld.schedule import Phase, learning_rate, num_warmup_steps, phase_at
 from theworld.sharding import clip, is_sharded, load_state, whole_state
 from theworld.trackers import Trackers, check_trackers
+from theworld.watch import LossWatch, Reading, chance_loss, warning, what_to_try
 
-FIGURES = ("total", "label", "statement", "correct")  # of each pass, summed over its statements
+FIGURES = ("total", "label", "statement", "relation", "correct")  # of each pass, summed over its statements
 
 
 class NotFinite(ArithmeticError):
@@ -42,7 +50,7 @@ class NotFinite(ArithmeticError):
 
 class Trainer:
     """One run: `Trainer(config, cache).run()`. Progress counts optimizer steps, those of the start at Gemma's image
-    tokens (`align_steps`) first, then those of the main phase."""
+    tokens (`align_steps`) first, then those with words alone (`statement_steps`), then those of the main phase."""
 
     def __init__(self, config: Config, cache: str | Path) -> None:
         plan = Plan(config, Path(cache))
@@ -50,7 +58,12 @@ class Trainer:
         self.processes, self.per_step, self.num_steps = plan.processes, plan.per_step, plan.num_steps
         self.output_dir = Path(config.output_dir)
         self.step = 0
-        self.window = {"loss": 0.0, "statement_loss": 0.0, "correct": 0.0, "statements": 0.0}
+        sums = ("loss", "statement_loss", "relation_loss", "correct", "statements")
+        self.window = dict.fromkeys(sums, 0.0)
+        main_steps = self.num_steps - config.align_steps - config.statement_steps
+        warmup, chance = num_warmup_steps(config, main_steps), chance_loss([s.label for s in self.data.train])
+        self.watch = LossWatch(main_steps, warmup, chance)
+        self.at_chance: Reading | None = None  # what the watch has found and nobody said yet
         self.processes.wait()  # until all have looked: the main one is going to write there
         main = self.processes.is_main
         if main:
@@ -74,12 +87,12 @@ class Trainer:
         """What this process reads at a step, put together on the host: its share of the step's statements, in
         gradient_accumulation_steps passes of about equal length."""
         config = self.config
-        aligning = step < config.align_steps
-        start = (step if aligning else step - config.align_steps) * self.per_step
+        phase = phase_at(config, step, self.num_steps)
+        start = (step - phase.start) * self.per_step
         parts = parts_of_step(config, self.packer, self.order, start, self.processes.count)
         passes = config.gradient_accumulation_steps
         own = parts[self.processes.rank * passes : (self.processes.rank + 1) * passes]
-        if aligning:
+        if phase.name == "align":
             return [align_pass(self.model, self.data, part) for part in own if part]
         fetch = (self.data.latents, self.data.vision)
         if not self.sharded:
@@ -92,29 +105,30 @@ class Trainer:
     def train_step(self, passes: list[Pass] | None = None) -> dict[str, float]:
         """Forward, backward, clip, step. `passes`: what `prepare` gave for this step, if it was called already."""
         config, step = self.config, self.step
-        if step == config.align_steps and step > 0:
+        phase = phase_at(config, step, self.num_steps)
+        if step == phase.start and step > 0:
             self.optimizer = make_optimizer(self.model, config)  # another objective, so no old momentum
-        rate = self._set_learning_rate()
+        rate = self._set_learning_rate(phase)
         passes = self.prepare(step) if passes is None else passes
         sums = torch.zeros(len(FIGURES), device=self.model.gemma.device)
         for one in passes:
             one = one.to(self.model.gemma.device)
-            aligning = step < config.align_steps
-            losses = align_loss(self.model, one) if aligning else answer_loss(self.model, one)
+            aligning = phase.name == "align"
+            losses = align_loss(self.model, one) if aligning else answer_loss(self.model, one, phase.name)
             (losses["total"] * (one.weight * self.scale / self.per_step)).backward()
             sums += torch.stack([losses[name].detach() for name in FIGURES]) * one.weight
         sums = self._sum_over_processes(sums)
         norm = clip(list(self.model.trainable().values()), config.max_grad_norm)
-        total, label, statement, correct, norm = torch.cat(
-            [sums, norm[None]]
-        ).tolist()  # waits for the device
+        total, *figures, norm = torch.cat([sums, norm[None]]).tolist()  # waits for the device
         if not (math.isfinite(total) and math.isfinite(norm)):
             self._stop(total, norm, passes, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        for key, value in zip(self.window, (label, statement, correct, self.per_step), strict=True):
+        for key, value in zip(self.window, (*figures, self.per_step), strict=True):
             self.window[key] += value
+        if phase.name == "train":
+            self.at_chance = self.watch.add(self.step - phase.start, figures[0] / self.per_step)
         return {"learning_rate": rate, "gradient_norm": norm}
 
     def _sum_over_processes(self, sums: Tensor) -> Tensor:
@@ -129,13 +143,9 @@ class Trainer:
             parameter.grad = gradient.div(self.scale)
         return sums
 
-    def _set_learning_rate(self) -> float:
-        config = self.config
-        if self.step < config.align_steps:
-            rate = learning_rate(config, self.step, config.align_steps, config.align_learning_rate)
-        else:
-            done, steps = self.step - config.align_steps, self.num_steps - config.align_steps
-            rate = learning_rate(config, done, steps, config.learning_rate)
+    def _set_learning_rate(self, phase: Phase) -> float:
+        peak = self.config.align_learning_rate if phase.name == "align" else self.config.learning_rate
+        rate = learning_rate(self.config, self.step - phase.start, phase.stop - phase.start, peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["share"]
         return rate
@@ -175,6 +185,8 @@ class Trainer:
                     figures["statements_per_second"] = done * self.per_step / (time.perf_counter() - start)
                     self._log(self._averages() | figures, trackers, bar)
                     start, done = time.perf_counter(), 0
+                if self.at_chance is not None:
+                    self._warn(self.at_chance, trackers, bar)
                 if self.data.dev and self._due(self.config.eval_steps):
                     self._log(self.evaluate_dev(), trackers, bar)
                 if self._due(self.config.save_steps):
@@ -190,16 +202,22 @@ class Trainer:
         for passes in ahead(self.prepare(step) for step in range(self.step, self.num_steps)):
             yield self.train_step(passes)
 
+    def _phase(self) -> str:
+        """That of the last step."""
+        return phase_at(self.config, self.step - 1, self.num_steps).name
+
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.num_steps
 
     def _averages(self) -> dict[str, float]:
         window, n = self.window, max(1.0, self.window["statements"])
         averages = {"loss": window["loss"] / n}
-        if self.step > self.config.align_steps:
+        phase = self._phase()
+        if phase != "align":
             averages["accuracy"] = window["correct"] / n
-            if self.config.statement_loss_weight > 0:
-                averages["statement_loss"] = window["statement_loss"] / n
+            weights = loss_weights(self.config, phase)
+            asked = [name for name in ("statement_loss", "relation_loss") if weights[f"{name}_weight"] > 0]
+            averages |= {name: window[name] / n for name in asked}
         self.window = dict.fromkeys(window, 0.0)
         return averages
 
@@ -214,14 +232,21 @@ class Trainer:
         correct = (logits[:, 1] > logits[:, 0]) == (labels == 1)
         return {"dev_loss": label_loss(logits, labels), "dev_accuracy": float(correct.mean())}
 
+    def _warn(self, reading: Reading, trackers: Trackers | None, bar: tqdm) -> None:
+        """Says once that the loss is at chance, and what to try."""
+        gemma, shape = self.model.gemma, self.model.projection.shape
+        same_places = on_image_tokens(self.config, shape, gemma.num_image_tokens) and not gemma.trained
+        if self.processes.is_main:
+            tqdm.write(warning(reading, what_to_try(self.config, same_places)))
+        self._log({f"watch_{name}": value for name, value in asdict(reading).items()}, trackers, bar)
+
     def _log(self, figures: dict[str, float], trackers: Trackers | None, bar: tqdm) -> None:
         if trackers is None:
             return
-        phase = "align" if self.step <= self.config.align_steps else "train"
         line = {
             "step": self.step,
             "epoch": self.step * self.per_step / len(self.data.train),
-            "phase": phase,
+            "phase": self._phase(),
             **figures,
         }
         with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -243,7 +268,11 @@ class Trainer:
             return self.output_dir / f"checkpoint-{self.step}"
         state = {"optimizer": optimizer, "rng": torch.get_rng_state()}
         record = {"step": self.step, "window": self.window, "num_statements": len(self.data.train)}
-        record |= {"statements_per_step": self.per_step, "trained": list(self.model.gemma.trained)}
+        record |= {
+            "watch": self.watch.state(),
+            "statements_per_step": self.per_step,
+            "trained": list(self.model.gemma.trained),
+        }
         path = save_checkpoint(self.output_dir, self.step, self.model, state, record, weights)
         if self.publisher is not None:
             self.publisher.saved(path, self.plan.facts)
@@ -268,6 +297,8 @@ class Trainer:
                 f"{path} trained {record['trained'] or 'nothing'} of Gemma, now {trained or 'nothing'} would train; "
                 "start a new stage with --init_from in place of --resume_from"
             )
-        self.step, self.window = record["step"], record["window"]
+        self.step, self.window = record["step"], self.window | record["window"]
+        if "watch" in record:  # not in checkpoints of before there was one
+            self.watch.restore(**record["watch"])
         load_state(self.optimizer, state["optimizer"])
         torch.set_rng_state(state["rng"])
