@@ -8,6 +8,7 @@ import pytest
 LEVELS = [
     {
         "bench_choices",
+        "vocabulary",
         "pretrain_settings",
         "jsonc",
         "console",
@@ -23,6 +24,7 @@ LEVELS = [
     {
         "arguments",
         "watch",
+        "text_model",
         "metrics",
         "plan",
         "trackers",
@@ -46,6 +48,7 @@ LEVELS = [
     {"objectives"},
     {"preflight"},
     {"train", "score", "align"},
+    {"sweep"},
     {"small_models", "align_picture", "align_report", "dry_run"},
     {"doctor"},
     {"lessons"},
