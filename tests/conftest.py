@@ -14,6 +14,8 @@ from theworld.config import Config
 from theworld.gemma import Gemma
 from theworld.vsr import Statement
 
+pytest_plugins = ["torture"]
+
 ROOT = Path(__file__).parent.parent
 EMBEDDED_GEMMA = ROOT / "theworld" / "embedded" / "gemma"
 EMBEDDED_VAE = ROOT / "theworld" / "embedded" / "vae"

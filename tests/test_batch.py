@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import CAPTIONS, QUESTION
 
-from theworld.batch import ZERO, Packer
+from theworld.batch import TEXT, ZERO, Packer
 from theworld.gemma import Gemma
 from theworld.masks import BLOCK, attention_masks, visible_blocks
 from theworld.vsr import Statement
@@ -143,6 +143,25 @@ def test_worlds_may_come_from_other_images_or_say_nothing(gemma: Gemma, statemen
     assert batch.token_ids.numel() == sum(lengths)
 
 
+@pytest.mark.parametrize("flex", [False, True])
+def test_text_alone_shares_no_more_than_the_beginning(
+    gemma: Gemma, statements: list[Statement], flex: bool
+) -> None:
+    packer = Packer(gemma, QUESTION, 4)
+    packer.flex = flex
+    batch = packer.pack(statements[:3], [TEXT, TEXT, TEXT])
+    assert batch.images == batch.worlds == ()
+    assert batch.image_slots.numel() == batch.world_slots.numel() == 0
+    prompts = [gemma.prompt(QUESTION, s.caption, False, with_image=False) for s in statements[:3]]
+    first, second, third = (list(p.branch) for p in prompts)
+    rows = [[2, *first, *second, *third]] if flex else [[2, *first, *second], [2, *third]]
+    for ids, wanted in zip(batch.token_ids.tolist(), rows, strict=True):
+        assert ids[: len(wanted)] == wanted
+        assert not any(ids[len(wanted) :])
+    last = [row % batch.token_ids.shape[1] for row in batch.label_rows.tolist()]
+    assert last == [len(first), len(first) + len(second), len(rows[-1]) - 1]
+
+
 def test_after_the_image_the_world_is_one_of_its_children(gemma: Gemma, statements: list[Statement]) -> None:
     packer = Packer(gemma, QUESTION, 4, world_position="after")
     batch = packer.pack([statements[0], statements[0]], ["a.png", None])
@@ -206,7 +225,7 @@ def test_blocks_leave_nothing_out_and_whole_ones_are_whole(
     worlds = (
         [s.image for s in statements] + [ZERO] * 6 + ["b.png", "b.png", "c.png", "a.png", "a.png", "a.png"]
     )
-    batch = packer.pack([*statements, *statements, *statements], worlds)
+    batch = packer.pack(statements * 4, [*worlds, *[TEXT] * 6])
     frozen, length = batch.num_frozen, batch.token_ids.shape[1]
     assert (frozen > 0) is (position == "after")
     for part in [(0, length), (0, frozen), (frozen, length)] if frozen else [(0, length)]:

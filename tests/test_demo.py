@@ -27,8 +27,14 @@ def test_a_short_demo_writes_its_files_and_gives_its_result_line(
     assert list(result) == KEYS
     assert result["statements"] == 12
     assert json.loads((output / "demo.json").read_text()) == result
-    names = ["cache", "demo.json", "result.png", "results.jsonl", "run", "scenes", "scenes.png"]
+    names = ["cache", "demo.json", "report.html", "result.png", "results.jsonl", "results.meta.json"]
+    names += ["results.summary.json", "run", "scenes", "scenes.png"]
     assert sorted(p.name for p in output.iterdir()) == names
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg") > 0  # scenes
+    assert page.count("data:image/png") == 1  # the alignment
+    assert "is not there" not in page
+    assert f"python tools/eval.py --model_name {output / 'run'} --cache {output / 'cache'}" in page
     for picture in ("result.png", "scenes.png"):
         with Image.open(output / picture) as image:
             assert image.width > 1000

@@ -35,11 +35,12 @@ def test_where_all_is_well_nothing_is_in_the_way(config: Config, cache: Path) ->
     assert states.pop("device") == NOTE  # a CPU
     assert states.pop("libraries") in (OK, NOTE)
     assert states == dict.fromkeys(
-        ["memory", "Gemma", "Cosmos VAE", "statements", "photographs", "latents", "vision", "output_dir"], OK
+        "memory,Gemma,Cosmos VAE,statements,photographs,latents,vision,compared,output_dir".split(","), OK
     )
     assert page["statements"].says == "6 train, 1 dev, 4 test, about 3 photographs"
     assert page["photographs"].says.endswith("; 3 of 3 looked at can be read")
     assert page["latents"].says == "3 images, every byte as it was written"
+    assert page["compared"].says == "photographs: all 3 are those that were extracted"
 
 
 def test_what_is_not_there_yet_is_a_note_with_the_command(config: Config, tmp_path: Path) -> None:
@@ -109,6 +110,17 @@ def test_models_on_the_hub_are_asked_for_by_their_config(
     for topic, name in (("Gemma", names["model_name"]), ("Cosmos VAE", names["cosmos_model_name"])):
         assert (page[topic].state, page[topic].says) == (FAULT, f"{name}: {words}")
         assert page[topic].cure
+
+
+def test_a_photograph_that_changed_since_it_was_extracted_is_a_fault(
+    config: Config, cache: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(str(config.image_folder), folder)
+    shutil.copy(folder / "a.png", folder / "c.png")
+    found = by_topic(look_over(replace(config, image_folder=str(folder)), cache))["compared"]
+    assert found.state == FAULT
+    assert "c.png: SHA-256 was " in found.says
 
 
 def test_a_rollout_takes_a_pipeline_and_its_guardrail(

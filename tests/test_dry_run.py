@@ -11,15 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from test_metrics import four_rows
 from test_tools import tool
 
 from theworld import dry_run
 from theworld.config import Config, save_config
 from theworld.console import NOTHING_WRITTEN
-from theworld.dry_run import alignment, evaluation, extraction, plan_latents, plan_vision
+from theworld.dry_run import (
+    alignment,
+    evaluation,
+    extraction,
+    plan_latents,
+    plan_vision,
+    recomputation,
+)
 from theworld.extract import extract
+from theworld.metrics import SYSTEMS, write_jsonl
 from theworld.places import Fault
 from theworld.reader import StoreReader
+from theworld.report import plan_report
 from theworld.store import StoreError, StoreMismatch
 from theworld.train import Trainer
 
@@ -88,6 +98,7 @@ def test_no_tool_leaves_a_trace(
         "extract_latents": ["--config", settings, "--cache", cache, "--gemma_vision"],
         "get_images": ["--annotations", config["annotations"], "--output", tmp_path / "images"],
         "eval": ["--model_name", run, "--cache", cache, "--output", tmp_path / "results.jsonl"],
+        "report": [run],
         "visualize_alignment": ["--model_name", run, "--cache", cache, "--output", tmp_path / "a.png"],
         "demo": ["--output", demo],
         "bench": ["--shapes", "tiny", "--folder", tmp_path / "bench", "--output", tmp_path / "b.json"],
@@ -111,6 +122,8 @@ def test_no_tool_leaves_a_trace(
         ("extract_latents", ["--image_folder", "nowhere"], "image_folder nowhere: not a folder"),
         ("get_images", ["--annotations", "nowhere"], "annotations: no file or folder nowhere"),
         ("eval", ["--model_name", "nowhere", "--cache", "c"], "nowhere: neither a checkpoint"),
+        ("eval", ["--from", "nowhere.jsonl"], "nowhere.jsonl"),
+        ("report", ["nowhere"], "nowhere: no such folder"),
         ("visualize_alignment", ["--model_name", "nowhere", "--cache", "c"], "nowhere: neither a checkpoint"),
         ("demo", ["--output", "tests"], "tests holds something that no demo wrote"),
         ("demo", ["--config", "nowhere.json"], "nowhere.json"),
@@ -261,22 +274,55 @@ def no_weights(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_weights")
 def test_an_evaluation_in_numbers(config: Config, run: Path, cache: Path, tmp_path: Path) -> None:
     output = tmp_path / "r.jsonl"
-    lines = list(evaluation(run, cache, None, "test", ["world", "zero"], output, {"eval_batch_size": 3}))
+    lines = list(evaluation([run], cache, None, "test", ["world", "zero"], output, {"eval_batch_size": 3}))
     assert lines == [
         f"projection   {run / 'checkpoint-1'}, for gemma",
         f"Gemma        {config.model_name}: a local folder; cpu, torch.float32",
         f"reads        4 of 4 statements, 2 of 2 images, from {cache}: latents and vision features",
         "asks         2 systems (world, zero) about 4 statements, 2 batches",
+        "trained on   6 statements of own data train, which shows 2 of the 2 images of test",
         f"writes       {output}, 4 lines, and {output.with_suffix('.summary.json')}",
     ]
     folder = Path(str(config.image_folder))
     output.write_text("")
-    lines = list(evaluation(run, None, folder, "train", ["world"], output, {}))
+    lines = list(evaluation([run], None, folder, "train", ["world"], output, {}))
     assert lines[2:4] == [
         f"Cosmos VAE   {config.cosmos_model_name}: a local folder",
         f"reads        3 photographs in {folder}",
     ]
     assert lines[-1].startswith(f"writes       {output}, 6 lines (replaces the one there)")
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_evaluation_of_several_and_one_again(run: Path, cache: Path, tmp_path: Path) -> None:
+    other = run.parent / "other"
+    shutil.copytree(run, other)
+    with pytest.raises(ValueError, match="several models belong to no single run; name an --output"):
+        list(evaluation([run, other], cache, None, "test", ["world"], None, {}))
+    lines = list(evaluation([run, other], cache, None, "test", SYSTEMS, tmp_path / "r.jsonl", {}))
+    assert [line.split()[0] for line in lines] == [
+        *["projection", "Gemma"] * 2,
+        *["reads", "asks"] * 2,
+        "trained",
+        "writes",
+    ]
+    assert (
+        "asks         5 systems (world, baseline, zero, shuffled, text) about 4 statements, 1 batches"
+        in lines
+    )
+    lines = list(evaluation([run], cache, None, "test", ["world"], None, {}))
+    output = run / "evaluation" / "checkpoint-1-own-data-test.jsonl"
+    assert lines[-1] == f"writes       {output}, 4 lines, and {output.with_suffix('.summary.json')}"
+    write_jsonl(four_rows(), output)
+    output.with_suffix(".summary.json").touch()
+    assert list(recomputation(output)) == [
+        f"reads        {output}: 4 statements, world, baseline",
+        f"writes       {output.with_suffix('.summary.json')} (replaces the one there)",
+    ]
+    lines = list(plan_report(run))
+    assert lines[0] == f"reads        {output}: 4 statements, world, baseline"
+    assert f"             {run / 'alignment.json'}: not there, which the page says" in lines
+    assert lines[-1] == f"writes       {run / 'report.html'}"
 
 
 def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, tmp_path: Path) -> None:
@@ -289,7 +335,7 @@ def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, t
             "output": tmp_path / "r",
         }
         cache_, folder, split, systems, output = (values | changes).values()
-        return lambda: list(evaluation(run, cache_, folder, split, systems, output, {}))  # type: ignore[arg-type]
+        return lambda: list(evaluation([run], cache_, folder, split, systems, output, {}))  # type: ignore[arg-type]
 
     with pytest.raises(ValueError, match=r"2 of 2 photographs cannot be read:\n  .*no file in "):
         plan(cache=None, folder=tmp_path)()
@@ -330,7 +376,7 @@ def test_a_model_that_is_nowhere_stops_it(config: Config, run: Path, cache: Path
     with pytest.raises(Fault, match=r"a local folder without vae/config\.json; name a folder with a model"):
         list(extraction(replace(config, cosmos_model_name=str(empty)), cache, False, False, None))
     with pytest.raises(Fault, match=r"a local folder without config\.json"):
-        list(evaluation(run, cache, None, "test", ["world"], tmp_path / "r", {"model_name": str(empty)}))
+        list(evaluation([run], cache, None, "test", ["world"], tmp_path / "r", {"model_name": str(empty)}))
 
 
 def test_a_folder_that_is_not_ones_own_stops_it(

@@ -1,8 +1,16 @@
 """What the controls are given to see."""
 
-import pytest
+from pathlib import Path
 
-from theworld.evaluate import shuffled_images
+import numpy as np
+import pytest
+import torch
+from test_model import latents_of, make_model, vision_of
+
+from theworld.evaluate import predict, shuffled_images
+from theworld.gemma import Gemma
+from theworld.metrics import SYSTEMS
+from theworld.vsr import Statement
 
 
 def test_shuffled_gives_every_image_another_one_and_each_once() -> None:
@@ -13,3 +21,43 @@ def test_shuffled_gives_every_image_another_one_and_each_once() -> None:
     assert other == shuffled_images(images[::-1])
     with pytest.raises(ValueError, match="at least two images"):
         shuffled_images(["a.jpg"])
+
+
+def test_beside_the_two_answers_stands_what_the_whole_vocabulary_has(
+    gemma: Gemma, photographs: Path, statements: list[Statement]
+) -> None:
+    model = make_model(gemma)
+    seen = {}
+
+    def vision(images: tuple[str, ...]) -> torch.Tensor:
+        seen[images] = True
+        return vision_of(gemma, photographs, images)
+
+    found = predict(model, statements, latents_of, vision, SYSTEMS, batch_size=4)
+    assert list(found) == list(SYSTEMS)
+    batch = model.packer().pack(statements, [None] * 6)
+    with torch.no_grad():
+        logits = model(batch, None, vision_of(gemma, photographs, batch.images)).double()
+    zero, one = gemma.answer_ids
+    wanted = torch.stack([logits[:, zero], logits[:, one], logits.exp().sum(1).log()], 1)
+    torch.testing.assert_close(torch.from_numpy(found["baseline"]).double(), wanted, atol=1e-5, rtol=1e-5)
+    for values in found.values():
+        assert values.shape == (6, 3)
+        assert (values[:, 2] > np.logaddexp(values[:, 0], values[:, 1])).all()
+    assert np.abs(found["text"] - found["baseline"]).max() > 1e-2
+
+
+def test_text_alone_needs_no_photograph(gemma: Gemma, statements: list[Statement]) -> None:
+    def nothing(images: tuple[str, ...]) -> torch.Tensor:
+        raise AssertionError(f"asked for {images}")
+
+    found = predict(make_model(gemma), statements, nothing, nothing, ("text",))
+    assert found["text"].shape == (6, 3)
+
+
+def test_text_alone_is_no_system_of_a_gemma_that_sees_nothing(
+    text_gemma_folder: Path, statements: list[Statement]
+) -> None:
+    model = make_model(Gemma(str(text_gemma_folder)))
+    with pytest.raises(ValueError, match="sees no photograph, so it is 'baseline'; leave it out"):
+        predict(model, statements, latents_of, None, ("baseline", "text"))

@@ -1,6 +1,5 @@
 """Phase 1 shared among processes: whoever takes part, the files are those of a single run."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,11 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EMBEDDED_VAE, ROOT
-from PIL import Image
+from conftest import ROOT
+from jobs import config_of, content, make_photographs
 
 from theworld import files, reading
-from theworld.config import Config, save_config
 from theworld.extract import _seconds_an_image, extract, preflight, verify
 from theworld.images import sha256
 from theworld.parts import part_of
@@ -27,33 +25,6 @@ from theworld.store import ArraySpec, ImageEntry, Store, StoreError
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def make_photographs(folder: Path, number: int, size: int) -> Config:
-    """Settings of an extraction of so many photographs of noise, in shards of 8 and batches of 3."""
-    generator = np.random.default_rng(0)
-    (folder / "photographs").mkdir(parents=True)
-    names = [f"{i:04}.png" for i in range(number)]
-    for name in names:
-        pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "photographs" / name)
-    row = {"image_link": "", "caption": "The cat is on the mat.", "label": 1, "relation": "on"}
-    (folder / "annotations").mkdir()
-    for split, chosen in (("train", names), ("dev", names[:1]), ("test", names[:1])):
-        lines = [json.dumps({"image": name, **row}) + "\n" for name in chosen]
-        (folder / "annotations" / f"{split}.jsonl").write_text("".join(lines))
-    config = Config(
-        cosmos_model_name=str(EMBEDDED_VAE),
-        annotations=str(folder / "annotations"),
-        image_folder=str(folder / "photographs"),
-        latent_size=32,
-        shard_size=8,
-        encode_batch_size=3,
-        device="cpu",
-        num_workers=0,
-    )
-    save_config(config, folder / "config.json")
-    return config
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 68 photographs (9 shards), settings, and `cache`, what a single run makes of them."""
@@ -61,14 +32,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = make_photographs(folder, 68, 20)
     assert extract(config, folder / "cache", with_vision=False, allow_missing=False)
     return folder
-
-
-def config_of(job: Path) -> Config:
-    return Config(**json.loads((job / "config.json").read_text()))
-
-
-def content(cache: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
 
 
 def command(job: Path, cache: Path, *arguments: str) -> list[str]:

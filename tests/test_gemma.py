@@ -32,6 +32,25 @@ def test_a_prompt_without_world_tokens_is_the_processors_own(
     assert prompt.world_at is None
 
 
+@pytest.mark.parametrize("caption", [c for _, c, _, _ in CAPTIONS])
+def test_a_prompt_without_image_is_the_processors_own_for_a_message_of_text(
+    gemma: Gemma, caption: str
+) -> None:
+    own = gemma.processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": QUESTION.replace("{caption}", caption)}]}],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    prompt = gemma.prompt(QUESTION, caption, with_world=False, with_image=False)
+    assert list(prompt.shared + prompt.branch) == own["input_ids"][0].tolist()
+    assert len(prompt.shared) == 1
+    assert gemma.image_token_id not in prompt.branch
+    first, last = prompt.caption
+    assert gemma.tokenizer.decode(prompt.branch[first:last]).strip() == caption
+
+
 def test_world_tokens_stand_after_the_users_turn_begins(gemma: Gemma) -> None:
     prompt = gemma.prompt(QUESTION, "The cup is on the book.", with_world=True)
     decode = gemma.tokenizer.decode

@@ -44,7 +44,7 @@ def without_cache(model: TheWorld, pixels: np.ndarray, question: str, with_world
     found: list[int] = []
     for _ in range(20):
         grown = type(prompt)(prompt.shared, (*prompt.branch, *found), prompt.world_at, prompt.caption)
-        packer._prompts[question, with_world] = grown
+        packer._prompts[question, with_world, True] = grown
         with torch.no_grad():
             logits = model(packer.pack([asked]), latents, vision)[0]
         logits[ends] = -torch.inf

@@ -88,10 +88,12 @@ def pixel(data: bytes) -> list[int]:
         ("I;16", 65_535, [255, 255, 255]),
     ],
 )
+@pytest.mark.torture("photographs", "every mode against golden values, decoder alone")
 def test_every_mode_of_a_png_gives_the_right_colour(mode: str, colour: Any, rgb: list[int]) -> None:
     assert pixel(encoded(Image.new(mode, (2, 2), colour))) == rgb
 
 
+@pytest.mark.torture("photographs", "every mode against golden values, decoder alone")
 def test_a_palette_gives_its_colours_and_its_transparent_entries_are_white() -> None:
     image = Image.new("P", (3, 1))
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
@@ -104,10 +106,12 @@ def test_a_palette_gives_its_colours_and_its_transparent_entries_are_white() -> 
     assert decode(graded, "a")[0].tolist() == [right[0], [255] * 3, [218, 220, 222]]
 
 
+@pytest.mark.torture("photographs", "every mode against golden values, decoder alone")
 def test_16_bit_colour_keeps_its_high_byte() -> None:
     assert pixel(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 0x0180, 0x80FF, 0xFFFF))) == [1, 0x80, 255]
 
 
+@pytest.mark.torture("photographs", "every mode against golden values, decoder alone")
 def test_a_transparent_grey_is_white() -> None:
     assert decode(png(3, 1, 8, 0, b"\0\x05\x06\x07", b"\0\x06"), "a")[0, :, 0].tolist() == [5, 255, 7]
     grey_16 = b"\0" + struct.pack(">3H", 257, 514, 515)
@@ -121,6 +125,7 @@ def test_a_transparent_colour_that_pil_would_lose_is_refused(bits: int, colour: 
     assert "save it with 8 bits" in reason(png(1, 1, bits, colour, rows, b"\0\x01" * (3 if colour else 1)))
 
 
+@pytest.mark.torture("photographs", "every mode against golden values, decoder alone")
 def test_cmyk_is_right_with_inverted_values_of_adobe() -> None:
     # Solid colours: JPEG's rounding is at most one step for each.
     for cmyk, rgb in (
@@ -165,6 +170,7 @@ def test_a_colour_profile_changes_nothing() -> None:
     ],
 )
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16"])
+@pytest.mark.torture("photographs", "all 8 EXIF orientations in L, RGB, RGBA and 16 bits")
 def test_every_orientation_is_turned_upright(orientation: int, right: list[list[int]], mode: str) -> None:
     stored = np.array([[1, 2, 3], [4, 5, 6]], dtype=np.uint8)
     image = (
@@ -196,6 +202,9 @@ def test_exif_that_cannot_be_parsed_counts_as_none() -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.torture(
+    "photographs", "every truncation of a JPEG, PNG, WebP, GIF, BMP refused, or no pixel lost"
+)
 def test_every_truncation_is_refused_or_loses_no_pixel(kind: str) -> None:
     data = encoded(noise(), kind)
     whole = decode(data, "a")
@@ -229,6 +238,7 @@ def test_damaged_bytes_are_an_image_error_or_pixels_and_never_another_error(kind
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+@pytest.mark.torture("photographs", "animated GIF, PNG and WebP refused")
 def test_animated_pictures_are_refused_and_single_ones_are_not(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     assert pixel(encoded(frames[0], kind, **({"lossless": True} if kind == "WEBP" else {}))) == [255, 0, 0]
@@ -259,6 +269,7 @@ def test_the_pixel_limit_is_exact_and_taken_from_the_header() -> None:
     assert reason(header, max_pixels=199) == "20 x 10 pixels; at most 199 are decoded"
 
 
+@pytest.mark.torture("photographs", "21 KB of 177 megapixels refused, memory up by less than 50 MB")
 def test_a_small_file_of_177_megapixels_is_refused_in_little_memory(tmp_path: Path) -> None:
     side = 13_300
     compressor = zlib.compressobj(9)
@@ -327,6 +338,7 @@ def test_the_bytes_of_a_file_are_read_through_links_that_stay_inside(tmp_path: P
     assert read_bytes(root, "sub/a.jpg") == read_bytes(str(tmp_path / "other"), "link.jpg") == b"bytes"
 
 
+@pytest.mark.torture("security", "paths that leave the folder: absolute, .., NUL, links, devices")
 def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "folder.jpg").mkdir()
@@ -345,12 +357,14 @@ def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../a.jpg", "sub/../../a.jpg", "a\0.jpg", "\ud800.jpg"])
+@pytest.mark.torture("security", "paths that leave the folder: absolute, .., NUL, links, devices")
 def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.jpg").write_bytes(b"secret")
     (tmp_path / "images" / "sub").mkdir(parents=True)
     assert "path" in file_reason(tmp_path / "images", name)
 
 
+@pytest.mark.torture("security", "paths that leave the folder: absolute, .., NUL, links, devices")
 def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     root = tmp_path / "images"
     root.mkdir()

@@ -21,7 +21,7 @@ def test_the_guides_run_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = 8 * (256 + 256 + 60)
     assert kept == 2 * tokens * 34 * 34_304
     again = replace(Config(), use_gradient_checkpointing=True)
-    assert training_bytes(again, PUBLISHED["4b"])[1] == 2 * tokens * (34 * 2_560 + 34_304)
+    assert training_bytes(again, PUBLISHED["4b"])[1] == 2 * tokens * (34 * 2_560 + 3 * 34_304)
     channels = replace(Config(), world_mode="channel")
     assert training_bytes(channels, PUBLISHED["4b"])[1] == 2 * 8 * (16 + 256 + 60) * 34 * 34_304
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import QUESTION
 from PIL import Image
 
-from theworld.batch import ZERO
+from theworld.batch import TEXT, ZERO
 from theworld.config import Config
 from theworld.gemma import Gemma
 from theworld.images import read_image
@@ -51,10 +51,12 @@ def any_gemma(request: pytest.FixtureRequest, gemma: Gemma, text_gemma_folder: P
     return gemma if request.param == "multimodal" else Gemma(str(text_gemma_folder))
 
 
-def transformers_logits(gemma: Gemma, statement: Statement, photographs: Path) -> torch.Tensor:
+def transformers_logits(
+    gemma: Gemma, statement: Statement, photographs: Path, with_image: bool = True
+) -> torch.Tensor:
     """float32[vocabulary] after the prompt, by transformers' own model and processor alone."""
     text = {"type": "text", "text": QUESTION.replace("{caption}", statement.caption)}
-    if gemma.is_multimodal:
+    if gemma.is_multimodal and with_image:
         content = [{"type": "image", "image": Image.open(photographs / statement.image)}, text]
     else:
         content = [text]
@@ -81,6 +83,22 @@ def test_without_world_tokens_the_logits_are_transformers_own(
     theirs = torch.stack([transformers_logits(any_gemma, s, photographs) for s in statements])
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_without_the_photograph_the_logits_are_transformers_own_of_the_text(
+    gemma: Gemma, photographs: Path, statements: list[Statement]
+) -> None:
+    model = make_model(gemma)
+    for packer in (model.packer(), model.packer(with_world=False)):
+        batch = packer.pack(statements, [TEXT] * 6)
+        assert batch.images == batch.worlds == ()
+        with torch.no_grad():
+            ours = model(batch, None, None)
+        theirs = torch.stack(
+            [transformers_logits(gemma, s, photographs, with_image=False) for s in statements]
+        )
+        assert theirs.std() > 0.1
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def reference_logits(model: TheWorld, statement: Statement, photographs: Path) -> torch.Tensor:
@@ -173,6 +191,8 @@ def test_all_systems_in_one_batch_answer_as_each_in_its_own(
     packer = model.packer()
     other = {"a.png": "b.png", "b.png": "c.png", "c.png": "a.png"}
     systems = [[s.image for s in statements], [other[s.image] for s in statements], [ZERO] * 6, [None] * 6]
+    if any_gemma.is_multimodal:
+        systems.append([TEXT] * 6)
 
     def answers(asked: list[Statement], worlds: list[str | None]) -> torch.Tensor:
         batch = packer.pack(asked, worlds)
@@ -182,9 +202,9 @@ def test_all_systems_in_one_batch_answer_as_each_in_its_own(
             )
 
     apart = [answers(statements, worlds) for worlds in systems]
-    together = answers(statements * 4, [world for worlds in systems for world in worlds])
+    together = answers(statements * len(systems), [world for worlds in systems for world in worlds])
     torch.testing.assert_close(together, torch.cat(apart), atol=1e-5, rtol=1e-5)
-    assert all((apart[i] - apart[j]).abs().max() > 1e-2 for i in range(4) for j in range(i))
+    assert all((apart[i] - apart[j]).abs().max() > 1e-2 for i in range(len(systems)) for j in range(i))
     own = torch.stack([reference_logits(model, s, photographs) for s in statements])
     torch.testing.assert_close(apart[0], own, atol=1e-5, rtol=1e-5)
 

@@ -317,7 +317,7 @@ def test_a_text_only_gemma_trains_and_evaluates(cache: Path, config: Config, tex
     config = replace(config, model_name=str(text_gemma_folder), do_eval=False)
     checkpoint = Trainer(config, cache).run()
     summary = summarise(score(checkpoint, cache, None, "test", SYSTEMS, {}))
-    assert set(summary["systems"]) == set(SYSTEMS)
+    assert set(summary["systems"]) == set(SYSTEMS) - {"text"}  # which is the baseline of a Gemma without eyes
 
 
 def test_a_start_at_image_tokens_needs_as_many_of_them(

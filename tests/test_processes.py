@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,12 +21,12 @@ from theworld.train import Trainer
 
 
 def launch(
-    config: Config, cache: Path, settings: Path, count: int = 2, **variables: str
+    config: Config, cache: Path, settings: Path, count: int = 2, flags: Sequence[str] = (), **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """tools/train.py in `count` processes, as `accelerate launch --multi_cpu` starts them, with these variables."""
     save_config(config, settings)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    arguments = ["tools/train.py", "--config", str(settings), "--cache", str(cache)]
+    arguments = ["tools/train.py", "--config", str(settings), "--cache", str(cache), *flags]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     return subprocess.run(
         [*launcher, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120

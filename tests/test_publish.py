@@ -436,7 +436,10 @@ def test_an_evaluation_beside_a_checkpoint_comes_with_its_upload(
     path = checkpoint_of(tmp_path, 2, pushing, 0.0)
     assert read_results(path) is None
     statements = [Statement("a.jpg", "On.", 1, "on", 0), Statement("b.jpg", "On.", 0, "on", 1)]
-    answers = {"world": np.array([[0.0, 1.0], [1.0, 0.0]]), "baseline": np.array([[0.0, 1.0], [0.0, 1.0]])}
+    answers = {
+        "world": np.array([[0.0, 1.0, 1.5], [1.0, 0.0, 1.5]]),
+        "baseline": np.array([[0.0, 1.0, 1.5], [0.0, 1.0, 1.5]]),
+    }
     summary = summarise(records(statements, answers, set()))
     beside = tmp_path / "checkpoint-2.jsonl"  # as tools/eval.py is told by --output
     beside.with_suffix(".summary.json").write_text(json.dumps(summary))
@@ -449,6 +452,23 @@ def test_an_evaluation_beside_a_checkpoint_comes_with_its_upload(
     with pytest.raises(ValueError, match=r"checkpoint-2\.summary\.json is no summary of tools/eval\.py"):
         read_results(path)
     assert not Publisher(pushing, tmp_path).finish(path, FACTS)  # and training goes on
+
+
+def test_an_evaluation_in_its_run_comes_with_it_too(tmp_path: Path) -> None:
+    path = checkpoint_of(tmp_path, 2, Config(), 0.0)
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    score = {"n": 8, "accuracy": 0.75, "low": 0.5, "high": 0.9}
+    results = {"statements": 8, "images": 3, "data": [["vsr_random", "test"]], "systems": {"world": score}}
+    (folder / "checkpoint-2-vsr_random-test.summary.json").write_text(json.dumps(results))
+    (folder / "checkpoint-20-vsr_random-test.summary.json").write_text("[]")  # of another
+    assert read_results(path) == results
+    assert "8 statements about 3 images of vsr_random test; p: exact McNemar." in model_card(
+        path, FACTS, [], results
+    )
+    beside = results | {"statements": 9}
+    (tmp_path / "checkpoint-2.summary.json").write_text(json.dumps(beside))
+    assert read_results(path) == beside
 
 
 def test_public_settings_make_a_config_again() -> None:

@@ -69,7 +69,7 @@ def test_a_list_of_thousands_with_odd_names_loads_as_it_was_written(tmp_path: Pa
     assert list(loaded.images.items()) == [(row.path, row.sha256) for row in rows]
     assert [loaded.row(name) for name in sorted(names)] == list(range(3008))
     assert plan._cut_lines(written) == loaded.images
-    assert [vars_of(image) for image in plan._parse_lines(written, tmp_path)] == list(loaded.images.items())
+    assert [vars_of(image) for image in plan.parse_images(written, tmp_path)] == list(loaded.images.items())
 
 
 def vars_of(image: ImageEntry) -> tuple[str, str]:
@@ -104,6 +104,7 @@ HASH = "0" * 64
         ("\n", "line 2 is not valid JSON"),
     ],
 )
+@pytest.mark.torture("security", "image lists spelled otherwise")
 def test_each_way_to_spell_a_line_otherwise_is_refused(tmp_path: Path, line: str, message: str) -> None:
     build(tmp_path, ["a"], 1)
     path, store = tmp_path / "images.jsonl", json.loads((tmp_path / "store.json").read_text())

@@ -12,7 +12,21 @@ from theworld.config import Config
 from theworld.extract import extract
 from theworld.train import Trainer
 
-FSDP = {"ACCELERATE_USE_FSDP": "true"}  # as `accelerate launch --use_fsdp` sets it
+# As `accelerate launch --use_fsdp` sets them by itself.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "1",
+    "FSDP_SHARDING_STRATEGY": "FULL_SHARD",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_MIN_NUM_PARAMS": "100000000",
+    "FSDP_FORWARD_PREFETCH": "false",
+    "FSDP_USE_ORIG_PARAMS": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_SYNC_MODULE_STATES": "true",
+    "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
+}
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
@@ -60,3 +74,14 @@ def test_a_frozen_language_model_is_not_sharded(config: Config, tmp_path: Path) 
     done = launch(config, cache, tmp_path / "run.json", 1, **FSDP)
     assert done.returncode != 0
     assert "started with --use_fsdp, but its language model is frozen" in done.stderr
+
+
+def test_a_dry_run_of_two_processes_speaks_once(config: Config, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    extract(config, cache, with_vision=True, allow_missing=False)
+    config = replace(config, freeze_gemma_language=False)
+    done = launch(config, cache, tmp_path / "run.json", flags=["--dry_run"], **FSDP)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 x 2 x 2 (processes) statements") == 1
+    assert done.stdout.splitlines()[-1] == "dry run: nothing was written"
+    assert not Path(config.output_dir).exists()

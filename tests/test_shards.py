@@ -23,6 +23,7 @@ VALUES = {"latent": np.array([[[1, 2], [3, 4]], [[5, 6], [7, 0x3F80]]], np.uint1
 @pytest.mark.parametrize(
     "path", ["", "/a.jpg", "../a", "a/../b", "./a", "a//b", "a\0b", "a\\b", "C:/a", "a/", "\udc80"]
 )
+@pytest.mark.torture("security", "paths in image lists: absolute, .., NUL, drives")
 def test_a_path_that_could_leave_the_folder_is_refused(path: str) -> None:
     with pytest.raises(StoreError, match="image path"):
         ImageEntry(path, "00" * 32)
@@ -290,6 +291,7 @@ def elsewhere(file: h5py.File) -> None:
         (elsewhere, "offset is"),
     ],
 )
+@pytest.mark.torture("security", "HDF5 of another schema: links, virtual, external, chunked, filters")
 def test_a_forged_file_with_right_hashes_is_refused(tmp_path: Path, attack, message: str) -> None:
     path, offset = tmp_path / "0.h5", 16000
     with h5py.File(path, "w") as file:

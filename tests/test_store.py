@@ -287,6 +287,7 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(tmp_path: Pat
 
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("rename", range(7))
+@pytest.mark.torture("cache", "SIGKILL before and after each rename, the store alone")
 def test_killed_at_each_rename(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, rename: int, after: bool
 ) -> None:
@@ -666,6 +667,7 @@ def test_a_forged_list_with_right_hashes_is_refused(tmp_path: Path, change: Call
         StoreReader(tmp_path)
 
 
+@pytest.mark.torture("security", "HDF5 of another schema: links, virtual, external, chunked, filters")
 def test_a_forged_shard_with_right_hashes_everywhere_is_refused(tmp_path: Path) -> None:
     build(tmp_path)
     path, record_path = tmp_path / "shards/00001.h5", tmp_path / "shards/00001.json"

@@ -72,9 +72,20 @@ def test_the_three_phases_one_after_the_other(settings: Path) -> None:
         assert line in done.stdout
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
-    assert set(rows[0]["systems"]) == {"world", "baseline", "zero", "shuffled"}
+    assert set(rows[0]["systems"]) == {"world", "baseline", "zero", "shuffled", "text"}
     summary = json.loads(output.with_suffix(".summary.json").read_text())
     assert summary["statements"] == 4
+
+    # The figures again, from the records alone, to the letter.
+    output.with_suffix(".summary.json").unlink()
+    again = tool("eval", "--from", output)
+    assert done.stdout.endswith(again.stdout)
+    assert json.loads(output.with_suffix(".summary.json").read_text()) == summary
+
+    done = tool("eval", "--model_name", run, "--cache", cache)
+    assert f"records: {run / 'evaluation' / 'checkpoint-2-own-data-test.jsonl'}" in done.stdout
+    assert tool("report", run).stdout == f"page: {run / 'report.html'}\n"
+    assert (run / "report.html").read_text(encoding="utf-8").count("data:image/jpeg") > 0
 
     photographs = json.loads(settings.read_text())["image_folder"]
     other = settings.parent / "direct.jsonl"
@@ -159,7 +170,14 @@ def test_a_host_that_was_not_allowed_is_not_asked(tmp_path: Path) -> None:
     ("name", "arguments", "status", "message"),
     [
         ("extract_latents", ["--cache", "nowhere"], 1, "image_folder is not set: give --image_folder"),
-        ("extract_latents", ["--verify", "--cache", "nowhere"], 1, "nowhere: no store in it"),
+        ("extract_latents", ["--verify", "--cache", "nowhere"], 2, "nowhere: no store in it"),
+        (
+            "extract_latents",
+            ["--repair", "--part", "1/2"],
+            2,
+            "--part and --dry_run are for extracting; --verify shows",
+        ),
+        ("extract_latents", ["--repair", "--verify"], 2, "not allowed with argument"),
         ("extract_latents", ["--latent_sise", "64"], 2, "the nearest known flag is --latent_size"),
         ("extract_latents", ["--part", "9/8"], 2, "--part: '9/8' is not I/N with I from 1 to N, such as 3/8"),
         ("train", ["--cache", "nowhere"], 1, "nowhere"),
@@ -171,6 +189,10 @@ def test_a_host_that_was_not_allowed_is_not_asked(tmp_path: Path) -> None:
         ("get_images", ["--num_workers", "0"], 2, "--num_workers is 0; give 1 or more"),
         ("eval", ["--model_name", "nowhere", "--cache", "c"], 1, "nowhere: neither a checkpoint"),
         ("eval", ["--model_name", "nowhere"], 2, "one of the arguments --cache --image-dir"),
+        ("eval", ["--cache", "c"], 2, "give --model_name, or --from without --model_name and --output"),
+        ("eval", ["--from", "r.jsonl", "--output", "o.jsonl"], 2, "--from without --model_name and --output"),
+        ("eval", ["--from", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+        ("report", ["nowhere"], 1, "nowhere: no such folder; name a run such as checkpoints/vsr"),
     ],
 )
 def test_wrong_usage_is_answered_in_words(name: str, arguments: list[str], status: int, message: str) -> None:
@@ -180,7 +202,7 @@ def test_wrong_usage_is_answered_in_words(name: str, arguments: list[str], statu
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["get_images", "extract_latents", "train", "eval", "demo"])
+@pytest.mark.parametrize("name", ["get_images", "extract_latents", "train", "eval", "report", "demo"])
 def test_help_shows_every_flag_with_its_default(name: str) -> None:
     text = tool(name, "--help").stdout
     assert "default" in text

@@ -124,6 +124,7 @@ def test_a_line_that_is_no_object_is_named(tmp_path: Path, line: str, words: lis
         *[("image_link", value) for value in (5, "a\0")],
     ],
 )
+@pytest.mark.torture("security", "bad fields of annotations named, paths among them")
 def test_a_bad_field_is_named_with_its_value_and_the_cure(tmp_path: Path, field: str, value: object) -> None:
     message = refusal(tmp_path, json.dumps({**ROW, field: value}))
     assert message.startswith(f"train.jsonl:2: {field} is {json.dumps(value)}; give ")

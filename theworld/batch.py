@@ -32,7 +32,9 @@ from theworld.targets import integers, targets
 from theworld.vsr import Statement
 
 ROW_MULTIPLE = 128  # rows for flex attention are padded to a multiple of its block
-ZERO = ""  # in the place of an image path: world tokens of the mean latent, which says nothing
+# In the place of an image path, as none can be:
+ZERO = ""  # world tokens of the mean latent, which says nothing
+TEXT = "/"  # neither world tokens nor the photograph, for a Gemma that sees one otherwise
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,14 @@ class Packer:
         self.max_length = max_length
         self.frozen_columns = not (gemma.trained or gemma.plain_decoder)
         self.flex = gemma.attention == "flex_attention"
-        self._prompts: dict[tuple[str, bool], Prompt] = {}
+        self._prompts: dict[tuple[str, bool, bool], Prompt] = {}
 
-    def prompt(self, caption: str, with_world: bool) -> Prompt:
+    def prompt(self, caption: str, with_world: bool, with_image: bool = True) -> Prompt:
         """The tokenised prompt of one caption. ValueError if it is longer than `max_length`."""
-        key = (caption, with_world)
+        key = (caption, with_world, with_image)
         if key not in self._prompts:
-            prompt = self.gemma.prompt(self.question_template, caption, with_world, self.world_position)
+            template, position = self.question_template, self.world_position
+            prompt = self.gemma.prompt(template, caption, with_world, position, with_image)
             length = len(prompt.shared) + len(prompt.branch) + with_world * (self.num_world_tokens + 2)
             if self.max_length is not None and length > self.max_length:
                 raise ValueError(
@@ -121,13 +124,14 @@ class Packer:
 
     def pack(self, statements: Sequence[Statement], worlds: Sequence[str | None] | None = None) -> Batch:
         """One batch of these statements. `worlds`: for each the image whose latents are its world tokens, ZERO for
-        latents that say nothing, None for no world tokens at all; by default its own image's."""
+        latents that say nothing, None for no world tokens at all, TEXT for no photograph either; by default its
+        own image's."""
         if worlds is None:
             worlds = [s.image if self.num_world_tokens else None for s in statements]
         roots: dict[Any, _Node] = {}
         leaves = []
         for index, (statement, world) in enumerate(zip(statements, worlds, strict=True)):
-            prompt = self.prompt(statement.caption, world is not None)
+            prompt = self.prompt(statement.caption, world not in (None, TEXT), world != TEXT)
             path = [*self._shared(prompt, statement.image, world), _Segment(index, prompt.branch)]
             leaves.append((_add(roots, path), prompt))
         nodes = list(roots.values())
@@ -146,8 +150,10 @@ class Packer:
         tokens, at = prompt.shared, prompt.world_at
         if world is None:
             return [self._segment(("image", image), tokens, image)]
-        assert at is not None
         # In dense rows a tree is as long as a row, so there nothing that says nothing is shared by all images.
+        if world == TEXT:
+            return [_Segment(("text", None if self.flex else image), tokens)]
+        assert at is not None
         key = ("world", world, image if world == ZERO and not self.flex else None)
         slots = [0] * (self.num_world_tokens + 2)
         ahead = (1, len(slots) - 1) if self.world_attention == "bidirectional" else (0, 0)

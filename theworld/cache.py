@@ -8,7 +8,7 @@ cache/failures.jsonl   images that statements name but that could not be read, w
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from theworld.config import Config
 from theworld.gemma import Gemma
-from theworld.images import read_image, square, to_unit_range
+from theworld.images import PREPROCESSING, ImageError, decode, read_bytes, sha256, square, to_unit_range
 from theworld.store import StoreError, StoreMismatch, StoreReader, fingerprint_differences
 from theworld.vsr import Statement, images_of
 from theworld.weights import model_id
@@ -44,6 +44,9 @@ def latent_pixels(pixels: np.ndarray, size: int) -> Tensor:
     return torch.from_numpy(to_unit_range(square(pixels, size)))
 
 
+_PREPROCESSING = {f"preprocessing_{key}": value for key, value in PREPROCESSING.items()}
+
+
 def expected_latents(config: Config) -> dict[str, Any]:
     """The fields of a latents fingerprint that follow from a run's settings."""
     expected: dict[str, Any] = {
@@ -51,6 +54,7 @@ def expected_latents(config: Config) -> dict[str, Any]:
         "latent_size": config.latent_size,
         "num_world_steps": config.num_world_steps,
         "posterior": "mean",
+        **_PREPROCESSING,
         **config.rollout_settings,
     }
     return expected | ({"storage_dtype": config.latent_dtype} if config.latent_dtype else {})
@@ -58,7 +62,7 @@ def expected_latents(config: Config) -> dict[str, Any]:
 
 def expected_vision(config: Config) -> dict[str, Any]:
     """The fields of a vision fingerprint that follow from a run's settings."""
-    return {"model_name": model_id(config.model_name)}
+    return {"model_name": model_id(config.model_name), **_PREPROCESSING}
 
 
 # Fields of a fingerprint that say how exactly a number was computed, not what it means.
@@ -206,19 +210,34 @@ class Rows:
 class LivePixels:
     """Photographs as Gemma's vision tower takes them: what a tower that trains has to see."""
 
-    def __init__(self, gemma: Gemma, image_folder: str | Path, max_image_pixels: int) -> None:
+    def __init__(
+        self,
+        gemma: Gemma,
+        image_folder: str | Path,
+        max_image_pixels: int,
+        hashes: Mapping[str, str] | None = None,
+    ) -> None:
+        """`hashes`: path -> SHA-256 of the photographs whose latents go with these features."""
         self.gemma = gemma
         self.image_folder = Path(image_folder)
         self.max_image_pixels = max_image_pixels
+        self.hashes = hashes
         self.readers = ThreadPoolExecutor(8)  # PIL decodes outside of Python's lock
 
     def __call__(self, images: Sequence[str]) -> Tensor:
-        """float32[len(images), 3, S, S] on the CPU. Raises ImageError for a photograph that cannot be read."""
+        """float32[len(images), 3, S, S] on the CPU. Raises ImageError for a photograph that cannot be read or was
+        changed."""
         return torch.cat(list(self.readers.map(self._one, images)))
 
     def _one(self, image: str) -> Tensor:
-        pixels = read_image(self.image_folder, image, max_pixels=self.max_image_pixels)
-        return self.gemma.pixel_values([pixels])
+        data = read_bytes(self.image_folder, image)
+        if self.hashes is not None and sha256(data) != self.hashes[image]:
+            raise ImageError(
+                image,
+                f"changed since its latents were extracted: SHA-256 was {self.hashes[image]}, is {sha256(data)}; "
+                "put it back, or extract into another --cache",
+            )
+        return self.gemma.pixel_values([decode(data, image, self.max_image_pixels)])
 
 
 class LiveVision(LivePixels):
@@ -226,7 +245,7 @@ class LiveVision(LivePixels):
 
     @torch.no_grad()
     def __call__(self, images: Sequence[str]) -> Tensor:
-        """dtype[len(images), N, V]. Raises ImageError for a photograph that cannot be read."""
+        """dtype[len(images), N, V]. Raises ImageError for a photograph that cannot be read or was changed."""
         return self.gemma.vision_features(super().__call__(images))
 
 
@@ -235,8 +254,16 @@ def read_failures(cache: str | Path) -> dict[str, str]:
     path = Path(cache) / FAILURES
     if not path.is_file():
         return {}
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return {row["path"]: row["reason"] for row in rows}
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        reasons = {row["path"]: row["reason"] for row in rows}
+        if not all(isinstance(text, str) for pair in reasons.items() for text in pair):
+            raise TypeError("path and reason are strings")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(
+            f"{path} is damaged: {error!r:.200}; run tools/extract_latents.py with --allow_missing again"
+        ) from None
+    return reasons
 
 
 def in_cache(statements: list[Statement], rows: Rows, cache: str | Path) -> tuple[list[Statement], str]:

@@ -72,10 +72,13 @@ def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
 
 def read_results(checkpoint: Path) -> dict[str, Any] | None:
     """The summary of an evaluation of a checkpoint: what `tools/eval.py --output .../checkpoint-N.jsonl` wrote beside
-    it; None without one. ValueError for a file that is none."""
-    path = checkpoint.with_name(f"{checkpoint.name}.summary.json")
-    if not path.exists():
+    it, else the newest that it wrote into evaluation/ of the run; None without one. ValueError for a file that is
+    none."""
+    beside = checkpoint.with_name(f"{checkpoint.name}.summary.json")
+    found = list((checkpoint.parent / "evaluation").glob(f"{checkpoint.name}-*.summary.json"))
+    if not (beside.exists() or found):
         return None
+    path = beside if beside.exists() else max(found, key=lambda path: path.stat().st_mtime_ns)
     results = json.loads(path.read_text())
     if not isinstance(results, dict) or not {"systems", "statements", "images"} <= results.keys():
         raise ValueError(f"{path} is no summary of tools/eval.py; move it away")
@@ -200,7 +203,11 @@ def _results(results: dict[str, Any] | None) -> str:
         p = f"{test['p_value']:.2g}" if test else ""
         interval = f"{score['low']:.1%} to {score['high']:.1%}"
         rows.append(f"| {system} | {score['n']:,} | {score['accuracy']:.1%} | {interval} | {p} |")
-    about = f"{results['statements']:,} statements about {results['images']:,} images; p: exact McNemar.\n\n"
+    data = ", ".join(" ".join(part) for part in results.get("data", []) if all(part))
+    of = f" of {data}" if data else ""
+    about = (
+        f"{results['statements']:,} statements about {results['images']:,} images{of}; p: exact McNemar.\n\n"
+    )
     return title + about + "\n".join(rows)
 
 
@@ -216,5 +223,5 @@ def _use(config: Config) -> str:
         f"model = TheWorld.from_pretrained(folder{own})\n"
         "```\n"
         "With its controls, on photographs of your own machine:\n"
-        "`python tools/eval.py --model_name FOLDER --image-dir images/ --split test --output results.jsonl`"
+        "`python tools/eval.py --model_name FOLDER --image-dir images/ --split test`"
     )

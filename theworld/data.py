@@ -1,7 +1,9 @@
 """What a run trains and evaluates on, checked against its settings before any model loads."""
 
 import contextlib
+import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from theworld.cache import (
     expected_vision,
     in_cache,
 )
+from theworld.compare import check_photographs
 from theworld.config import Config
 from theworld.feed import Fetch
 from theworld.gemma import Gemma, is_multimodal
@@ -25,6 +28,8 @@ from theworld.saved import read_world
 from theworld.store import StoreError
 from theworld.unfrozen import prepare_parts
 from theworld.vsr import Statement, images_of, load_statements, relation_note
+
+COMPARE_SECONDS = 60.0  # for comparing photographs before training; tools/doctor.py takes the time it needs
 
 
 @dataclass
@@ -65,7 +70,23 @@ def load_data(config: Config, cache: Path) -> Data:
     notes = [f"train: {train_note}", f"dev: {dev_note}"]
     if config.relation_loss_weight > 0:
         notes.append(relation_note(train))
+    notes += compared(config, latents, images_of([*train, *dev]))
     return Data(train, dev, latents, cached_vision(config, cache), notes)
+
+
+def compared(config: Config, latents: Rows, images: list[str]) -> list[str]:
+    """A line that says how many of a run's photographs were compared with what was extracted, where they are at hand.
+
+    Raises PhotographsChanged if one was edited, replaced or deleted. Only the first process looks.
+    """
+    if config.image_folder is None or os.environ.get("RANK", "0") != "0":
+        return []
+    folder = Path(config.image_folder)
+    if not any((folder / image).exists() for image in images):
+        return [f"photographs: not in {folder}, so they were not compared with the cache"]
+    hashes = {image: latents.reader.images[image] for image in images}
+    extracted = (latents.reader.root / "manifest.json").stat().st_mtime
+    return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS)]
 
 
 def cached_vision(config: Config, cache: Path) -> Rows | None:
@@ -83,7 +104,7 @@ def prepare_gemma(gemma: Gemma, config: Config, data: Data, start: Path | None) 
         world = read_world(start)
         check_meaning(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
     prepare_parts(gemma, config, world)
-    data.vision = vision_for(gemma, config, data.vision, data.notes)
+    data.vision = vision_for(gemma, config, data.vision, data.notes, data.latents.reader.images)
     if isinstance(data.vision, Rows):
         gemma.drop_vision()
 
@@ -98,9 +119,16 @@ def load_model(gemma: Gemma, config: Config, data: Data, start: Path | None) -> 
     return model
 
 
-def vision_for(gemma: Gemma, config: Config, cached: Fetch | None, notes: list[str]) -> Fetch | None:
+def vision_for(
+    gemma: Gemma,
+    config: Config,
+    cached: Fetch | None,
+    notes: list[str],
+    hashes: Mapping[str, str] | None = None,
+) -> Fetch | None:
     """Where a Gemma's sight comes from: cached features, photographs through its tower or, if that trains, photographs
-    alone; None for one that does not see. Adds a note where cached features are of no use.
+    alone; None for one that does not see. Adds a note where cached features are of no use. `hashes`: path -> SHA-256 of
+    the photographs whose latents go with them.
 
     Raises ValueError if photographs are needed and `image_folder` is not set, StoreMismatch if cached features are
     another tower's.
@@ -122,7 +150,7 @@ def vision_for(gemma: Gemma, config: Config, cached: Fetch | None, notes: list[s
         other = "" if gemma.changed else ", or extract them once with tools/extract_latents.py --gemma_vision"
         raise ValueError(f"this Gemma looks at the photographs: {reason}; give --image_folder{other}")
     kind = LivePixels if VISION_PART in gemma.trained else LiveVision
-    return kind(gemma, config.image_folder, config.max_image_pixels)
+    return kind(gemma, config.image_folder, config.max_image_pixels, hashes)
 
 
 def check_same_eyes(gemma: Gemma, vision: Rows) -> None:

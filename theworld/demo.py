@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The main job at toy size: drawn scenes through all three phases, then a table and two pictures.
+"""The main job at toy size: drawn scenes through all three phases, then a table, two pictures and a page.
 
 python tools/demo.py            in the project's folder
 python -m theworld.demo         anywhere, once the package is installed
@@ -32,8 +32,16 @@ NAMES = {
     "world": "world tokens",
     "zero": "zero latents",
     "shuffled": "another image's latents",
+    "text": "text only",
 }
-COLOURS = {"baseline": "#8a8f98", "world": "#0b7a75", "zero": "#c9a227", "shuffled": "#b5533c"}
+COLOURS = {
+    "baseline": "#8a8f98",
+    "world": "#0b7a75",
+    "zero": "#c9a227",
+    "shuffled": "#b5533c",
+    "text": "#6a46a8",
+}
+ALIGNED = 60  # scenes whose tokens are looked at
 
 
 def run_demo(
@@ -44,9 +52,13 @@ def run_demo(
     Everything goes under `output`; an earlier demo's output there is removed, any other folder is refused.
     """
     # Here and not above: torch takes seconds to load, and --help should not.
+    from theworld.align import align
+    from theworld.align_picture import draw
     from theworld.extract import extract
-    from theworld.metrics import SYSTEMS, summarise, table, write_jsonl
-    from theworld.score import score
+    from theworld.metrics import SYSTEMS, publish_json, read_jsonl
+    from theworld.report import write_report
+    from theworld.score import score_to_file
+    from theworld.tables import table
     from theworld.train import Trainer
 
     start = time.perf_counter()
@@ -67,13 +79,17 @@ def run_demo(
     print("3/4 phase 2: the projection learns from the cache", flush=True)
     checkpoint = Trainer(config, output / "cache").run()
     print("4/4 phase 3: held-out scenes, with controls", flush=True)
-    rows = score(checkpoint, output / "cache", None, "test", SYSTEMS, {})
-    write_jsonl(rows, output / "results.jsonl")
-    summary = summarise(rows)
+    run, cache, results = output / "run", output / "cache", output / "results.jsonl"
+    command = f"python tools/eval.py --model_name {run} --cache {cache} --output {results}".split(" ")
+    _, summary = score_to_file([run], "test", cache, None, SYSTEMS, {}, command, results)
     print("\n" + table(summary) + "\n")
-    draw_result(summary, output / "run" / "metrics.jsonl", output / "result.png")
-    draw_scenes(rows, output / "scenes" / "images", output / "scenes.png")
-    print(f"pictures: {output / 'result.png'}, {output / 'scenes.png'}")
+    draw_result(summary, run / "metrics.jsonl", output / "result.png")
+    draw_scenes(read_jsonl(results), output / "scenes" / "images", output / "scenes.png")
+    measured, alignment = align(checkpoint, cache, "test", ALIGNED, {})
+    draw(measured, alignment, run / "alignment.png")
+    publish_json(alignment, run / "alignment.json")
+    page = write_report(run, output / "report.html", results)
+    print(f"pictures: {output / 'result.png'}, {output / 'scenes.png'}; all of it as a page: {page}")
     result = {
         "statements": summary["statements"],
         **{
@@ -146,7 +162,7 @@ def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
     )
     left.set(xlabel="optimizer step", ylabel="loss at the label token, nats", title="Training")
     left.set_ylim(bottom=0)
-    order = ["baseline", "world", "zero", "shuffled"]
+    order = list(NAMES)
     for row, system in enumerate(order):
         value = summary["systems"][system]
         right.barh(row, value["accuracy"], color=COLOURS[system], height=0.62)

@@ -11,6 +11,7 @@ from packaging.requirements import Requirement
 
 from theworld.cache import LATENTS, VISION, expected_latents, expected_vision, read_failures
 from theworld.checkpoint import checkpoint_step, find_checkpoint, list_checkpoints
+from theworld.compare import check_photographs
 from theworld.config import Config
 from theworld.dry_run import plan_latents, plan_vision
 from theworld.images import ImageError, read_image
@@ -63,6 +64,7 @@ def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
         ("photographs", lambda: _photographs(config)),
         ("latents", lambda: _store("latents", cache / LATENTS, extract, config)),
         ("vision", lambda: _store("vision", cache / VISION, f"{extract} --gemma_vision", config)),
+        ("compared", lambda: _compared(config, cache / LATENTS)),
         ("output_dir", lambda: _output(config)),
     ]
     found: list[Finding] = []
@@ -190,7 +192,7 @@ def _store(topic: str, root: Path, command: str, config: Config) -> Iterator[Fin
     reader = StoreReader(root, expected_latents(config) if topic == "latents" else expected_vision(config))
     problems = verify_store(root)
     if problems:
-        yield Finding(topic, FAULT, problems[0], command)
+        yield Finding(topic, FAULT, problems[0], f"{command} --repair")
         return
     left_out = read_failures(root.parent)
     names = images_of([s for own in _statements(config).values() for s in own])
@@ -200,6 +202,14 @@ def _store(topic: str, root: Path, command: str, config: Config) -> Iterator[Fin
     )
     cure = f"{len(missing):,} of the statements' images are not in it: extract again" if missing else ""
     yield Finding(topic, FAULT if missing else OK, says, cure)
+
+
+def _compared(config: Config, root: Path) -> Iterator[Finding]:
+    """Every photograph that is at hand with what was extracted."""
+    folder = Path(config.image_folder or "")
+    if config.image_folder is None or not folder.is_dir() or not (root / "manifest.json").exists():
+        return
+    yield Finding("compared", OK, check_photographs(StoreReader(root).images, folder))
 
 
 def _room(root: Path, config: Config) -> str:

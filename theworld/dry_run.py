@@ -29,26 +29,31 @@ from theworld.checkpoint import find_checkpoint, find_model
 from theworld.config import Config, load_config
 from theworld.data import cached_vision
 from theworld.encodings import common_fields, libraries
-from theworld.evaluate import shuffled_images
+from theworld.evaluate import possible_systems, shuffled_images
 from theworld.extract import amount, check_models, check_readable, source_of
 from theworld.gemma import is_multimodal
+from theworld.held_out import held_out
+from theworld.metrics import read_jsonl
 from theworld.parts import Part, num_launched
 from theworld.places import (
     GEMMA_FILE,
     VAE_FILE,
+    Elsewhere,
     check_folder,
     check_output,
     locate,
     missing_photographs,
+    split_at_hand,
     statements_at_hand,
 )
 from theworld.plan import ABSENT, Plan, image_differences, paths, read_manifest
 from theworld.projection import ProjectionShape
+from theworld.provenance import default_output, short_names
 from theworld.saved import CONFIG_FILE, read_world
 from theworld.saved import VISION as VISION_PART
 from theworld.store import ArraySpec, StoreMismatch, fingerprint_differences
 from theworld.vae import SPATIAL_FACTOR
-from theworld.vsr import Statement, images_of, load_statements
+from theworld.vsr import Statement, images_of
 from theworld.weights import resolve_device, resolve_dtype, wants_compile
 
 Split = dict[str, list[Statement]]
@@ -193,18 +198,58 @@ def store_lines(
 
 
 def evaluation(
-    model_name: Path,
+    models: Sequence[Path],
     cache: Path | None,
     image_folder: Path | None,
     split: str,
     systems: Sequence[str],
-    output: Path,
+    output: Path | None,
     overrides: dict[str, Any],
+    train_annotations: str | None = None,
+    allow_trained: bool = False,
 ) -> Iterator[str]:
-    """What `theworld.score.score` would do with the same arguments, and what is written to `output`."""
-    config, world, sees = yield from _saved_model(find_model(model_name), overrides)
-    statements = yield from _split(config, split)
-    photographs = image_folder
+    """What `theworld.score.score_to_file` would do with the same arguments."""
+    found = [find_model(model) for model in models]
+    checkpoints = dict(zip(short_names(models, found), found, strict=True))
+    saved = []
+    for checkpoint in found:
+        saved.append((yield from _saved_model(checkpoint, overrides)))
+    try:
+        data = held_out(checkpoints, split, overrides, train_annotations, allow_trained, split_at_hand)
+    except Elsewhere as error:
+        yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
+        data = None
+    for config, world, sees in saved:
+        statements = yield from _reads(
+            config, world, sees, cache, image_folder, [] if data is None else data.statements
+        )
+        asked = possible_systems(systems, sees, config.model_name)
+        if "shuffled" in asked and statements:
+            shuffled_images(images_of(statements))
+        batches = -(-len(statements) // config.eval_statements)
+        words = f"{len(asked)} systems ({', '.join(asked)})"
+        yield line("asks", f"{words} about {len(statements):,} statements, {batches:,} batches")
+    if data is not None:
+        seen, all_images = len(data.seen_images), len(images_of(data.statements))
+        shows = f"which shows {seen:,} of the {all_images:,} images of {split}"
+        yield line("trained on", f"{'; '.join(data.trained_on.values())}, {shows}")
+    name = "the data" if data is None else data.dataset  # which counting will tell
+    path = output or default_output(models, found, name, split)
+    replaces = check_output(path)
+    yield line(
+        "writes", f"{path}, {len(statements):,} lines{replaces}, and {path.with_suffix('.summary.json')}"
+    )
+
+
+def _reads(
+    config: Config,
+    world: dict[str, Any],
+    sees: bool,
+    cache: Path | None,
+    photographs: Path | None,
+    statements: list[Statement],
+) -> Generator[str, None, list[Statement]]:
+    """What a model would read to answer statements, and which of them can be answered."""
     if cache is not None:
         statements, note = _cached(cache, world, statements)
         vision = sees and VISION_PART not in world["parts"] and cached_vision(config, cache) is not None
@@ -214,8 +259,7 @@ def evaluation(
                 "score from photographs with --image-dir"
             )
         yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
-        if sees and not vision:
-            photographs = Path(str(config.image_folder))
+        photographs = Path(str(config.image_folder)) if sees and not vision else None
     else:
         vae = locate(config.cosmos_model_name, VAE_FILE)
         yield line("Cosmos VAE", f"{config.cosmos_model_name}: {vae.words}")
@@ -224,15 +268,15 @@ def evaluation(
         missing = missing_photographs(names, photographs)
         check_readable([(name, f"no file in {photographs}") for name in missing], len(names), False)
         yield line("reads", f"{len(names):,} photographs in {photographs}")
-    if "shuffled" in systems and statements:
-        shuffled_images(images_of(statements))
-    batches = -(-len(statements) // config.eval_statements)
-    asked = f"{len(systems)} systems ({', '.join(systems)})"
-    yield line("asks", f"{asked} about {len(statements):,} statements, {batches:,} batches")
-    replaces = check_output(output)
-    yield line(
-        "writes", f"{output}, {len(statements):,} lines{replaces}, and {output.with_suffix('.summary.json')}"
-    )
+    return statements
+
+
+def recomputation(records: Path) -> Iterator[str]:
+    """What `tools/eval.py --from` would do."""
+    rows = read_jsonl(records)
+    yield line("reads", f"{records}: {len(rows):,} statements, {', '.join(rows[0]['systems'])}")
+    summary = records.with_suffix(".summary.json")
+    yield line("writes", f"{summary}{check_output(summary, '--from')}")
 
 
 def alignment(
@@ -275,12 +319,9 @@ def _cached(cache: Path, world: dict[str, Any], statements: list[Statement]) -> 
 
 
 def _split(config: Config, split: str) -> Generator[str, None, list[Statement]]:
-    """The statements of a split, as `theworld.score` reads them; none, and a line, where the hub alone has them."""
-    if config.annotations is not None:
-        return load_statements(config.annotations, split, config.dataset_name)
-    splits = statements_at_hand(None, config.dataset_name)
-    if splits is None:
-        says = f"{split} of {config.dataset_name}, from the hub when the run starts; not counted here"
-        yield line("statements", says)
+    """The statements of a split, as `theworld.align` reads them; none, and a line, where the hub alone has them."""
+    try:
+        return split_at_hand(config.annotations, split, config.dataset_name)
+    except Elsewhere as error:
+        yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
         return []
-    return splits["dev" if split == "validation" else split]

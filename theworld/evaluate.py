@@ -1,8 +1,9 @@
 """Phase 3, first half: what a model and its controls answer to each statement.
 
 Beside the model with its world tokens stand the controls that an accuracy means nothing without: Gemma without
-world tokens, zero latents, and the latents of another image. All of them are asked in the same batches, where they
-share what is the same: the world of an image serves its own statements and those of the image that is shown it.
+world tokens, zero latents, the latents of another image, and the text without the photograph. All of them are asked
+in the same batches, where they share what is the same: the world of an image serves its own statements and those of
+the image that is shown it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from theworld.batch import ZERO
+from theworld.batch import TEXT, ZERO
 from theworld.console import progress
 from theworld.feed import Fetch, Pass, ahead, make_pass
 from theworld.metrics import SYSTEMS
@@ -29,6 +30,14 @@ def shuffled_images(images: Sequence[str], seed: int = 0) -> dict[str, str]:
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
+def possible_systems(systems: Sequence[str], sees: bool, name: str) -> list[str]:
+    """Those that a Gemma of that name has, which sees photographs or does not. ValueError if none is left."""
+    possible = [system for system in systems if system != "text" or sees]
+    if not possible:
+        raise ValueError(f"system 'text': {name} sees no photograph, so it is 'baseline'; ask for that")
+    return possible
+
+
 @torch.no_grad()
 def predict(
     model: TheWorld,
@@ -40,14 +49,19 @@ def predict(
     quiet: bool = True,
     processes: Processes | None = None,
 ) -> dict[str, np.ndarray]:
-    """For each system float32[len(statements), 2]: the logits of '0' and '1' for each statement, in the order given.
+    """For each system float32[len(statements), 3]: for each statement, in the order given, the logits of '0' and '1',
+    and the logarithm of the sum of exp over the logits of the whole vocabulary.
 
-    `systems` are some of SYSTEMS; `vision` is None for a text-only Gemma. Several `processes` share the work, and
-    each gets all of the answers.
+    `systems` are some of SYSTEMS; `vision` is None for a text-only Gemma, of which "text" is no system: it would be
+    "baseline" again. Several `processes` share the work, and each gets all of the answers.
     """
     for system in systems:
         if system not in SYSTEMS:
             raise ValueError(f"system {system!r}: wanted one of {', '.join(SYSTEMS)}")
+    if "text" in systems and not model.gemma.is_multimodal:
+        raise ValueError(
+            f"system 'text': {model.gemma.name} sees no photograph, so it is 'baseline'; leave it out"
+        )
     device = model.gemma.device
     other = shuffled_images(images_of(statements)) if "shuffled" in systems else {}
     order = _order(statements, other)
@@ -66,16 +80,18 @@ def predict(
             worlds = [_world(system, s.image, other) for system in systems for s in asked]
             yield chosen, make_pass(model, packer, asked * len(systems), latents, vision, worlds)
 
-    logits = torch.zeros(len(systems), len(statements), 2, device=device)
+    logits = torch.zeros(len(systems), len(statements), 3, device=device)
     bar = progress(
         ahead(passes()), total=len(starts), desc="evaluate", unit=" batches", leave=False, disable=quiet
     )
     for chosen, one in bar:
         one = one.to(device)
         assert one.batch is not None
-        answers = model(one.batch, one.latents, one.vision)[:, list(model.gemma.answer_ids)]
+        every_token = model(one.batch, one.latents, one.vision)
+        two = every_token[:, list(model.gemma.answer_ids)]
         if chosen:
-            logits[:, chosen] = answers.view(len(systems), len(chosen), 2)
+            answers = torch.cat([two, every_token.logsumexp(1, keepdim=True)], 1)
+            logits[:, chosen] = answers.view(len(systems), len(chosen), 3)
     if processes is not None:
         (logits,) = processes.sum([logits])
     return dict(zip(systems, logits.cpu().numpy(), strict=True))
@@ -93,6 +109,7 @@ def _order(statements: Sequence[Statement], other: dict[str, str]) -> list[int]:
 
 
 def _world(system: str, image: str, other: dict[str, str]) -> str | None:
-    if system == "baseline":
-        return None
-    return ZERO if system == "zero" else other[image] if system == "shuffled" else image
+    """What the packer is told for a statement about `image`."""
+    if system in ("world", "shuffled"):
+        return image if system == "world" else other[image]
+    return {"baseline": None, "zero": ZERO, "text": TEXT}[system]

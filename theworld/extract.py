@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from theworld.cache import FAILURES, LATENTS, VISION, expected_latents
+from theworld.cache import FAILURES, LATENTS, VISION
 from theworld.config import Config
 from theworld.console import duration
 from theworld.encodings import Encoding, LatentEncoding, RolloutEncoding, VisionEncoding, open_store
+from theworld.files import make_folder
 from theworld.finished import refusals
+from theworld.foresee import check_settings
 from theworld.gemma import Gemma, is_multimodal
 from theworld.image_by_image import roll_out
 from theworld.listing import freeze, known_hashes, write_failures
@@ -25,8 +27,9 @@ from theworld.places import GEMMA_FILE, VAE_FILE, check_room, locate
 from theworld.reading import Batches, Source, num_workers
 from theworld.rollout import Rollout, check_rollout
 from theworld.stages import batches_of, encode_shards
-from theworld.store import ImageEntry, Store, check_existing, verify_store
+from theworld.store import ImageEntry, Store
 from theworld.vae import CosmosEncoder
+from theworld.verify import Problem, examine
 from theworld.vsr import images_of, load_all
 from theworld.weights import resolve_device, resolve_dtype, wants_compile
 
@@ -79,15 +82,17 @@ def _seconds_an_image(
     return max(reading, encoding_seconds(batch_size))
 
 
-def verify(cache: Path) -> list[str]:
+def stores_of(cache: Path) -> list[Path]:
+    """The folders of the stores that are in a cache."""
+    return [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
+
+
+def verify(cache: Path) -> list[Problem]:
     """What is wrong with the stores of a cache; empty when every byte reads back as it was written."""
-    problems: list[str] = []
-    stores = [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
+    stores = stores_of(cache)
     if not stores:
-        return [f"{cache}: no store in it; run tools/extract_latents.py first"]
-    for root in stores:
-        problems += verify_store(root)
-    return problems
+        return [Problem(f"{cache}: no store in it; run tools/extract_latents.py first", (), damaged=False)]
+    return [problem for root in stores for problem in examine(root)]
 
 
 def extract(
@@ -106,36 +111,45 @@ def extract(
     unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded.
     """
     part = this_part(part)
-    if config.num_world_steps:
-        part.from_first(lambda: _check_rollout(config, cache, guardrail))
-    images = part.from_first(lambda: list_images(config, cache, source_of(config, part), allow_missing))
+    device = part.device(config.device)
+
+    def look() -> list[ImageEntry]:
+        source = source_of(config, part)
+        check_settings(config, cache, device, with_vision)
+        if config.num_world_steps:
+            check_rollout(config, guardrail)
+        return list_images(config, cache, source, allow_missing)
+
+    images = part.from_first(look)
     part.from_first(lambda: check_models(config, with_vision))
     source = source_of(config, part)
-    device = resolve_device(part.device(config.device))
-    if device.index is not None:
-        torch.cuda.set_device(device)  # pinned memory and events are of the current one
-    dtype = resolve_dtype(config.dtype, device)
-    compiled = wants_compile(config.compile, device)
-    encoder = CosmosEncoder(config.cosmos_model_name, dtype, device, compiled)
-    latents = LatentEncoding(encoder, config.latent_size, config.latent_dtype)
+    latents = load_encoding(LATENTS, config, device)
     if config.num_world_steps:
-        rollout = Rollout(config, dtype, device, encoder.revision, guardrail)
+        assert isinstance(latents, LatentEncoding)
+        rollout = Rollout(config, latents.encoder.dtype, latents.device, latents.encoder.revision, guardrail)
         moments = RolloutEncoding(latents, rollout, config.encode_batch_size)
         complete = roll_out(moments, cache, images, source, config, part, allow_missing)
         del rollout, moments  # the largest models of all
     else:
         complete = run(latents, cache, images, source, config, part)
     if with_vision:
-        vision = VisionEncoding(Gemma(config.model_name, dtype, device), compiled)
+        vision = load_encoding(VISION, config, device)
         complete = run(vision, cache, images, source, config, part) and complete
     part.leave()
     return complete and part.speaks
 
 
-def _check_rollout(config: Config, cache: Path, guardrail: Any) -> None:
-    """What can be known to be wrong before hours are spent: a cache of other settings, no guardrail, no pipeline."""
-    check_existing(cache / LATENTS, expected_latents(config))
-    check_rollout(config, guardrail)
+def load_encoding(name: str, config: Config, device_name: str, exact: bool = False) -> Encoding:
+    """The encoding of one store, with its model on the device. `exact`: in float32 whatever the settings say."""
+    device = resolve_device(device_name)
+    if device.index is not None:
+        torch.cuda.set_device(device)  # pinned memory and events are of the current one
+    dtype = torch.float32 if exact else resolve_dtype(config.dtype, device)
+    compiled = not exact and wants_compile(config.compile, device)
+    if name == VISION:
+        return VisionEncoding(Gemma(config.model_name, dtype, device), compiled)
+    encoder = CosmosEncoder(config.cosmos_model_name, dtype, device, compiled)
+    return LatentEncoding(encoder, config.latent_size, None if exact else config.latent_dtype)
 
 
 def check_models(config: Config, with_vision: bool) -> None:
@@ -167,7 +181,7 @@ def list_images(config: Config, cache: Path, source: Source, allow_missing: bool
     names = images_of([statement for own in splits.values() for statement in own])
     if len(splits) < 3:
         tqdm.write(f"{config.annotations}: no other statements than those of {' and '.join(splits)}")
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
     images, failures = freeze(names, source, known_hashes(cache))
     refused = refusals(cache / LATENTS)
     predicted = [(image.path, refused[image.sha256]) for image in images if image.sha256 in refused]

@@ -76,7 +76,7 @@ def make_pass(
 ) -> Pass:
     """Packs statements (see `Packer.pack`) and fetches what their images have."""
     batch = packer.pack(statements, worlds)
-    seen = vision(batch.images) if vision is not None else None
+    seen = vision(batch.images) if vision is not None and batch.images else None
     return Pass(batch.statements, batch, model.latents(batch, latents), seen).pin(model.gemma.device)
 
 

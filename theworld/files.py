@@ -21,7 +21,8 @@ from typing import Any
 from theworld.jsonc import unique_keys
 
 SCHEMA_VERSION = 1
-MAX_JSON_BYTES = 1 << 30
+MAX_JSON_BYTES = 1 << 30  # images.jsonl and the manifest, which grow with the number of images
+MAX_STORE_BYTES, MAX_RECORD_BYTES = 1 << 22, 1 << 16  # store.json; a record
 STALE_SECONDS = 24 * 3600
 TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -78,16 +79,34 @@ def identity(path: Path) -> tuple[int, ...] | None:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def explained(error: OSError, path: Path, needed: str) -> OSError:
+    """The same error with the path, what was needed and how much room there is."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    return OSError(error.errno, f"{error.strerror or error}; {needed} needed, {free:,} bytes free", str(path))
+
+
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Makes the names in a folder durable. Raises OSError with its path."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what file systems say that cannot sync a folder at all
+                raise
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # what file systems say that cannot sync a folder at all
-            raise
-    finally:
-        os.close(descriptor)
+        raise explained(error, folder, "its names on disk") from error
+
+
+def make_folder(folder: Path) -> None:
+    """A folder, with those above it, if it is not there. Raises OSError with its path and the bytes free."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explained(error, folder, "a folder") from error
 
 
 def publish_bytes(path: Path, data: bytes, overwrite: bool = False) -> None:
@@ -117,9 +136,8 @@ def publish_bytes(path: Path, data: bytes, overwrite: bool = False) -> None:
             raise
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        detail = (
-            f"{error.strerror or error}; {len(data):,} bytes needed, {free:,} free; nothing was published"
-        )
+        reason = str(error.strerror or error).partition("; ")[0]
+        detail = f"{reason}; {len(data):,} bytes needed, {free:,} free; nothing was published"
         raise OSError(error.errno, detail, str(path)) from error
     finally:
         with contextlib.suppress(OSError):  # after the rename, or where nothing can be written
@@ -180,19 +198,21 @@ def seal(fields: dict[str, Any]) -> bytes:
     return (json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
 
 
-def read_plain(path: Path) -> bytes:
-    """All of a small plain file. StoreError if it is missing, no plain file or too large."""
+def read_plain(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
+    """All of a small plain file. StoreError if it is missing, no plain file or larger than `limit` bytes."""
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON_BYTES:
-            raise StoreError(f"{path}: {size:,} bytes, limit {MAX_JSON_BYTES:,}")
+        if size > limit:
+            raise StoreError(f"{path}: {size:,} bytes, limit {limit:,}")
         return file.readall()
 
 
-def read_sealed(path: Path, kinds: Mapping[str, type]) -> tuple[dict[str, Any], str]:
+def read_sealed(
+    path: Path, kinds: Mapping[str, type], limit: int = MAX_STORE_BYTES
+) -> tuple[dict[str, Any], str]:
     """The fields without the seal, and the SHA-256 of the file. StoreError if a single byte is not as
-    `seal` wrote it."""
-    data = read_plain(path)
+    `seal` wrote it, or if there are more than `limit` bytes."""
+    data = read_plain(path, limit)
     fields = parse_json(data, path)
     if fields.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         version = fields["schema_version"]

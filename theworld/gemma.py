@@ -168,7 +168,12 @@ class Gemma:
     # ---- prompts
 
     def prompt(
-        self, question_template: str, caption: str, with_world: bool, world_position: str = "before"
+        self,
+        question_template: str,
+        caption: str,
+        with_world: bool,
+        world_position: str = "before",
+        with_image: bool = True,
     ) -> Prompt:
         """The prompt of one statement, tokenised by Gemma's own chat template.
 
@@ -177,15 +182,16 @@ class Gemma:
 
         Without world tokens the whole is exactly what the processor makes of the same message. With them,
         what is left and right of them is tokenised by itself. `world_position` "after": they follow <eoi>.
+        Without the image (`with_image` False) it is that of a message which is text and nothing else.
         """
+        image = self.processor.full_image_sequence if self.processor and with_image else ""
         caption = caption.strip()
         for token in self._control_tokens:
             if token in caption:
                 raise ValueError(f"caption {caption!r} holds Gemma's control token {token!r}; remove it")
-        text = self._render(question_template.replace("{caption}", caption))
-        question_start = self._question_start(text, question_template)
+        text = self._render(question_template.replace("{caption}", caption), bool(image))
+        question_start = self._question_start(text, question_template, image)
         start = text.index(caption, question_start)
-        image = self.processor.full_image_sequence if self.processor else ""
         cut = text.index(image) if image else question_start
         if world_position == "after":
             cut += len(image.rstrip())  # right behind <eoi>, a sure boundary between tokens
@@ -199,32 +205,33 @@ class Gemma:
             spans += [(a + offset, b + offset) for a, b in encoded["offset_mapping"]]
             offset += len(piece)
         world_at = sum(b <= cut for _, b in spans) if with_world else None
-        branch_at = self._branch_start(ids, world_at)
+        branch_at = self._branch_start(ids, world_at, bool(image))
         in_caption = [i for i, (a, b) in enumerate(spans) if b > start and a < start + len(caption)]
         caption_range = (in_caption[0] - branch_at, in_caption[-1] + 1 - branch_at) if in_caption else (0, 0)
         own = tuple((spans[i][0] - start, spans[i][1] - start) for i in in_caption)
         return Prompt(tuple(ids[:branch_at]), tuple(ids[branch_at:]), world_at, caption_range, own)
 
-    def _render(self, question: str) -> str:
+    def _render(self, question: str, with_image: bool) -> str:
         content: list[dict[str, str]] = [{"type": "text", "text": question}]
-        if self.is_multimodal:
+        if with_image:
             content.insert(0, {"type": "image"})
         message = [{"role": "user", "content": content}]
         if self.processor is None:
             return self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         text = self.processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return text.replace(self.processor.boi_token, self.processor.full_image_sequence, 1)
+        if with_image:
+            text = text.replace(self.processor.boi_token, self.processor.full_image_sequence, 1)
+        return text
 
-    def _question_start(self, text: str, question_template: str) -> int:
+    def _question_start(self, text: str, question_template: str, image: str) -> int:
         """Where the question begins in the rendered text."""
         head = question_template.split("{caption}")[0].strip()
-        image = self.processor.full_image_sequence if self.processor else ""
         after_image = text.index(image) + len(image)
         return text.index(head, after_image) if head else after_image
 
-    def _branch_start(self, ids: list[int], world_at: int | None) -> int:
+    def _branch_start(self, ids: list[int], world_at: int | None, with_image: bool) -> int:
         """Special tokens and the world's place are sure boundaries between tokens, so the parts may split there."""
-        if self.is_multimodal:
+        if with_image:
             return ids.index(self.model.config.eoi_token_index) + 1
         return world_at if world_at is not None else 1
 

@@ -7,24 +7,18 @@ Dimensions: B questions, L tokens of the longest prompt, D width of the language
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
 from theworld.batch import Batch, Packer
-from theworld.cache import latent_pixels
 from theworld.gemma import Gemma
-from theworld.images import photograph
+from theworld.given import Photograph, look, paired
 from theworld.masks import attention_masks
 from theworld.vsr import Statement
-
-Photograph = str | Path | np.ndarray | Image.Image
 
 
 def generate_ids(
@@ -35,12 +29,7 @@ def generate_ids(
     **options: Any,
 ) -> Tensor:
     """The new tokens, int64[B, longest answer]; see `TheWorld.generate`, whose `model` this is."""
-    questions = [questions] if isinstance(questions, str) else list(questions)
-    pictures = [images] if isinstance(images, str | Path | np.ndarray | Image.Image) else list(images)
-    if not questions or len(pictures) not in (1, len(questions)):
-        raise ValueError(
-            f"{len(pictures)} images and {len(questions)} questions: give as many, or one image for all"
-        )
+    pictures, questions = paired(images, questions, "questions")
     prompts = _prompts(model, pictures, questions, with_world)
     length = max(embeddings.shape[1] for _, embeddings in prompts)
     cache = _read(model.gemma, prompts, length)
@@ -54,18 +43,17 @@ def _prompts(
     model: Any, pictures: list[Photograph], questions: list[str], with_world: bool
 ) -> list[tuple[Batch, Tensor]]:
     """For each question its prompt as a row of its own, and its embeddings dtype[1, L, D]."""
-    gemma, size = model.gemma, model.config.latent_size
-    pixels = [photograph(picture, model.config.max_image_pixels) for picture in pictures]
-    latents = [model.encoder.encode(latent_pixels(p, size)[None]) if with_world else None for p in pixels]
-    vision = [gemma.vision_features(gemma.pixel_values([p])) if gemma.is_multimodal else None for p in pixels]
+    device = model.gemma.device
+    seen, numbers = look(model, pictures, with_world)
     packer: Packer = model.packer(with_world)
     packer.question_template, packer.flex = "{caption}", False
     prompts = []
     for number, question in enumerate(questions):
-        own = number if len(pictures) > 1 else 0
-        asked = Statement(image=str(own), caption=question, label=0, relation="", index=number)
-        batch = packer.pack([asked]).to(gemma.device)
-        prompts.append((batch, model.embed(batch, latents[own], vision[own])))
+        own = seen[numbers[number if len(numbers) > 1 else 0]]
+        asked = Statement(image="photograph", caption=question, label=0, relation="", index=number)
+        batch = packer.pack([asked]).to(device)
+        latent = None if own.latent is None else own.latent.to(device)
+        prompts.append((batch, model.embed(batch, latent, own.vision)))
     return prompts
 
 

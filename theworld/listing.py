@@ -82,8 +82,9 @@ def known_hashes(cache: Path) -> dict[str, str]:
             try:
                 rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
                 known |= {row["path"]: row["sha256"] for row in rows}
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise StoreError(
-                    f"{path} is damaged: {error!r}; move {path.parent} away and extract again"
+                    f"{path} is damaged: {error!r:.200}; mend it with tools/extract_latents.py --repair, or move "
+                    f"{path.parent} away and extract again"
                 ) from None
     return known

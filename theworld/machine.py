@@ -73,11 +73,20 @@ def training_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
     world = 16 if config.world_mode == "channel" else (side // config.world_patch) ** 2
     world *= 1 + config.num_world_steps
     tokens = config.batch_size * (world + sizes.image_tokens + TEXT_TOKENS)
-    layer = 3 * sizes.hidden + 2 * sizes.feed_forward + sizes.heads * sizes.head_dim
-    kept = sizes.layers * layer
-    if config.use_gradient_checkpointing:
-        kept = sizes.layers * sizes.hidden + layer
-    return sizes.parameters * width, tokens * kept * width
+    layer = layer_values(sizes.hidden, sizes.feed_forward, sizes.heads * sizes.head_dim)
+    return sizes.parameters * width, tokens * width * kept_values(config, sizes.layers, sizes.hidden, layer)
+
+
+def layer_values(hidden: int, feed_forward: int, heads: int) -> int:
+    """Values that a decoder layer of ours keeps of a token for the backward pass: its input and two products of that
+    width, gate and up, and the width of all heads of queries, keys, values and outputs together."""
+    return 3 * hidden + 2 * feed_forward + heads
+
+
+def kept_values(config: Config, layers: int, hidden: int, layer: float) -> float:
+    """Values that all layers keep of a token; with checkpointing only their inputs, and one layer at work: its values
+    again, their gradients, and what is between the two."""
+    return layers * hidden + 3 * layer if config.use_gradient_checkpointing else layers * layer
 
 
 @dataclass(frozen=True)

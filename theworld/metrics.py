@@ -1,17 +1,36 @@
-"""Phase 3, second half: per-statement records, and every metric from those alone."""
+"""Phase 3, second half: per-statement records, and every metric from those alone.
 
+A record holds what each system answered to one statement:
+
+    {"index": 7, "image": "000000000142.jpg", "statement": "The cat ...", "relation": "left of",
+     "category": "projective", "label": 1, "dataset": "vsr_random", "split": "test",
+     "image_seen_in_train": false, "statement_in_train": false,
+     "systems": {"world": {"logit_0": 0.5, "logit_1": 2.5, "logsumexp": 2.75, "p_true": 0.88, "outside": 0.11,
+                           "correct": true}, ...}}
+
+`p_true` weighs the two answers against each other, `outside` is the probability of all other tokens. Where several
+checkpoints were scored, their systems are called `checkpoint:world` and so on.
+"""
+
+import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
+from theworld.answers import p_true
+from theworld.figures import RESAMPLES, accuracy, mcnemar, over_images, probabilities
+from theworld.files import publish_bytes
 from theworld.vsr import Statement, meta_category
 
-SYSTEMS = ("world", "baseline", "zero", "shuffled")
+SYSTEMS = ("world", "baseline", "zero", "shuffled", "text")
+# Of a checkpoint that has a Gemma of its own also what that answers without world tokens.
+KINDS = (*SYSTEMS, "without")
+FEW = 30  # statements: below this a share says little
+Row = dict[str, Any]
 
 
 def label_loss(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -20,22 +39,33 @@ def label_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.logaddexp(0, -margin).mean())
 
 
+# ---- records
+
+
 def records(
-    statements: Sequence[Statement], logits: dict[str, np.ndarray], seen_images: set[str]
-) -> list[dict[str, Any]]:
-    """One JSON record a statement; every metric follows from these alone."""
+    statements: Sequence[Statement],
+    logits: dict[str, np.ndarray],
+    seen_images: Set[str],
+    in_train: Set[tuple[str, str]] = frozenset(),
+    dataset: str = "",
+    split: str = "",
+) -> list[Row]:
+    """One JSON record a statement; every metric follows from these alone.
+
+    `logits`: for each system what `theworld.evaluate.predict` gives; `seen_images` and `in_train`: the images, and
+    the statements as (image, caption), that training had. Raises ValueError for an answer that is no number.
+    """
     rows = []
     for i, statement in enumerate(statements):
         systems = {}
         for system, values in logits.items():
-            zero, one = (float(x) for x in values[i])
-            if not (math.isfinite(zero) and math.isfinite(one)):
+            zero, one, every = (float(x) for x in values[i])
+            if not all(map(math.isfinite, (zero, one, every))):
                 raise ValueError(
-                    f"{system}: statement {statement.index} ({statement.image}) has logits {zero}, {one}"
+                    f"{system}: statement {statement.index} ({statement.image}) has logits {zero}, {one} and a "
+                    f"logsumexp of {every}"
                 )
-            p_true = 1 / (1 + math.exp(min(zero - one, 700)))
-            correct = (one > zero) == (statement.label == 1)
-            systems[system] = {"logit_0": zero, "logit_1": one, "p_true": p_true, "correct": correct}
+            systems[system] = _answer(zero, one, every, statement.label)
         rows.append(
             {
                 "index": statement.index,
@@ -44,40 +74,124 @@ def records(
                 "relation": statement.relation,
                 "category": meta_category(statement.relation),
                 "label": statement.label,
+                "dataset": dataset,
+                "split": split,
                 "image_seen_in_train": statement.image in seen_images,
+                "statement_in_train": (statement.image, statement.caption) in in_train,
                 "systems": systems,
             }
         )
     return rows
 
 
-def write_jsonl(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """One record a line."""
+def _answer(zero: float, one: float, every: float, label: int) -> Row:
+    """What a system says of one statement. A tie is an answer too: not true."""
+    return {
+        "logit_0": zero,
+        "logit_1": one,
+        "logsumexp": every,
+        "p_true": p_true(zero, one),
+        "outside": max(0.0, 1 - math.exp(min(zero - every, 0)) - math.exp(min(one - every, 0))),
+        "correct": (one > zero) == (label == 1),
+    }
+
+
+def write_jsonl(rows: Sequence[Row], path: str | Path) -> None:
+    """One record a line; a file is replaced as a whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    publish_bytes(Path(path), text.encode("utf-8"), overwrite=True)
 
 
-def accuracy(correct: Sequence[bool]) -> dict[str, Any]:
-    """Share of right answers with its 95 % interval (Wilson 1927)."""
-    hits, n = sum(correct), len(correct)
-    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
-    return {"n": n, "accuracy": hits / n, "low": float(interval.low), "high": float(interval.high)}
+def publish_json(value: Row, path: Path) -> None:
+    """A JSON file, indented, replaced as a whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    publish_bytes(path, text.encode("utf-8"), overwrite=True)
 
 
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
-    """Exact McNemar test of two systems on the same statements: two-sided binomial over those where only one
-    of them is right (McNemar 1947)."""
-    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
-    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    discordant = only_first + only_second
-    p = float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
-    return {"only_first": only_first, "only_second": only_second, "p_value": p}
+def read_jsonl(path: str | Path) -> list[Row]:
+    """What `write_jsonl` wrote. Raises ValueError naming file, line and field for what is no record, for an answer
+    that does not follow from its logits, and for lines that do not have the same systems or are there twice."""
+    rows: list[Row] = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}; wanted one record of tools/eval.py a line") from None
+        _check(row, where)
+        if rows and list(row["systems"]) != list(rows[0]["systems"]):
+            raise ValueError(
+                f"{where}: has the systems {', '.join(row['systems'])}, line 1 has {', '.join(rows[0]['systems'])}"
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no statements were scored")
+    seen: dict[tuple[Any, ...], int] = {}
+    for number, row in enumerate(rows, 1):
+        first = seen.setdefault((row["dataset"], row["split"], row["index"]), number)
+        if first != number:
+            raise ValueError(f"{path}:{number}: is statement {row['index']}, as line {first} is; remove one")
+    return rows
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All metrics of the records: accuracies with intervals, McNemar of world against each control, and accuracies by
-    category, relation and whether the image was seen in training."""
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("image", "statement", "relation", "category", "dataset", "split"), str),
+    **dict.fromkeys(("image_seen_in_train", "statement_in_train"), bool),
+    **dict.fromkeys(("index", "label"), int),
+}
+
+
+def _check(row: Any, where: str) -> None:
+    """ValueError unless `row` is a record."""
+    if not isinstance(row, dict) or not isinstance(row.get("systems"), dict) or not row["systems"]:
+        raise ValueError(f"{where}: has no systems; wanted one record of tools/eval.py a line")
+    for field, kind in _FIELDS.items():
+        if type(row.get(field)) is not kind:
+            raise ValueError(f"{where}: {field} is {row.get(field)!r}; wanted {kind.__name__}")
+    if row["label"] not in (0, 1):
+        raise ValueError(f"{where}: label is {row['label']}; wanted 0 or 1")
+    for system, found in row["systems"].items():
+        answer: Row = found if isinstance(found, dict) else {}
+        numbers: list[Any] = [answer.get(key) for key in ("logit_0", "logit_1", "logsumexp")]
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+            raise ValueError(
+                f"{where}: {system} has logit_0, logit_1, logsumexp {numbers}; wanted three numbers"
+            )
+        zero, one, every = map(float, numbers)
+        for key, value in _answer(zero, one, every, row["label"]).items():
+            if type(answer.get(key)) not in (int, float, bool) or abs(answer[key] - value) > 1e-9:
+                raise ValueError(
+                    f"{where}: {system} has {key} {answer.get(key)!r}; its logits and label give {value!r}"
+                )
+
+
+# ---- from records to figures
+
+
+def kind_of(system: str) -> str:
+    """One of KINDS: "world" of "run-1:world"."""
+    return system.rpartition(":")[2]
+
+
+def model_of(system: str) -> str:
+    """The checkpoint: "run-1" of "run-1:world"; "" where there is but one, or for what all of them share."""
+    return system.rpartition(":")[0]
+
+
+def models_in(systems: Sequence[str]) -> list[str]:
+    """The checkpoints that have a system of their own, in order; [""] where there is but one."""
+    return list(dict.fromkeys(model_of(s) for s in systems if model_of(s))) or [""]
+
+
+def system_of(systems: Sequence[str], model: str, kind: str) -> str | None:
+    """The system of that kind: the checkpoint's own, or the one that all share; None where it was not scored."""
+    return next((s for s in (f"{model}:{kind}", kind) if s in systems), None)
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """All metrics of the records, as JSON: each system's figures, each pair of systems on the same statements, and
+    accuracies by category, relation and whether the image was seen in training. Raises ValueError for no records."""
     if not rows:
         raise ValueError("no statements were scored")
     systems = list(rows[0]["systems"])
@@ -86,9 +200,15 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "statements": len(rows),
         "images": len({row["image"] for row in rows}),
+        "data": sorted({(row["dataset"], row["split"]) for row in rows}),
         "majority_class": max(true, len(rows) - true) / len(rows),
-        "systems": {s: accuracy(correct[s]) for s in systems},
+        "statements_in_train": sum(row["statement_in_train"] for row in rows),
+        "resamples": RESAMPLES,
+        "systems": {s: _figures(rows, s) for s in systems},
+        "pairs": pairs(rows, list(itertools.combinations(systems, 2))),
     }
+    for system, (low, high) in zip(systems, _intervals(rows, [(s, None) for s in systems]), strict=True):
+        summary["systems"][system] |= {"image_low": low, "image_high": high}
     if "world" in systems:
         summary["world_against"] = {s: mcnemar(correct["world"], correct[s]) for s in systems if s != "world"}
     for key, name in (("category", "category"), ("relation", "relation"), ("image_seen_in_train", "seen")):
@@ -100,37 +220,102 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
             }
             for v in values
         }
+    gains = [
+        (world, base)
+        for m in models_in(systems)
+        if (world := system_of(systems, m, "world")) and (base := system_of(systems, m, "baseline"))
+    ]
+    summary["gain_by_seen"] = {
+        str(seen): pairs(some, gains)
+        for seen in (False, True)
+        if (some := [row for row in rows if row["image_seen_in_train"] is seen])
+    }
+    summary["checkpoints"] = over_checkpoints(summary)
     return summary
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The summary as text for a terminal."""
-    lines = [f"{summary['statements']:,} statements, {summary['images']:,} images"]
-    lines.append(
-        f"{'':<24}{'n':>6}  {'accuracy':>8}  {'95 % interval':<15}  world against it (exact McNemar)"
-    )
-    lines.append(f"{'majority class':<24}{summary['statements']:>6}  {summary['majority_class']:>8.1%}")
-    for system, score in summary["systems"].items():
-        lines.append(_row(system, score) + _against(summary.get("world_against", {}).get(system)))
-    for title, key in (
-        ("category", "by_category"),
-        ("relation", "by_relation"),
-        ("image seen in training", "by_seen"),
-    ):
-        lines += ["", f"by {title} ({' / '.join(summary['systems'])})"]
-        for value, scores in summary[key].items():
-            n = next(iter(scores.values()))["n"]
-            shares = " / ".join(f"{score['accuracy']:.1%}" for score in scores.values())
-            lines.append(f"  {value:<22}{n:>6}  {shares}{'  (few)' if n < 30 else ''}")
-    return "\n".join(lines)
+def write_summary(rows: Sequence[Row], path: Path) -> dict[str, Any]:
+    """The summary of the records of `path`, which goes beside them: results.jsonl, results.summary.json."""
+    summary = summarise(rows)
+    publish_json(summary, path.with_suffix(".summary.json"))
+    return summary
 
 
-def _row(name: str, score: dict[str, Any]) -> str:
-    interval = f"{score['low']:.1%}–{score['high']:.1%}"
-    return f"{name:<24}{score['n']:>6}  {score['accuracy']:>8.1%}  {interval:<15}"
+def _figures(rows: Sequence[Row], system: str) -> dict[str, Any]:
+    answers = [row["systems"][system] for row in rows]
+    column = {
+        key: np.array([a[key] for a in answers], float) for key in ("logit_0", "logit_1", "p_true", "outside")
+    }
+    outside = column["outside"]
+    return {
+        **accuracy([bool(a["correct"]) for a in answers]),
+        **probabilities(
+            np.array([row["label"] for row in rows]), column["p_true"], column["logit_1"] - column["logit_0"]
+        ),
+        "outside_mean": float(outside.mean()),
+        "outside_max": float(outside.max()),
+    }
 
 
-def _against(test: dict[str, Any] | None) -> str:
-    if test is None:
-        return ""
-    return f"  {test['only_first']} right only with it, {test['only_second']} only without, p = {test['p_value']:.2g}"
+def pairs(rows: Sequence[Row], wanted: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """For each (first, second) on these rows: the difference of their accuracies, first less second, with its interval
+    over images (None for a single image), how often only one of them is right, and the exact McNemar test."""
+    found = []
+    for (first, second), (low, high) in zip(wanted, _intervals(rows, wanted), strict=True):
+        right = [[bool(row["systems"][s]["correct"]) for row in rows] for s in (first, second)]
+        test = mcnemar(*right)
+        difference = (test["only_first"] - test["only_second"]) / len(rows)
+        names = {"first": first, "second": second, "n": len(rows)}
+        found.append({**names, "difference": difference, "low": low, "high": high, **test})
+    return found
+
+
+def _intervals(
+    rows: Sequence[Row], wanted: Sequence[tuple[str, str | None]]
+) -> list[tuple[float | None, float | None]]:
+    """Of the accuracy of a system, or of one less another's, with images resampled."""
+    right = {s: np.array([row["systems"][s]["correct"] for row in rows], float) for s in rows[0]["systems"]}
+    values = [right[first] - (right[second] if second else 0) for first, second in wanted]
+    found = over_images([row["image"] for row in rows], np.array(values))
+    return [interval or (None, None) for interval in found]
+
+
+def over_checkpoints(summary: dict[str, Any]) -> dict[str, Any]:
+    """For each kind of system of several checkpoints its accuracies, their mean and sample standard deviation; "gain"
+    is world less baseline. Empty for a single checkpoint."""
+    systems = list(summary["systems"])
+    models = models_in(systems)
+    if len(models) < 2:
+        return {}
+    found = {}
+    for kind in KINDS:
+        named = {m: system_of(systems, m, kind) for m in models}
+        found[kind] = {m: summary["systems"][s]["accuracy"] for m, s in named.items() if s}
+    both = [m for m in models if m in found["world"] and m in found["baseline"]]
+    found["gain"] = {m: found["world"][m] - found["baseline"][m] for m in both}
+    found = {
+        kind: each for kind, each in found.items() if kind not in systems
+    }  # what all share has no spread
+    return {
+        kind: {"each": each, "mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
+        for kind, each in found.items()
+        if len(values := list(each.values())) > 1
+    }
+
+
+def pair_of(found: Sequence[dict[str, Any]], first: str, second: str) -> dict[str, Any] | None:
+    """That pair of `pairs`, turned round where it stands the other way; None where it was not measured."""
+    for pair in found:
+        if (pair["first"], pair["second"]) == (first, second):
+            return pair
+        if (pair["first"], pair["second"]) == (second, first):
+            low, high = (None if x is None else -x for x in (pair["high"], pair["low"]))
+            turned = {
+                "first": first,
+                "second": second,
+                "difference": -pair["difference"],
+                "low": low,
+                "high": high,
+            }
+            return pair | turned | {"only_first": pair["only_second"], "only_second": pair["only_first"]}
+    return None

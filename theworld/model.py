@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from theworld.asking import ask
 from theworld.batch import ZERO, Batch, Packer
 from theworld.cache import check_meaning
 from theworld.config import Config, load_config, save_config
 from theworld.decoder import Decoder, TrainedDecoder, checkpoint_layers
 from theworld.gemma import Gemma
-from theworld.generation import Photograph, generate_ids
+from theworld.generation import generate_ids
+from theworld.given import Photograph, load_encoder
 from theworld.losses import weighted_losses
 from theworld.projection import ProjectionShape, WorldProjection
 from theworld.saved import (
@@ -32,7 +34,7 @@ from theworld.saved import (
 )
 from theworld.sharding import asked, shard, whole
 from theworld.unfrozen import copy_strictly, load_gemma, load_parts, parameters_of, restore_parts
-from theworld.weights import model_id, wants_compile
+from theworld.weights import device_setting, model_id, wants_compile
 
 
 class TheWorld(nn.Module):
@@ -88,7 +90,7 @@ class TheWorld(nn.Module):
         gemma: Gemma | None = None,
         *,
         dtype: str | torch.dtype | None = None,
-        device_map: str | torch.device | None = None,
+        device_map: str | int | torch.device | dict[str, Any] | None = None,
         enable_world: bool = True,
         revision: str | None = None,
         **overrides: Any,
@@ -96,15 +98,15 @@ class TheWorld(nn.Module):
         """What `save_pretrained` wrote, from a folder or the hub ("user/name"), with the Gemma that it was trained for,
         in the same revision, unless one is handed in.
 
-        `dtype` and `device_map` ("auto", "cpu", "cuda" or "cuda:N") are transformers' words for the settings `dtype`
-        and `device`; `overrides` are other settings. `enable_world` False: `generate` leaves the world tokens out.
+        `dtype` and `device_map` ("auto", "cpu", "cuda", "cuda:N" or N) are transformers' words for the settings `dtype`
+        and `device`; `overrides` are other settings. `enable_world` False: `generate` and `score` leave them out.
         Raises ValueError naming file and field if anything is missing or of another shape: a projection is loaded
         whole or not at all.
         """
         if dtype is not None:
             overrides["dtype"] = str(dtype).removeprefix("torch.")
         if device_map is not None:
-            overrides["device"] = str(device_map)
+            overrides["device"] = device_setting(device_map)
         folder = saved_folder(name_or_path, revision)
         config = load_config(folder / CONFIG_FILE, overrides)
         world = read_world(folder)
@@ -180,26 +182,11 @@ class TheWorld(nn.Module):
     @cached_property
     def encoder(self) -> Any:
         """The `CosmosEncoder` that the settings name, loaded when it is first asked for: training never does."""
-        from theworld.vae import CosmosEncoder
-
-        self.check_no_steps("generate needs no cache with enable_world=False")
-        encoder = CosmosEncoder(
-            self.config.cosmos_model_name,
-            self.gemma.dtype,
-            self.gemma.device,
-            revision=self.fingerprint.get("cosmos_revision"),
-        )
-        self.check_encoder(encoder.identity())
-        return encoder
+        return load_encoder(self)
 
     def check_no_steps(self, instead: str) -> None:
-        """ValueError where world tokens take more than a photograph: moments predicted from it, minutes each."""
-        steps = self.projection.shape.steps
-        if steps:
-            raise ValueError(
-                f"this projection was trained on {steps} predicted moments a photograph (num_world_steps), which only "
-                f"a cache holds: use tools/eval.py --cache; {instead}"
-            )
+        """ValueError where world tokens take more than a photograph; `instead` is what to do."""
+        self.projection.shape.check_no_steps(instead)
 
     def check_encoder(self, identity: dict[str, Any]) -> None:
         """StoreMismatch if latents of an encoder of that identity are others than those the projection is for."""
@@ -294,6 +281,22 @@ class TheWorld(nn.Module):
         with_world = self.enable_world if enable_world is None else enable_world
         ids = generate_ids(self, images, questions, with_world, **options)
         return [t.strip() for t in self.gemma.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def score(
+        self,
+        images: Photograph | Sequence[Photograph],
+        statements: str | Sequence[str],
+        enable_world: bool | None = None,
+        batch_size: int | None = None,
+    ) -> list[float]:
+        """P(true), 0 to 1, of each statement, by the two answers' logits as in an evaluation: a list in the order
+        given, also for a single statement. `images` and `enable_world` are as for `generate`, and so is what is raised.
+
+        Each different photograph is encoded once. `batch_size`: statements at a time; None: as in an evaluation.
+        """
+        with_world = self.enable_world if enable_world is None else enable_world
+        system = "world" if with_world else "baseline"
+        return ask(self, images, statements, [system], batch_size)[system]
 
     def losses(
         self,

@@ -175,10 +175,10 @@ class Plan:
         for array in fields["arrays"]:
             files.check_keys(array, ARRAY_KEYS, f"{root / 'store.json'}: arrays")
         arrays = [ArraySpec(**array) for array in fields["arrays"]]
-        images = _cut_lines(data) or image_table(_parse_lines(data, path))
+        images = _cut_lines(data) or image_table(parse_images(data, path))
         plan = cls(fields["fingerprint"], images, arrays, fields["shard_size"])
         if plan.images_bytes != data or plan.fields != fields:
-            _parse_lines(data, path)  # names the line, where it is one
+            parse_images(data, path)  # names the line, where it is one
             raise StoreError(
                 f"{root}: images.jsonl and store.json do not agree, or are not in canonical form"
             )
@@ -200,7 +200,7 @@ def _cut_lines(data: bytes) -> dict[str, str] | None:
     return images if len(images) == len(lines) else None
 
 
-def _parse_lines(data: bytes, where: Path) -> list[ImageEntry]:
+def parse_images(data: bytes, where: Path) -> list[ImageEntry]:
     """The same by the book, ten times slower. StoreError that names the line."""
     images = []
     for number, line in enumerate(data.splitlines(), start=1):
@@ -222,20 +222,37 @@ def surplus(root: Path, num_shards: int) -> list[Path]:
     return sorted(path for path in names if path not in known)
 
 
+def parse_manifest(path: Path) -> dict[str, Any]:
+    """A manifest by itself. StoreError if it is missing or damaged."""
+    manifest, _ = files.read_sealed(path, MANIFEST_KEYS, files.MAX_JSON_BYTES)
+    for entry in manifest["shards"]:
+        files.check_keys(entry, ENTRY_KEYS, f"{path}: shards")
+    return manifest
+
+
 def read_manifest(root: Path) -> dict[str, Any] | None:
     """None if there is none. StoreError if it is damaged or names another store.json."""
     path = root / "manifest.json"
     if not os.path.lexists(path):
         return None
-    manifest, _ = files.read_sealed(path, MANIFEST_KEYS)
-    for entry in manifest["shards"]:
-        files.check_keys(entry, ENTRY_KEYS, f"{path}: shards")
+    manifest = parse_manifest(path)
     store, digest = files.read_sealed(root / "store.json", STORE_KEYS)
     store |= {"store_sha256": digest, "shards": math.ceil(store["num_rows"] / max(store["shard_size"], 1))}
     for key, found in {**manifest, "shards": len(manifest["shards"])}.items():
         if found != store[key]:
             raise StoreError(f"{path}: {key} is {found}, store.json has {store[key]}")
     return manifest
+
+
+def manifest_fields(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """manifest.json, without its seal"""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "store_sha256": hashlib.sha256(plan.store_bytes).hexdigest(),
+        "num_images": len(plan.images),
+        "num_rows": plan.num_rows,
+        "shards": entries,
+    }
 
 
 def entry(record: Record, record_sha256: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """What a run is going to do, before it does it: what trains, how many steps, and about how much memory they take."""
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from theworld.checkpoint import find_checkpoint, find_start, load_checkpoint, re
 from theworld.config import Config
 from theworld.data import load_data, prepare_gemma
 from theworld.feed import parts_of_step
+from theworld.machine import GIB, kept_values, layer_values, memory_of
 from theworld.objectives import check_align
 from theworld.processes import Processes
 from theworld.projection import ProjectionShape, WorldProjection
@@ -26,8 +26,7 @@ from theworld.weights import count_parameters, wants_compile
 TRAINED_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments, in float32
 # What transformers' own layers keep for the backward pass, in multiples of what is counted here, which is what ours
 # keep. Fitted to what was measured: RESULTS.md.
-PLAIN, PLAIN_UNCOMPILED = 2.0, 2.9
-GIB = 2**30
+PLAIN, PLAIN_UNCOMPILED = 2.1, 3.0
 
 
 @dataclass(frozen=True)
@@ -124,42 +123,28 @@ class Plan:
         parts = parts_of_step(config, packer, self.order, 0, self.processes.count)
         batches = [packer.pack(part) for part in parts if part]
         text = gemma.text_config
-        layer = (
-            3 * text.hidden_size + 2 * text.intermediate_size + 4 * text.num_attention_heads * text.head_dim
-        )
+        heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
+        layer: float = layer_values(text.hidden_size, text.intermediate_size, heads)
         if gemma.plain_decoder:
             compiled = wants_compile(config.compile, gemma.device) and not self.sharded
             layer *= PLAIN if compiled else PLAIN_UNCOMPILED
         tokens = max(batch.token_ids.numel() for batch in batches)
-        kept = tokens * _kept(config, text.num_hidden_layers, text.hidden_size, layer)
+        kept = tokens * kept_values(config, text.num_hidden_layers, text.hidden_size, layer)
         if VISION in gemma.trained:
             eyes = gemma.model.config.vision_config
             patches = (eyes.image_size // eyes.patch_size) ** 2
             layer = PLAIN * (8 * eyes.hidden_size + 2 * eyes.intermediate_size)
             images = max(len(batch.images) for batch in batches)
-            kept += images * patches * _kept(config, eyes.num_hidden_layers, eyes.hidden_size, layer)
+            kept += images * patches * kept_values(config, eyes.num_hidden_layers, eyes.hidden_size, layer)
         held = TRAINED_BYTES * (_number(trained) / share + projection)
         width = gemma.dtype.itemsize
         if gemma.dtype != torch.float32 and not self.sharded:
             held += width * _number(trained)  # copies to compute with, for the time of a pass
-        return Memory(frozen / share, held, kept * width, _available(gemma.device))
+        return Memory(frozen / share, held, kept * width, memory_of(gemma.device).total)
 
 
 def _number(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
-
-
-def _kept(config: Config, layers: int, width: int, layer: float) -> float:
-    """Values that a token keeps: all layers' own or, with checkpointing, their inputs and one layer's own."""
-    if config.use_gradient_checkpointing:
-        return layers * width + 3 * layer  # its values again, their gradients, and what is between the two
-    return layers * layer
-
-
-def _available(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(memory: Memory, sharded: bool) -> None:

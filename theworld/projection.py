@@ -89,6 +89,14 @@ class ProjectionShape:
         channels, height, width = self.latent_shape
         return height * width if self.mode == "channel" else channels * self.patch**2
 
+    def check_no_steps(self, instead: str) -> None:
+        """ValueError where world tokens take more than a photograph: moments predicted from it, minutes each."""
+        if self.steps:
+            raise ValueError(
+                f"this projection was trained on {self.steps} predicted moments a photograph (num_world_steps), which "
+                f"only a cache holds: use tools/eval.py --cache; {instead}"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form; `from_dict` gives an equal object back. It says nothing of steps or depth where there are none."""
         values = asdict(self) | {"latent_shape": list(self.latent_shape)}

@@ -22,8 +22,8 @@ from theworld.plan import (
     fingerprint_differences,
     paths,
     read_manifest,
-    surplus,
 )
+from theworld.verify import examine
 
 
 def max_open_files() -> int:
@@ -93,6 +93,9 @@ class StoreReader:
             opened = self._shards[shard] = self._open_shard(shard)
         try:
             return opened.read(position, array, out)
+        except StoreError as error:
+            command = f"python tools/extract_latents.py --verify --cache {self.root.parent}"
+            raise StoreError(f"{error}; look for more with: {command}") from None
         finally:
             # Without a lock: each call is atomic, and a file closes only with the last reference to it.
             self._recent.pop(shard, None)
@@ -124,13 +127,6 @@ class StoreReader:
         path, rows = paths(self.root, shard)[0], self._plan.shard_rows(shard)
         return shards.ShardFile(path, self._read_record(shard), self._plan.arrays, rows)
 
-    def _verify_shard(self, shard: int) -> None:
-        shards.check_file(paths(self.root, shard)[0], self._read_record(shard))  # before HDF5 sees any of it
-        opened = self._open_shard(shard)
-        for spec in self._plan.arrays:
-            for row in range(len(opened.images)):
-                opened.read(row, spec.name)
-
     def verify(self) -> list[str]:
         """Reads everything again from disk, and changes nothing. What is wrong, in words; [] if sound."""
         return verify_store(self.root)
@@ -149,15 +145,4 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 def verify_store(root: str | os.PathLike) -> list[str]:
     """As `StoreReader.verify`, also for a store too damaged for a reader. Raises nothing."""
-    try:
-        reader = StoreReader(root)
-        unknown = surplus(reader.root, reader._plan.num_shards)
-    except (StoreError, OSError) as error:
-        return [str(error)]
-    problems = []
-    for shard in range(reader._plan.num_shards):
-        try:
-            reader._verify_shard(shard)
-        except (StoreError, OSError) as error:
-            problems.append(f"shard {shard}: {error}")
-    return problems + [f"{path} is no file of this store" for path in unknown]
+    return [str(problem) for problem in examine(root)]

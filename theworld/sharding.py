@@ -35,6 +35,9 @@ def wants_sharding(processes: int, gemma: Gemma) -> bool:
             "this run was started with --use_fsdp, but its language model is frozen (freeze_gemma_language is true), "
             "so it fits on each GPU; start it with `accelerate launch --multi_gpu`"
         )
+    # The launcher's default lets processes but the first have models without weights; here each reads what it loaded,
+    # such as the scale of the embeddings, before anything is sharded.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return processes > 1
 
 
@@ -63,6 +66,8 @@ def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     layers = {type(module).__name__ for module in model.modules()}
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
+        cpu_ram_efficient_loading=False,
+        activation_checkpointing=False,  # that is use_gradient_checkpointing
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=[name for name in _LAYERS if name in layers],
     )

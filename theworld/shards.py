@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from theworld import files
 from theworld.files import HEX_SHA256, PlainFile, StoreError, check_keys, hash_file, open_plain, read_sealed
 
 STORAGE: dict[str, np.dtype] = {
@@ -195,7 +196,7 @@ def read_record(
 ) -> tuple[dict[str, Any], str]:
     """A shard's record and the SHA-256 of its bytes. StoreError unless it agrees with `expected` and its
     offsets lie apart from each other and inside of the file."""
-    record, digest = read_sealed(path, RECORD_KEYS)
+    record, digest = read_sealed(path, RECORD_KEYS, files.MAX_RECORD_BYTES)
     for key, wanted in expected.items():
         if record[key] != wanted:
             raise StoreError(f"{path}: {key} is {record[key]}, the store says {wanted}")

@@ -33,6 +33,7 @@ from theworld.plan import (
     fingerprint_differences,
     image_differences,
     image_table,
+    manifest_fields,
     paths,
     read_manifest,
     surplus,
@@ -62,6 +63,7 @@ class Store:
         self.root, self.plan = root, plan
         self.num_shards, self.shard_size = plan.num_shards, plan.shard_size
         self.notes: list[str] = []
+        self.aside = root / "set-aside"  # where what is replaced goes
         self._unchanged: dict[Path, tuple[int, ...] | None] = {}
 
     @classmethod
@@ -114,13 +116,13 @@ class Store:
 
     def _freeze(self, overwrite: bool) -> None:
         """Writes images.jsonl, then store.json: its rename is the commit."""
-        (self.root / "shards").mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.root / "shards")
         files.sync_folder(self.root)
         files.sync_folder(self.root.parent)
         files.publish_bytes(self.root / "images.jsonl", self.plan.images_bytes, overwrite=True)
         files.publish_bytes(self.root / "store.json", self.plan.store_bytes, overwrite)
         for path in surplus(self.root, self.num_shards):
-            self._set_aside(path, "no shard of this image list")
+            self.set_aside(path, "no shard of this image list")
 
     @cached_property
     def rows(self) -> list[ImageEntry]:
@@ -224,19 +226,24 @@ class Store:
             self._check_committed(shard, manifest)
         except StoreError as error:
             for path in differing:
-                self._set_aside(path, str(error))
+                self.set_aside(path, str(error))
         else:
             for path in differing:
                 raise StoreError(
                     f"{path}: shard {shard} is committed, with other values than those given now"
                 )
 
-    def _set_aside(self, path: Path, reason: str) -> None:
-        target = self.root / "set-aside" / f"{path.name}.{secrets.token_hex(4)}"
-        target.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # missing, or another process was faster
+    def set_aside(self, path: Path, reason: str) -> None:
+        """Moves a file that is damaged or replaced out of the way, and notes it. Nothing is ever deleted."""
+        target = self.aside / f"{path.name}.{secrets.token_hex(4)}"
+        files.make_folder(target.parent)
+        try:
             os.rename(path, target)
-            self._note(f"{path.name} was moved to {target}: {reason}")
+        except FileNotFoundError:  # missing, or another process was faster
+            return
+        except OSError as error:
+            raise files.explained(error, path, f"its move to {target}") from error
+        self._note(f"{path.name} was moved to {target}: {reason}")
 
     def _note(self, note: str) -> None:
         if note not in self.notes:
@@ -255,13 +262,7 @@ class Store:
                 f"{self.root}: {len(pending)} of {self.num_shards} shards are missing: {pending[:10]}; run the "
                 "extraction again, or those of its parts that write them"
             )
-        manifest = {
-            "schema_version": SCHEMA_VERSION,
-            "store_sha256": hashlib.sha256(self.plan.store_bytes).hexdigest(),
-            "num_images": len(self.plan.images),
-            "num_rows": self.plan.num_rows,
-            "shards": list(entries.values()),
-        }
+        manifest = manifest_fields(self.plan, [found for found in entries.values() if found is not None])
         files.publish_bytes(self.root / "manifest.json", files.seal(manifest))
         self._remove_stale()
 

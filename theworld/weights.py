@@ -63,6 +63,18 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
+def device_setting(device_map: object) -> str:
+    """What transformers calls a `device_map`, as the setting `device`: a word, a torch.device, the number of a GPU, or
+    {"": one of these}. ValueError for a map of parts: the models lie on one device."""
+    if isinstance(device_map, dict):
+        if list(device_map) != [""]:
+            raise ValueError(
+                f"device_map {device_map!r}: all models lie on one device; wanted it, or a map of ''"
+            )
+        device_map = device_map[""]
+    return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)
+
+
 def resolve_device(device: str) -> torch.device:
     """`"auto"` is CUDA where there is one, else the CPU. Raises ValueError for a CUDA that is not there."""
     if device == "auto":

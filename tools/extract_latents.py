@@ -4,8 +4,9 @@
     python tools/extract_latents.py --config configs/vsr_training.json --image_folder images/ --cache cache/
 
 Run the same command again to go on after any stop. `accelerate launch tools/extract_latents.py ...` shares the work
-among the GPUs of a machine; independent tasks share it with `--part 1/8` to `--part 8/8`.
-Exit status: 0 done, 1 failed or damaged, 2 wrong usage, 130 interrupted.
+among the GPUs of a machine; independent tasks share it with `--part 1/8` to `--part 8/8`. Instead of extracting,
+`--verify` only reads, `--repair` makes damaged shards again, `--audit N` encodes N random images again and compares.
+Exit status: 0 done or sound, 1 failed or damaged, 2 wrong usage or (--verify) nothing can be said, 130 interrupted.
 """
 
 import signal
@@ -31,14 +32,19 @@ def main() -> int:
     parser.add_argument("--gemma_vision", action="store_true", help="cache Gemma's own vision features too")
     parser.add_argument("--allow_missing", action="store_true", help="go on without unreadable photographs")
     parser.add_argument("--part", type=part_of, metavar="I/N", help="only the I-th of N parts (default: all)")
-    parser.add_argument(
-        "--verify", action="store_true", help="only read everything back; 1 if anything is wrong"
-    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--verify", action="store_true", help="only read: 0 sound, 1 damaged, 2 unknown")
+    instead.add_argument("--repair", action="store_true", help="make again what is damaged")
+    instead.add_argument("--audit", type=int, metavar="N", help="encode N images again (default: none)")
     add_dry_run(parser)
     arguments = parser.parse_args()
+    if (arguments.part or arguments.dry_run) and (arguments.repair or arguments.audit is not None):
+        parser.error("--part and --dry_run are for extracting; --verify shows what --repair would make again")
     # After the arguments: torch takes seconds to load, and --help should not.
+    from theworld.audit import audit
     from theworld.dry_run import extraction
     from theworld.extract import extract, verify
+    from theworld.repair import repair, report
 
     quiet_libraries()
     options = (arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part)
@@ -47,10 +53,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the reading processes too
     try:
         if arguments.verify:
-            problems = verify(arguments.cache)
-            print("\n".join(problems) or f"{arguments.cache}: sound")
-            return 1 if problems else 0
-        complete = extract(config_from_arguments(arguments), *options)
+            return report(verify(arguments.cache), arguments.cache, sys.argv)
+        config = config_from_arguments(arguments)
+        if arguments.repair:
+            return repair(config, arguments.cache)
+        if arguments.audit is not None:
+            return audit(config, arguments.cache, arguments.audit)
+        complete = extract(config, *options)
     except KeyboardInterrupt:
         print("\nextract_latents: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -5,12 +5,13 @@
 
 Go on after a stop with --resume_from OUTPUT_DIR (its newest checkpoint) or a checkpoint folder. Several GPUs:
 accelerate launch --multi_gpu --num_processes 2 tools/train.py ... (a step then has twice as many statements).
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
 import sys
 from pathlib import Path
 
-from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
+from theworld.arguments import ArgumentParser, add_config_arguments, add_dry_run, config_from_arguments
 
 
 def main() -> int:
@@ -18,15 +19,10 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__)
     add_config_arguments(parser)
     parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
-    parser.add_argument(
-        "--dry_run",
-        "--dry-run",
-        action="store_true",
-        help="check everything, say what would happen, and stop",
-    )
+    add_dry_run(parser)
     arguments = parser.parse_args()
     # After the arguments: torch takes seconds to load, and --help should not.
-    from theworld.console import quiet_libraries
+    from theworld.console import quiet_libraries, rehearse
     from theworld.preflight import Plan
     from theworld.train import NotFinite, Trainer
 
@@ -34,8 +30,8 @@ def main() -> int:
     try:
         config = config_from_arguments(arguments)
         if arguments.dry_run:
-            print("\n".join([*Plan(config, arguments.cache).lines, "dry run: nothing was written"]))
-            return 0
+            lines = Plan(config, arguments.cache).lines  # in all processes: they wait for each other
+            return rehearse("train", lambda: lines)
         trainer = Trainer(config, arguments.cache)
         checkpoint = trainer.run()
     except KeyboardInterrupt:

@@ -1,0 +1,140 @@
+// Sends a photograph and statements to /ask, and shows P(true) of each.
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+const systems = JSON.parse(document.body.dataset.systems); // [key, name in words]
+const maxBytes = Number(document.body.dataset.maxBytes);
+const maxStatements = Number(document.body.dataset.maxStatements);
+let chosen = null; // the photograph, a File
+let asking = false;
+
+function fail(words) {
+  $("error").textContent = words;
+  $("error").hidden = false;
+  $("status").textContent = "";
+}
+
+function clear() {
+  $("error").hidden = true;
+  $("error").textContent = "";
+  $("status").textContent = "";
+}
+
+function choose(file) {
+  clear();
+  $("answers").hidden = true; // they are about another photograph
+  chosen = file;
+  if ($("preview").src) URL.revokeObjectURL($("preview").src);
+  $("preview").hidden = $("empty").hidden = true;
+  $("preview").src = URL.createObjectURL(file);
+  $("preview").hidden = false;
+}
+
+function take(files) {
+  if (files.length !== 1) return files.length ? fail("One photograph at a time, please.") : undefined;
+  const held = new DataTransfer();
+  held.items.add(files[0]);
+  $("file").files = held.files; // so that the field shows its name
+  choose(files[0]);
+}
+
+function base64(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result.slice(reader.result.indexOf(",") + 1));
+    reader.onerror = () => reject(new Error(`The file cannot be read: ${reader.error.message}`));
+    reader.readAsDataURL(file);
+  });
+}
+
+function element(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function shown(answer) {
+  const item = element("li");
+  item.append(element("h3", "", answer.statement));
+  const rows = element("dl");
+  for (const [key, name] of systems) {
+    const p = answer.p_true[key];
+    const row = element("div", `row ${key}`);
+    row.append(element("dt", "", name));
+    const track = element("dd", "track");
+    track.setAttribute("aria-hidden", "true"); // the figure says the same
+    const fill = element("div", "fill");
+    requestAnimationFrame(() => requestAnimationFrame(() => { fill.style.width = `${100 * p}%`; }));
+    track.append(fill, element("div", "half"));
+    const figure = element("dd", "figure");
+    figure.append(element("b", "", `${(100 * p).toFixed(1)}\u00a0%`), " ", element("small", "", p > 0.5 ? "true" : "not true"));
+    row.append(track, figure);
+    rows.append(row);
+  }
+  item.append(rows);
+  return item;
+}
+
+async function ask() {
+  const statements = $("statements").value.split("\n").map((s) => s.trim()).filter(Boolean);
+  if (!chosen) return fail("Choose a photograph first.");
+  if (!statements.length) return fail("Write a statement first, such as: The cat is left of the laptop.");
+  if (statements.length > maxStatements) return fail(`At most ${maxStatements} statements at once; these are ${statements.length}.`);
+  if (chosen.size > maxBytes) return fail(`The photograph has ${chosen.size.toLocaleString("en")} bytes; at most ${maxBytes.toLocaleString("en")} are read.`);
+  clear();
+  $("status").textContent = "Asking the model …";
+  const start = performance.now();
+  let reply;
+  try {
+    const body = JSON.stringify({ photograph: await base64(chosen), statements });
+    const response = await fetch("/ask", { method: "POST", headers: { "Content-Type": "application/json" }, body });
+    reply = await response.json();
+  } catch (error) {
+    return fail(`No answer came: ${error.message}. Is tools/ask.py still running?`);
+  }
+  if (reply.error) return fail(reply.error);
+  $("list").replaceChildren(...reply.answers.map(shown));
+  $("answers").hidden = false;
+  const count = reply.answers.length === 1 ? "1 statement" : `${reply.answers.length} statements`;
+  $("status").textContent = `${count} answered below in ${((performance.now() - start) / 1000).toFixed(1)} s.`;
+}
+
+async function askOnce() {
+  if (asking) return;
+  asking = true;
+  $("ask").setAttribute("aria-disabled", "true"); // not `disabled`, which would lose the keyboard's place
+  try {
+    await ask();
+  } finally {
+    asking = false;
+    $("ask").removeAttribute("aria-disabled");
+  }
+}
+
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  askOnce();
+});
+$("statements").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) askOnce();
+});
+$("file").addEventListener("change", () => {
+  if ($("file").files.length) choose($("file").files[0]);
+});
+$("preview").addEventListener("error", () => {
+  $("preview").hidden = true;
+  $("empty").textContent = `${chosen.name}: the browser cannot show it.`;
+  $("empty").hidden = false;
+});
+for (const kind of ["dragover", "drop"]) {
+  document.addEventListener(kind, (event) => {
+    event.preventDefault(); // else the browser leaves the page for the file
+    $("drop").classList.toggle("over", kind === "dragover");
+    if (kind === "drop") take(event.dataTransfer.files);
+  });
+}
+document.addEventListener("dragleave", () => $("drop").classList.remove("over"));
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) take(event.clipboardData.files);
+});
