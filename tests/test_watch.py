@@ -62,6 +62,11 @@ def test_a_restored_watch_goes_on_as_the_other() -> None:
     assert [r is not None for r in readings[0]] == [done == 13 for done in range(10, 30)]
 
 
+def test_a_watch_that_starts_in_the_middle_waits_for_a_whole_window() -> None:
+    watch = LossWatch(100, warmup=0, chance=LN2)
+    assert [done for done in range(9, 51) if watch.add(done, 0.7) is not None] == [20]
+
+
 def test_what_to_try_leaves_out_what_is_tried_or_cannot_be() -> None:
     def flags(config: Config, same_places: bool = True) -> list[str]:
         return [line.split(":")[0] for line in what_to_try(config, same_places)]

@@ -24,13 +24,14 @@ from theworld.config import FIELDS, Config
 from theworld.evaluate import predict
 from theworld.files import canonical_sha256
 from theworld.jsonc import read_json_with_comments
-from theworld.metrics import SYSTEMS, accuracy, label_loss
+from theworld.metrics import accuracy, label_loss
 from theworld.places import check_folder
 from theworld.preflight import Plan
 from theworld.settings import type_of
 from theworld.train import NotFinite, Trainer
 from theworld.watch import chance_loss, left_at
 
+ASKED = ("world", "baseline", "zero", "shuffled")  # with world tokens, and the controls
 LINES = 5  # of metrics.jsonl, which a loss that has left chance is averaged over
 NEVER = 10**9  # steps
 # What a sweep decides for its runs; they make no difference to what is learnt.
@@ -145,7 +146,7 @@ def measure(trainer: Trainer) -> dict[str, Any]:
     """What a trained model and its controls say on dev, and when the loss left chance."""
     config, dev = trainer.config, trainer.data.dev
     fetch = (trainer.data.latents, trainer.data.vision)
-    logits = predict(trainer.model, dev, *fetch, SYSTEMS, batch_size=config.eval_statements)
+    logits = predict(trainer.model, dev, *fetch, ASKED, batch_size=config.eval_statements)
     labels = np.array([s.label for s in dev])
     right = {name: (values[:, 1] > values[:, 0]) == (labels == 1) for name, values in logits.items()}
     text = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8")

@@ -66,7 +66,8 @@ class LossWatch:
         chance for the first time."""
         self.losses.append(loss)
         after = done - self.warmup
-        if self.said or after <= 0 or after % self.window:
+        whole = len(self.losses) == self.window  # it is not after a resume from before there was a watch
+        if self.said or after <= 0 or after % self.window or not whole:
             return None
         reading = read(self.losses, self.chance)
         self.said = not reading.left
