@@ -212,8 +212,8 @@ def test_the_tool_sweeps_in_two_processes_and_shows_a_table(
 @pytest.mark.parametrize("path", ["configs/sweep.json"])
 def test_the_runs_that_are_shipped_are_runs(path: str, tmp_path: Path) -> None:
     runs = make_runs(Config(), read_changes(Path(__file__).parent.parent / path), [0, 1, 2], tmp_path)
-    assert len(runs) == 30
-    assert len({run.key for run in runs}) == 30
+    assert len(runs) == 33
+    assert len({run.key for run in runs}) == 33
     assert runs[0].config == replace(
         Config(), output_dir=runs[0].config.output_dir, log_to_tensorboard=False, save_total_limit=None,
         eval_steps=runs[0].config.eval_steps, save_steps=runs[0].config.save_steps,
