@@ -32,6 +32,10 @@ def test_the_step_at_which_the_loss_left_chance() -> None:
     assert left_at(losses, LN2, 4) == 24
     assert left_at([0.69, 0.70] * 10, LN2, 4) is None
     assert left_at([0.5], LN2, 4) is None
+    assert left_at([0.5, 0.51] * 5, LN2, 4) == 4
+    for_a_while = [0.5, 0.51] * 5 + [0.69, 0.70] * 5
+    assert left_at(for_a_while, LN2, 4) is None
+    assert left_at(for_a_while + losses, LN2, 4) == 20 + 24
 
 
 def test_a_window_is_a_tenth_of_the_main_phase_within_bounds() -> None:

@@ -43,9 +43,13 @@ def read(losses: Sequence[float], chance: float) -> Reading:
 
 
 def left_at(losses: Sequence[float], chance: float, window: int) -> int | None:
-    """After how many losses the last `window` of them first had left chance; None: never."""
+    """After how many losses the last `window` of them had left chance, and had from there on to the end; None: never.
+    (By luck alone one of many windows lies below chance for a while.)"""
     ends = range(window, len(losses) + 1)
-    return next((end for end in ends if read(losses[end - window : end], chance).left), None)
+    last_at_chance = max(
+        (end for end in ends if not read(losses[end - window : end], chance).left), default=window - 1
+    )
+    return last_at_chance + 1 if last_at_chance < len(losses) else None
 
 
 def window_of(num_steps: int) -> int:
