@@ -8,6 +8,8 @@ import torch
 from conftest import EMBEDDED_GEMMA, EMBEDDED_VAE
 from test_model import gradients, latents_of, make_model, vision_of
 
+from theworld.asking import SYSTEMS as SCORED
+from theworld.asking import ask
 from theworld.bench_models import TINY, make_gemma_folder
 from theworld.config import Config
 from theworld.extract import extract, verify
@@ -42,6 +44,21 @@ def test_flex_attention_equals_dense_masks(
     for key in wanted:
         scale = wanted[key].abs().max()
         torch.testing.assert_close(flex[key] / scale, wanted[key] / scale, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_statements_about_a_photograph_are_scored_as_on_a_cpu(
+    attention: str, photographs: Path, statements: list[Statement]
+) -> None:
+    found = []
+    for device, own in (("cpu", "sdpa"), ("cuda", attention)):
+        gemma = Gemma(str(EMBEDDED_GEMMA), torch.float32, device, own)
+        model = make_model(gemma, cosmos_model_name=str(EMBEDDED_VAE), latent_size=64, compile=False)
+        model.fingerprint = CosmosEncoder(str(EMBEDDED_VAE)).identity()
+        images = [photographs / s.image for s in statements]
+        found.append(ask(model, images, [s.caption for s in statements], SCORED))
+    for system in SCORED:  # float32 on two devices: the kernels add in other orders
+        assert found[1][system] == pytest.approx(found[0][system], abs=1e-3)
 
 
 def test_kernels_for_heads_of_256_equal_dense_masks(

@@ -120,7 +120,7 @@ class Handler(BaseHTTPRequestHandler):
             self._send_json(refusal.status, {"error": str(refusal)})
             self._read_on()
             return
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):  # the client has gone, or never went on
             raise
         except ValueError as error:
             status, reply = HTTPStatus.BAD_REQUEST, {"error": str(error)}  # type: ignore[dict-item]

@@ -13,7 +13,7 @@ import numpy as np
 from theworld.dry_run import line
 from theworld.local_server import Server
 from theworld.questions import MAX_STATEMENTS, Limits
-from theworld.tryout import NAMES, Answers, answers, load_for_asking
+from theworld.tryout import NAMES, Answers, answers, called, load_for_asking
 
 WEB = Path(__file__).parent / "web"
 
@@ -30,7 +30,7 @@ def serve(name: str, systems: Sequence[str], overrides: dict[str, Any], host: st
         return answers(model, pixels, statements, systems)
 
     limits = Limits(max_pixels=model.config.max_image_pixels)
-    with Server(answer, files(name, systems, limits), host, port, limits) as server:
+    with Server(answer, files(name, called(model, systems), limits), host, port, limits) as server:
         print(f"{server.url} (Ctrl-C ends it)", flush=True)
         if not ipaddress.ip_address(str(server.server_address[0])).is_loopback:
             print("every machine that reaches this one can ask; leave --host out to change that", flush=True)

@@ -16,7 +16,13 @@ from theworld.projection import ProjectionShape
 from theworld.saved import CONFIG_FILE, WORLD_FILE, read_world, saved_folder
 from theworld.weights import resolve_device, resolve_dtype
 
-NAMES = {"world": "with world tokens", "baseline": "without them", "zero": "zero latents"}
+# "without": of a Gemma that a later stage trained, where "baseline" would be the published one, as in an evaluation.
+NAMES = {
+    "world": "with world tokens",
+    "baseline": "without them",
+    "without": "without them",
+    "zero": "zero latents",
+}
 # Compiling pays for thousands of statements, not for one.
 DEFAULTS = {"compile": False}
 Answers = list[dict[str, Any]]
@@ -42,13 +48,20 @@ def _check_steps(folder: Path, systems: Sequence[str]) -> None:
         shape.check_no_steps("--systems baseline zero needs none")
 
 
+def called(model: TheWorld, systems: Sequence[str]) -> list[str]:
+    """What `answers` calls those systems, in the words of an evaluation's records."""
+    return ["without" if s == "baseline" and model.gemma.changed else s for s in systems]
+
+
 def answers(
     model: TheWorld, image: Photograph, statements: Sequence[str], systems: Sequence[str] = SYSTEMS
 ) -> Answers:
-    """For each statement {"statement": ..., "p_true": {system: P(true)}}. Raises as `TheWorld.score` does."""
+    """For each statement {"statement": ..., "p_true": {system: P(true)}}, the systems as `called`. Raises as
+    `TheWorld.score` does."""
     found = ask(model, image, statements, systems)
+    names = dict(zip(called(model, systems), systems, strict=True))
     return [
-        {"statement": statement, "p_true": {system: found[system][i] for system in systems}}
+        {"statement": statement, "p_true": {name: found[system][i] for name, system in names.items()}}
         for i, statement in enumerate(statements)
     ]
 

@@ -8,10 +8,11 @@ const maxStatements = Number(document.body.dataset.maxStatements);
 let chosen = null; // the photograph, a File
 let asking = false;
 
-function fail(words) {
-  $("error").textContent = words;
+function fail(words, field) {
   $("error").hidden = false;
+  $("error").textContent = words;
   $("status").textContent = "";
+  if (field) $(field).focus();
 }
 
 function clear() {
@@ -78,8 +79,8 @@ function shown(answer) {
 
 async function ask() {
   const statements = $("statements").value.split("\n").map((s) => s.trim()).filter(Boolean);
-  if (!chosen) return fail("Choose a photograph first.");
-  if (!statements.length) return fail("Write a statement first, such as: The cat is left of the laptop.");
+  if (!chosen) return fail("Choose a photograph first.", "file");
+  if (!statements.length) return fail("Write a statement first, such as: The cat is left of the laptop.", "statements");
   if (statements.length > maxStatements) return fail(`At most ${maxStatements} statements at once; these are ${statements.length}.`);
   if (chosen.size > maxBytes) return fail(`The photograph has ${chosen.size.toLocaleString("en")} bytes; at most ${maxBytes.toLocaleString("en")} are read.`);
   clear();
@@ -97,7 +98,8 @@ async function ask() {
   $("list").replaceChildren(...reply.answers.map(shown));
   $("answers").hidden = false;
   const count = reply.answers.length === 1 ? "1 statement" : `${reply.answers.length} statements`;
-  $("status").textContent = `${count} answered below in ${((performance.now() - start) / 1000).toFixed(1)} s.`;
+  const seconds = (performance.now() - start) / 1000;
+  $("status").textContent = `${count} answered below in ${seconds.toFixed(seconds < 1 ? 2 : 1)} s.`;
 }
 
 async function askOnce() {
