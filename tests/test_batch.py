@@ -40,6 +40,31 @@ def test_two_statements_share_one_prefix(gemma: Gemma, statements: list[Statemen
     assert batch.word_counts.unique().tolist() == [end - start]
 
 
+def test_the_words_of_the_relation_of_true_statements_are_found(
+    gemma: Gemma, statements: list[Statement]
+) -> None:
+    batch = pack(gemma, statements)
+    flat, found = batch.token_ids.flatten(), []
+    for statement, label_row in zip(batch.statements, batch.label_rows.tolist(), strict=True):
+        branch = gemma.prompt(QUESTION, statement.caption, True).branch
+        rows = range(label_row + 1 - len(branch), label_row + 1)
+        found.append([r for r in batch.relation_rows.tolist() if r in rows])
+        if statement.label == 1:
+            words = flat[[r + 1 for r in found[-1]]]
+            assert gemma.tokenizer.decode(words).strip() == statement.relation
+            counts = batch.relation_counts[[batch.relation_rows.tolist().index(r) for r in found[-1]]]
+            assert counts.tolist() == [len(found[-1])] * len(found[-1])
+    assert [bool(rows) for rows in found] == [s.label == 1 for s in batch.statements]
+    assert torch.equal(flat[batch.relation_rows + 1], batch.relations)
+    assert set(batch.relation_rows.tolist()) < set(batch.word_rows.tolist())
+
+
+def test_a_statement_without_the_words_of_its_relation_has_none(gemma: Gemma) -> None:
+    statement = Statement("a.png", "The cup is on the book.", 1, "next to", 0)
+    batch = pack(gemma, [statement])
+    assert (len(batch.words) > 0, len(batch.relations), len(batch.relation_counts)) == (True, 0, 0)
+
+
 def test_blocks_see_ahead_within_themselves_and_nowhere_else(
     gemma: Gemma, statements: list[Statement]
 ) -> None:

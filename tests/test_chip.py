@@ -25,7 +25,7 @@ from theworld.chip import (
 )
 from theworld.gemma import Gemma
 from theworld.masks import attention_masks
-from theworld.projection import ProjectionShape
+from theworld.projection import ProjectionShape, WorldProjection
 from theworld.vae import CosmosEncoder, load_vae
 from theworld.vsr import Statement
 
@@ -170,6 +170,19 @@ def test_projection_flops_by_hand() -> None:
     assert projection_flops(shape) == 2 * 16 * (64 * 3 + 3 * 10)
     linear = ProjectionShape((16, 8, 8), width=10, patch=2, architecture="linear")
     assert projection_flops(linear) == 2 * 16 * 64 * 10
+    transformer = ProjectionShape(
+        (16, 8, 8), width=10, patch=2, architecture="transformer", hidden=6, depth=1
+    )
+    attention = 4 * 16 * 16 * 6  # scores and sums of values
+    assert projection_flops(transformer) == 2 * 16 * (64 * 6 + 12 * 6 * 6 + 6 * 10) + attention
+
+
+def test_projection_flops_are_what_torch_counts() -> None:
+    for architecture in ("mlp", "linear", "conv"):
+        shape = ProjectionShape((16, 8, 8), width=10, patch=2, architecture=architecture, hidden=6)
+        projection = WorldProjection(shape, [0.0] * 16, [1.0] * 16)
+        found = counted_by_torch(lambda p=projection: p(torch.zeros(1, 16, 8, 8)))  # type: ignore[misc]
+        assert found == projection_flops(shape)
 
 
 def test_rates_are_numbers_of_this_machine() -> None:

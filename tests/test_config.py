@@ -276,3 +276,9 @@ def test_only_the_wanted_keys_become_flags() -> None:
 
 def test_the_pixel_limit_is_the_one_of_images() -> None:
     assert Config().max_image_pixels == images.MAX_PIXELS
+
+
+def test_a_convolution_wants_a_grid_of_patches() -> None:
+    with pytest.raises(ValueError, match=r'projection is "conv"; allowed: another, as world_mode is channel'):
+        Config(projection="conv", world_mode="channel")
+    assert Config(projection="transformer", world_mode="channel").projection_layers == 2

@@ -8,6 +8,7 @@ import pytest
 LEVELS = [
     {
         "bench_choices",
+        "vocabulary",
         "pretrain_settings",
         "jsonc",
         "console",
@@ -26,6 +27,8 @@ LEVELS = [
     {"config", "local_server", "places", "shards", "vae", "gemma", "processes", "saved", "references"},
     {
         "arguments",
+        "watch",
+        "text_model",
         "metrics",
         "plan",
         "trackers",
@@ -40,8 +43,9 @@ LEVELS = [
     {"verify"},
     {"reader", "verdict"},
     {"store", "schedule", "tables"},
-    {"cache", "batch", "reading", "report_figures"},
-    {"masks", "given", "report_groups", "report_parts", "report_source"},
+    {"cache", "targets", "reading", "report_figures"},
+    {"batch", "given", "report_groups", "report_parts", "report_source"},
+    {"masks", "losses"},
     {"decoder", "generation", "asking"},
     {"encodings", "listing", "model", "foresee"},
     {"stages", "image_by_image", "checkpoint", "feed", "gather"},
@@ -51,6 +55,7 @@ LEVELS = [
     {"preflight"},
     {"failed_step"},
     {"train", "score", "align"},
+    {"sweep"},
     {"small_models", "align_picture", "align_report", "dry_run"},
     {"doctor", "tryout"},
     {"lessons", "serve"},

@@ -262,6 +262,35 @@ def test_the_statement_loss_is_the_mean_next_word_loss_over_true_captions(
     assert float(losses["total"]) == pytest.approx(float(losses["label"]) + 0.5 * wanted, rel=1e-5)
 
 
+def test_the_relation_loss_is_the_mean_next_word_loss_over_its_words(
+    gemma: Gemma, photographs: Path, statements: list[Statement]
+) -> None:
+    model = make_model(gemma)
+    batch = model.packer().pack(statements)
+    vision, latents = vision_of(gemma, photographs, batch.images), latents_of(batch.worlds)
+    with torch.no_grad():
+        losses = model.losses(batch, latents, vision, 0.5, 0.25, label_loss_weight=0.0)
+        alone = model.losses(batch, latents, vision, relation_loss_weight=1.0)
+        plain = model.losses(batch, latents, vision, statement_loss_weight=0.5)
+        hidden = model.hidden(batch, latents, vision)
+    wanted = 0.0
+    for statement, label_row in zip(batch.statements, batch.label_rows, strict=True):
+        if statement.label == 0:
+            continue
+        prompt = gemma.prompt(QUESTION, statement.caption, with_world=True)
+        start = statement.caption.index(statement.relation)
+        places = torch.tensor(prompt.tokens_of(start, start + len(statement.relation)))
+        assert gemma.tokenizer.decode([prompt.branch[i] for i in places]).strip() == statement.relation
+        rows = gemma.logits(hidden[int(label_row) - len(prompt.branch) + places])
+        wanted += float(F.cross_entropy(rows, torch.tensor(prompt.branch)[places]))
+    assert float(losses["relation"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(alone["relation"]) == pytest.approx(wanted, rel=1e-5)
+    assert float(alone["total"]) == pytest.approx(float(alone["label"]) + wanted, rel=1e-5)
+    assert float(alone["statement"]) == float(plain["relation"]) == 0
+    total = 0.5 * float(plain["statement"]) + 0.25 * wanted
+    assert float(losses["total"]) == pytest.approx(total, rel=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(
     photographs: Path, statements: list[Statement], gemma: Gemma
 ) -> None:
@@ -298,6 +327,27 @@ def test_what_trains_is_what_is_optimised_is_what_is_saved(gemma: Gemma, tmp_pat
         "projection.safetensors",
         "world.json",
     ]
+
+
+def test_the_size_of_world_tokens_at_the_start_is_a_setting(gemma: Gemma) -> None:
+    fingerprint = {"latent_shape": [16, 8, 8], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    for scale in (1.0, 0.25):
+        config = Config(world_patch=2, projection_scale=scale)
+        model = TheWorld.from_config(config, gemma, fingerprint)
+        size = model.projection(latents_of(["a"])).detach().pow(2).mean().sqrt()
+        assert float(size) == pytest.approx(scale * gemma.embedding_scale(), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["conv", "transformer"])
+def test_a_projection_that_sees_further_is_saved_and_loaded(gemma: Gemma, tmp_path: Path, kind: str) -> None:
+    statistics = {"latents_mean": [0.1] * 16, "latents_std": [0.9] * 16}
+    config = Config(world_patch=2, projection=kind, projection_layers=3, projection_hidden=32)
+    model = TheWorld.from_config(config, gemma, {"latent_shape": [16, 8, 8], **statistics})
+    assert model.projection.shape.depth == 3
+    model.save_pretrained(tmp_path)
+    loaded = TheWorld.from_pretrained(tmp_path, gemma=gemma)
+    latents = latents_of(["a", "b"])
+    assert torch.equal(loaded.projection(latents), model.projection(latents))
 
 
 def test_a_saved_model_loads_equal_and_a_foreign_one_is_refused(gemma: Gemma, tmp_path: Path) -> None:

@@ -173,6 +173,78 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cache: Path, config: Con
         assert [line for line in metrics(last.parent) if line["step"] > stop + 1] == tail
 
 
+@pytest.mark.parametrize("words", [{}, {"relation_loss_weight": 0.7}])
+def test_a_run_with_words_first_is_resumed_bitwise(
+    cache: Path, config: Config, tmp_path: Path, words: dict[str, float]
+) -> None:
+    config = replace(
+        config, align_steps=1, statement_steps=2, max_steps=13, save_steps=1, num_epochs=99, **words
+    )  # type: ignore[arg-type]
+    config = replace(config, save_total_limit=None, projection="transformer")
+    whole = Trainer(config, cache).run()
+    assert whole.name == "checkpoint-16"
+    lines = [line for line in metrics(whole.parent) if "loss" in line]
+    assert [line["phase"] for line in lines] == ["align", "words", "words", *["train"] * 13]
+    has = {
+        name: [n for n, line in enumerate(lines) if name in line]
+        for name in ("statement_loss", "relation_loss")
+    }
+    assert has["relation_loss"] == (list(range(1, 16)) if words else [])
+    assert has["statement_loss"] == ([] if words else [1, 2])
+    # The first window of ten steps of the main phase, in which four of six statements are true again and again.
+    (watched,) = [line for line in metrics(whole.parent) if "watch_mean" in line]
+    assert (watched["step"], watched["watch_steps"]) == (13, 10)
+    assert watched["watch_mean"] == pytest.approx(np.mean([line["loss"] for line in lines[3:13]]))
+    for stop in (2, 3, 8):  # among the words, at their end, and within the watch's window
+        other = replace(config, output_dir=str(tmp_path / f"stopped-{stop}"))
+        trainer = Trainer(other, cache)
+        trainer.output_dir.mkdir()
+        while trainer.step < stop:
+            trainer.train_step()
+        resumed = Trainer(replace(other, resume_from=str(trainer.save())), cache)
+        last = resumed.run()
+        assert weights(last) == weights(whole)
+        tail = [line for line in metrics(whole.parent) if line["step"] > stop + 1]
+        assert [line for line in metrics(last.parent) if line["step"] > stop + 1] == tail
+
+
+def test_words_alone_do_not_look_at_the_label(cache: Path, config: Config, tmp_path: Path) -> None:
+    config = replace(config, statement_steps=2, max_steps=1)
+    first = Trainer(config, cache)
+    other = Trainer(replace(config, output_dir=str(tmp_path / "other")), cache)
+    other.model.gemma.answer_ids = first.model.gemma.answer_ids[::-1]  # every label is the other one
+    for trainer in (first, other):
+        for _ in range(2):
+            trainer.train_step()
+    pairs = zip(first.model.trainable().values(), other.model.trainable().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    first.train_step()
+    other.train_step()
+    pairs = zip(first.model.trainable().values(), other.model.trainable().values(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_loss_at_chance_is_said_once_with_what_to_try(
+    cache: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Trainer(replace(config, max_steps=30, num_epochs=99, learning_rate=1e-9, do_eval=False), cache).run()
+    said = capsys.readouterr().out
+    assert said.count("chance:") == 1
+    assert "  1. --align_steps 300 --world_positions: start at Gemma's own image tokens" in said
+    assert "  5. another --learning_rate than 1e-09" in said
+    assert sum("watch_mean" in line for line in metrics(Path(config.output_dir))) == 1
+
+
+def test_a_run_says_where_relations_have_no_words(
+    cache: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = Trainer(replace(config, relation_loss_weight=0.5, max_steps=1), cache)
+    (note,) = [line for line in trainer.plan.lines if line.startswith("relation words")]
+    true = sum(s.label for s in trainer.data.train)
+    assert note == f"relation words: in {true} of {true} true statements"
+    assert not any("relation words" in line for line in Trainer(config, cache).plan.lines)
+
+
 class VaeInTheLoop:
     """Latents encoded afresh at every step, by diffusers' own 3-D path."""
 

@@ -57,6 +57,70 @@ def test_parameter_counts() -> None:
     assert count(make(architecture="linear")) == 12 * 8 + 8 + 8 + 2 * 8
     assert count(make()) == 12 * 8 + 8 + 8 * 8 + 8 + 8 + 2 * 8
     assert count(make(hidden=5, positions=True)) == 12 * 5 + 5 + 5 * 8 + 8 + 8 + 2 * 8 + 6 * 8
+    around = 8 + 2 * 8  # the norm and the brackets
+    conv = 12 * 4 + 4 + 3 * (9 * 4 * 4 + 4) + 4 * 8 + 8
+    assert count(make(architecture="conv", hidden=4, depth=3)) == conv + around
+    layer = 2 * 8 + (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8)
+    transformer = 12 * 8 + 8 + 6 * 8 + 2 * layer + 8 + 8 * 8 + 8
+    assert count(make(architecture="transformer")) == transformer + around
+
+
+@pytest.mark.parametrize(
+    ("architecture", "width", "inner"),
+    [("mlp", 2560, 2560), ("conv", 2560, 512), ("transformer", 2560, 512), ("transformer", 64, 64)],
+)
+def test_the_width_inside_is_gemmas_or_where_it_sees_further_at_most_512(
+    architecture: str, width: int, inner: int
+) -> None:
+    shape = ProjectionShape((16, 64, 64), width=width, architecture=architecture)
+    assert shape.inner == inner
+    assert ProjectionShape.from_dict(shape.to_dict()) == shape
+    assert ("depth" in shape.to_dict()) is (architecture in ("conv", "transformer"))
+
+
+def moved(projection: WorldProjection, row: int, column: int) -> list[int]:
+    """The tokens that change with one latent value."""
+    latents = torch.randn(1, 3, 4, 6)
+    other = latents.clone()
+    other[0, 1, row, column] += 1
+    with torch.no_grad():
+        return (projection(latents) != projection(other)).any(2)[0].nonzero()[:, 0].tolist()
+
+
+def test_what_a_token_knows_of_other_patches() -> None:
+    # Tokens 0 1 2 over 3 4 5; the value at (0, 5) is in patch 2.
+    assert moved(make(), 0, 5) == moved(make(architecture="linear"), 0, 5) == [2]
+    assert moved(make(architecture="conv", depth=1), 0, 5) == [1, 2, 4, 5]
+    assert moved(make(architecture="conv", depth=2), 0, 5) == [0, 1, 2, 3, 4, 5]
+    assert moved(make(architecture="transformer", depth=1), 0, 5) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_transformer_tells_places_apart_and_takes_channels_as_tokens() -> None:
+    same = torch.ones(1, 3, 4, 6) * torch.tensor([0.0, 1.0, 2.0])[:, None, None]
+    tokens = make(architecture="transformer")(same)[0]
+    assert all(not torch.allclose(tokens[0], tokens[k]) for k in range(1, 6))
+    assert make("channel", architecture="transformer")(torch.randn(2, 3, 4, 6)).shape == (2, 3, 8)
+
+
+@pytest.mark.parametrize("architecture", ["linear", "conv", "transformer"])
+def test_every_kind_starts_at_the_given_scale_and_takes_each_moment_alone(architecture: str) -> None:
+    alone = make(architecture=architecture, positions=True)
+    moments = make(architecture=architecture, positions=True, steps=2)
+    moments.load_state_dict(alone.state_dict(), strict=False)
+    latents = torch.randn(2, 3, 3, 4, 6)
+    tokens = moments(latents)
+    scale = tokens.pow(2).mean(-1).sqrt()
+    torch.testing.assert_close(scale, torch.full((2, 18), 5.0), atol=1e-2, rtol=0)
+    for moment in range(3):
+        wanted = alone(latents[:, moment])
+        torch.testing.assert_close(tokens[:, 6 * moment : 6 * (moment + 1)], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_parameters_of_the_guides_kind_are_named_as_ever() -> None:
+    assert list(dict(make(positions=True).named_parameters())) == [
+        *("positions", "brackets", "layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias"),
+        "norm.weight",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +128,12 @@ def test_parameter_counts() -> None:
     [
         ({"patch": 3}, "world_patch 3 does not divide the latent's 4 x 6 places"),
         ({"mode": "pixel"}, "world_mode 'pixel'"),
-        ({"architecture": "conv"}, "projection 'conv'"),
+        ({"architecture": "pyramid"}, "projection 'pyramid': wanted mlp, linear, conv, transformer"),
+        ({"architecture": "conv", "mode": "channel"}, "world_mode 'channel' has none; wanted projection"),
+        (
+            {"architecture": "transformer", "hidden": 40},
+            "projection_hidden 40: a transformer wants a multiple of 32",
+        ),
     ],
 )
 def test_impossible_shapes_are_refused(settings: dict, message: str) -> None:

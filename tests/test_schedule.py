@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from theworld.config import Config
-from theworld.schedule import Order, learning_rate, num_train_steps, split
+from theworld.schedule import Order, Phase, learning_rate, num_train_steps, num_warmup_steps, phase_at, split
 from theworld.vsr import Statement
 
 
@@ -76,3 +76,16 @@ def test_a_step_splits_into_parts_of_about_equal_work_with_the_statements_of_an_
         sorted(statements, key=lambda s: (-[1, 4, 1, 2, 1, 3, 1, 3][int(s.image[0])], s.index))
     ]
     assert [len(part) for part in split(make([3]), 2, 500, 40)] == [3, 0]
+
+
+def test_phases_follow_each_other() -> None:
+    config = Config(align_steps=2, statement_steps=3)
+    phases = [phase_at(config, step, 9) for step in range(9)]
+    assert [p.name for p in phases] == ["align"] * 2 + ["words"] * 3 + ["train"] * 4
+    assert [(p.start, p.stop) for p in phases] == [(0, 2)] * 2 + [(2, 5)] * 3 + [(5, 9)] * 4
+    assert phase_at(Config(), 0, 9) == Phase("train", 0, 9)
+
+
+def test_the_warm_up_is_a_number_or_a_share() -> None:
+    assert num_warmup_steps(Config(warmup_steps=7), 100) == 7
+    assert num_warmup_steps(Config(warmup_ratio=0.03), 110) == 4

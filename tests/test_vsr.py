@@ -17,6 +17,8 @@ from theworld.vsr import (
     load_hub_statements,
     load_statements,
     meta_category,
+    relation_note,
+    relation_span,
     seen_images,
 )
 
@@ -245,3 +247,47 @@ def test_the_overlaps_of_the_releases_are_found() -> None:
     for split, shared in (("test", 272), ("train", 830)):
         there = {(statement.image, statement.caption) for statement in random[split]}
         assert sum((statement.image, statement.caption) in there for statement in zeroshot) == shared
+
+
+@pytest.mark.parametrize(
+    ("caption", "relation", "words"),
+    [
+        ("The cat is left of the laptop.", "left of", "left of"),
+        (" The cat is Left of the laptop. ", "left of", "Left of"),
+        ("The pan is in the inn.", "in", "in"),
+        ("The cat is at the left side of the box.", "at the left side of", "at the left side of"),
+        ("The cat is on the box on the bed.", "on", None),
+        ("The cat sits.", "on", None),
+        ("The c.t is", "c(t", None),
+    ],
+)
+def test_the_words_of_a_relation_are_whole_words_that_stand_once(
+    caption: str, relation: str, words: str | None
+) -> None:
+    span = relation_span(caption, relation)
+    assert (None if span is None else caption.strip()[slice(*span)]) == words
+
+
+def test_statements_without_the_words_of_their_relation_are_counted() -> None:
+    def make(caption: str, label: int = 1, relation: str = "on") -> Statement:
+        return Statement("a.png", caption, label, relation, 0)
+
+    found, lost, false = make("It is on it."), make("It is under it."), make("It is under it.", label=0)
+    assert relation_note([found, found, false]) == "relation words: in 2 of 2 true statements"
+    assert relation_note([found, lost]) == (
+        "relation words: in 1 of 2 true statements; nowhere or more than once in the others, such as 'It is under it.' "
+        "with 'on'"
+    )
+    with pytest.raises(
+        ValueError, match=r"none of 1 true statements .* such as 'It is under it\.' with 'on'; give"
+    ):
+        relation_note([lost, false])
+
+
+@needs_real
+@pytest.mark.parametrize(("release", "count"), [("vsr_random", 10972), ("vsr_zeroshot", 5051)])
+def test_every_relation_of_vsr_stands_once_in_its_statement(release: str, count: int) -> None:
+    statements = [s for own in load_all(REAL, release).values() for s in own]
+    assert (
+        sum(relation_span(s.caption, s.relation) is not None for s in statements) == count == len(statements)
+    )

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from theworld.gemma import Gemma, Prompt
+from theworld.targets import integers, targets
 from theworld.vsr import Statement
 
 ROW_MULTIPLE = 128  # rows for flex attention are padded to a multiple of its block
@@ -55,6 +56,11 @@ class Batch:
     word_rows: Tensor  # int64[T]: flat indices of tokens that predict a caption token of a true statement
     words: Tensor  # int64[T]: those caption tokens
     word_counts: Tensor  # int64[T]: how many tokens the caption of each has
+    relation_rows: (
+        Tensor  # int64[U]: the same for the words of the relation alone, where the caption has them once
+    )
+    relations: Tensor  # int64[U]
+    relation_counts: Tensor  # int64[U]: how many tokens the relation of each has
     num_frozen: int  # columns of each row that nothing trained has part in
 
     def _map(self, change: Any) -> "Batch":
@@ -289,40 +295,13 @@ def _assemble(
         statements=tuple(statements),
         worlds=tuple(worlds),
         images=tuple(images),
-        token_ids=_integers(token_ids),
-        position_ids=_integers(positions),
-        place=_integers(place),
-        end=_integers(end),
-        block=_integers(block),
-        world_slots=_integers(slots["world"]).view(len(worlds), -1 if worlds else 0),
-        image_slots=_integers(slots["image"]).view(len(images), -1 if images else 0),
-        **_targets(leaves, statements, answer_ids, length),
+        token_ids=integers(token_ids),
+        position_ids=integers(positions),
+        place=integers(place),
+        end=integers(end),
+        block=integers(block),
+        world_slots=integers(slots["world"]).view(len(worlds), -1 if worlds else 0),
+        image_slots=integers(slots["image"]).view(len(images), -1 if images else 0),
+        **targets([(n.row * length + n.column, prompt) for n, prompt in leaves], statements, answer_ids),
         num_frozen=num_frozen,
     )
-
-
-def _targets(
-    leaves: list[tuple[_Node, Prompt]],
-    statements: Sequence[Statement],
-    answer_ids: Sequence[int],
-    length: int,
-) -> dict[str, Tensor]:
-    """What is to be predicted, and where: labels, and the words of the true statements."""
-    starts = [node.row * length + node.column for node, _ in leaves]
-    captions = [
-        (start, prompt.branch, range(*prompt.caption))
-        for start, (_, prompt), statement in zip(starts, leaves, statements, strict=True)
-        if statement.label == 1
-    ]
-    last = [len(node.segment.token_ids) - 1 for node, _ in leaves]
-    return {
-        "label_rows": _integers([start + offset for start, offset in zip(starts, last, strict=True)]),
-        "labels": _integers([answer_ids[s.label] for s in statements]),
-        "word_rows": _integers([start + i - 1 for start, _, caption in captions for i in caption]),
-        "words": _integers([branch[i] for _, branch, caption in captions for i in caption]),
-        "word_counts": _integers([len(caption) for _, _, caption in captions for _ in caption]),
-    }
-
-
-def _integers(values: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(values, np.int64))

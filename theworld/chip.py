@@ -10,7 +10,6 @@ Dimensions: T tokens, D width, F width of the feed-forward layer, H heads of siz
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -226,9 +225,14 @@ def language_flops(config: Any, works: Sequence[Work], projection: int = 0) -> d
 
 
 def projection_flops(shape: Any) -> int:
-    """FLOPs of the projection on one image: 2 x weights x tokens. `shape`: a `ProjectionShape`."""
-    hidden = shape.hidden or shape.width
-    widths = [shape.values_per_token, shape.width]
-    if shape.architecture == "mlp":
-        widths.insert(1, hidden)
-    return 2 * shape.num_tokens * sum(a * b for a, b in pairwise(widths))
+    """FLOPs of the projection on one image: 2 x weights x tokens, a convolution at its borders too; in a transformer's
+    layer 4 N^2 h more, for attention among the N tokens of a moment. `shape`: a `ProjectionShape`."""
+    first, inner, last = shape.values_per_token, shape.inner, shape.width
+    if shape.architecture == "linear":
+        return 2 * shape.num_tokens * first * last
+    weights = first * inner + inner * last
+    if shape.architecture == "conv":
+        weights += shape.depth * 9 * inner**2
+    if shape.architecture == "transformer":  # of attention 4 h^2 and of the feed-forward layer 8 h^2
+        weights += shape.depth * (12 * inner**2 + 2 * shape.tokens_per_moment * inner)
+    return 2 * shape.num_tokens * weights

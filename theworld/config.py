@@ -21,6 +21,7 @@ from theworld.settings import Refused, checked, nearest_name, refused, setting, 
 
 DATASET_NAMES = ("vsr", "vsr_random", "vsr_zeroshot")
 DTYPES = ("float32", "float16", "bfloat16")  # of stored latents
+PROJECTIONS = ("mlp", "linear", "conv", "transformer")
 COMPUTE = ("float32", "bfloat16")  # of the frozen models
 FRAMES_A_STEP = 4  # video frames to one latent frame, after the first
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
@@ -99,9 +100,15 @@ class Config:
     # World tokens
     world_mode: str = setting("patch", "what of a latent is one world token", choices=("patch", "channel"))
     world_patch: int = setting(4, "side of a patch, in mode patch", "latent cells", at_least=1)
-    projection: str = setting("mlp", "from a patch to its token", choices=("mlp", "linear"))
+    projection: str = setting(
+        "mlp", "from a patch to its token; conv and transformer see others too", choices=PROJECTIONS
+    )
     projection_hidden: int | None = setting(
-        None, "width of the mlp; none: Gemma's hidden size", "units", at_least=1
+        None, "width inside; none: Gemma's, for conv and transformer at most 512", "units", at_least=1
+    )
+    projection_layers: int = setting(2, "of conv or transformer", "layers", at_least=1)
+    projection_scale: float = setting(
+        1.0, "size of world tokens at the start", "times Gemma's embeddings", above=0.0
     )
     world_positions: bool = setting(False, "add a trained vector for each place")
     world_attention: str = setting("bidirectional", "among world tokens", choices=("bidirectional", "causal"))
@@ -114,6 +121,12 @@ class Config:
     # Objective
     statement_loss_weight: float = setting(
         0.0, "next-word loss on true statements (answer: 1)", "weight", at_least=0.0
+    )
+    relation_loss_weight: float = setting(
+        0.0, "next-word loss on the words of their relation alone", "weight", at_least=0.0
+    )
+    statement_steps: int = setting(
+        0, "before, words alone (all, where both weights are 0)", "optimizer steps", at_least=0
     )
     align_steps: int = setting(0, "first, towards Gemma's own image tokens", "optimizer steps", at_least=0)
     align_learning_rate: float = setting(0.001, "learning rate of these steps", "per step", above=0.0)
@@ -188,6 +201,10 @@ class Config:
         if not self.freeze_cosmos_vae:
             raise refused("freeze_cosmos_vae", False, "true; a cache cannot follow a VAE that trains")
         self._check_stage()
+        if self.projection == "conv" and self.world_mode == "channel":
+            raise refused(
+                "projection", "conv", "another, as world_mode is channel: there is no grid of patches"
+            )
         if self.latent_size % 16:
             raise refused("latent_size", self.latent_size, "a multiple of 16 pixels")
         if self.max_world_steps is not None and self.num_world_steps > self.max_world_steps:

@@ -27,7 +27,7 @@ from theworld.saved import VISION as VISION_PART
 from theworld.saved import read_world
 from theworld.store import StoreError
 from theworld.unfrozen import prepare_parts
-from theworld.vsr import Statement, images_of, load_statements
+from theworld.vsr import Statement, images_of, load_statements, relation_note
 
 COMPARE_SECONDS = 60.0  # for comparing photographs before training; tools/doctor.py takes the time it needs
 
@@ -76,6 +76,8 @@ def load_data(config: Config, cache: Path) -> Data:
     if not train:
         raise ValueError(f"{config.annotations}: no training statement has its image in {cache}")
     notes = [f"train: {train_note}", f"dev: {dev_note}"]
+    if config.relation_loss_weight > 0:
+        notes.append(relation_note(train))
     notes += compared(config, latents, images_of([*train, *dev]))
     return Data(train, dev, latents, cached_vision(config, cache), notes)
 

@@ -113,7 +113,8 @@ def plan_demo(config_path: Path, output: Path, seed: int) -> Iterator[str]:
     free = check_room(output, ROOM, "--output")
     counts = ", ".join(f"{count:,} {split}" for split, count in NUM_SCENES.items())
     yield f"draws        scenes with seed {seed}: {counts}"
-    yield f"trains       {config.align_steps + (config.max_steps or 0):,} steps of {config.batch_size} statements"
+    steps = config.align_steps + config.statement_steps + (config.max_steps or 0)
+    yield f"trains       {steps:,} steps of {config.batch_size} statements"
     yield f"writes       {output}: about {ROOM / 2**20:.0f} MiB{removes} ({free / 2**30:,.1f} GiB free)"
 
 

@@ -5,6 +5,7 @@ import resource
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from theworld.batch import ZERO
@@ -13,6 +14,7 @@ from theworld.config import Config
 from theworld.feed import Pass
 from theworld.machine import GIB, memory_of
 from theworld.preflight import Plan
+from theworld.vsr import Statement
 
 SHOWN = 8  # images that are named
 ROOM = 0.95  # of the memory that settings may fill to be said to fit
@@ -40,6 +42,16 @@ def not_finite(step: int, loss: float, norm: float, rate: float, passes: Sequenc
         f"{norm:.3g}{'; ' + culprits if culprits else ''}); nothing was updated or overwritten. Lower --learning_rate, "
         "or resume from the last checkpoint"
     )
+
+
+def check_answers(step: int, statements: Sequence[Statement], logits: np.ndarray) -> None:
+    """NotFinite if the answers to some statements of dev, float32[n, _], are not finite after `step` steps."""
+    bad = sorted({s.image for s, row in zip(statements, logits, strict=True) if not np.isfinite(row).all()})
+    if bad:
+        raise NotFinite(
+            f"step {step}: answers on dev are not finite (images {named(bad)}); nothing was overwritten. Resume from "
+            "the last checkpoint with a lower --learning_rate"
+        )
 
 
 def _faulty(passes: Sequence[Pass]) -> Iterator[tuple[str, list[str]]]:

@@ -31,13 +31,19 @@ class Prompt:
     """A tokenised prompt in two parts: what all statements of an image share, and one statement's branch.
 
     `world_at` is the index in `shared` before which the world tokens and their two brackets stand, or None
-    for a prompt without them. `caption` is the (start, end) range of the caption's tokens in `branch`.
+    for a prompt without them. `caption` is the (start, end) range of the caption's tokens in `branch`, `spans` what
+    of the stripped caption each of them stands for: (start, end) in characters.
     """
 
     shared: tuple[int, ...]
     branch: tuple[int, ...]
     world_at: int | None
     caption: tuple[int, int]
+    spans: tuple[tuple[int, int], ...]
+
+    def tokens_of(self, start: int, end: int) -> list[int]:
+        """The indices in `branch` of the tokens that the caption's characters from `start` to `end` are in."""
+        return [self.caption[0] + i for i, (a, b) in enumerate(self.spans) if b > start and a < end]
 
 
 class Gemma:
@@ -202,7 +208,8 @@ class Gemma:
         branch_at = self._branch_start(ids, world_at, bool(image))
         in_caption = [i for i, (a, b) in enumerate(spans) if b > start and a < start + len(caption)]
         caption_range = (in_caption[0] - branch_at, in_caption[-1] + 1 - branch_at) if in_caption else (0, 0)
-        return Prompt(tuple(ids[:branch_at]), tuple(ids[branch_at:]), world_at, caption_range)
+        own = tuple((spans[i][0] - start, spans[i][1] - start) for i in in_caption)
+        return Prompt(tuple(ids[:branch_at]), tuple(ids[branch_at:]), world_at, caption_range, own)
 
     def _render(self, question: str, with_image: bool) -> str:
         content: list[dict[str, str]] = [{"type": "text", "text": question}]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from theworld.decoder import Decoder, TrainedDecoder, checkpoint_layers
 from theworld.gemma import Gemma
 from theworld.generation import generate_ids
 from theworld.given import Photograph, load_encoder
+from theworld.losses import weighted_losses
 from theworld.projection import ProjectionShape, WorldProjection
 from theworld.saved import (
     CONFIG_FILE,
@@ -78,7 +78,7 @@ class TheWorld(nn.Module):
             shape,
             fingerprint["latents_mean"],
             fingerprint["latents_std"],
-            scale=gemma.embedding_scale(),
+            scale=gemma.embedding_scale() * config.projection_scale,
             brackets=gemma.bracket_embeddings(),
         )
         return cls(gemma, projection, config, fingerprint)
@@ -299,29 +299,27 @@ class TheWorld(nn.Module):
         return ask(self, images, statements, [system], batch_size)[system]
 
     def losses(
-        self, batch: Batch, latents: Tensor | None, vision: Tensor | None, statement_loss_weight: float = 0.0
+        self,
+        batch: Batch,
+        latents: Tensor | None,
+        vision: Tensor | None,
+        statement_loss_weight: float = 0.0,
+        relation_loss_weight: float = 0.0,
+        label_loss_weight: float = 1.0,
     ) -> dict[str, Tensor]:
         """Sums over the batch, to be divided by the statements of an optimizer step.
 
         `label`: cross-entropy over the whole vocabulary at the label token. `statement`: for each true
-        statement the mean next-word cross-entropy over its caption, 0 where the weight is 0. `total`: label +
-        weight x statement. `logits`: float32[S, 2], of '0' and '1'.
+        statement the mean next-word cross-entropy over its caption, 0 where the weight is 0; `relation`: the same
+        over the words of its relation. `total`: their sum by the weights. `logits`: float32[S, 2], of '0' and '1'.
         """
-        return self._compute(lambda: self._losses(batch, latents, vision, statement_loss_weight))
+        weights = {
+            "label": label_loss_weight,
+            "statement": statement_loss_weight,
+            "relation": relation_loss_weight,
+        }
 
-    def _losses(
-        self, batch: Batch, latents: Tensor | None, vision: Tensor | None, statement_loss_weight: float
-    ) -> dict[str, Tensor]:
-        with_words = statement_loss_weight > 0 and len(batch.words) > 0
-        wanted = torch.cat([batch.label_rows, batch.word_rows]) if with_words else batch.label_rows
-        hidden = self.hidden(batch, latents, vision, wanted)
-        logits = self.gemma.logits(hidden[: len(batch.labels)])
-        label = F.cross_entropy(logits, batch.labels, reduction="sum")
-        statement = torch.zeros_like(label)
-        if with_words:
-            words = self.gemma.logits(hidden[len(batch.labels) :])
-            weights = 1 / batch.word_counts.to(words.dtype)
-            statement = (F.cross_entropy(words, batch.words, reduction="none") * weights).sum()
-        answers = torch.stack([logits[:, token] for token in self.gemma.answer_ids], 1).detach()
-        total = label + statement_loss_weight * statement
-        return {"total": total, "label": label.detach(), "statement": statement.detach(), "logits": answers}
+        def hidden(wanted: Tensor) -> Tensor:
+            return self.hidden(batch, latents, vision, wanted)
+
+        return self._compute(lambda: weighted_losses(self.gemma, hidden, batch, weights))

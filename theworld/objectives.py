@@ -1,4 +1,5 @@
-"""What the projection is trained towards: the answer to a statement or, to begin with, Gemma's own image tokens."""
+"""What the projection is trained towards: the answer to a statement and the words of true ones or, to begin with,
+Gemma's own image tokens."""
 
 import torch
 from torch import Tensor
@@ -35,20 +36,34 @@ def gemma_share(config: Config) -> float:
     return 0.1 if config.lora_rank is None else 1.0
 
 
-def answer_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
+def loss_weights(config: Config, phase: str) -> dict[str, float]:
+    """What the losses of a pass count in a phase: see `TheWorld.losses`. In the phase "words" the label counts nothing,
+    and where no weight of words is set either, the whole statements count 1."""
+    words = {name: getattr(config, name) for name in ("statement_loss_weight", "relation_loss_weight")}
+    if phase == "words" and not any(words.values()):
+        words["statement_loss_weight"] = 1.0
+    return words | {"label_loss_weight": 0.0 if phase == "words" else 1.0}
+
+
+def answer_loss(model: TheWorld, one: Pass, phase: str = "train") -> dict[str, Tensor]:
     """Sums over the pass: see `TheWorld.losses`; `correct` counts statements where the right answer is the likelier."""
     assert one.batch is not None
-    losses = model.losses(one.batch, one.latents, one.vision, model.config.statement_loss_weight)
+    losses = model.losses(one.batch, one.latents, one.vision, **loss_weights(model.config, phase))
     said_true = losses["logits"][:, 1] > losses["logits"][:, 0]
     is_true = one.batch.labels == model.gemma.answer_ids[1]
     return losses | {"correct": (said_true == is_true).sum()}
+
+
+def on_image_tokens(config: Config, shape: ProjectionShape, image: int) -> bool:
+    """Whether the world tokens of a photograph and `image` image tokens lie on the same places."""
+    return shape.tokens_per_moment == image and config.world_mode == "patch"
 
 
 def check_align(config: Config, shape: ProjectionShape, image: int) -> None:
     """A start at Gemma's image tokens, of which there are `image`, needs as many world tokens of a photograph, on the
     same places."""
     world = shape.tokens_per_moment
-    if config.align_steps and (world != image or config.world_mode != "patch"):
+    if config.align_steps and not on_image_tokens(config, shape, image):
         raise ValueError(
             f"align_steps {config.align_steps}: {world} world tokens (world_mode {config.world_mode}) "
             f"and {image} image tokens do not lie on the same places; choose a world_patch that gives as many, "
@@ -73,4 +88,4 @@ def align_loss(model: TheWorld, one: Pass) -> dict[str, Tensor]:
     tokens = model.projection(one.latents)[:, : model.projection.shape.tokens_per_moment]
     loss = ((tokens - target).pow(2).mean((1, 2)) / target.pow(2).mean((1, 2))).sum()
     zero = torch.zeros_like(loss).detach()
-    return {"total": loss, "label": loss.detach(), "statement": zero, "correct": zero}
+    return {"total": loss, "label": loss.detach(), "statement": zero, "relation": zero, "correct": zero}

@@ -71,7 +71,8 @@ class Plan:
         init = find_start(config.init_from) if config.init_from else None
         self.start = self.resumed.path if self.resumed is not None else init
         self.order = Order(self.data.train, config.seed)
-        self.num_steps = config.align_steps + num_train_steps(config, len(self.data.train), self.per_step)
+        before = config.align_steps + config.statement_steps
+        self.num_steps = before + num_train_steps(config, len(self.data.train), self.per_step)
         self.gemma = load_gemma(config, self.processes.device, weights=False)
         prepare_gemma(self.gemma, config, self.data, self.start)
         self.sharded = wants_sharding(count, self.gemma)

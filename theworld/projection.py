@@ -1,16 +1,20 @@
 """Latents to world tokens: the one part that trains.
 
 Dimensions: B images, T moments (the photograph, then those predicted from it), C, H, W the latent's channels, height
-and width, N world tokens of a moment, P values a token, D the width of Gemma's language model.
+and width, N world tokens of a moment, P values a token, h the width inside, D the width of Gemma's language model.
 """
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from theworld.config import Config
+from theworld.config import PROJECTIONS, Config
+
+DEEP = ("conv", "transformer")  # see beyond their patch
+HEAD = 32  # width of an attention head of the transformer, at most
 
 
 @dataclass(frozen=True)
@@ -21,24 +25,42 @@ class ProjectionShape:
     width: int  # D
     mode: str = "patch"  # "patch": p x p places a token; "channel": one latent channel a token
     patch: int = 4  # p, in latent pixels
-    architecture: str = "mlp"  # "mlp" or "linear"
-    hidden: int | None = None  # of the MLP; None: D
+    architecture: str = "mlp"  # one of PROJECTIONS
+    hidden: int | None = None  # width inside; None: D, and where it sees beyond its patch at most 512
     positions: bool = False  # a trained vector for each place
     steps: int = 0  # T - 1, predicted moments after the photograph
     max_steps: int | None = None  # of which the time embedding has a row each; None: steps
+    depth: int = 2  # layers that see beyond their patch
 
     def __post_init__(self) -> None:
         _, height, width = self.latent_shape
         if self.mode not in ("patch", "channel"):
             raise ValueError(f"world_mode {self.mode!r}: wanted 'patch' or 'channel'")
-        if self.architecture not in ("mlp", "linear"):
-            raise ValueError(f"projection {self.architecture!r}: wanted 'mlp' or 'linear'")
+        if self.architecture not in PROJECTIONS:
+            raise ValueError(f"projection {self.architecture!r}: wanted {', '.join(PROJECTIONS)}")
+        if self.architecture == "conv" and self.mode != "patch":
+            raise ValueError(
+                "projection 'conv' looks over the grid of patches, and world_mode 'channel' has none; wanted "
+                "projection transformer, mlp or linear, or world_mode patch"
+            )
+        if self.architecture == "transformer" and self.inner > HEAD and self.inner % HEAD:
+            raise ValueError(f"projection_hidden {self.inner}: a transformer wants a multiple of {HEAD}")
         if self.mode == "patch" and (self.patch < 1 or height % self.patch or width % self.patch):
             raise ValueError(
                 f"world_patch {self.patch} does not divide the latent's {height} x {width} places"
             )
         if not 0 <= self.steps <= self.time_rows - 1:
             raise ValueError(f"num_world_steps {self.steps}: wanted 0 to max_world_steps, {self.max_steps}")
+
+    @property
+    def inner(self) -> int:
+        """The width inside the layers."""
+        return self.hidden or (min(self.width, 512) if self.architecture in DEEP else self.width)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches from top to bottom and from left to right, in mode patch."""
+        return self.latent_shape[1] // self.patch, self.latent_shape[2] // self.patch
 
     @property
     def time_rows(self) -> int:
@@ -76,9 +98,11 @@ class ProjectionShape:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `from_dict` gives an equal object back. Without steps it says nothing of them."""
+        """JSON form; `from_dict` gives an equal object back. It says nothing of steps or depth where there are none."""
         values = asdict(self) | {"latent_shape": list(self.latent_shape)}
-        return values if self.steps else {k: v for k, v in values.items() if k not in ("steps", "max_steps")}
+        absent = [] if self.steps else ["steps", "max_steps"]
+        absent += [] if self.architecture in DEEP else ["depth"]
+        return {k: v for k, v in values.items() if k not in absent}
 
     @classmethod
     def from_settings(cls, config: Config, fingerprint: dict[str, Any], width: int) -> "ProjectionShape":
@@ -94,6 +118,7 @@ class ProjectionShape:
             positions=config.world_positions,
             steps=steps,
             max_steps=config.max_world_steps if steps else None,
+            depth=config.projection_layers if config.projection in DEEP else 2,
         )
 
     @classmethod
@@ -116,6 +141,81 @@ class ScaledNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """float[..., D] -> float[..., D]."""
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class ConvLayers(nn.Module):
+    """A linear layer, residual 3 x 3 convolutions over the grid of patches, a linear layer.
+
+    After k convolutions a token knows of the patches up to k away (He et al. 2016, arXiv 1603.05027, without norms).
+    """
+
+    def __init__(self, shape: ProjectionShape) -> None:
+        super().__init__()
+        self.grid = shape.grid
+        self.first = nn.Linear(shape.values_per_token, shape.inner)
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(shape.inner, shape.inner, 3, padding=1) for _ in range(shape.depth)
+        )
+        self.last = nn.Linear(shape.inner, shape.width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """float[B, N, P] -> float[B, N, D]."""
+        x = self.first(patches).transpose(1, 2).unflatten(2, self.grid)
+        for convolution in self.convolutions:
+            x = x + convolution(F.gelu(x))
+        return self.last(F.gelu(x).flatten(2).transpose(1, 2))
+
+
+class TransformerLayer(nn.Module):
+    """Self-attention among the tokens of a moment and a feed-forward layer, each after a norm (arXiv 2002.04745)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = max(1, width // HEAD)
+        self.attention_norm, self.feed_forward_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.queries_keys_values = nn.Linear(width, 3 * width)
+        self.attended = nn.Linear(width, width)
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float[B, N, h] -> float[B, N, h]."""
+        qkv = self.queries_keys_values(self.attention_norm(x)).unflatten(2, (3, self.heads, -1))
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(queries, keys, values)
+        x = x + self.attended(seen.transpose(1, 2).flatten(2))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class TransformerLayers(nn.Module):
+    """A linear layer, a trained vector for each place (attention by itself knows no places), transformer layers over
+    all tokens of a moment, a norm, a linear layer."""
+
+    def __init__(self, shape: ProjectionShape) -> None:
+        super().__init__()
+        self.first = nn.Linear(shape.values_per_token, shape.inner)
+        self.places = nn.Parameter(0.1 * torch.randn(shape.tokens_per_moment, shape.inner))
+        self.layers = nn.ModuleList(TransformerLayer(shape.inner) for _ in range(shape.depth))
+        self.norm = nn.RMSNorm(shape.inner)
+        self.last = nn.Linear(shape.inner, shape.width)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """float[B, N, P] -> float[B, N, D]."""
+        x = self.first(patches) + self.places
+        for layer in self.layers:
+            x = layer(x)
+        return self.last(self.norm(x))
+
+
+def make_layers(shape: ProjectionShape) -> nn.Module:
+    """float[B, N, P] -> float[B, N, D], by the shape's architecture."""
+    if shape.architecture == "linear":
+        return nn.Linear(shape.values_per_token, shape.width)
+    if shape.architecture == "conv":
+        return ConvLayers(shape)
+    if shape.architecture == "transformer":
+        return TransformerLayers(shape)
+    first, last = nn.Linear(shape.values_per_token, shape.inner), nn.Linear(shape.inner, shape.width)
+    return nn.Sequential(first, nn.GELU(), last)
 
 
 class WorldProjection(nn.Module):
@@ -147,12 +247,7 @@ class WorldProjection(nn.Module):
         self.latents_std: Tensor
         self.register_buffer("latents_mean", torch.tensor(latents_mean)[:, None, None])
         self.register_buffer("latents_std", torch.tensor(latents_std)[:, None, None])
-        if shape.architecture == "linear":
-            self.layers: nn.Module = nn.Linear(shape.values_per_token, shape.width)
-        else:
-            hidden = shape.hidden or shape.width
-            first, last = nn.Linear(shape.values_per_token, hidden), nn.Linear(hidden, shape.width)
-            self.layers = nn.Sequential(first, nn.GELU(), last)
+        self.layers = make_layers(shape)
         places, width = shape.tokens_per_moment, shape.width
         self.positions = nn.Parameter(torch.zeros(places, width)) if shape.positions else None
         self.time = nn.Parameter(torch.zeros(shape.time_rows, width)) if shape.steps else None

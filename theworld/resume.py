@@ -15,6 +15,7 @@ import torch
 
 from theworld.checkpoint import STATE, find_checkpoint, load_checkpoint, number_of, numbered
 from theworld.files import STALE_SECONDS
+from theworld.runlog import ASIDE, METRICS, set_aside
 from theworld.saved import INDEX, CheckpointError
 
 DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
@@ -107,6 +108,16 @@ def refuse_to_overwrite(output_dir: Path, found: Found | None) -> None:
         raise CheckpointError(f"{output_dir} already holds {', '.join(p.name for p in ahead)}; {cure}")
 
 
+def set_random_state(found: Found) -> None:
+    """CheckpointError where torch cannot take the state that was saved."""
+    try:
+        torch.set_rng_state(found.state["rng"])
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"{found.path}: its random state cannot be used: {error}; use another"
+        ) from None
+
+
 def tidy(output_dir: Path, skipped: Iterable[Path] = ()) -> list[str]:
     """Renames damaged checkpoints that are in the way, and deletes what killed saves left; a line for each.
 
@@ -143,3 +154,17 @@ def _lives(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def tidy_run(output_dir: Path, resumed: Found | None, last: int, owes_dev: bool) -> list[str]:
+    """Moves what earlier starts left out of the way of a run that goes on after step `last`; a line for each thing.
+    `owes_dev`: an evaluation of that step is made again."""
+    lines = tidy(output_dir, resumed.skipped if resumed is not None else ())
+
+    def keep(line: dict[str, Any]) -> bool:
+        return line["step"] < last or (line["step"] == last and not (owes_dev and "dev_loss" in line))
+
+    moved = set_aside(output_dir, keep)
+    if moved:
+        lines.append(f"{moved} lines of {METRICS} about steps that are taken again are now in {ASIDE}")
+    return lines

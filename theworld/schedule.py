@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -64,11 +65,33 @@ def num_train_steps(config: Config, num_statements: int, per_step: int) -> int:
     return min(steps, config.max_steps) if config.max_steps is not None else steps
 
 
+@dataclass(frozen=True)
+class Phase:
+    """Steps with one objective, an optimizer and a learning rate schedule of their own."""
+
+    name: str  # "align": towards Gemma's image tokens; "words": of true statements; "train": the main phase
+    start: int  # its first step
+    stop: int  # the step after its last
+
+
+def phase_at(config: Config, step: int, num_steps: int) -> Phase:
+    """The phase of a step of a run of `num_steps` in all."""
+    words = config.align_steps
+    train = words + config.statement_steps
+    if step < words:
+        return Phase("align", 0, words)
+    return Phase("words", words, train) if step < train else Phase("train", train, num_steps)
+
+
+def num_warmup_steps(config: Config, num_steps: int) -> int:
+    """Of a phase of so many steps."""
+    share = math.ceil(config.warmup_ratio * num_steps)
+    return share if config.warmup_steps is None else config.warmup_steps
+
+
 def learning_rate(config: Config, step: int, num_steps: int, peak: float) -> float:
     """Linear warm-up to `peak`, then decay to 0 at `num_steps` (cosine: Loshchilov and Hutter 2017)."""
-    warmup = (
-        config.warmup_steps if config.warmup_steps is not None else math.ceil(config.warmup_ratio * num_steps)
-    )
+    warmup = num_warmup_steps(config, num_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, num_steps - warmup)

