@@ -59,18 +59,18 @@ def spoil(where: str, value: float) -> None:
     elif where == "loss":
         losses = TheWorld.losses
 
-        def spoiled(self: TheWorld, *arguments: Any) -> dict[str, torch.Tensor]:
-            found = losses(self, *arguments)
+        def spoiled(self: TheWorld, *arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
+            found = losses(self, *arguments, **options)
             return found | {"total": found["total"] * value} if seen["step"] == 3 else found
 
         TheWorld.losses = spoiled  # type: ignore[method-assign]
     else:
         losses = TheWorld.losses
 
-        def hooked(self: TheWorld, *arguments: Any) -> dict[str, torch.Tensor]:
+        def hooked(self: TheWorld, *arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
             if seen["step"] == 3:
                 next(iter(self.projection.parameters())).register_hook(lambda gradient: gradient * value)
-            return losses(self, *arguments)
+            return losses(self, *arguments, **options)
 
         TheWorld.losses = hooked  # type: ignore[method-assign]
 
@@ -166,11 +166,11 @@ def small_memory(tokens: int, checkpointed: int) -> Iterator[None]:
     """A machine where passes of more tokens do not fit, with gradient checkpointing of more than `checkpointed`."""
     losses = TheWorld.losses
 
-    def limited(self: TheWorld, batch: Batch, *arguments: Any) -> dict[str, torch.Tensor]:
+    def limited(self: TheWorld, batch: Batch, *arguments: Any, **options: Any) -> dict[str, torch.Tensor]:
         limit = checkpointed if self.config.use_gradient_checkpointing else tokens
         if batch.token_ids.numel() > limit:
             torch.empty(2**56, dtype=torch.uint8)  # what really says so
-        return losses(self, batch, *arguments)
+        return losses(self, batch, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TheWorld, "losses", limited)
@@ -274,7 +274,7 @@ def test_what_says_that_memory_is_out(error: Exception, is_one: bool) -> None:
 def test_another_error_of_a_step_stays_what_it_is(
     config: Config, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("mat1 and mat2")
 
     monkeypatch.setattr(TheWorld, "losses", broken)

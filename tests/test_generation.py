@@ -1,5 +1,6 @@
 """Answers in words: with a key-value cache as without one, without world tokens as plain Gemma."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def without_cache(model: TheWorld, pixels: np.ndarray, question: str, with_world
     vision = gemma.vision_features(gemma.pixel_values([pixels])) if gemma.is_multimodal else None
     found: list[int] = []
     for _ in range(20):
-        grown = type(prompt)(prompt.shared, (*prompt.branch, *found), prompt.world_at, prompt.caption)
+        grown = replace(prompt, branch=(*prompt.branch, *found))
         packer._prompts[question, with_world, True] = grown
         with torch.no_grad():
             logits = model(packer.pack([asked]), latents, vision)[0]

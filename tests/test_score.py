@@ -75,15 +75,19 @@ def test_checkpoints_together_answer_as_each_by_itself_with_one_gemma(
 
 
 def test_checkpoints_that_ask_in_other_words_have_a_baseline_each(
-    seeds: list[Path], cache: Path, tmp_path: Path
+    config: Config, cache: Path, tmp_path: Path
 ) -> None:
-    settings = seeds[1] / "checkpoint-1" / "config.json"
-    changed = json.loads(settings.read_text()) | {"question_template": "Is it so? {caption}"}
-    settings.write_text(json.dumps(changed))
-    score_to_file(seeds, "test", cache, None, ("world", "baseline"), {}, [], tmp_path / "r.jsonl")
+    config = replace(config, max_steps=1, do_eval=False)
+    ways = {"plainly": config, "worded": replace(config, question_template="Is it so? {caption}")}
+    runs = [
+        Trainer(replace(way, output_dir=str(tmp_path / name)), cache).run().parent
+        for name, way in ways.items()
+    ]
+    score_to_file(runs, "test", cache, None, ("world", "baseline"), {}, [], tmp_path / "r.jsonl")
     rows = read_jsonl(tmp_path / "r.jsonl")
-    assert list(rows[0]["systems"]) == ["s0:world", "s0:baseline", "s1:world", "s1:baseline"]
-    assert rows[0]["systems"]["s0:baseline"] != rows[0]["systems"]["s1:baseline"]
+    wanted = ["plainly:world", "plainly:baseline", "worded:world", "worded:baseline"]
+    assert list(rows[0]["systems"]) == wanted
+    assert rows[0]["systems"]["plainly:baseline"] != rows[0]["systems"]["worded:baseline"]
 
 
 def test_baseline_is_the_published_gemma_and_a_trained_one_stands_beside_it(

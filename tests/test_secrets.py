@@ -52,10 +52,10 @@ def broken() -> None:
     train_step = TheWorld.losses
     count = iter(range(1000))
 
-    def losses(self: TheWorld, *arguments: Any) -> Any:
+    def losses(self: TheWorld, *arguments: Any, **options: Any) -> Any:
         if next(count) == 5:
             raise RuntimeError("unforeseen")
-        return train_step(self, *arguments)
+        return train_step(self, *arguments, **options)
 
     TheWorld.losses = losses  # type: ignore[method-assign]
 
