@@ -65,6 +65,31 @@ def test_a_statement_without_the_words_of_its_relation_has_none(gemma: Gemma) ->
     assert (len(batch.words) > 0, len(batch.relations), len(batch.relation_counts)) == (True, 0, 0)
 
 
+def test_captions_stand_beside_the_statements_and_their_words_count_in_place_of_theirs(
+    gemma: Gemma, statements: list[Statement]
+) -> None:
+    packer = Packer(gemma, QUESTION, 4)
+    text = "Two balls and a cat."
+    plain, batch = packer.pack(statements[:2]), packer.pack(statements[:2], captions={"a.png": text})
+    prompt = gemma.prompt(QUESTION, text, with_world=True)
+    start, end = prompt.caption
+    old = plain.token_ids.shape[1]
+    assert batch.token_ids.tolist() == [plain.token_ids[0].tolist() + list(prompt.branch[:end])]
+    assert torch.equal(batch.label_rows, plain.label_rows)
+    assert torch.equal(batch.labels, plain.labels)
+    assert torch.equal(batch.relation_rows, plain.relation_rows)
+    assert batch.words.tolist() == list(prompt.branch[start:end])
+    assert batch.word_rows.tolist() == list(range(old + start - 1, old + end - 1))
+    assert batch.word_counts.unique().tolist() == [end - start]
+    shared = len(prompt.shared) + 6
+    assert batch.position_ids[0, old:].tolist() == list(range(shared, shared + end))
+    sees = attention_masks(batch, 1024, "sdpa")["full_attention"][0, 0]
+    assert sees[old:, :shared].all()  # the world and the image, and no statement
+    assert not sees[old:, shared:old].any()
+    assert not sees[:old, old:].any()
+    assert len(packer.pack(statements[:2], captions={}).words) == 0
+
+
 def test_blocks_see_ahead_within_themselves_and_nowhere_else(
     gemma: Gemma, statements: list[Statement]
 ) -> None:

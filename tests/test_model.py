@@ -291,6 +291,26 @@ def test_the_relation_loss_is_the_mean_next_word_loss_over_its_words(
     assert float(losses["total"]) == pytest.approx(total, rel=1e-5)
 
 
+def test_the_loss_of_a_caption_is_that_of_a_true_statement_of_its_words(
+    photographs: Path, statements: list[Statement], gemma: Gemma
+) -> None:
+    model = make_model(gemma)
+    texts = {"a.png": "Two balls and a cat.", "c.png": "A cup."}
+    packer = model.packer()
+    beside = packer.pack(statements, captions=texts)
+    alone = packer.pack([Statement(image, text, 1, "none", 0) for image, text in texts.items()])
+    found = []
+    for batch in (beside, alone, packer.pack(statements)):
+        vision, latents = vision_of(gemma, photographs, batch.images), latents_of(batch.worlds)
+        with torch.no_grad():
+            found.append(model.losses(batch, latents, vision, 0.5, 0.25))
+    assert float(found[0]["statement"]) == pytest.approx(float(found[1]["statement"]), rel=1e-5)
+    assert float(found[0]["label"]) == pytest.approx(float(found[2]["label"]), rel=1e-5)
+    assert float(found[0]["relation"]) == pytest.approx(float(found[2]["relation"]), rel=1e-5)
+    total = float(found[0]["label"] + 0.5 * found[0]["statement"] + 0.25 * found[0]["relation"])
+    assert float(found[0]["total"]) == pytest.approx(total, rel=1e-5)
+
+
 def test_gradient_checkpointing_changes_nothing(
     photographs: Path, statements: list[Statement], gemma: Gemma
 ) -> None:

@@ -224,6 +224,33 @@ def test_words_alone_do_not_look_at_the_label(cache: Path, config: Config, tmp_p
     assert not any(torch.equal(a, b) for a, b in pairs)
 
 
+def test_a_run_on_captions_is_resumed_bitwise_and_not_on_others(
+    cache: Path, config: Config, tmp_path: Path
+) -> None:
+    rows = [
+        {"image": f"{name}.png", "caption": f"A {name} {thing}."} for name in "ab" for thing in ("cat", "dog")
+    ]
+    path = tmp_path / "captions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(config, captions=str(path), statement_loss_weight=0.5, statement_steps=2, save_steps=1)
+    config = replace(config, save_total_limit=None)
+    trainer = Trainer(config, cache)
+    assert "captions: 4 of 2 of 3 training photographs" in trainer.plan.lines
+    read = [one.batch for step in range(6) for one in trainer.prepare(step)]
+    assert all(batch is not None and len(batch.words) > 0 for batch in read if "a.png" in batch.images)
+    whole = trainer.run()
+    other = Trainer(replace(config, captions=None, output_dir=str(tmp_path / "statements")), cache).run()
+    assert weights(other) != weights(whole)
+    again = replace(
+        config, resume_from=str(whole.with_name("checkpoint-3")), output_dir=str(tmp_path / "again")
+    )
+    assert weights(Trainer(again, cache).run()) == weights(whole)
+    path.write_text(path.read_text().replace("cat", "cow"))
+    again = replace(again, output_dir=str(tmp_path / "never"))
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 was trained on other statements or captions"):
+        Trainer(again, cache)
+
+
 def test_a_loss_at_chance_is_said_once_with_what_to_try(
     cache: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

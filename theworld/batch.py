@@ -19,7 +19,7 @@ Segments above a world in its tree (an image, where the world stands after it) d
 stand in the first columns of a row, `num_frozen` of them, so that no gradient is computed for them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,9 +53,12 @@ class Batch:
     image_slots: Tensor  # int64[G, I]: flat indices of the image tokens of G images, which may be none
     label_rows: Tensor  # int64[S]: flat index of the token that predicts the label
     labels: Tensor  # int64[S]: the token id of '0' or '1'
-    word_rows: Tensor  # int64[T]: flat indices of tokens that predict a caption token of a true statement
-    words: Tensor  # int64[T]: those caption tokens
-    word_counts: Tensor  # int64[T]: how many tokens the caption of each has
+    word_rows: (
+        Tensor  # int64[T]: flat indices of tokens that predict a token of a true statement or, if there are
+    )
+    # any, of a caption
+    words: Tensor  # int64[T]: those tokens
+    word_counts: Tensor  # int64[T]: how many tokens the statement or caption of each has
     relation_rows: (
         Tensor  # int64[U]: the same for the words of the relation alone, where the caption has them once
     )
@@ -122,10 +125,16 @@ class Packer:
             self._prompts[key] = prompt
         return self._prompts[key]
 
-    def pack(self, statements: Sequence[Statement], worlds: Sequence[str | None] | None = None) -> Batch:
+    def pack(
+        self,
+        statements: Sequence[Statement],
+        worlds: Sequence[str | None] | None = None,
+        captions: Mapping[str, str] | None = None,
+    ) -> Batch:
         """One batch of these statements. `worlds`: for each the image whose latents are its world tokens, ZERO for
         latents that say nothing, None for no world tokens at all, TEXT for no photograph either; by default its
-        own image's."""
+        own image's. `captions`: of an image a text that is to be predicted in place of its true statements, up to its
+        last word, behind world and image like a statement; None: the words of true statements are."""
         if worlds is None:
             worlds = [s.image if self.num_world_tokens else None for s in statements]
         roots: dict[Any, _Node] = {}
@@ -134,11 +143,20 @@ class Packer:
             prompt = self.prompt(statement.caption, world not in (None, TEXT), world != TEXT)
             path = [*self._shared(prompt, statement.image, world), _Segment(index, prompt.branch)]
             leaves.append((_add(roots, path), prompt))
+        told = None if captions is None else [self._caption(roots, *one) for one in captions.items()]
         nodes = list(roots.values())
         multiple = ROW_MULTIPLE if self.flex else 1
         capacity = self._capacity([node.size() for node in nodes])
         num_frozen, length = _lay_out(nodes, capacity, multiple, self.frozen_columns)
-        return _assemble(nodes, leaves, statements, self.gemma.answer_ids, num_frozen, length)
+        return _assemble(nodes, leaves, told, statements, self.gemma.answer_ids, num_frozen, length)
+
+    def _caption(self, roots: "dict[Any, _Node]", image: str, text: str) -> "tuple[_Node, Prompt]":
+        """Adds the branch of a caption."""
+        world = image if self.num_world_tokens else None
+        prompt = self.prompt(text, world is not None)
+        prompt = replace(prompt, branch=prompt.branch[: prompt.caption[1]])  # nothing is asked
+        path = [*self._shared(prompt, image, world), _Segment(("caption", image), prompt.branch)]
+        return _add(roots, path), prompt
 
     def _capacity(self, sizes: list[int]) -> int:
         if self.row_tokens is not None:
@@ -263,6 +281,7 @@ def _fill_rows(lengths: list[int], capacity: int) -> list[list[int]]:
 def _assemble(
     roots: list[_Node],
     leaves: list[tuple[_Node, Prompt]],
+    told: list[tuple[_Node, Prompt]] | None,
     statements: Sequence[Statement],
     answer_ids: Sequence[int],
     num_frozen: int,
@@ -291,6 +310,10 @@ def _assemble(
             if span is not None:
                 names.append(span[0])
                 slots[kind].append(np.arange(*span[1:]) + row * length + column)
+
+    def placed(leaves: list[tuple[_Node, Prompt]]) -> list[tuple[int, Prompt]]:
+        return [(node.row * length + node.column, prompt) for node, prompt in leaves]
+
     return Batch(
         statements=tuple(statements),
         worlds=tuple(worlds),
@@ -302,6 +325,6 @@ def _assemble(
         block=integers(block),
         world_slots=integers(slots["world"]).view(len(worlds), -1 if worlds else 0),
         image_slots=integers(slots["image"]).view(len(images), -1 if images else 0),
-        **targets([(n.row * length + n.column, prompt) for n, prompt in leaves], statements, answer_ids),
+        **targets(placed(leaves), statements, answer_ids, None if told is None else placed(told)),
         num_frozen=num_frozen,
     )

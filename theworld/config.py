@@ -120,7 +120,10 @@ class Config:
 
     # Objective
     statement_loss_weight: float = setting(
-        0.0, "next-word loss on true statements (answer: 1)", "weight", at_least=0.0
+        0.0, "next-word loss on true statements (answer: 1), or on captions", "weight", at_least=0.0
+    )
+    captions: str | None = setting(
+        None, "file of captions (COCO's .json, or .jsonl) for it; none: true statements", filled=True
     )
     relation_loss_weight: float = setting(
         0.0, "next-word loss on the words of their relation alone", "weight", at_least=0.0
@@ -218,6 +221,10 @@ class Config:
             raise refused("question_template", self.question_template, "{caption} in it exactly once")
         if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?", self.device):
             raise refused("device", self.device, "auto, cpu, cuda or cuda:N")
+        if self.captions and not (self.statement_loss_weight or self.statement_steps):
+            raise refused(
+                "captions", self.captions, "null, as statement_loss_weight and statement_steps are 0"
+            )
         if self.push_to_hub and not HUB_NAME.fullmatch(self.hub_model_id or ""):
             raise refused("hub_model_id", self.hub_model_id, "user/name, as push_to_hub is true")
 

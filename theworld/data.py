@@ -1,6 +1,8 @@
 """What a run trains and evaluates on, checked against its settings before any model loads."""
 
 import contextlib
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,7 @@ from theworld.cache import (
     expected_vision,
     in_cache,
 )
+from theworld.captions import Captions, captions_note, load_captions
 from theworld.compare import check_photographs
 from theworld.config import Config
 from theworld.feed import Fetch
@@ -41,6 +44,12 @@ class Data:
     latents: Rows
     vision: Fetch | None  # None for a text-only Gemma
     notes: list[str] = field(default_factory=list)
+    captions: Captions | None = None  # of the photographs to train on; None: not asked for
+
+    def sha256(self) -> str:
+        """Of all that is said of the photographs to train on."""
+        said = [[vars(statement) for statement in self.train], self.captions]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @contextlib.contextmanager
     def reading_ahead(self) -> Iterator[None]:
@@ -78,8 +87,11 @@ def load_data(config: Config, cache: Path) -> Data:
     notes = [f"train: {train_note}", f"dev: {dev_note}"]
     if config.relation_loss_weight > 0:
         notes.append(relation_note(train))
+    captions = load_captions(config.captions, images_of(train)) if config.captions else None
+    if captions is not None:
+        notes.append(captions_note(captions, images_of(train)))
     notes += compared(config, latents, images_of([*train, *dev]))
-    return Data(train, dev, latents, cached_vision(config, cache), notes)
+    return Data(train, dev, latents, cached_vision(config, cache), notes, captions)
 
 
 def compared(config: Config, latents: Rows, images: list[str]) -> list[str]:

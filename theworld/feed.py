@@ -1,7 +1,7 @@
 """What one pass through the model reads, put together on the host while the device computes the one before."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -73,9 +73,10 @@ def make_pass(
     latents: Fetch,
     vision: Fetch | None,
     worlds: Sequence[str | None] | None = None,
+    captions: Mapping[str, str] | None = None,
 ) -> Pass:
     """Packs statements (see `Packer.pack`) and fetches what their images have."""
-    batch = packer.pack(statements, worlds)
+    batch = packer.pack(statements, worlds, captions)
     seen = vision(batch.images) if vision is not None and batch.images else None
     return Pass(batch.statements, batch, model.latents(batch, latents), seen).pin(model.gemma.device)
 

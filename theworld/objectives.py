@@ -1,9 +1,12 @@
 """What the projection is trained towards: the answer to a statement and the words of true ones or, to begin with,
 Gemma's own image tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from theworld.captions import pick_captions
 from theworld.config import Config
 from theworld.data import Data
 from theworld.feed import Pass
@@ -43,6 +46,15 @@ def loss_weights(config: Config, phase: str) -> dict[str, float]:
     if phase == "words" and not any(words.values()):
         words["statement_loss_weight"] = 1.0
     return words | {"label_loss_weight": 0.0 if phase == "words" else 1.0}
+
+
+def captions_for(
+    config: Config, data: Data, phase: str, statements: Sequence[Statement], step: int
+) -> dict[str, str] | None:
+    """What captions a pass of these statements reads; None where words are those of true statements, or not asked."""
+    if data.captions is None or not loss_weights(config, phase)["statement_loss_weight"]:
+        return None
+    return pick_captions(data.captions, statements, config.seed, step)
 
 
 def answer_loss(model: TheWorld, one: Pass, phase: str = "train") -> dict[str, Tensor]:

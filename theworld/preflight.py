@@ -14,7 +14,7 @@ from theworld.config import Config
 from theworld.data import load_data, prepare_gemma
 from theworld.feed import parts_of_step
 from theworld.machine import GIB, kept_values, layer_values, memory_of
-from theworld.objectives import check_align
+from theworld.objectives import captions_for, check_align
 from theworld.processes import Processes
 from theworld.projection import ProjectionShape, WorldProjection
 from theworld.resume import find_sound, refuse_to_overwrite
@@ -129,7 +129,11 @@ class Plan:
             gemma, config.question_template, shape.num_tokens, world_position=config.world_position
         )
         parts = parts_of_step(config, packer, self.order, start, self.processes.count)
-        batches = [packer.pack(part) for part in parts if part]
+        batches = [
+            packer.pack(part, captions=captions_for(config, self.data, "train", part, 0))
+            for part in parts
+            if part
+        ]
         text = gemma.text_config
         heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
         layer: float = layer_values(text.hidden_size, text.intermediate_size, heads)

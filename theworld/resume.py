@@ -71,24 +71,32 @@ def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], pat
                 raise CheckpointError(f"{path / STATE}: {name} of parameter {number} is not finite")
 
 
-def check_same_run(found: Found, statements: int, per_step: int, trained: list[str]) -> None:
-    """CheckpointError where a run of so many statements, so many a step, that trains these parts of Gemma, would not
-    be the one that a checkpoint is of."""
+def check_same_run(found: Found, run: dict[str, Any]) -> None:
+    """CheckpointError where `run`, what its checkpoints are going to say of it, is not the run that a checkpoint is
+    of."""
     path, record = found.path, found.progress
-    if record["num_statements"] != statements:
+    saved, now = record["num_statements"], run["num_statements"]
+    if saved != now:
         raise CheckpointError(
-            f"{path} was trained on {record['num_statements']} statements, now there are {statements}; use the "
-            "same --annotations and cache"
+            f"{path} was trained on {saved} statements, now there are {now}; use the same --annotations and cache"
         )
-    if record["statements_per_step"] != per_step:
+    saved, now = record.get("data_sha256"), run["data_sha256"]
+    if saved not in (None, now):  # checkpoints of before do not say
         raise CheckpointError(
-            f"{path} was trained with {record['statements_per_step']} statements a step, now there are "
-            f"{per_step}: batch_size x gradient_accumulation_steps x processes has to stay the same"
+            f"{path} was trained on other statements or captions: their SHA-256 is {saved}, now {now}; use the same "
+            "files of --annotations and --captions"
         )
-    if record["trained"] != trained:
+    saved, now = record["statements_per_step"], run["statements_per_step"]
+    if saved != now:
         raise CheckpointError(
-            f"{path} trained {record['trained'] or 'nothing'} of Gemma, now {trained or 'nothing'} would train; "
-            "start a new stage with --init_from in place of --resume_from"
+            f"{path} was trained with {saved} statements a step, now there are {now}: batch_size x "
+            "gradient_accumulation_steps x processes has to stay the same"
+        )
+    saved, now = record["trained"], run["trained"]
+    if saved != now:
+        raise CheckpointError(
+            f"{path} trained {saved or 'nothing'} of Gemma, now {now or 'nothing'} would train; start a new stage with "
+            "--init_from in place of --resume_from"
         )
 
 

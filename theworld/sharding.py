@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from theworld.gemma import Gemma
+from theworld.processes import Processes
 
 _LAYERS = ["Gemma3DecoderLayer", "SiglipEncoderLayer"]
 
@@ -39,11 +40,6 @@ def wants_sharding(processes: int, gemma: Gemma) -> bool:
     # such as the scale of the embeddings, before anything is sharded.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return processes > 1
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process holds a share of it."""
-    return isinstance(tensor, DTensor)
 
 
 class Shell(nn.Module):
@@ -108,6 +104,20 @@ def _share(value: Any, parameter: Tensor) -> Any:
         return value
     value = value.to(parameter.device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+
+
+def sum_over(processes: Processes, parameters: Sequence[nn.Parameter], sums: Tensor, scale: float) -> Tensor:
+    """The sum of `sums`, float32[_], of all processes; gradients are added up in the same message, but for those of
+    sharded weights, which FSDP has averaged and the loss was multiplied by `scale` for. A process without a statement,
+    where a step has few images, adds nothing."""
+    if processes.count == 1:
+        return sums
+    kept = [p for p in parameters if not isinstance(p, DTensor)]
+    own = [p.grad if p.grad is not None else torch.zeros_like(p) for p in kept]
+    sums, *gradients = processes.sum([sums, *own])
+    for parameter, gradient in zip(kept, gradients, strict=True):
+        parameter.grad = gradient.div(scale)
+    return sums
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:

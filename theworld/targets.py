@@ -14,22 +14,27 @@ Found = tuple[int, Sequence[int], Sequence[int]]  # where a branch starts, its t
 
 
 def targets(
-    branches: Sequence[tuple[int, Prompt]], statements: Sequence[Statement], answer_ids: Sequence[int]
+    branches: Sequence[tuple[int, Prompt]],
+    statements: Sequence[Statement],
+    answer_ids: Sequence[int],
+    captions: Sequence[tuple[int, Prompt]] | None = None,
 ) -> dict[str, Tensor]:
-    """Fields of a `Batch`. `branches`: of each statement the flat index at which its branch starts, and its prompt."""
-    captions: list[Found] = []
+    """Fields of a `Batch`. `branches`: of each statement the flat index at which its branch starts, and its prompt.
+    `captions`: the same of captions, whose words then count in place of those of true statements."""
+    true = [branch for branch, s in zip(branches, statements, strict=True) if s.label == 1]
+    told = true if captions is None else captions
+    texts: list[Found] = [(start, prompt.branch, range(*prompt.caption)) for start, prompt in told]
     relations: list[Found] = []
     for (start, prompt), statement in zip(branches, statements, strict=True):
         if statement.label == 0:
             continue
-        captions.append((start, prompt.branch, range(*prompt.caption)))
         span = relation_span(statement.caption, statement.relation)
         if span is not None:
             relations.append((start, prompt.branch, prompt.tokens_of(*span)))
     return {
         "label_rows": integers([start + len(prompt.branch) - 1 for start, prompt in branches]),
         "labels": integers([answer_ids[s.label] for s in statements]),
-        **dict(zip(("word_rows", "words", "word_counts"), _words(captions), strict=True)),
+        **dict(zip(("word_rows", "words", "word_counts"), _words(texts), strict=True)),
         **dict(zip(("relation_rows", "relations", "relation_counts"), _words(relations), strict=True)),
     }
 

@@ -38,6 +38,7 @@ from theworld.objectives import (
     align_loss,
     align_pass,
     answer_loss,
+    captions_for,
     loss_weights,
     make_optimizer,
     on_image_tokens,
@@ -47,9 +48,10 @@ from theworld.publish import Publisher
 from theworld.resume import Found, check_optimizer, check_same_run, set_random_state, tidy_run
 from theworld.runlog import append, sync
 from theworld.schedule import Phase, learning_rate, num_warmup_steps, phase_at
-from theworld.sharding import clip, is_sharded, load_state, whole_state
+from theworld.sharding import clip, load_state, sum_over, whole_state
 from theworld.stopping import StopRequest
 from theworld.trackers import Trackers, check_trackers
+from theworld.vsr import Statement
 from theworld.watch import LossWatch, Reading, chance_loss, warning, what_to_try
 
 __all__ = ["NotFinite", "OutOfMemory", "Trainer"]
@@ -106,12 +108,16 @@ class Trainer:
         if phase.name == "align":
             return [align_pass(self.model, self.data, part) for part in own if part]
         fetch = (self.data.latents, self.data.vision)
+
+        def made(part: list[Statement]) -> Pass:
+            captions = captions_for(config, self.data, phase.name, part, step)
+            return make_pass(self.model, self.packer, part, *fetch, captions=captions)
+
         if not self.sharded:
-            return [make_pass(self.model, self.packer, part, *fetch) for part in own if part]
+            return [made(part) for part in own if part]
         # Sharded processes work layer by layer together: one without a statement goes along, and counts for nothing.
         filled = next(part for part in parts if part)
-        made = [make_pass(self.model, self.packer, part or filled[:1], *fetch) for part in own]
-        return [replace(one, weight=float(bool(part))) for one, part in zip(made, own, strict=True)]
+        return [replace(made(part or filled[:1]), weight=float(bool(part))) for part in own]
 
     def _start(self, step: int) -> int:
         """The place in the order of a step's first statement."""
@@ -129,8 +135,9 @@ class Trainer:
         for one in passes:
             sums[:-1] += self._backward(one, phase)
         sums[-1] = float(self.stop.asked)
-        sums = self._sum_over_processes(sums)
-        norm = clip(list(self.model.trainable().values()), config.max_grad_norm)
+        parameters = list(self.model.trainable().values())
+        sums = sum_over(self.processes, parameters, sums, self.scale)
+        norm = clip(parameters, config.max_grad_norm)
         total, *figures, asked, norm = torch.cat([sums, norm[None]]).tolist()  # waits for the device
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise not_finite(step + 1, total, norm, rate, passes)
@@ -157,18 +164,6 @@ class Trainer:
             start = 0 if phase.name == "align" else self._start(self.step)
             raise out_of_memory(self.plan, self.step + 1, start, one) from error
         return torch.stack([losses[name].detach() for name in FIGURES]) * one.weight
-
-    def _sum_over_processes(self, sums: Tensor) -> Tensor:
-        """The figures of all processes; gradients are added up in the same message, but for those of sharded weights,
-        which FSDP has averaged. A process without a statement, where a step has few images, adds nothing."""
-        if self.processes.count == 1:
-            return sums
-        parameters = [p for p in self.model.trainable().values() if not is_sharded(p)]
-        own = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        sums, *gradients = self.processes.sum([sums, *own])
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient.div(self.scale)
-        return sums
 
     def _set_learning_rate(self, phase: Phase) -> float:
         peak = self.config.align_learning_rate if phase.name == "align" else self.config.learning_rate
@@ -300,9 +295,8 @@ class Trainer:
             self.processes.wait()
             return self.output_dir / f"checkpoint-{self.step}"
         state = {"optimizer": optimizer, "rng": torch.get_rng_state()}
-        record = {"step": self.step, "window": self.window, "num_statements": len(self.data.train)}
-        record |= {"statements_per_step": self.per_step, "trained": list(self.model.gemma.trained)}
-        record |= {"watch": self.watch.state(), "owes_dev": self.owes_dev}
+        record = {"step": self.step, "window": self.window}
+        record |= {"watch": self.watch.state(), "owes_dev": self.owes_dev} | self._identity()
         sync(self.output_dir)
         path = save_checkpoint(self.output_dir, self.step, self.model, state, record, weights)
         if self.publisher is not None:
@@ -311,9 +305,18 @@ class Trainer:
         self.processes.wait()
         return path
 
+    def _identity(self) -> dict[str, Any]:
+        """What has to be the same where a run goes on."""
+        return {
+            "num_statements": len(self.data.train),
+            "data_sha256": self.data.sha256(),
+            "statements_per_step": self.per_step,
+            "trained": list(self.model.gemma.trained),
+        }
+
     def _resume(self, found: Found) -> None:
         path, record = found.path, found.progress
-        check_same_run(found, len(self.data.train), self.per_step, list(self.model.gemma.trained))
+        check_same_run(found, self._identity())
         check_optimizer(self.optimizer, found.state["optimizer"], path)
         self.step, self.window = record["step"], self.window | record["window"]
         if "watch" in record:  # not in checkpoints of before there was one

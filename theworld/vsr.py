@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -163,14 +163,22 @@ def load_hub_statements(repository: str, split: str) -> list[Statement]:
     return [_statement(row, index, f"{repository}/{file}") for index, row in enumerate(rows)]
 
 
-def _read_statements(path: Path) -> list[Statement]:
-    """All lines of a JSONL file. Only \\n ends a line: captions may hold other separators."""
+def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Of every line of a JSONL file where it stands (file:line) and its JSON. ValueError for a line that is none. Only
+    \\n ends a line: captions may hold other separators."""
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines and not lines[-1].strip():
         lines.pop()
-    if not lines:
+    for index, line in enumerate(lines):
+        where = f"{path}:{index + 1}"
+        yield where, _parsed(line, where)
+
+
+def _read_statements(path: Path) -> list[Statement]:
+    found = [_statement(row, index, str(path)) for index, (_, row) in enumerate(parsed_lines(path))]
+    if not found:
         raise ValueError(f"{path}: holds no statements")
-    return [_statement(_parsed(line, f"{path}:{i + 1}"), i, str(path)) for i, line in enumerate(lines)]
+    return found
 
 
 def _parsed(line: bytes, where: str) -> Any:
@@ -215,13 +223,14 @@ def _is_text(value: object) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _is_filled(value: object) -> bool:
+def is_filled(value: object) -> bool:
+    """Whether it is text with more than spaces in it."""
     return _is_text(value) and bool(str(value).strip())
 
 
 def _is_safe_path(value: object) -> bool:
     """A relative path in its shortest form, with / between folders, that does not climb."""
-    if not _is_filled(value):
+    if not is_filled(value):
         return False
     path = PurePosixPath(str(value))
     climbs = path.is_absolute() or ".." in path.parts or not path.parts
@@ -231,9 +240,9 @@ def _is_safe_path(value: object) -> bool:
 # field, what it may hold, its check
 _FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
     ("image", "a path below the image folder, such as 000000000142.jpg", _is_safe_path),
-    ("caption", "text that is not empty", _is_filled),
+    ("caption", "text that is not empty", is_filled),
     ("label", "the integer 0 (false) or 1 (true)", lambda label: type(label) is int and label in (0, 1)),
-    ("relation", "text that is not empty", _is_filled),
+    ("relation", "text that is not empty", is_filled),
     ("image_link", "text, or nothing", lambda link: link is None or _is_text(link)),
 )
 
