@@ -50,6 +50,7 @@ def test_both_forms_give_the_captions_of_the_photographs_that_are_asked_for(tmp_
         ({"image": "a.jpg"}, r"own\.jsonl:1: is {.*}; wanted an object with image and caption"),
         (["a.jpg"], r"own\.jsonl:1: is \[\"a\.jpg\"\]; wanted an object"),
         ({"image": "a.jpg", "caption": " "}, r"own\.jsonl:1: caption is \" \"; give text that is not empty"),
+        ({"image": [3], "caption": "A."}, r"own\.jsonl:1: the image is \[3\]; give its path"),
         ({"image": "a.jpg", "caption": 3}, r"own\.jsonl:1: caption is 3; give text"),
         (
             {"image": "x.jpg", "caption": "A."},

@@ -16,6 +16,7 @@ from torture import Tally
 
 from theworld import files, shards
 from theworld.cache import FAILURES, read_failures
+from theworld.captions import load_captions
 from theworld.config import FIELDS, Config, load_config, save_config
 from theworld.listing import known_hashes
 from theworld.plan import Plan, read_manifest
@@ -180,6 +181,38 @@ def test_annotations_are_statements_or_refused(tmp_path: Path, tally: Tally) -> 
             assert ".." not in image.parts
             assert "\0" not in statement.image
             assert statement.label in (0, 1)
+
+
+@pytest.mark.torture("security", "fuzzing: captions")
+@pytest.mark.parametrize("name", ["own.jsonl", "coco.json"])
+def test_captions_are_texts_of_the_photographs_or_refused(tmp_path: Path, name: str, tally: Tally) -> None:
+    path = tmp_path / name
+    row = {"image": "a.jpg", "caption": "A dog."}
+    image, annotation = {"id": 7, "file_name": "a.jpg"}, {"image_id": 7, "caption": "A dog."}
+    coco = {"images": [image], "annotations": [annotation]}
+    valid = json.dumps(coco if name == "coco.json" else row).encode()
+
+    def like(whole: dict[str, Any]) -> Any:
+        return st.fixed_dictionaries(
+            {}, optional={key: VALUES | st.just(value) for key, value in whole.items()}
+        )
+
+    lists = {
+        "images": st.lists(like(image), max_size=2),
+        "annotations": st.lists(like(annotation), max_size=2),
+    }
+    objects = st.fixed_dictionaries(lists) if name == "coco.json" else like(row)
+    data = st.builds(changed, st.just(valid), CHANGES) | objects.map(lambda own: json.dumps(own).encode())
+
+    @fuzz(tally, 4000, 150, data=data)
+    def check(data: bytes) -> None:
+        path.write_bytes(data)
+        captions = read_or_words(lambda: load_captions(path, ["a.jpg"]))
+        if isinstance(captions, str):
+            assert str(path) in captions
+            return
+        assert list(captions) == ["a.jpg"]
+        assert all(text.strip() for text in captions["a.jpg"])
 
 
 @pytest.mark.torture("security", "fuzzing: records, manifest, store.json, images.jsonl")

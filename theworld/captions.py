@@ -27,6 +27,8 @@ def load_captions(path: str | Path, images: Collection[str]) -> dict[str, tuple[
     found: dict[str, list[str]] = {}
     wanted, other = set(images), ""
     for where, image, caption in pairs:
+        if not is_filled(image):
+            raise ValueError(f"{where}: the image is {shown(image)}; give its path, as the annotations do")
         if not is_filled(caption):
             raise ValueError(f"{where}: caption is {shown(caption)}; give text that is not empty")
         if image in wanted:
@@ -42,14 +44,14 @@ def load_captions(path: str | Path, images: Collection[str]) -> dict[str, tuple[
     return {image: tuple(own) for image, own in found.items()}
 
 
-def _lines(path: Path) -> list[tuple[str, str, Any]]:
+def _lines(path: Path) -> list[tuple[str, Any, Any]]:
     """Of every line where it stands, its image and its caption."""
     if path.suffix != ".jsonl":
         raise ValueError(f"captions: {path}; wanted {WANTED}")
     return [(where, *_fields(row, ("image", "caption"), where)) for where, row in parsed_lines(path)]
 
 
-def _coco(path: Path) -> list[tuple[str, str, Any]]:
+def _coco(path: Path) -> list[tuple[str, Any, Any]]:
     """The same of COCO's format: images with id and file_name, annotations with image_id and caption."""
     try:
         data = json.loads(path.read_bytes(), object_pairs_hook=unique_keys("key"))
