@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # A browser reads commands from descriptor 3 and writes answers to 4.
 HAND_OVER = """
 import fcntl, os, sys
@@ -23,6 +25,37 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 def find_browser() -> str | None:
     """The first Chromium on the path."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine")
+# Colours of text, and of bars, against what lies behind them, as WCAG counts contrast; transparent layers are looked
+# through.
+CONTRAST = """
+(() => {
+  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length < 4 ? [...m, 1] : m; };
+  const light = ([r, g, b]) => { const f = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+    return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
+  const behind = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
+    if (c[3] === 1) return c; } return [255, 255, 255, 1]; };
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
+  const poor = [];
+  for (const e of document.querySelectorAll('body *')) {
+    const style = getComputedStyle(e);
+    if (e.className === 'fill' && ratio(parse(style.backgroundColor), behind(e.parentElement)) < 3) poor.push('bar');
+    const words = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || e.tagName === 'TEXTAREA';
+    if (!words || !e.getClientRects().length) continue;
+    const own = ratio(parse(e instanceof SVGElement ? style.fill : style.color), behind(e));
+    if (own < 4.5) poor.push(`${e.tagName} ${e.textContent.trim().slice(0, 40)} ${own.toFixed(2)}`);
+  }
+  return poor;
+})()
+"""
+# Text that is set too small to be read.
+SMALL = """
+[...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
+  && e.getClientRects().length && (e instanceof SVGTextElement
+    ? e.getBoundingClientRect().height < 10 : parseFloat(getComputedStyle(e).fontSize) < 12)).map(e => e.textContent)
+"""
 
 
 class Browser:

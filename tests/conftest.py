@@ -1,12 +1,14 @@
 """Small things that the tests share: the embedded models, photographs made of noise, statements about them."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from browser import Browser, find_browser
 from PIL import Image
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
@@ -35,6 +37,16 @@ CAPTIONS = [
 def few_threads() -> None:
     """The models are tiny: threads cost more than they give, above all on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless Chromium, for tests that are marked with `needs_browser`."""
+    path = find_browser()
+    assert path is not None
+    one = Browser(path, tmp_path_factory.mktemp("profile"))
+    yield one
+    one.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -450,27 +448,3 @@ def test_a_data_set_of_ones_own_goes_through_all_phases(
     ]
     with pytest.raises(FileNotFoundError, match=r"no dev\.jsonl or validation\.jsonl"):
         Trainer(replace(config, do_eval=True, output_dir=str(tmp_path / "other")), tmp_path / "cache")
-
-
-def test_no_thread_reads_on_when_a_run_has_ended(
-    config: Config, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A program that ends while HDF5 is at work in another thread may wait for it for ever."""
-    trainer, reading = Trainer(config, cache), threading.Event()
-    before, read_row = set(threading.enumerate()), trainer.data.latents.reader.read_row
-
-    def slowly(*arguments: object) -> object:
-        if threading.current_thread().daemon:  # one that reads ahead, in the middle of a row
-            reading.set()
-            time.sleep(1)
-        return read_row(*arguments)  # type: ignore[arg-type]
-
-    def fail(*_: object) -> None:
-        assert reading.wait(30)
-        raise RuntimeError("unforeseen")
-
-    monkeypatch.setattr(trainer.data.latents.reader, "read_row", slowly)
-    monkeypatch.setattr(trainer, "train_step", fail)
-    with pytest.raises(RuntimeError, match="unforeseen"):
-        trainer.run()
-    assert [thread for thread in threading.enumerate() if thread not in before] == []

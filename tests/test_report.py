@@ -6,14 +6,13 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from browser import Browser, find_browser
+from browser import CONTRAST, SMALL, Browser, needs_browser
 from PIL import Image
 from test_metrics import with_rest
 
@@ -277,26 +276,6 @@ def test_numbers_are_set_as_in_print() -> None:
 
 # ---- in a browser
 
-needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine")
-# Colours of text against what lies behind it, as WCAG counts contrast; transparent layers are looked through.
-CONTRAST = """
-(() => {
-  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length < 4 ? [...m, 1] : m; };
-  const light = ([r, g, b]) => { const f = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-    return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
-  const behind = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
-    if (c[3] === 1) return c; } return [255, 255, 255, 1]; };
-  const poor = [];
-  for (const e of document.querySelectorAll('body *')) {
-    if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || !e.getClientRects().length) continue;
-    const style = getComputedStyle(e), text = e instanceof SVGElement ? style.fill : style.color;
-    const [a, b] = [light(parse(text)), light(behind(e))].sort((x, y) => y - x);
-    const ratio = (a + .05) / (b + .05);
-    if (ratio < 4.5) poor.push(`${e.tagName} ${e.textContent.trim().slice(0, 40)} ${ratio.toFixed(2)}`);
-  }
-  return poor;
-})()
-"""
 # Elements beyond the right edge that no scrolling container of their own holds.
 OVERFLOW = """
 [...document.querySelectorAll('body *')].filter(e => {
@@ -306,20 +285,6 @@ OVERFLOW = """
   return true;
 }).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))
 """
-SMALL = """
-[...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
-  && e.getClientRects().length && (e instanceof SVGTextElement
-    ? e.getBoundingClientRect().height < 10 : parseFloat(getComputedStyle(e).fontSize) < 12)).map(e => e.textContent)
-"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    path = find_browser()
-    assert path is not None
-    one = Browser(path, tmp_path_factory.mktemp("profile"))
-    yield one
-    one.close()
 
 
 @needs_browser

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import Browser, find_browser
+from browser import CONTRAST, SMALL, Browser, needs_browser
 from conftest import EMBEDDED_GEMMA, EMBEDDED_VAE, ROOT
 from PIL import Image
 from test_tryout import STATEMENTS, save_model
@@ -29,7 +29,6 @@ from theworld.questions import Limits
 from theworld.serve import WEB, files, plan_page
 from theworld.tryout import answers, load_for_asking
 
-needs_browser = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine")
 EVIL = '"><script>document.title="evil"</script><img src=x onerror=alert(1)> & $model'
 
 
@@ -94,33 +93,9 @@ def test_the_page_is_filled_in_and_nothing_can_break_out() -> None:
 # ---- the page
 
 
-CONTRAST = """
-(() => {
-  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length < 4 ? [...m, 1] : m; };
-  const light = ([r, g, b]) => { const f = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-    return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
-  const behind = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
-    if (c[3] === 1) return c; } return [255, 255, 255, 1]; };
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + .05) / (y + .05); };
-  const poor = [];
-  for (const e of document.querySelectorAll('body *')) {
-    const style = getComputedStyle(e);
-    if (e.className === 'fill' && ratio(parse(style.backgroundColor), behind(e.parentElement)) < 3) poor.push('bar');
-    const words = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || e.tagName === 'TEXTAREA';
-    if (!words || !e.getClientRects().length) continue;
-    const own = ratio(parse(style.color), behind(e));
-    if (own < 4.5) poor.push(`${e.tagName} ${e.textContent.trim().slice(0, 40)} ${own.toFixed(2)}`);
-  }
-  return poor;
-})()
-"""
 OVERFLOW = """
 [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
   .map(e => e.tagName + ' ' + e.textContent.slice(0, 40))
-"""
-SMALL = """
-[...document.querySelectorAll('body *')].filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
-  && e.getClientRects().length && parseFloat(getComputedStyle(e).fontSize) < 12).map(e => e.textContent)
 """
 SHOWN = """
 [...document.querySelectorAll('#list li')].map(item => [item.querySelector('h3').textContent,
@@ -141,15 +116,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TheWorld:
     )
     saved = save_model(tmp_path_factory.mktemp("served") / "model", config)
     return load_for_asking(str(saved), SYSTEMS, {})
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    path = find_browser()
-    assert path is not None
-    one = Browser(path, tmp_path_factory.mktemp("profile"))
-    yield one
-    one.close()
 
 
 @pytest.fixture(scope="module")
