@@ -1,21 +1,27 @@
 """TensorBoard and W&B: what they get, when, and what is refused before any model loads."""
 
 import json
+import os
+import struct
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 
-from theworld.config import Config
+from theworld.config import Config, save_config
 from theworld.extract import extract
 from theworld.trackers import Trackers, check_trackers
 from theworld.train import Trainer
 
 CANARY = "hf_canary0123456789canary"
+needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
 
 
 @pytest.fixture
@@ -159,3 +165,76 @@ def test_wandb_itself_takes_a_run_without_a_network(
     assert b"dev_accuracy" in content
     assert b"learning_rate" in content
     assert CANARY.encode() not in content
+
+
+# ---- the real client, which sends nothing when it is told to stay offline
+
+
+def recorded(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: messages in LevelDB's log format behind a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # the end of a block, too short for another header
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole in one piece, or its last
+            yield Record.FromString(whole)
+            whole = b""
+
+
+@needs_wandb
+def test_the_real_wandb_keeps_a_run_and_its_resumption_offline(
+    config: Config, session_cache: Path, tmp_path: Path
+) -> None:
+    config = replace(config, log_to_wandb=True, wandb_project="rooms", wandb_run_name="first")
+    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_API_KEY": CANARY[3:] * 2, "HF_TOKEN": CANARY}
+    environment |= {"WANDB_ERROR_REPORTING": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for steps, resume in ((4, None), (6, config.output_dir)):
+        save_config(
+            replace(config, max_steps=steps, num_epochs=9, resume_from=resume), tmp_path / "settings.json"
+        )
+        done = subprocess.run(
+            [
+                sys.executable,
+                "tools/train.py",
+                "--config",
+                tmp_path / "settings.json",
+                "--cache",
+                session_cache,
+            ],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+        assert CANARY[3:] not in done.stdout + done.stderr
+    first, second = sorted(Path(config.output_dir).glob("wandb/offline-run-*/run-*.wandb"))
+    assert first.name == second.name  # the same run, for `wandb sync`
+    found: list[dict[str, Any]] = []
+    for path, last in ((first, 4), (second, 6)):
+        records = list(recorded(path))
+        (run,) = [record.run for record in records if record.HasField("run")]
+        assert (run.project, run.display_name) == ("rooms", "first")
+        settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert settings["learning_rate"] == 1e-3
+        assert settings["max_steps"] == last
+        for record in records:
+            if record.HasField("history"):
+                items = record.history.item
+                values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in items}
+                found.append(
+                    {key: value for key, value in values.items() if key[0] != "_"} | {"step": values["_step"]}
+                )
+    merged: dict[int, dict[str, Any]] = {}
+    for line in metrics(config.output_dir):
+        merged.setdefault(line["step"], {}).update(line)
+    assert found == list(merged.values())
+    for path in Path(config.output_dir).rglob("*"):
+        assert not path.is_file() or CANARY[3:].encode() not in path.read_bytes(), path
