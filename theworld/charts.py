@@ -107,6 +107,66 @@ class Series:
     bars: Sequence[tuple[float, float]] | None = None  # the intervals of the points
 
 
+@dataclass(frozen=True)
+class _Axes:
+    """Two axes, (scale, label) each, in a plot's own units."""
+
+    x: tuple[Scale, str]
+    y: tuple[Scale, str]
+
+    left, right, top, bottom = _LEFT, PLOT[0] - _RIGHT, _TOP, PLOT[1] - _BOTTOM
+
+    def across(self, x: float) -> float:
+        return self.left + self.x[0].place(x) * (self.right - self.left)
+
+    def down(self, y: float) -> float:
+        return self.bottom - self.y[0].place(y) * (self.bottom - self.top)
+
+    def level(self, y: float, kind: str) -> str:
+        """A line over the whole width."""
+        at = f"{self.down(y):.1f}"
+        return f'<line class="{kind}" x1="{self.left}" x2="{self.right}" y1="{at}" y2="{at}"/>'
+
+    def drawn(self) -> list[str]:
+        """Grid, ticks and labels."""
+        parts = [f'<text x="0" y="12">{escape(self.y[1])}</text>']
+        for tick in self.y[0].ticks:
+            place = f'x="{self.left - 6}" y="{self.down(tick) + 4:.1f}" text-anchor="end"'
+            parts += [self.level(tick, "grid"), f"<text {place}>{_number(tick)}</text>"]
+        for tick in self.x[0].ticks:
+            at = self.across(tick)
+            anchor = "end" if at > self.right - 12 else "middle"
+            place = f'x="{at:.1f}" y="{self.bottom + 16}" text-anchor="{anchor}"'
+            parts.append(f"<text {place}>{_number(tick)}</text>")
+        ends = f'x1="{self.left}" x2="{self.right}" y1="{self.bottom}" y2="{self.bottom}"'
+        middle = (self.left + self.right) / 2
+        label = f'<text x="{middle}" y="{PLOT[1] - 4}" text-anchor="middle">{escape(self.x[1])}</text>'
+        return [*parts, f'<line class="base" {ends}/>', label]
+
+    def diagonal(self) -> str:
+        """The line of equal values."""
+        x, y = self.x[0], self.y[0]
+        start = f'x1="{self.across(x.low):.1f}" y1="{self.down(y.low):.1f}"'
+        end = f'x2="{self.across(x.high):.1f}" y2="{self.down(y.high):.1f}"'
+        return f'<line class="reference" {start} {end}/>'
+
+    def series(self, one: Series) -> list[str]:
+        """Its line, its intervals and, where they are few, its points."""
+        parts = []
+        places = [(self.across(x), self.down(y)) for x, y in one.points]
+        if one.joined and len(places) > 1:
+            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+            parts.append(f'<polyline class="line {one.kind}" points="{path}"/>')
+        for (at, _), (low, high) in zip(places, one.bars or [], strict=False):
+            ends = f'x1="{at:.1f}" x2="{at:.1f}" y1="{self.down(low):.1f}" y2="{self.down(high):.1f}"'
+            parts.append(f'<line class="interval {one.kind}" {ends}/>')
+        if not one.joined or len(places) <= 12:
+            parts += [
+                f'<circle class="dot {one.kind}" cx="{a:.1f}" cy="{b:.1f}" r="3.5"/>' for a, b in places
+            ]
+        return parts
+
+
 def plot(
     identity: str,
     title: str,
@@ -118,54 +178,20 @@ def plot(
 ) -> str:
     """Series over two axes, (scale, label) each. `identity` is the id of its title in the page; `line` a level with its
     label, `diagonal` the line of equal values."""
-    width, height = PLOT
-    right, bottom = width - _RIGHT, height - _BOTTOM
-
-    def at(point: tuple[float, float]) -> tuple[float, float]:
-        return (
-            _LEFT + x[0].place(point[0]) * (right - _LEFT),
-            bottom - y[0].place(point[1]) * (bottom - _TOP),
-        )
-
+    axes, (width, height) = _Axes(x, y), PLOT
     parts = [
         f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-labelledby="{identity}">',
         f'<title id="{identity}">{escape(title)}</title>',
-        f'<text x="0" y="12">{escape(y[1])}</text>',
+        *axes.drawn(),
     ]
-    for tick in y[0].ticks:
-        across = at((x[0].low, tick))[1]
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{across:.1f}" y2="{across:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{across + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    for tick in x[0].ticks:
-        down = at((tick, y[0].low))[0]
-        anchor = "end" if down > right - 12 else "middle"
-        parts.append(f'<text x="{down:.1f}" y="{bottom + 16}" text-anchor="{anchor}">{_number(tick)}</text>')
-    parts.append(f'<line class="base" x1="{_LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>')
-    middle = (_LEFT + right) / 2
-    parts.append(f'<text x="{middle}" y="{height - 4}" text-anchor="middle">{escape(x[1])}</text>')
     if diagonal:
-        (x1, y1), (x2, y2) = at((x[0].low, y[0].low)), at((x[0].high, y[0].high))
-        parts.append(f'<line class="reference" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+        parts.append(axes.diagonal())
     if line is not None:
-        across = at((0, line[0]))[1]
-        parts.append(
-            f'<line class="reference" x1="{_LEFT}" x2="{right}" y1="{across:.1f}" y2="{across:.1f}"/>'
-        )
-        parts.append(f'<text x="{right}" y="{across - 4:.1f}" text-anchor="end">{escape(line[1])}</text>')
+        level, label = line
+        place = f'x="{axes.right}" y="{axes.down(level) - 4:.1f}" text-anchor="end"'
+        parts += [axes.level(level, "reference"), f"<text {place}>{escape(label)}</text>"]
     for one in series:
-        places = [at(point) for point in one.points]
-        if one.joined and len(places) > 1:
-            path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-            parts.append(f'<polyline class="line {one.kind}" points="{path}"/>')
-        for (px, _), (low, high) in zip(places, one.bars or [], strict=False):
-            ends = at((0, low))[1], at((0, high))[1]
-            parts.append(
-                f'<line class="interval {one.kind}" x1="{px:.1f}" x2="{px:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
-            )
-        if not one.joined or len(places) <= 12:
-            parts += [
-                f'<circle class="dot {one.kind}" cx="{a:.1f}" cy="{b:.1f}" r="3.5"/>' for a, b in places
-            ]
+        parts += axes.series(one)
     return "".join([*parts, "</svg>"])
 
 
