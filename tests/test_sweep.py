@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_tools import tool
@@ -20,6 +21,7 @@ from theworld.sweep import (
     run_sweep,
     still_to_do,
 )
+from theworld.train import NotFinite, OutOfMemory, Trainer
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,25 @@ def test_a_sweep_trains_each_run_once_and_counts_what_evaluation_counts(
     assert {k: v for k, v in again.items() if k != "seconds"} == {
         k: v for k, v in lines[0].items() if k != "seconds"
     }
+
+
+@pytest.mark.parametrize(
+    "error", [NotFinite("step 3: the loss is nan"), OutOfMemory("step 1: out of memory")]
+)
+def test_a_run_that_fails_in_a_step_costs_no_other(
+    base: Config, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    train_step = Trainer.train_step
+
+    def failing(self: Trainer, *arguments: Any) -> Any:
+        if self.config.projection == "linear":
+            raise error
+        return train_step(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", failing)
+    table = run_sweep(make_runs(base, [{"projection": "linear"}, {}], [0], tmp_path), cache, tmp_path)
+    assert f"failed: projection linear, seed 0: {error}" in table
+    assert [line.get("failed") for line in read_results(tmp_path / "results.jsonl")] == [str(error), None]
 
 
 def test_a_line_that_is_not_whole_is_named(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from theworld.metrics import accuracy, label_loss
 from theworld.places import check_folder
 from theworld.preflight import Plan
 from theworld.settings import type_of
-from theworld.train import NotFinite, Trainer
+from theworld.train import NotFinite, OutOfMemory, Trainer
 from theworld.watch import chance_loss, left_at
 
 ASKED = ("world", "baseline", "zero", "shuffled")  # with world tokens, and the controls
@@ -137,7 +137,7 @@ def train_one(run: Run, cache: Path) -> dict[str, Any]:
         trainer = Trainer(run.config, cache)
         trainer.run()
         line |= measure(trainer)
-    except (ValueError, NotFinite) as error:
+    except (ValueError, NotFinite, OutOfMemory) as error:
         line |= {"failed": str(error)}
     return line | {"seconds": round(time.perf_counter() - start, 1)}
 
