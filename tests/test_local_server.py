@@ -268,3 +268,38 @@ def test_an_address_that_is_taken_is_named(server: Server) -> None:
         OSError, match=f"--host 127.0.0.1 --port {port}: Address already in use; choose another"
     ):
         Server(shape_and_words, FILES, port=port)
+
+
+def test_it_ends_with_the_answer_in_work_and_leaves_no_thread(question: bytes) -> None:
+    """A thread that Python leaves behind in torch's code aborts the process."""
+    before, inside, go_on = set(threading.enumerate()), threading.Event(), threading.Event()
+
+    def answer(pixels: np.ndarray, statements: list[str]) -> list[dict[str, Any]]:
+        inside.set()
+        assert go_on.wait(30)
+        return []
+
+    replies: list[tuple[int, Any]] = []
+    with running(answer) as server:
+        clients = [
+            threading.Thread(target=lambda: replies.append(ask(server, question)[:2])) for _ in range(2)
+        ]
+        clients[0].start()
+        assert inside.wait(30)
+        clients[1].start()
+        while len(server.connections) < 2:
+            time.sleep(0.01)
+        idle = socket.create_connection(
+            ("127.0.0.1", server.server_address[1]), timeout=30
+        )  # as browsers open
+        while len(server.connections) < 3:
+            time.sleep(0.01)
+        time.sleep(0.2)  # until the second has been read, and waits for the first
+        threading.Timer(0.5, go_on.set).start()
+    assert go_on.is_set()
+    assert idle.recv(1) == b""
+    idle.close()
+    for client in clients:
+        client.join(30)
+    assert sorted(replies, key=str) == [(200, {"answers": []}), (503, {"error": "this page is ending"})]
+    assert [t for t in threading.enumerate() if t not in before and not isinstance(t, threading.Timer)] == []

@@ -97,7 +97,7 @@ def test_stopped_at_random_steps(
 
 
 HEARD = """
-import os, signal, sys, time
+import atexit, os, signal, sys, time
 from theworld.stopping import StopRequest
 kind, number = sys.argv[1], int(sys.argv[2])
 with StopRequest() as stop:
@@ -111,12 +111,17 @@ with StopRequest() as stop:
         if kind == "again":
             time.sleep(2.1)
             os.kill(os.getpid(), number)
+    if kind == "ended":
+        stop.end()
+if kind == "ended":
+    atexit.register(os.kill, os.getpid(), number)
+    os.kill(os.getpid(), number)
 print(stop.reason)
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("kind", ["once", "doubled", "again", "early"])
+@pytest.mark.parametrize("kind", ["once", "doubled", "again", "early", "ended"])
 def test_what_a_signal_does(kind: str, number: signal.Signals) -> None:
     done = subprocess.run(
         [sys.executable, "-c", HEARD, kind, str(int(number))],

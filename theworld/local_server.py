@@ -9,6 +9,7 @@ refused, since a page elsewhere could have had its name point here (DNS rebindin
 sends. One request is answered at a time.
 """
 
+import contextlib
 import ipaddress
 import json
 import re
@@ -50,7 +51,7 @@ class Refusal(Exception):
 class Server(ThreadingHTTPServer):
     """Serves the page at `url` once `serve_forever` is called."""
 
-    daemon_threads = True
+    daemon_threads = False  # a thread that Python leaves behind in torch's code aborts the process
 
     def __init__(
         self,
@@ -65,11 +66,31 @@ class Server(ThreadingHTTPServer):
         self.answer, self.files, self.host, self.limits = answer, files, host, limits or Limits()
         self.slots = threading.BoundedSemaphore(WAITING)
         self.one_at_a_time = threading.Lock()
+        self.ending = False
+        self.connections: set[Any] = set()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Handler)
         except OSError as error:
             raise OSError(f"--host {host} --port {port}: {error.strerror}; choose another") from error
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Gives a connection a thread of its own."""
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Ends a connection."""
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Takes no more questions, and waits for the answer in work. What a client still sends is not waited for."""
+        self.ending = True
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):  # it has gone by itself
+                connection.shutdown(socket.SHUT_RD)
+        super().server_close()
 
     @property
     def url(self) -> str:
@@ -141,6 +162,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             pixels, statements = self.server.limits.read(self.rfile.read(length))
             with self.server.one_at_a_time:
+                if self.server.ending:
+                    raise Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "this page is ending")
                 return self.server.answer(pixels, statements)
         finally:
             self.server.slots.release()

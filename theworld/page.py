@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-STYLE = Path(__file__).parent / "report.css"
+STYLES = [Path(__file__).parent / "web" / name for name in ("theme.css", "report.css")]
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
@@ -29,7 +29,7 @@ def page(title: str, header: str, sections: Sequence[tuple[str, str, str]], foot
 <meta name="color-scheme" content="light dark">
 <title>{escape(title)}</title>
 <style>
-{STYLE.read_text(encoding="utf-8")}</style>
+{"".join(style.read_text(encoding="utf-8") for style in STYLES)}</style>
 </head>
 <body>
 <a class="skip" href="#content">Skip to the figures</a>

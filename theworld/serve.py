@@ -60,6 +60,6 @@ def files(model: str, systems: Sequence[str], limits: Limits) -> dict[str, tuple
     text = page.substitute({key: html.escape(str(value)) for key, value in values.items()})
     return {
         "/": ("text/html", text.encode("utf-8")),
-        "/style.css": ("text/css", (WEB / "style.css").read_bytes()),
+        "/style.css": ("text/css", (WEB / "theme.css").read_bytes() + (WEB / "style.css").read_bytes()),
         "/script.js": ("text/javascript", (WEB / "script.js").read_bytes()),
     }

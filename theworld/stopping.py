@@ -44,6 +44,13 @@ class StopRequest:
         """Asks the run to stop."""
         self.reason, self._at = reason, time.monotonic()
 
+    def end(self) -> None:
+        """The run has ended and its process is going to: to be asked to stop changes nothing any more, not even the
+        exit status."""
+        self._before = {}
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
         """While steps are taken, after which a request can be answered."""

@@ -37,6 +37,7 @@ def main() -> int:
         with StopRequest() as stop:
             trainer = Trainer(config, arguments.cache, stop)
             checkpoint = trainer.run()
+            stop.end()
     except KeyboardInterrupt:
         print("\ntrain: interrupted; go on with --resume_from and the same --output_dir", file=sys.stderr)
         return 130
