@@ -72,6 +72,21 @@ def test_what_stands_in_the_way_is_said_before_anything_is_read(
     assert not (tmp_path / "new").exists()
 
 
+def test_the_folder_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("theworld.text_model._card", full)
+        with pytest.raises(OSError, match="No space left"):
+            make_text_model(str(EMBEDDED_GEMMA), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").mkdir()  # an empty one is no hindrance
+    make_text_model(str(EMBEDDED_GEMMA), tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+    assert (tmp_path / "new" / "model.safetensors").is_file()
+
+
 def test_the_tool_says_what_it_would_do_and_does_it(tmp_path: Path, annotations: Path) -> None:
     given = (
         "--source",

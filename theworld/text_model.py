@@ -5,6 +5,8 @@ as a base model: it has no prompt format of its own, so the instruction-tuned mo
 """
 
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -78,13 +80,21 @@ def make_text_model(source: str, output: Path, annotations: Path | None = None, 
             model, tokenizer = _from_gguf(Path(source))
         else:
             model, tokenizer = _language_model_of(source)
-    output.mkdir(parents=True, exist_ok=True)
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
-    tokenizer.save_pretrained(output)
-    if captions is not None:
-        model = _cut(model, output, captions)
-    model.save_pretrained(output)
-    (output / "README.md").write_text(_card(source, len(captions or []), command), encoding="utf-8")
+    unfinished = output.with_name(
+        f".{output.name}.{os.getpid()}.tmp"
+    )  # the folder is there whole or not at all
+    unfinished.mkdir(parents=True)
+    try:
+        tokenizer.save_pretrained(unfinished)
+        if captions is not None:
+            model = _cut(model, unfinished, captions)
+        model.save_pretrained(unfinished)
+        card = _card(source, len(captions or []), command)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        os.replace(unfinished, output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return int(model.config.vocab_size)
 
 
