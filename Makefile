@@ -23,7 +23,7 @@ test: $(VENV)/.installed  ## the tests, without the heavy ones
 test-heavy: $(VENV)/.installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m heavy
 
-torture: $(VENV)/.installed  ## every promise about faults at full counts, and one table: more than half an hour on two cores
+torture: $(VENV)/.installed  ## every promise about faults at full counts, and one table: under half an hour on two cores
 	$(BIN)/python -m pytest --torture -p no:cacheprovider
 
 lint: $(VENV)/.installed  ## format, lint, types
