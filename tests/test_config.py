@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -276,6 +277,16 @@ def test_only_the_wanted_keys_become_flags() -> None:
 
 def test_the_pixel_limit_is_the_one_of_images() -> None:
     assert Config().max_image_pixels == images.MAX_PIXELS
+
+
+@pytest.mark.parametrize("words", [{}, {"relation_loss_weight": 1.0, "statement_steps": 9}])
+def test_captions_that_no_step_would_read_are_refused(words: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match=r'captions is "c\.json"; allowed: null: statement_loss_weight 0 reads none'
+    ):
+        Config(captions="c.json", **words)
+    for enough in ({"statement_steps": 9}, {"statement_loss_weight": 0.1, "relation_loss_weight": 1.0}):
+        assert Config(captions="c.json", **enough).captions == "c.json"  # type: ignore[arg-type]
 
 
 def test_a_convolution_wants_a_grid_of_patches() -> None:

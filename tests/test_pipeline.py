@@ -21,6 +21,7 @@ from theworld.extract import extract, verify
 from theworld.gemma import Gemma
 from theworld.images import read_image, square, to_unit_range
 from theworld.metrics import SYSTEMS, summarise
+from theworld.preflight import Plan
 from theworld.score import LiveLatents, score
 from theworld.store import StoreError, StoreMismatch
 from theworld.train import NotFinite, Trainer
@@ -147,6 +148,15 @@ def test_features_of_other_eyes_are_refused(cache: Path, config: Config, tmp_pat
         Trainer(replace(config, model_name=str(other)), cache)
 
 
+def stopped_and_resumed(config: Config, cache: Path, step: int) -> Trainer:
+    """What goes on from the checkpoint of a run after `step` steps."""
+    trainer = Trainer(config, cache)
+    trainer.output_dir.mkdir()
+    while trainer.step < step:
+        trainer.train_step()
+    return Trainer(replace(config, resume_from=str(trainer.save())), cache)
+
+
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cache: Path, config: Config, tmp_path: Path) -> None:
     config = replace(
         config, align_steps=3, statement_loss_weight=0.3, max_steps=5, save_steps=1, save_total_limit=None
@@ -154,12 +164,9 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(cache: Path, config: Con
     whole = Trainer(config, cache).run()
     assert whole.name == "checkpoint-8"
     for stop in (2, 3, 5):  # inside the start at the image tokens, at its end, in the main phase
-        other = replace(config, output_dir=str(tmp_path / f"stopped-{stop}"))
-        trainer = Trainer(other, cache)
-        trainer.output_dir.mkdir()
-        while trainer.step < stop:
-            trainer.train_step()
-        resumed = Trainer(replace(other, resume_from=str(trainer.save())), cache)
+        resumed = stopped_and_resumed(
+            replace(config, output_dir=str(tmp_path / f"stopped-{stop}")), cache, stop
+        )
         assert resumed.step == stop
         last = resumed.run()
         assert weights(last) == weights(whole)
@@ -194,12 +201,9 @@ def test_a_run_with_words_first_is_resumed_bitwise(
     assert (watched["step"], watched["watch_steps"]) == (13, 10)
     assert watched["watch_mean"] == pytest.approx(np.mean([line["loss"] for line in lines[3:13]]))
     for stop in (2, 3, 8):  # among the words, at their end, and within the watch's window
-        other = replace(config, output_dir=str(tmp_path / f"stopped-{stop}"))
-        trainer = Trainer(other, cache)
-        trainer.output_dir.mkdir()
-        while trainer.step < stop:
-            trainer.train_step()
-        resumed = Trainer(replace(other, resume_from=str(trainer.save())), cache)
+        resumed = stopped_and_resumed(
+            replace(config, output_dir=str(tmp_path / f"stopped-{stop}")), cache, stop
+        )
         last = resumed.run()
         assert weights(last) == weights(whole)
         tail = [line for line in metrics(whole.parent) if line["step"] > stop + 1]
@@ -226,7 +230,9 @@ def test_a_run_on_captions_is_resumed_bitwise_and_not_on_others(
     cache: Path, config: Config, tmp_path: Path
 ) -> None:
     rows = [
-        {"image": f"{name}.png", "caption": f"A {name} {thing}."} for name in "ab" for thing in ("cat", "dog")
+        {"image": f"{name}.png", "caption": f"A {name} {thing}{' on a table' * 20}."}
+        for name in "ab"
+        for thing in ("cat", "dog")
     ]
     path = tmp_path / "captions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -236,8 +242,11 @@ def test_a_run_on_captions_is_resumed_bitwise_and_not_on_others(
     assert "captions: 4 of 2 of 3 training photographs" in trainer.plan.lines
     read = [one.batch for step in range(6) for one in trainer.prepare(step)]
     assert all(batch is not None and len(batch.words) > 0 for batch in read if "a.png" in batch.images)
+    plain = replace(config, captions=None, output_dir=str(tmp_path / "statements"))
+    first = Plan(replace(config, statement_loss_weight=0.0), cache)  # captions in the phase of words alone
+    assert first.memory.activations == trainer.plan.memory.activations > Plan(plain, cache).memory.activations
     whole = trainer.run()
-    other = Trainer(replace(config, captions=None, output_dir=str(tmp_path / "statements")), cache).run()
+    other = Trainer(plain, cache).run()
     assert weights(other) != weights(whole)
     again = replace(
         config, resume_from=str(whole.with_name("checkpoint-3")), output_dir=str(tmp_path / "again")

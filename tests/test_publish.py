@@ -154,7 +154,10 @@ def test_a_download_loads_and_holds_no_place_of_this_machine(
     cache: Path, pushing: Config, hub: Callable[..., Uploads], tmp_path: Path
 ) -> None:
     uploads = hub()
-    Trainer(replace(pushing, hub_strategy="checkpoint"), cache).run()
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text('{"image": "a.png", "caption": "A ball."}\n')
+    told = replace(pushing, captions=str(captions), statement_loss_weight=0.5)
+    Trainer(replace(told, hub_strategy="checkpoint"), cache).run()
     folder = tmp_path / "download"
     for name, data in uploads.files().items():
         assert str(tmp_path).encode() not in data
@@ -164,8 +167,8 @@ def test_a_download_loads_and_holds_no_place_of_this_machine(
             (folder / name).write_bytes(data)
     settings = json.loads((folder / "config.json").read_text())
     assert (settings["model_name"], settings["cosmos_model_name"]) == ("gemma", "vae")
-    places = ("annotations", "image_folder", "resume_from", "output_dir")
-    assert [settings[key] for key in places] == [None, None, None, "checkpoints/vsr"]
+    places = ("annotations", "captions", "image_folder", "resume_from", "output_dir")
+    assert [settings[key] for key in places] == [None, None, None, None, "checkpoints/vsr"]
     assert find_model(folder) == folder
     model = TheWorld.from_pretrained(folder, model_name=pushing.model_name)
     assert model.config.batch_size == pushing.batch_size

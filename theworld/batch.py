@@ -7,6 +7,7 @@ L tokens) holds trees, each laid out parent first, children after one another:
         \\n\\n<boi> i1 ... i256 <eoi>                                               the image
             \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n              statement 0
             \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n              statement 1
+            \\n\\nStatement: ...                                                  a caption, up to its last word
 
 With `world_position` "after" the image is the parent and the world its child; without world tokens the first two are
 one segment. A token sees the segments on its own path and nothing else, so a statement has the positions and sees the
@@ -53,15 +54,12 @@ class Batch:
     image_slots: Tensor  # int64[G, I]: flat indices of the image tokens of G images, which may be none
     label_rows: Tensor  # int64[S]: flat index of the token that predicts the label
     labels: Tensor  # int64[S]: the token id of '0' or '1'
-    word_rows: (
-        Tensor  # int64[T]: flat indices of tokens that predict a token of a true statement or, if there are
-    )
-    # any, of a caption
+    # Of true statements or, where captions are given, of those:
+    word_rows: Tensor  # int64[T]: flat indices of tokens that predict one of their tokens
     words: Tensor  # int64[T]: those tokens
-    word_counts: Tensor  # int64[T]: how many tokens the statement or caption of each has
-    relation_rows: (
-        Tensor  # int64[U]: the same for the words of the relation alone, where the caption has them once
-    )
+    word_counts: Tensor  # int64[T]: how many tokens the text of each has
+    # The same of true statements' relations alone, where the statement has their words once:
+    relation_rows: Tensor  # int64[U]
     relations: Tensor  # int64[U]
     relation_counts: Tensor  # int64[U]: how many tokens the relation of each has
     num_frozen: int  # columns of each row that nothing trained has part in

@@ -15,11 +15,12 @@ from theworld.weights import model_id
 
 _PLACES = (
     "annotations",
+    "captions",
     "image_folder",
     "output_dir",
     "resume_from",
     "init_from",
-)  # settings that name local folders
+)  # settings that name local files and folders
 _MODELS = ("model_name", "cosmos_model_name")
 # Settings that say where a run goes and who hears of it, not what it is.
 _NOT_SHOWN = {*_PLACES, "push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo"}

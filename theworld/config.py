@@ -221,10 +221,9 @@ class Config:
             raise refused("question_template", self.question_template, "{caption} in it exactly once")
         if not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?", self.device):
             raise refused("device", self.device, "auto, cpu, cuda or cuda:N")
-        if self.captions and not (self.statement_loss_weight or self.statement_steps):
-            raise refused(
-                "captions", self.captions, "null, as statement_loss_weight and statement_steps are 0"
-            )
+        read = self.statement_loss_weight or (self.statement_steps and not self.relation_loss_weight)
+        if self.captions and not read:
+            raise refused("captions", self.captions, "null: statement_loss_weight 0 reads none of them")
         if self.push_to_hub and not HUB_NAME.fullmatch(self.hub_model_id or ""):
             raise refused("hub_model_id", self.hub_model_id, "user/name, as push_to_hub is true")
 

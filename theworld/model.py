@@ -310,8 +310,9 @@ class TheWorld(nn.Module):
         """Sums over the batch, to be divided by the statements of an optimizer step.
 
         `label`: cross-entropy over the whole vocabulary at the label token. `statement`: for each true
-        statement the mean next-word cross-entropy over its caption, 0 where the weight is 0; `relation`: the same
-        over the words of its relation. `total`: their sum by the weights. `logits`: float32[S, 2], of '0' and '1'.
+        statement or, where the batch has captions, for each of those the mean next-word cross-entropy over its
+        words, 0 where the weight is 0; `relation`: the same over the words of a true statement's relation. `total`:
+        their sum by the weights. `logits`: float32[S, 2], of '0' and '1'.
         """
         weights = {
             "label": label_loss_weight,

@@ -129,8 +129,11 @@ class Plan:
             gemma, config.question_template, shape.num_tokens, world_position=config.world_position
         )
         parts = parts_of_step(config, packer, self.order, start, self.processes.count)
+        phase = (
+            "words" if config.statement_steps else "train"
+        )  # captions that the second reads, the first does, too
         batches = [
-            packer.pack(part, captions=captions_for(config, self.data, "train", part, 0))
+            packer.pack(part, captions=captions_for(config, self.data, phase, part, 0))
             for part in parts
             if part
         ]

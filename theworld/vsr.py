@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from theworld.jsonc import unique_keys
+from theworld.settings import shown
 
 # dataset_name -> the release's folder name; the hub's is cambridgeltl/vsr_<release>.
 RELEASES = {"vsr": "random", "vsr_random": "random", "vsr_zeroshot": "zeroshot"}
@@ -196,7 +197,7 @@ def _statement(row: Any, index: int, path: str) -> Statement:
     """A checked row; fields that VSR has beyond ours may be there and are not read."""
     where = f"{path}:{index + 1}"
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: is {_shown(row)}; wanted one JSON object a line")
+        raise ValueError(f"{where}: is {shown(row)}; wanted one JSON object a line")
     own = "statement" in row and "caption" not in row  # a data set of one's own: relations are VSR's
     if own:
         row = {"relation": NO_RELATION, **row, "caption": row["statement"]}
@@ -205,15 +206,10 @@ def _statement(row: Any, index: int, path: str) -> Statement:
         if field not in row and field != "image_link":
             raise ValueError(f"{where}: has no field {name}; give {wanted}")
         if not is_right(row.get(field)):
-            raise ValueError(f"{where}: {name} is {_shown(row[field])}; give {wanted}")
+            raise ValueError(f"{where}: {name} is {shown(row[field])}; give {wanted}")
     return Statement(
         row["image"], row["caption"], row["label"], row["relation"], index, row.get("image_link") or ""
     )
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, default=repr)
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _is_text(value: object) -> bool:
