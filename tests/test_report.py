@@ -285,6 +285,14 @@ OVERFLOW = """
   return true;
 }).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))
 """
+# Headline figures that are broken over lines, in the middle of a word or a number.
+BROKEN = """
+[...document.querySelectorAll('.tiles dd')].filter(e => {
+  const range = document.createRange();
+  range.selectNodeContents(e.firstChild);
+  return new Set([...range.getClientRects()].map(r => Math.round(r.top))).size > 1;
+}).map(e => e.textContent)
+"""
 
 
 @needs_browser
@@ -298,6 +306,7 @@ def test_it_fits_is_legible_and_asks_for_nothing(
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     assert browser.evaluate(OVERFLOW) == []
+    assert browser.evaluate(BROKEN) == []
     assert browser.evaluate(CONTRAST) == []
     assert browser.evaluate(SMALL) == []
     assert [r for r in browser.requests if not r.startswith(("data:image/", "file:///"))] == []
