@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_model import latents_of, make_model, vision_of
 
-from theworld.evaluate import predict, shuffled_images
+from theworld.evaluate import predict, shuffled_images, word_losses
 from theworld.gemma import Gemma
 from theworld.metrics import SYSTEMS
 from theworld.vsr import Statement
@@ -45,6 +45,28 @@ def test_beside_the_two_answers_stands_what_the_whole_vocabulary_has(
         assert values.shape == (6, 3)
         assert (values[:, 2] > np.logaddexp(values[:, 0], values[:, 1])).all()
     assert np.abs(found["text"] - found["baseline"]).max() > 1e-2
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6])
+def test_losses_of_words_are_those_of_training_whatever_the_batches(
+    gemma: Gemma, photographs: Path, statements: list[Statement], batch_size: int
+) -> None:
+    model = make_model(gemma)
+
+    def vision(images: tuple[str, ...]) -> torch.Tensor:
+        return vision_of(gemma, photographs, images)
+
+    batch = model.packer().pack(statements)
+    given = latents_of(batch.worlds), vision(batch.images)
+    with torch.no_grad():
+        wanted = model.losses(batch, *given, statement_loss_weight=0.3, relation_loss_weight=0.7)
+    found = word_losses(model, statements, latents_of, vision, ["statement", "relation"], batch_size)
+    assert found == pytest.approx({k: float(wanted[k]) / 6 for k in ("statement", "relation")}, rel=1e-4)
+    assert found["statement"] != pytest.approx(found["relation"], rel=0.1)
+    alone = word_losses(model, statements, latents_of, vision, ["relation"], batch_size)
+    assert alone == pytest.approx({"relation": found["relation"]}, rel=1e-4)
+    false = [s for s in statements if not s.label]
+    assert word_losses(model, false, latents_of, vision, ["relation"], batch_size) == {"relation": 0.0}
 
 
 def test_text_alone_needs_no_photograph(gemma: Gemma, statements: list[Statement]) -> None:

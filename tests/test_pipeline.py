@@ -183,7 +183,14 @@ def test_a_run_with_words_first_is_resumed_bitwise(
     cache: Path, config: Config, tmp_path: Path, words: dict[str, float]
 ) -> None:
     config = replace(
-        config, align_steps=1, statement_steps=2, max_steps=13, save_steps=1, num_epochs=99, **words
+        config,
+        align_steps=1,
+        statement_steps=2,
+        max_steps=13,
+        save_steps=1,
+        num_epochs=99,
+        eval_steps=3,
+        **words,
     )  # type: ignore[arg-type]
     config = replace(config, save_total_limit=None, projection="transformer")
     whole = Trainer(config, cache).run()
@@ -196,6 +203,11 @@ def test_a_run_with_words_first_is_resumed_bitwise(
     }
     assert has["relation_loss"] == (list(range(1, 16)) if words else [])
     assert has["statement_loss"] == ([] if words else [1, 2])
+    # On dev, too, what the phase asks for.
+    of_dev = [line for line in metrics(whole.parent) if "dev_loss" in line]
+    assert [line["step"] for line in of_dev] == [3, 6, 9, 12, 15, 16]
+    of_words = [{"dev_relation_loss", "dev_statement_loss"} & line.keys() for line in of_dev]
+    assert of_words == ([{"dev_relation_loss"}] * 6 if words else [{"dev_statement_loss"}, *[set()] * 5])
     # The first window of ten steps of the main phase, in which four of six statements are true again and again.
     (watched,) = [line for line in metrics(whole.parent) if "watch_mean" in line]
     assert (watched["step"], watched["watch_steps"]) == (13, 10)
@@ -246,6 +258,9 @@ def test_a_run_on_captions_is_resumed_bitwise_and_not_on_others(
     first = Plan(replace(config, statement_loss_weight=0.0), cache)  # captions in the phase of words alone
     assert first.memory.activations == trainer.plan.memory.activations > Plan(plain, cache).memory.activations
     whole = trainer.run()
+    assert not any(
+        "dev_statement_loss" in line for line in metrics(whole.parent)
+    )  # other texts than the captions
     other = Trainer(plain, cache).run()
     assert weights(other) != weights(whole)
     again = replace(

@@ -62,6 +62,9 @@ def test_two_processes_train_and_evaluate_as_one(config: Config, tmp_path: Path)
     cache = tmp_path / "cache"
     extract(config, cache, with_vision=True, allow_missing=False)
     config = replace(config, align_steps=2, statement_loss_weight=0.3, max_steps=4, log_to_tensorboard=True)
+    config = replace(
+        config, eval_batch_size=4
+    )  # of six statements: a whole batch for one, a short one for the other
     one = Trainer(config, cache).run()
     shared = replace(config, gradient_accumulation_steps=1, output_dir=str(tmp_path / "two"))
     done = launch(shared, cache, tmp_path / "two.json")
@@ -71,6 +74,7 @@ def test_two_processes_train_and_evaluate_as_one(config: Config, tmp_path: Path)
     assert "6 optimizer steps of 2 x 1 x 2 (processes) statements" in done.stdout
     found, wanted = metrics(tmp_path / "two"), metrics(one.parent)
     assert [line["step"] for line in found] == [line["step"] for line in wanted]
+    assert "dev_statement_loss" in wanted[-1]
     for a, b in zip(found, wanted, strict=True):
         assert a.pop("phase") == b.pop("phase")
         assert a == pytest.approx(b, abs=1e-5, rel=1e-5)

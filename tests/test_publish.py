@@ -387,7 +387,7 @@ def test_a_card_tells_the_run_and_nothing_else(tmp_path: Path) -> None:
     metrics = [
         {"step": 1, "loss": 0.75, "accuracy": 0.25},
         {"step": 2, "loss": 0.5},
-        {"step": 2, "dev_loss": 0.625, "dev_accuracy": 0.875},
+        {"step": 2, "dev_loss": 0.625, "dev_accuracy": 0.875, "dev_relation_loss": 0.4375},
         {"step": 3, "loss": 0.0625},
     ]
     card = model_card(path, FACTS, metrics)
@@ -402,6 +402,7 @@ def test_a_card_tells_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert "| training loss, mean since the line before | 0.5000 | 2 |" in card
     assert "| training accuracy, likewise | 0.2500 | 1 |" in card
     assert "| dev accuracy, with world tokens | 0.8750 | 2 |" in card
+    assert "| dev, next-word loss on relations, nats a statement | 0.4375 | 2 |" in card
     assert "0.0625" not in card  # of a later step
     assert "no evaluation with controls was at hand" in card
     assert f'snapshot_download("{NAME}"' in card

@@ -61,6 +61,10 @@ def write_run(run: Path, photographs: Path | None, statements: int = 400, seeds:
         {"step": s, "phase": "train", "loss": 0.7 - s / 100, "accuracy": 0.5 + s / 100} for s in (20, 30, 40)
     ]
     lines.append({"step": 40, "phase": "train", "dev_loss": 0.35, "dev_accuracy": 0.875})
+    if seeds > 1:
+        words = [{"step": 15, "phase": "words", "loss": 9.0, "relation_loss": 0.75}]
+        words += [{"step": 15, "phase": "words", "dev_loss": 9.0, "dev_relation_loss": 0.8125}]
+        lines = [lines[0], *words, *({**line, "relation_loss": 0.25} for line in lines[1:])]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     spread = {
         "mean": 0.5,
@@ -233,6 +237,9 @@ def test_a_run_of_several_checkpoints_has_each_and_their_mean(pages: dict[str, P
     assert "Over checkpoints" in text
     assert "standard deviation" in text
     assert "s2: world tokens" in text
+    assert "Up to step 15 words alone were trained" in text
+    assert "training ends at 0.300; dev ends at 0.350" in text  # not what the label cost among the words
+    assert "training ends at 0.250; dev ends at 0.812" in text
     assert "photograph not at hand" in text
 
 

@@ -10,7 +10,7 @@ from conftest import CAPTIONS, EMBEDDED_GEMMA, QUESTION
 from test_tools import tool
 
 from theworld.gemma import Gemma
-from theworld.text_model import PACKAGE, make_text_model, plan_text_model
+from theworld.text_model import PACKAGE, TEMPLATE, make_text_model, plan_text_model
 
 has_package = find_spec(PACKAGE) is not None and find_spec("gguf") is not None
 
@@ -34,6 +34,15 @@ def test_the_language_model_of_one_that_sees_is_the_same_without_its_eyes(tmp_pa
     prompt = blind.prompt("Q: {caption}", "It is so.", False)
     text = blind.tokenizer.decode(prompt.shared + prompt.branch)
     assert text == "<bos><start_of_turn>user\nQ: It is so.<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_a_base_model_is_asked_in_plain_text(tmp_path: Path) -> None:
+    make_text_model(str(EMBEDDED_GEMMA), tmp_path / "text")
+    (tmp_path / "text" / "chat_template.jinja").write_text(TEMPLATE)
+    gemma = Gemma(str(tmp_path / "text"))
+    prompt = gemma.prompt("Q: {caption}", "It is so.", with_world=True)
+    assert gemma.tokenizer.decode(prompt.shared[: prompt.world_at]) == "<bos>"
+    assert gemma.tokenizer.decode(prompt.branch) == "Q: It is so. "
 
 
 def test_a_cut_vocabulary_changes_no_logit_of_the_tokens_that_stay(tmp_path: Path, annotations: Path) -> None:
@@ -111,6 +120,9 @@ def test_the_real_270m_from_its_package(tmp_path: Path, annotations: Path) -> No
     gemma = Gemma(str(tmp_path / "whole"))
     assert sum(p.numel() for p in gemma.model.parameters()) == 268_098_176
     assert gemma.answer_ids == (236771, 236770)
+    prompt = gemma.prompt(QUESTION, "It is so.", with_world=False)
+    whole = QUESTION.replace("{caption}", "It is so.")
+    assert gemma.tokenizer.decode(prompt.shared + prompt.branch) == f"<bos>{whole} "
     ids = gemma.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert ids.tolist() == [[2, 818, 5279, 529, 7001, 563]]
     with torch.no_grad():

@@ -80,10 +80,11 @@ def test_what_to_try_leaves_out_what_is_tried_or_cannot_be() -> None:
         "--align_steps 300 --world_positions",
         "--relation_loss_weight 1",
         "--statement_steps 500",
-        "--projection transformer (or conv)",
+        "--projection conv",
         "another --learning_rate than 0.0001",
     ]
     assert flags(Config(), same_places=False) == everything[1:]
+    assert flags(Config(world_mode="channel"))[3] == "--projection transformer"  # there is no grid of patches
     assert flags(Config(world_positions=True))[0] == "--align_steps 300"
     tried = Config(align_steps=1, relation_loss_weight=1, statement_steps=1, projection="conv")
     assert flags(tried) == everything[-1:]

@@ -186,6 +186,10 @@ def _metrics(lines: Sequence[dict[str, Any]]) -> str:
         "accuracy": "training accuracy, likewise",
         "dev_loss": "dev loss",
         "dev_accuracy": "dev accuracy, with world tokens",
+        "relation_loss": "training, next-word loss on relations, nats a statement",
+        "dev_relation_loss": "dev, next-word loss on relations, nats a statement",
+        "statement_loss": "training, next-word loss on statements or captions, nats a statement",
+        "dev_statement_loss": "dev, next-word loss on statements, nats a statement",
     }
     newest = {name: line for line in lines for name in names if name in line}
     rows = [f"| {names[n]} | {newest[n][n]:.4f} | {newest[n]['step']:,} |" for n in names if n in newest]

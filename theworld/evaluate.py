@@ -65,24 +65,18 @@ def predict(
     device = model.gemma.device
     other = shuffled_images(images_of(statements)) if "shuffled" in systems else {}
     order = _order(statements, other)
-    every = list(range(0, len(order), batch_size))
-    starts: list[int | None] = list(every)
-    if processes is not None:
-        starts = list(every[processes.rank :: processes.count])
-        if model.shell is not None and len(starts) < len(every[:: processes.count]):
-            starts.append(None)  # sharded processes compute together: one with less to do goes along
+    parts = _parts(model, order, batch_size, processes)
     packer = model.packer()
 
     def passes() -> Iterator[tuple[list[int], Pass]]:
-        for start in starts:
-            chosen = order[start : start + batch_size] if start is not None else []
+        for chosen in parts:
             asked = [statements[i] for i in chosen or order[:1]]
             worlds = [_world(system, s.image, other) for system in systems for s in asked]
             yield chosen, make_pass(model, packer, asked * len(systems), latents, vision, worlds)
 
     logits = torch.zeros(len(systems), len(statements), 3, device=device)
     bar = progress(
-        ahead(passes()), total=len(starts), desc="evaluate", unit=" batches", leave=False, disable=quiet
+        ahead(passes()), total=len(parts), desc="evaluate", unit=" batches", leave=False, disable=quiet
     )
     for chosen, one in bar:
         one = one.to(device)
@@ -95,6 +89,46 @@ def predict(
     if processes is not None:
         (logits,) = processes.sum([logits])
     return dict(zip(systems, logits.cpu().numpy(), strict=True))
+
+
+@torch.no_grad()
+def word_losses(
+    model: TheWorld,
+    statements: Sequence[Statement],
+    latents: Fetch,
+    vision: Fetch | None,
+    words: Sequence[str],
+    batch_size: int = 8,
+    processes: Processes | None = None,
+) -> dict[str, float]:
+    """Next-word losses with world tokens, in nats a statement: "statement" on the words of true statements, "relation"
+    on those of their relations (`TheWorld.losses`), as far as `words` names them. False statements count 0, as in
+    training. Several `processes` share the work, and each gets all of it."""
+    weights = {f"{name}_loss_weight": 1.0 for name in words}
+    order = _order(statements, {})
+    packer, sums = model.packer(), torch.zeros(len(words), device=model.gemma.device)
+    for chosen in _parts(model, order, batch_size, processes):
+        asked = [statements[i] for i in chosen or order[:1]]
+        one = make_pass(model, packer, asked, latents, vision).to(model.gemma.device)
+        assert one.batch is not None
+        losses = model.losses(one.batch, one.latents, one.vision, label_loss_weight=0.0, **weights)
+        sums += torch.stack([losses[name] for name in words]) * bool(chosen)
+    if processes is not None:
+        (sums,) = processes.sum([sums])
+    return dict(zip(words, (sums / len(statements)).tolist(), strict=True))
+
+
+def _parts(
+    model: TheWorld, order: Sequence[int], batch_size: int, processes: Processes | None
+) -> list[list[int]]:
+    """What this process asks, batch by batch."""
+    every = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    if processes is None:
+        return every
+    own = every[processes.rank :: processes.count]
+    if model.shell is not None and len(own) < len(every[:: processes.count]):
+        own.append([])  # sharded processes compute together: one with less to do goes along
+    return own
 
 
 def _order(statements: Sequence[Statement], other: dict[str, str]) -> list[int]:

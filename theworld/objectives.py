@@ -48,6 +48,12 @@ def loss_weights(config: Config, phase: str) -> dict[str, float]:
     return words | {"label_loss_weight": 0.0 if phase == "words" else 1.0}
 
 
+def asked_words(config: Config, phase: str) -> list[str]:
+    """The losses of words that a phase asks for."""
+    weights = loss_weights(config, phase)
+    return [name for name in ("statement", "relation") if phase != "align" and weights[f"{name}_loss_weight"]]
+
+
 def captions_for(
     config: Config, data: Data, phase: str, statements: Sequence[Statement], step: int
 ) -> dict[str, str] | None:

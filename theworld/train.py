@@ -23,7 +23,7 @@ from theworld.checkpoint import rotate, save_checkpoint
 from theworld.config import Config
 from theworld.console import progress
 from theworld.data import load_model
-from theworld.evaluate import predict
+from theworld.evaluate import predict, word_losses
 from theworld.failed_step import (
     NotFinite,
     OutOfMemory,
@@ -38,8 +38,8 @@ from theworld.objectives import (
     align_loss,
     align_pass,
     answer_loss,
+    asked_words,
     captions_for,
-    loss_weights,
     make_optimizer,
     on_image_tokens,
 )
@@ -243,23 +243,25 @@ class Trainer:
         phase = self._phase()
         if phase != "align":
             averages["accuracy"] = window["correct"] / n
-            weights = loss_weights(self.config, phase)
-            asked = [name for name in ("statement_loss", "relation_loss") if weights[f"{name}_weight"] > 0]
-            averages |= {name: window[name] / n for name in asked}
+            words = [f"{name}_loss" for name in asked_words(self.config, phase)]
+            averages |= {name: window[name] / n for name in words}
         self.window = dict.fromkeys(window, 0.0)
         return averages
 
     def evaluate_dev(self) -> dict[str, float]:
-        """Loss and accuracy on dev, with world tokens."""
-        size = self.config.eval_statements
-        fetch = (self.data.latents, self.data.vision)
-        logits = predict(self.model, self.data.dev, *fetch, batch_size=size, processes=self.processes)[
-            "world"
-        ]
+        """Loss and accuracy on dev, with world tokens, and the losses of words that the phase asks for."""
+        dev = (self.data.dev, self.data.latents, self.data.vision)
+        share: dict[str, Any] = {"batch_size": self.config.eval_statements, "processes": self.processes}
+        logits = predict(self.model, *dev, **share)["world"]
         labels = np.array([s.label for s in self.data.dev])
         correct = (logits[:, 1] > logits[:, 0]) == (labels == 1)
         check_answers(self.step, self.data.dev, logits)
-        return {"dev_loss": label_loss(logits, labels), "dev_accuracy": float(correct.mean())}
+        figures = {"dev_loss": label_loss(logits, labels), "dev_accuracy": float(correct.mean())}
+        words = asked_words(self.config, self._phase())
+        if self.data.captions is not None and "statement" in words:
+            words.remove("statement")  # of other texts than those that are trained on
+        losses = word_losses(self.model, *dev, words, **share) if words else {}
+        return figures | {f"dev_{name}_loss": value for name, value in losses.items()}
 
     def _warn(self, reading: Reading, trackers: Trackers | None, bar: tqdm) -> None:
         """Says once that the loss is at chance, and what to try."""

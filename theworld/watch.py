@@ -98,7 +98,8 @@ def what_to_try(config: Config, same_places: bool) -> list[str]:
     if not config.statement_steps:
         tries.append("--statement_steps 500: true statements word by word first")
     if config.projection in ("mlp", "linear"):
-        tries.append("--projection transformer (or conv): world tokens that know of other patches")
+        deep = "conv" if config.world_mode == "patch" else "transformer"
+        tries.append(f"--projection {deep}: world tokens that know of other patches")
     tries.append(
         f"another --learning_rate than {config.learning_rate:g}: three times it, then a third; or more steps"
     )
