@@ -62,9 +62,6 @@ def test_two_processes_train_and_evaluate_as_one(config: Config, tmp_path: Path)
     cache = tmp_path / "cache"
     extract(config, cache, with_vision=True, allow_missing=False)
     config = replace(config, align_steps=2, statement_loss_weight=0.3, max_steps=4, log_to_tensorboard=True)
-    config = replace(
-        config, eval_batch_size=4
-    )  # of six statements: a whole batch for one, a short one for the other
     one = Trainer(config, cache).run()
     shared = replace(config, gradient_accumulation_steps=1, output_dir=str(tmp_path / "two"))
     done = launch(shared, cache, tmp_path / "two.json")

@@ -250,17 +250,19 @@ class Trainer:
 
     def evaluate_dev(self) -> dict[str, float]:
         """Loss and accuracy on dev, with world tokens, and the losses of words that the phase asks for."""
+        config, processes = self.config, self.processes
         dev = (self.data.dev, self.data.latents, self.data.vision)
-        share: dict[str, Any] = {"batch_size": self.config.eval_statements, "processes": self.processes}
-        logits = predict(self.model, *dev, **share)["world"]
+        size = config.eval_statements
+        logits = predict(self.model, *dev, batch_size=size, processes=processes)["world"]
         labels = np.array([s.label for s in self.data.dev])
         correct = (logits[:, 1] > logits[:, 0]) == (labels == 1)
         check_answers(self.step, self.data.dev, logits)
         figures = {"dev_loss": label_loss(logits, labels), "dev_accuracy": float(correct.mean())}
-        words = asked_words(self.config, self._phase())
+        words = asked_words(config, self._phase())
         if self.data.captions is not None and "statement" in words:
             words.remove("statement")  # of other texts than those that are trained on
-        losses = word_losses(self.model, *dev, words, **share) if words else {}
+        # In the passes of training: each word has logits of the whole vocabulary.
+        losses = word_losses(self.model, *dev, words, config.batch_size, processes) if words else {}
         return figures | {f"dev_{name}_loss": value for name, value in losses.items()}
 
     def _warn(self, reading: Reading, trackers: Trackers | None, bar: tqdm) -> None:
