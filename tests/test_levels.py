@@ -22,6 +22,7 @@ LEVELS = [
         "charts",
         "page",
         "answers",
+        "trees",
     },
     {"files", "vsr", "fetch", "compare", "stopping", "questions"},
     {

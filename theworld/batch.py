@@ -1,27 +1,15 @@
 """Statements become packed sequences: tokens, positions, what sees what, and label rows.
 
-A prompt is a path of segments, and prompts that begin alike share them. So a row of a batch (a `Batch` has R rows of
-L tokens) holds trees, each laid out parent first, children after one another:
-
-    <bos><start_of_turn>user\\n [W] w1 ... wN [/W]                                  the world of an image
-        \\n\\n<boi> i1 ... i256 <eoi>                                               the image
-            \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n              statement 0
-            \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n              statement 1
-            \\n\\nStatement: ...                                                  a caption, up to its last word
-
-With `world_position` "after" the image is the parent and the world its child; without world tokens the first two are
-one segment. A token sees the segments on its own path and nothing else, so a statement has the positions and sees the
-tokens that it would have alone. That is two numbers a token: its `place` in the order above, and the `end` of its
-segment's subtree there; k is seen by q if place[k] <= place[q] < end[k]. The image tokens also see each other ahead,
-and so do the world tokens unless `world_attention` is "causal". The label sits nowhere in the input: it is what the
-last token of a statement's segment, the newline after `<start_of_turn>model`, has to predict.
-
-Segments above a world in its tree (an image, where the world stands after it) depend on nothing that trains. They
-stand in the first columns of a row, `num_frozen` of them, so that no gradient is computed for them.
+A Batch has R rows of L tokens, which hold trees of segments (`theworld.trees`). A token sees the segments on its own
+path and nothing else, so a statement has the positions and sees the tokens that it would have alone. That is two
+numbers a token: its `place` in the order of its row's trees, and the `end` of its segment's subtree there; k is seen by
+q if place[k] <= place[q] < end[k]. The image tokens also see each other ahead, and so do the world tokens unless
+`world_attention` is "causal". The label sits nowhere in the input: it is what the last token of a statement's segment,
+the newline after `<start_of_turn>model`, has to predict.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +18,7 @@ from torch import Tensor
 
 from theworld.gemma import Gemma, Prompt
 from theworld.targets import integers, targets
+from theworld.trees import Node, Segment, add_path, lay_out
 from theworld.vsr import Statement
 
 ROW_MULTIPLE = 128  # rows for flex attention are padded to a multiple of its block
@@ -135,40 +124,40 @@ class Packer:
         last word, behind world and image like a statement; None: the words of true statements are."""
         if worlds is None:
             worlds = [s.image if self.num_world_tokens else None for s in statements]
-        roots: dict[Any, _Node] = {}
+        roots: dict[Any, Node] = {}
         leaves = []
         for index, (statement, world) in enumerate(zip(statements, worlds, strict=True)):
             prompt = self.prompt(statement.caption, world not in (None, TEXT), world != TEXT)
-            path = [*self._shared(prompt, statement.image, world), _Segment(index, prompt.branch)]
-            leaves.append((_add(roots, path), prompt))
+            path = [*self._shared(prompt, statement.image, world), Segment(index, prompt.branch)]
+            leaves.append((add_path(roots, path), prompt))
         told = None if captions is None else [self._caption(roots, *one) for one in captions.items()]
         nodes = list(roots.values())
         multiple = ROW_MULTIPLE if self.flex else 1
         capacity = self._capacity([node.size() for node in nodes])
-        num_frozen, length = _lay_out(nodes, capacity, multiple, self.frozen_columns)
+        num_frozen, length = lay_out(nodes, capacity, multiple, self.frozen_columns)
         return _assemble(nodes, leaves, told, statements, self.gemma.answer_ids, num_frozen, length)
 
-    def _caption(self, roots: "dict[Any, _Node]", image: str, text: str) -> "tuple[_Node, Prompt]":
+    def _caption(self, roots: "dict[Any, Node]", image: str, text: str) -> "tuple[Node, Prompt]":
         """Adds the branch of a caption."""
         world = image if self.num_world_tokens else None
         prompt = self.prompt(text, world is not None)
         prompt = replace(prompt, branch=prompt.branch[: prompt.caption[1]])  # nothing is asked
-        path = [*self._shared(prompt, image, world), _Segment(("caption", image), prompt.branch)]
-        return _add(roots, path), prompt
+        path = [*self._shared(prompt, image, world), Segment(("caption", image), prompt.branch)]
+        return add_path(roots, path), prompt
 
     def _capacity(self, sizes: list[int]) -> int:
         if self.row_tokens is not None:
             return max(self.row_tokens, *sizes)
         return sum(sizes) if self.flex else max(sizes)
 
-    def _shared(self, prompt: Prompt, image: str, world: str | None) -> "list[_Segment]":
+    def _shared(self, prompt: Prompt, image: str, world: str | None) -> "list[Segment]":
         """The path down to a statement: what an image's world, the image, and all of its statements share."""
         tokens, at = prompt.shared, prompt.world_at
         if world is None:
             return [self._segment(("image", image), tokens, image)]
         # In dense rows a tree is as long as a row, so there nothing that says nothing is shared by all images.
         if world == TEXT:
-            return [_Segment(("text", None if self.flex else image), tokens)]
+            return [Segment(("text", None if self.flex else image), tokens)]
         assert at is not None
         key = ("world", world, image if world == ZERO and not self.flex else None)
         slots = [0] * (self.num_world_tokens + 2)
@@ -181,105 +170,22 @@ class Packer:
             head, tail = [], [self._segment(("image", image), tokens[at:], image)] if tokens[at:] else []
         # The brackets are ordinary causal tokens, as the tokens around an image are.
         ahead = (ahead[0] + start, ahead[1] + start)
-        own = _Segment(key, slots, ahead, world=(world, start, len(slots)))
+        own = Segment(key, slots, ahead, world=(world, start, len(slots)))
         return [*head, own, *tail]
 
-    def _segment(self, key: Any, tokens: Sequence[int], image: str) -> "_Segment":
+    def _segment(self, key: Any, tokens: Sequence[int], image: str) -> "Segment":
         token = self.gemma.image_token_id
         if token is None or token not in tokens:
-            return _Segment(key, tokens)
+            return Segment(key, tokens)
         start = tokens.index(token)
         stop = start + self.gemma.num_image_tokens
-        return _Segment(key, tokens, (start, stop), image=(image, start, stop))
-
-
-@dataclass(frozen=True)
-class _Segment:
-    """Tokens that stand together; below the same parent, segments of the same key are one."""
-
-    key: Any
-    token_ids: Sequence[int]
-    ahead: tuple[int, int] = (0, 0)  # from where to where its tokens see each other both ways
-    world: tuple[str, int, int] | None = None  # whose latents stand from where to where, brackets included
-    image: tuple[str, int, int] | None = None  # whose image tokens stand from where to where
-
-
-@dataclass
-class _Node:
-    """A segment in its tree."""
-
-    segment: _Segment
-    position: int  # of its first token
-    children: "dict[Any, _Node]" = field(default_factory=dict)
-    row: int = 0
-    column: int = 0
-    place: int = 0
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether world tokens stand below it, and none in it or above."""
-        worlds = any(child.segment.world is not None for child in self.children.values())
-        return worlds and self.segment.world is None
-
-    def size(self) -> int:
-        """Tokens of the whole subtree."""
-        return len(self.segment.token_ids) + sum(child.size() for child in self.children.values())
-
-    def walk(self) -> "Iterator[_Node]":
-        """The subtree, parents first."""
-        yield self
-        for child in self.children.values():
-            yield from child.walk()
-
-
-def _add(roots: dict[Any, _Node], path: Sequence[_Segment]) -> _Node:
-    """Adds what is new of a path and returns its last node."""
-    level, position = roots, 0
-    for segment in path:
-        node = level.setdefault(segment.key, _Node(segment, position))
-        level, position = node.children, position + len(segment.token_ids)
-    return node
-
-
-def _lay_out(roots: list[_Node], capacity: int, multiple: int, freeze: bool) -> tuple[int, int]:
-    """Gives every node its row, column and place; returns how many columns are frozen, and how many there are."""
-    rows = [
-        [node for index in members for node in roots[index].walk()]
-        for members in _fill_rows([root.size() for root in roots], capacity)
-    ]
-    frozen = [sum(len(n.segment.token_ids) for n in nodes if freeze and n.is_frozen) for nodes in rows]
-    num_frozen = -(-max(frozen) // multiple) * multiple
-    longest = 0
-    for row, nodes in enumerate(rows):
-        place, columns = 0, {True: 0, False: num_frozen}
-        for node in nodes:
-            kept = freeze and node.is_frozen
-            node.row, node.place, node.column = row, place, columns[kept]
-            place += len(node.segment.token_ids)
-            columns[kept] += len(node.segment.token_ids)
-        longest = max(longest, columns[False])
-    return num_frozen, -(-longest // multiple) * multiple
-
-
-def _fill_rows(lengths: list[int], capacity: int) -> list[list[int]]:
-    """Which trees stand in which row: first fit, longest first, so that rows come out few and full."""
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, room in enumerate(free) if room >= lengths[index]), None)
-        if row is None:
-            rows.append([])
-            free.append(capacity)
-            row = len(rows) - 1
-        rows[row].append(index)
-        free[row] -= lengths[index]
-    return rows
+        return Segment(key, tokens, (start, stop), image=(image, start, stop))
 
 
 def _assemble(
-    roots: list[_Node],
-    leaves: list[tuple[_Node, Prompt]],
-    told: list[tuple[_Node, Prompt]] | None,
+    roots: list[Node],
+    leaves: list[tuple[Node, Prompt]],
+    told: list[tuple[Node, Prompt]] | None,
     statements: Sequence[Statement],
     answer_ids: Sequence[int],
     num_frozen: int,
@@ -309,7 +215,7 @@ def _assemble(
                 names.append(span[0])
                 slots[kind].append(np.arange(*span[1:]) + row * length + column)
 
-    def placed(leaves: list[tuple[_Node, Prompt]]) -> list[tuple[int, Prompt]]:
+    def placed(leaves: list[tuple[Node, Prompt]]) -> list[tuple[int, Prompt]]:
         return [(node.row * length + node.column, prompt) for node, prompt in leaves]
 
     return Batch(
