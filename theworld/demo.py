@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from theworld.arguments import ArgumentParser, add_dry_run
-from theworld.config import load_config
+from theworld.config import Config, load_config
 from theworld.console import quiet_libraries, rehearse, status_of
 from theworld.places import GEMMA_FILE, VAE_FILE, check_folder, check_room, locate
 from theworld.scenes import write_scenes
@@ -65,15 +65,7 @@ def run_demo(
     _make_room(output)
     print(f"1/4 drawing scenes (seed {seed})", flush=True)
     write_scenes(output / "scenes", num_scenes or NUM_SCENES, seed=seed)
-    config = replace(
-        load_config(config_path),
-        model_name=str(EMBEDDED / "gemma"),
-        cosmos_model_name=str(EMBEDDED / "vae"),
-        annotations=str(output / "scenes"),
-        image_folder=str(output / "scenes" / "images"),
-        output_dir=str(output / "run"),
-        seed=seed,
-    )
+    config = _settings(config_path, output, seed)
     print("2/4 phase 1: photographs to latents, once", flush=True)
     extract(config, output / "cache", with_vision=True, allow_missing=False)
     print("3/4 phase 2: the projection learns from the cache", flush=True)
@@ -90,17 +82,30 @@ def run_demo(
     publish_json(alignment, run / "alignment.json")
     page = write_report(run, output / "report.html", results)
     print(f"pictures: {output / 'result.png'}, {output / 'scenes.png'}; all of it as a page: {page}")
-    result = {
-        "statements": summary["statements"],
-        **{
-            system: round(summary["systems"][system]["accuracy"], 4)
-            for system in ("baseline", "world", "zero", "shuffled")
-        },
-        "p_value": summary["world_against"]["baseline"]["p_value"],
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    result = _result(summary) | {"seconds": round(time.perf_counter() - start, 1)}
     (output / MARKER).write_text(json.dumps(result) + "\n")
     return result
+
+
+def _settings(config_path: Path, output: Path, seed: int) -> Config:
+    return replace(
+        load_config(config_path),
+        model_name=str(EMBEDDED / "gemma"),
+        cosmos_model_name=str(EMBEDDED / "vae"),
+        annotations=str(output / "scenes"),
+        image_folder=str(output / "scenes" / "images"),
+        output_dir=str(output / "run"),
+        seed=seed,
+    )
+
+
+def _result(summary: dict[str, Any]) -> dict[str, Any]:
+    systems = ("baseline", "world", "zero", "shuffled")
+    return {
+        "statements": summary["statements"],
+        **{system: round(summary["systems"][system]["accuracy"], 4) for system in systems},
+        "p_value": summary["world_against"]["baseline"]["p_value"],
+    }
 
 
 def plan_demo(config_path: Path, output: Path, seed: int) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Checkpoints scored on a split: from a cache, or from photographs alone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,30 @@ def score_to_file(
     return output, write_results(rows, source, output, command)
 
 
+@dataclass
+class _Answers:
+    """What each system says of the same statements, put together model by model."""
+
+    data: HeldOut
+    cache: Path | None
+    image_folder: Path | None
+    shared: set[str]  # systems that are the same for all checkpoints, and have no name before them
+    statements: Sequence[Statement] = ()  # as they were read
+    logits: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, model: TheWorld, name: str, kinds: dict[str, str]) -> None:
+        """Asks a checkpoint's model; `kinds`: what it is asked by what its answers are called."""
+        latents, vision, self.statements = _sources(
+            model, self.cache, self.image_folder, self.data.statements
+        )
+        named = {k if k in self.shared or not name else f"{name}:{k}": kind for k, kind in kinds.items()}
+        named = {system: kind for system, kind in named.items() if system not in self.logits}
+        print(f"answering as {', '.join(named)}", flush=True)
+        size = model.config.eval_statements
+        found = predict(model, self.statements, latents, vision, list(named.values()), size, quiet=False)
+        self.logits.update({system: found[kind] for system, kind in named.items()})
+
+
 def score_all(
     checkpoints: Mapping[str, Path],
     data: HeldOut,
@@ -115,22 +140,9 @@ def score_all(
     same = len(set(keys.values())) == 1
     shared = {"baseline"} if same else set()
     shared |= {"text"} if same and not any(world["parts"] for world in worlds.values()) else set()
-    logits: dict[str, np.ndarray] = {}
+    answers = _Answers(data, cache, image_folder, shared)
     sources: dict[str, Any] = {}
-    statements = data.statements
     gemma, loaded = None, None  # as it was published, and its key
-
-    def ask(model: TheWorld, kinds: dict[str, str]) -> None:
-        """Adds what `model` answers; `kinds`: what it is asked by what its answers are called."""
-        nonlocal statements
-        latents, vision, statements = _sources(model, cache, image_folder, data.statements)
-        named = {k if k in shared or not name else f"{name}:{k}": kind for k, kind in kinds.items()}
-        named = {system: kind for system, kind in named.items() if system not in logits}
-        print(f"answering as {', '.join(named)}", flush=True)
-        size = model.config.eval_statements
-        found = predict(model, statements, latents, vision, list(named.values()), size, quiet=False)
-        logits.update({system: found[kind] for system, kind in named.items()})
-
     for name, path in checkpoints.items():
         world = worlds[name]
         if world["parts"] or keys[name] != loaded:
@@ -140,18 +152,20 @@ def score_all(
         kinds = possible_systems(systems, model.gemma.is_multimodal, model.gemma.name)
         if len(kinds) < len(systems):
             print("without 'text': this Gemma sees no photograph, so it is 'baseline'")
-        ask(model, {"without" if world["parts"] and kind == "baseline" else kind: kind for kind in kinds})
-        if world["parts"] and "baseline" in kinds and not shared & logits.keys():
+        called = {"without" if world["parts"] and kind == "baseline" else kind: kind for kind in kinds}
+        answers.add(model, name, called)
+        if world["parts"] and "baseline" in kinds and not shared & answers.logits.keys():
             config, fingerprint = model.config, model.fingerprint
             del model
             plain = load_gemma(config, revision=world["model_revision"])
             model = TheWorld.from_config(config, plain, fingerprint)
-            ask(model, {"baseline": "baseline"})
+            answers.add(model, name, {"baseline": "baseline"})
         if not model.gemma.changed:
             gemma, loaded = model.gemma, keys[name]
         del model  # before the next: it holds merged copies of Gemma's matrices
-    logits = dict(sorted(logits.items(), key=lambda item: bool(model_of(item[0]))))  # what all share first
-    rows = records(statements, logits, data.seen_images, data.in_train, data.dataset, data.split)
+    # What all share first.
+    logits = dict(sorted(answers.logits.items(), key=lambda item: bool(model_of(item[0]))))
+    rows = records(answers.statements, logits, data.seen_images, data.in_train, data.dataset, data.split)
     return rows, of_results(data, cache, image_folder, sources)
 
 
