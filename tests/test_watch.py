@@ -79,12 +79,12 @@ def test_what_to_try_leaves_out_what_is_tried_or_cannot_be() -> None:
     assert everything == [
         "--align_steps 300 --world_positions",
         "--relation_loss_weight 1",
-        "--statement_steps 500",
         "--projection conv",
+        "--statement_steps 500",
         "another --learning_rate than 0.0001",
     ]
     assert flags(Config(), same_places=False) == everything[1:]
-    assert flags(Config(world_mode="channel"))[3] == "--projection transformer"  # there is no grid of patches
+    assert flags(Config(world_mode="channel"))[2] == "--projection transformer"  # there is no grid of patches
     assert flags(Config(world_positions=True))[0] == "--align_steps 300"
     tried = Config(align_steps=1, relation_loss_weight=1, statement_steps=1, projection="conv")
     assert flags(tried) == everything[-1:]

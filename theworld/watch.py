@@ -95,11 +95,11 @@ def what_to_try(config: Config, same_places: bool) -> list[str]:
         tries.append(f"--align_steps 300{positions}: start at Gemma's own image tokens, seconds")
     if not config.relation_loss_weight:
         tries.append("--relation_loss_weight 1: the words of the relation in true statements count too")
-    if not config.statement_steps:
-        tries.append("--statement_steps 500: true statements word by word first")
     if config.projection in ("mlp", "linear"):
         deep = "conv" if config.world_mode == "patch" else "transformer"
         tries.append(f"--projection {deep}: world tokens that know of other patches")
+    if not config.statement_steps:
+        tries.append("--statement_steps 500: true statements word by word first")
     tries.append(
         f"another --learning_rate than {config.learning_rate:g}: three times it, then a third; or more steps"
     )
