@@ -35,6 +35,7 @@ LEVELS = [
         "processes",
         "saved",
         "references",
+        "workers",
     },
     {
         "arguments",
