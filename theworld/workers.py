@@ -66,9 +66,10 @@ def in_processes(
 def _start(task: Callable[..., Any], told: Connection) -> tuple[BaseProcess, Connection]:
     here, there = SPAWN.Pipe()
     process = SPAWN.Process(target=_work, args=(task, told, there))
-    resource_tracker.ensure_running()  # which unblocks signals as it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # a process that just begins would die of them
     try:
+        resource_tracker.ensure_running()  # Python's own helper would, too; it unblocks some as it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
         process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
