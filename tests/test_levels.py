@@ -36,6 +36,7 @@ LEVELS = [
         "processes",
         "saved",
         "references",
+        "workers",
     },
     {
         "arguments",

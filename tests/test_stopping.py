@@ -1,5 +1,6 @@
 """A run that is asked to stop saves and ends, and the resumed one is bitwise the one that was never asked."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -104,6 +105,9 @@ with StopRequest() as stop:
     if kind == "early":
         os.kill(os.getpid(), number)
     with stop.working():
+        if kind == "between":
+            with stop.working():
+                pass
         os.kill(os.getpid(), number)
         assert stop.asked
         if kind == "doubled":
@@ -121,7 +125,7 @@ print(stop.reason)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("kind", ["once", "doubled", "again", "early", "ended"])
+@pytest.mark.parametrize("kind", ["once", "doubled", "again", "early", "between", "ended"])
 def test_what_a_signal_does(kind: str, number: signal.Signals) -> None:
     done = subprocess.run(
         [sys.executable, "-c", HEARD, kind, str(int(number))],
@@ -159,6 +163,16 @@ def test_a_process_of_several_stops_when_its_launcher_is_gone(monkeypatch: pytes
     alone = StopRequest()
     monkeypatch.setattr(os, "getppid", lambda: 2)
     assert not alone.asked
+
+
+def test_the_end_of_a_pipe_asks_too_and_what_is_to_be_done_then_is_done() -> None:
+    told, asks = multiprocessing.Pipe(duplex=False)
+    stop, done = StopRequest(told=told), list[str]()
+    stop.then = lambda: done.append(stop.reason)
+    assert (stop.asked, done) == (False, [])
+    asks.close()
+    assert (stop.asked, done) == (True, ["told so"])
+    assert (stop.asked, done) == (True, ["told so"])
 
 
 def test_an_evaluation_that_was_due_is_made_up_for_once(

@@ -1,15 +1,26 @@
-"""A sweep: which runs, what each leaves, none twice, and the ranking."""
+"""A sweep: which runs, what each leaves, none twice, what goes on after a stop, and the ranking."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
+from runs import metrics
 from test_tools import tool
 
+from theworld import sweep
 from theworld.config import Config
 from theworld.extract import extract
+from theworld.stopping import STATUS, StopRequest
 from theworld.sweep import (
     grid,
     make_runs,
@@ -19,6 +30,7 @@ from theworld.sweep import (
     read_changes,
     read_results,
     run_sweep,
+    said_of_stop,
     still_to_do,
 )
 from theworld.train import NotFinite, OutOfMemory, Trainer
@@ -115,7 +127,8 @@ def test_a_sweep_trains_each_run_once_and_counts_what_evaluation_counts(
     output = tmp_path / "sweep"
     changes = [{}, {"name": "refused", "world_patch": 4, "align_steps": 1}]
     runs = make_runs(base, changes, [0, 1], output)
-    table = run_sweep(runs, cache, output)
+    table, left = run_sweep(runs, cache, output)
+    assert left == []
     lines = read_results(output / "results.jsonl")
     assert [("failed" in line, line["seed"]) for line in lines] == [
         *((False, 0), (False, 1)),
@@ -135,7 +148,7 @@ def test_a_sweep_trains_each_run_once_and_counts_what_evaluation_counts(
     assert [run.name for run in still_to_do(runs, lines)] == ["refused", "refused"]
     before = (runs[0].folder / "metrics.jsonl").stat().st_mtime_ns
     capsys.readouterr()
-    assert run_sweep(runs[:2], cache, output).splitlines()[:3] == table.splitlines()[:3]
+    assert run_sweep(runs[:2], cache, output)[0].splitlines()[:3] == table.splitlines()[:3]
     assert (runs[0].folder / "metrics.jsonl").stat().st_mtime_ns == before
     assert "seed" not in capsys.readouterr().out
     # What a run that did not end left behind is no part of the next.
@@ -153,6 +166,16 @@ def test_a_sweep_trains_each_run_once_and_counts_what_evaluation_counts(
 @pytest.mark.parametrize(
     "error", [NotFinite("step 3: the loss is nan"), OutOfMemory("step 1: out of memory")]
 )
+def test_a_line_has_the_words_of_training_and_of_dev(base: Config, cache: Path, tmp_path: Path) -> None:
+    (run,) = make_runs(base, [{"relation_loss_weight": 1.0, "statement_steps": 1}], [0], tmp_path)
+    run_sweep([run], cache, tmp_path)
+    (line,) = read_results(tmp_path / "results.jsonl")
+    logged = [json.loads(text) for text in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    last = {key: value for own in logged if own["phase"] == "train" for key, value in own.items()}
+    assert line["last_words"] == {key: round(last[key], 5) for key in ("relation_loss", "dev_relation_loss")}
+    assert line["last_words"]["dev_relation_loss"] > 0
+
+
 def test_a_run_that_fails_in_a_step_costs_no_other(
     base: Config, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -164,9 +187,226 @@ def test_a_run_that_fails_in_a_step_costs_no_other(
         return train_step(self, *arguments)
 
     monkeypatch.setattr(Trainer, "train_step", failing)
-    table = run_sweep(make_runs(base, [{"projection": "linear"}, {}], [0], tmp_path), cache, tmp_path)
+    table, _ = run_sweep(make_runs(base, [{"projection": "linear"}, {}], [0], tmp_path), cache, tmp_path)
     assert f"failed: projection linear, seed 0: {error}" in table
     assert [line.get("failed") for line in read_results(tmp_path / "results.jsonl")] == [str(error), None]
+
+
+# ---- a sweep that is stopped
+
+
+def lines_of(output: Path) -> list[dict[str, Any]]:
+    """The lines of results.jsonl by run, without what the clock says, and where its statements were."""
+    results = read_results(output / "results.jsonl")
+    lines = [{k: v for k, v in line.items() if k not in ("seconds", "key")} for line in results]
+    return sorted(lines, key=lambda line: (line["name"], line["seed"]))
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(seed, step) of each optimizer step that is taken from here on."""
+    taken: list[tuple[int, int]] = []
+    train_step = Trainer.train_step
+
+    def counted(self: Trainer, *arguments: Any) -> dict[str, float]:
+        figures = train_step(self, *arguments)
+        taken.append((self.config.seed, self.step))
+        return figures
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    return taken
+
+
+@pytest.fixture
+def long(base: Config) -> Config:
+    """Five steps that save after the fourth and the last."""
+    return replace(base, max_steps=5, num_epochs=10, save_steps=4)
+
+
+@pytest.fixture
+def whole(long: Config, cache: Path, shared: Path) -> Path:
+    """A sweep of two seeds that nobody stopped."""
+    if not (shared / "whole").exists():
+        run_sweep(make_runs(long, [{}], [0, 1], shared / "whole"), cache, shared / "whole")
+    return shared / "whole"
+
+
+FIRST, SECOND = [(0, step) for step in range(1, 6)], [(1, step) for step in range(1, 6)]
+
+
+@pytest.mark.parametrize(
+    ("moment", "before", "ended", "started"),
+    [
+        ("start", [], 0, 0),
+        ("load", [], 0, 0),
+        ("first step", FIRST[:1], 0, 1),
+        ("step", FIRST[:3], 0, 1),
+        ("last step", FIRST, 1, 0),
+        ("measure", FIRST, 1, 0),
+        ("second run", FIRST + SECOND[:2], 1, 1),
+    ],
+)
+def test_a_sweep_that_was_stopped_goes_on_to_the_lines_of_one_that_was_not(
+    long: Config,
+    cache: Path,
+    whole: Path,
+    tmp_path: Path,
+    steps: list[tuple[int, int]],
+    moment: str,
+    before: list[tuple[int, int]],
+    ended: int,
+    started: int,
+) -> None:
+    output, stop = tmp_path / "sweep", StopRequest()
+    runs = make_runs(long, [{}], [0, 1], output)
+    load = (sweep.Trainer, "__init__")
+    hooks = {"start": load, "load": load, "measure": (sweep, "measure")}
+    place: tuple[Any, str] = hooks.get(moment, (sweep.Trainer, "train_step"))
+    asks = {"first step": 0, "step": 2, "last step": 4, "second run": 6}.get(moment, 0)
+    calls, real = [], getattr(*place)
+
+    def asking(*arguments: Any) -> Any:
+        if len(calls) == asks:
+            stop.ask("test")
+        calls.append(moment)
+        return real(*arguments)
+
+    if moment == "start":
+        stop.ask("test")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*place, asking)
+        _, left = run_sweep(runs, cache, output, stop=stop)
+    assert (steps, bool(calls)) == (before, moment != "start")
+    assert (left, [run.started for run in left].count(True)) == (runs[ended:], started)
+    assert said_of_stop(runs, left) == (
+        f"stopped as asked: {ended} of 2 runs have ended; the same command goes on with {started} from where they are, "
+        f"and starts {2 - ended - started}"
+    )
+    plan = list(plan_sweep(runs, cache, output))[:-1]
+    goes_on = [f"goes on      unchanged, seed {before[-1][0]}: after step {before[-1][1]}"] if started else []
+    assert plan == [f"runs         2, of which {ended} are done", *goes_on]
+
+    table, left = run_sweep(runs, cache, output)
+    assert (left, steps) == ([], FIRST + SECOND)
+    assert lines_of(output) == lines_of(whole)
+    assert table == (whole / "table.md").read_text().rstrip("\n")
+    for run in runs:
+        assert metrics(run.folder) == metrics(whole / "runs" / run.folder.name)
+        assert not (run.folder / "metrics.aside.jsonl").exists()
+        assert [path.name for path in run.folder.glob("*checkpoint-*")] == ["checkpoint-5"]
+    # Once more: nothing is left to do.
+    run_sweep(runs, cache, output)
+    assert steps == FIRST + SECOND
+
+
+def test_a_run_that_ended_without_its_line_is_measured_and_not_trained_again(
+    long: Config, cache: Path, whole: Path, tmp_path: Path, steps: list[tuple[int, int]]
+) -> None:
+    runs, results = make_runs(long, [{}], [0, 1], tmp_path), tmp_path / "results.jsonl"
+    run_sweep(runs, cache, tmp_path)
+    results.write_text(results.read_text().splitlines(keepends=True)[1])
+    steps.clear()
+    run_sweep(runs, cache, tmp_path)
+    assert (lines_of(tmp_path), steps) == (lines_of(whole), [])
+
+
+def stopped_at(run: sweep.Run, cache: Path, output: Path, step: int) -> None:
+    """Runs a sweep of one, which is asked to stop in a step."""
+    stop = StopRequest()
+    train_step = Trainer.train_step
+
+    def asking(self: Trainer, *arguments: Any) -> dict[str, float]:
+        if self.step == step - 1:
+            stop.ask("test")
+        return train_step(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", asking)
+        assert run_sweep([run], cache, output, stop=stop)[1] == [run]
+
+
+def no_key(folder: Path) -> None:
+    """A folder of before there were keys."""
+    (folder / "key").unlink()
+
+
+def no_checkpoint(folder: Path) -> None:
+    """A run that was killed before it saved anything."""
+    shutil.rmtree(folder / "checkpoint-3")
+
+
+@pytest.mark.parametrize("changed", [{"learning_rate": 0.5}, {"projection": "linear"}, no_key, no_checkpoint])
+def test_other_settings_and_what_saved_nothing_start_anew(
+    long: Config,
+    cache: Path,
+    whole: Path,
+    tmp_path: Path,
+    steps: list[tuple[int, int]],
+    changed: dict[str, Any] | Callable[[Path], None],
+) -> None:
+    output = tmp_path / "sweep"
+    base = replace(long, **changed) if isinstance(changed, dict) else long
+    (run,) = make_runs(base, [{}], [0], output)
+    stopped_at(run, cache, output, 3)
+    assert run.started
+    if not isinstance(changed, dict):
+        changed(run.folder)
+    (run,) = make_runs(long, [{}], [0], output)  # of the same name, and folder
+    assert not run.started
+    assert [line for line in plan_sweep([run], cache, output) if "goes on" in line] == []
+    steps.clear()
+    run_sweep([run], cache, output)
+    assert steps == FIRST
+    assert lines_of(output) == lines_of(whole)[:1]
+    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoint-5", "key", "metrics.jsonl"]
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_an_older_one_and_fails_the_run_if_there_is_none(
+    long: Config, cache: Path, whole: Path, tmp_path: Path, steps: list[tuple[int, int]], capsys: Any
+) -> None:
+    output = tmp_path / "sweep"
+    (run,) = make_runs(long, [{}], [0], output)
+    stopped_at(run, cache, output, 2)
+    shutil.copytree(run.folder / "checkpoint-2", tmp_path / "older")
+    stopped_at(run, cache, output, 3)
+    content = bytearray((run.folder / "checkpoint-3" / "trainer.pt").read_bytes())
+    content[len(content) // 2] ^= 4
+    (run.folder / "checkpoint-3" / "trainer.pt").write_bytes(content)
+    steps.clear()
+
+    _, left = run_sweep([run], cache, output)
+    (line,) = read_results(output / "results.jsonl")
+    assert (left, steps) == ([], [])
+    assert f"{run.folder}: no checkpoint in it is as it was saved:" in line["failed"]
+    assert "checkpoint-3/trainer.pt is damaged" in line["failed"]
+    assert line["failed"].endswith(f"; remove {run.folder} to start the run anew")
+    with pytest.raises(ValueError, match="no checkpoint in it is as it was saved"):
+        list(plan_sweep([run], cache, output))
+
+    os.rename(tmp_path / "older", run.folder / "checkpoint-2")
+    assert list(plan_sweep([run], cache, output))[1] == "goes on      unchanged, seed 0: after step 2"
+    capsys.readouterr()
+    run_sweep([run], cache, output)
+    assert "skipped: " in capsys.readouterr().out
+    assert steps == FIRST[2:]
+    assert lines_of(output)[1:] == lines_of(whole)[:1]
+    assert (run.folder / "damaged-checkpoint-3").is_dir()
+    assert len((run.folder / "metrics.aside.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_run_does_not_go_on_with_other_data(
+    long: Config, cache: Path, tmp_path: Path, steps: list[tuple[int, int]]
+) -> None:
+    (run,) = make_runs(long, [{}], [0], tmp_path / "sweep")
+    stopped_at(run, cache, tmp_path / "sweep", 3)
+    train = Path(long.annotations) / "train.jsonl"
+    train.write_text(train.read_text().replace("red ball", "old ball"))
+    steps.clear()
+    run_sweep([run], cache, tmp_path / "sweep")
+    (line,) = read_results(tmp_path / "sweep" / "results.jsonl")
+    assert "was trained on other statements or captions" in line["failed"]
+    assert line["failed"].endswith(f"; remove {run.folder} to start the run anew")
+    assert steps == []
 
 
 def test_a_line_that_is_not_whole_is_named(tmp_path: Path) -> None:
@@ -215,18 +455,97 @@ def test_a_dry_run_says_what_would_train_and_refuses_what_could_not(
     assert not (tmp_path / "sweep").exists()
 
 
-def test_the_tool_sweeps_in_two_processes_and_shows_a_table(
-    base: Config, cache: Path, tmp_path: Path
+# The tool, whose runs wait before a step until they are asked to stop. Each process of it imports this file.
+HELD = """
+import os, sys, time
+from theworld.train import Trainer
+
+train_step, hold = Trainer.train_step, int(os.environ["HOLD"])
+
+def held(self, *arguments):
+    if self.step == hold:
+        open(f"{self.config.output_dir}.held-{hold}", "w").close()
+    while self.step == hold and not self.stop.asked:
+        time.sleep(0.001)
+    return train_step(self, *arguments)
+
+Trainer.train_step = held
+if __name__ == "__main__":
+    sys.path.insert(0, "tools")
+    from sweep import main
+    sys.exit(main())
+"""
+
+
+class Held:
+    """The tool, held after so many steps of the runs in some folders."""
+
+    def __init__(self, script: Path, given: Sequence[object], folders: Sequence[Path], hold: int) -> None:
+        script.write_text(HELD)
+        self.process = subprocess.Popen(
+            [sys.executable, script, *map(str, given)],
+            cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOLD": str(hold)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            while not all(folder.with_name(f"{folder.name}.held-{hold}").exists() for folder in folders):
+                assert self.process.poll() is None, self.process.communicate()
+                time.sleep(0.01)
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate(timeout=60)
+
+    def ends(self) -> tuple[int, str, str]:
+        """Its exit status, what it printed, and its errors."""
+        try:
+            out, errors = self.process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+        return self.process.returncode, out, errors
+
+
+def test_the_tool_is_stopped_and_killed_and_shows_the_table_of_one_that_was_not(
+    long: Config, cache: Path, whole: Path, tmp_path: Path
 ) -> None:
-    settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps(base.to_dict()))
-    given = ("--config", settings, "--cache", cache, "--output", tmp_path / "sweep", "--seeds", 0)
-    given = (*given, "--grid", "learning_rate=0.001,0.002", "--processes", 2)
-    assert "runs         2, of which 0 are done" in tool("sweep", *given, "--dry_run").stdout
-    done = tool("sweep", *given)
-    assert "| learning_rate 0.002 | " in done.stdout
-    assert "runs         2, of which 2 are done" in tool("sweep", *given, "--dry_run").stdout
-    wrong = tool("sweep", *given[:-4], "--grid", "colour=1", check=False)
+    settings, script, output = tmp_path / "settings.json", tmp_path / "held.py", tmp_path / "sweep"
+    settings.write_text(json.dumps(long.to_dict()))
+    given = ("--config", settings, "--cache", cache, "--output", output, "--seeds", 0, 1, 2, "--processes", 2)
+    folders = [output / "runs" / f"unchanged-{seed}" for seed in range(2)]
+
+    held = Held(script, given, folders, 1)
+    os.kill(held.process.pid, signal.SIGTERM)
+    status, out, errors = held.ends()
+    assert status == STATUS, errors
+    assert out.splitlines()[-1] == (
+        "stopped as asked: 0 of 3 runs have ended; the same command goes on with 2 from where they are, and starts 1"
+    )
+    assert "sweep: SIGTERM: saving after this step" in errors
+    assert [sorted(path.name for path in f.glob("checkpoint-*")) for f in folders] == [["checkpoint-2"]] * 2
+
+    Held(script, given, folders, 4).kill()
+    assert tool("sweep", *given, "--dry_run").stdout.splitlines()[:3] == [
+        "runs         3, of which 0 are done",
+        "goes on      unchanged, seed 0: after step 4",
+        "goes on      unchanged, seed 1: after step 4",
+    ]
+
+    done = tool("sweep", *given, "--processes", 1)
+    assert lines_of(output)[:2] == lines_of(whole)
+    assert done.stdout.endswith((output / "table.md").read_text())
+    assert [metrics(f) for f in folders] == [metrics(whole / "runs" / f.name) for f in folders]
+    more = tool("sweep", *given, "--grid", "learning_rate=0.001,0.002", "--dry_run").stdout.splitlines()
+    assert more[0] == "runs         6, of which 3 are done"
+    assert more[1].startswith("trains       learning_rate 0.002 (seeds 0, 1, 2): ")
+    wrong = tool("sweep", *given, "--grid", "colour=1", check=False)
     assert (wrong.returncode, "wanted key=a,b,c" in wrong.stderr) == (1, True)
 
 
@@ -236,6 +555,6 @@ def test_the_runs_that_are_shipped_are_runs(path: str, tmp_path: Path) -> None:
     assert len(runs) == 33
     assert len({run.key for run in runs}) == 33
     assert runs[0].config == replace(
-        Config(), output_dir=runs[0].config.output_dir, log_to_tensorboard=False, save_total_limit=None,
-        eval_steps=runs[0].config.eval_steps, save_steps=runs[0].config.save_steps,
+        Config(), output_dir=runs[0].config.output_dir, log_to_tensorboard=False, save_total_limit=1,
+        eval_steps=runs[0].config.eval_steps,
     )  # fmt: skip

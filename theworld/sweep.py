@@ -1,6 +1,6 @@
 """Many small runs from one cache, ranked on dev: which settings move the loss off chance, and do the controls agree.
 
-runs/<name>-<seed>/      a training run's own folder
+runs/<name>-<seed>/      a training run's own folder; its `key` says of which settings, and so whether it may go on
 results.jsonl            a line for each run that has ended, from which everything that is shown follows
 table.md                 the ranking
 """
@@ -11,29 +11,35 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from theworld.checkpoint import numbered
 from theworld.config import FIELDS, Config
 from theworld.evaluate import predict
-from theworld.files import canonical_sha256
+from theworld.files import canonical_sha256, holds, make_folder, publish_bytes
 from theworld.jsonc import read_json_with_comments
 from theworld.metrics import accuracy, label_loss
 from theworld.places import check_folder
 from theworld.preflight import Plan
+from theworld.resume import find_sound
+from theworld.saved import CheckpointError
 from theworld.settings import type_of
+from theworld.stopping import StopRequest
 from theworld.train import NotFinite, OutOfMemory, Trainer
 from theworld.watch import chance_loss, left_at
+from theworld.workers import in_processes
 
 ASKED = ("world", "baseline", "zero", "shuffled")  # with world tokens, and the controls
+WORDS = [f"{of}{words}_loss" for words in ("statement", "relation") for of in ("", "dev_")]
 LINES = 5  # of metrics.jsonl, which a loss that has left chance is averaged over
 NEVER = 10**9  # steps
+KEY = "key"  # the file with the key of the run whose folder it is
 # What a sweep decides for its runs; they make no difference to what is learnt.
 OWN = ("output_dir", "seed", "do_eval", "eval_steps", "save_steps", "save_total_limit", "resume_from")
 QUIET = {"log_to_tensorboard": False, "log_to_wandb": False, "push_to_hub": False}
@@ -52,6 +58,11 @@ class Run:
     def folder(self) -> Path:
         """Its own."""
         return Path(self.config.output_dir)
+
+    @property
+    def started(self) -> bool:
+        """Whether there are checkpoints of this very run, from which it goes on."""
+        return holds(self.folder / KEY, self.key.encode()) and bool(numbered(self.folder))
 
 
 # ---- which runs
@@ -111,9 +122,9 @@ def make_runs(base: Config, changes: Sequence[Changes], seeds: Sequence[int], ou
         for seed in seeds:
             folder = output / "runs" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-')}-{seed}"
             decided = {"output_dir": str(folder), "seed": seed, "do_eval": True, "resume_from": None}
-            never = {"eval_steps": NEVER, "save_steps": NEVER, "save_total_limit": None}
+            kept = {"eval_steps": NEVER, "save_total_limit": 1}
             try:
-                config = replace(base, **{**given, **decided, **never, **QUIET})
+                config = replace(base, **{**given, **decided, **kept, **QUIET})
             except (ValueError, TypeError) as error:
                 raise ValueError(f"run {name!r}: {error}") from None
             relevant = {k: v for k, v in config.to_dict().items() if k not in OWN}
@@ -128,17 +139,32 @@ def make_runs(base: Config, changes: Sequence[Changes], seeds: Sequence[int], ou
 # ---- one run
 
 
-def train_one(run: Run, cache: Path) -> dict[str, Any]:
-    """Trains, asks every system on dev, and gives the line of results.jsonl, which of a failed run says why."""
+def train_one(run: Run, stop: StopRequest, cache: Path) -> dict[str, Any] | None:
+    """Trains, from the newest sound checkpoint of this very run if it has any, asks every system on dev, and gives the
+    line of results.jsonl, which of a failed run says why; None where it was stopped before its last step.
+
+    `seconds` are those of the start that ended it, without what earlier ones took that were stopped or killed.
+    """
+    if stop.asked:
+        return None
     start = time.perf_counter()
     line: dict[str, Any] = {"name": run.name, "seed": run.config.seed, "key": run.key}
-    shutil.rmtree(run.folder, ignore_errors=True)  # our own, of a run that did not end
+    config = replace(run.config, resume_from=str(run.folder)) if run.started else run.config
+    if config.resume_from is None and run.folder.exists():
+        shutil.rmtree(run.folder)  # our own, of other settings, or of a run that saved nothing
     try:
-        trainer = Trainer(run.config, cache)
+        trainer = Trainer(config, cache, stop)
+        if stop.asked:
+            return None
+        make_folder(run.folder)
+        publish_bytes(run.folder / KEY, run.key.encode())
         trainer.run()
+        if trainer.stopped:
+            return None
         line |= measure(trainer)
     except (ValueError, NotFinite, OutOfMemory) as error:
-        line |= {"failed": str(error)}
+        cure = f"; remove {run.folder} to start the run anew" if isinstance(error, CheckpointError) else ""
+        line |= {"failed": f"{error}{cure if config.resume_from else ''}"}
     return line | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -150,9 +176,9 @@ def measure(trainer: Trainer) -> dict[str, Any]:
     labels = np.array([s.label for s in dev])
     right = {name: (values[:, 1] > values[:, 0]) == (labels == 1) for name, values in logits.items()}
     text = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [
-        line for line in map(json.loads, text.splitlines()) if "loss" in line and line["phase"] == "train"
-    ]
+    logged = [line for line in map(json.loads, text.splitlines()) if line["phase"] == "train"]
+    lines = [line for line in logged if "loss" in line]
+    newest = {key: value for line in logged for key, value in line.items()}
     losses, chance = [line["loss"] for line in lines], chance_loss([s.label for s in trainer.data.train])
     left = left_at(losses, chance, LINES)
     return {
@@ -163,9 +189,7 @@ def measure(trainer: Trainer) -> dict[str, Any]:
         "dev_loss": {name: round(label_loss(values, labels), 5) for name, values in logits.items()},
         "last_loss": round(statistics.fmean(losses[-LINES:]), 5),
         "left_chance_at": None if left is None else lines[left - 1]["step"],
-        "last_words": {
-            k: round(lines[-1][k], 5) for k in ("statement_loss", "relation_loss") if k in lines[-1]
-        },
+        "last_words": {key: round(newest[key], 5) for key in WORDS if key in newest},
     }
 
 
@@ -194,6 +218,10 @@ def plan_sweep(runs: Sequence[Run], cache: Path, output: Path) -> Iterator[str]:
     check_folder(output, "--output")
     waiting = still_to_do(runs, read_results(output / "results.jsonl"))
     yield f"runs         {len(runs)}, of which {len(runs) - len(waiting)} are done"
+    for run in waiting:
+        if run.started:
+            step = find_sound(run.folder).progress["step"]
+            yield f"goes on      {run.name}, seed {run.config.seed}: after step {step:,}"
     for name in dict.fromkeys(run.name for run in waiting):
         own = [run for run in waiting if run.name == name]
         try:
@@ -205,28 +233,43 @@ def plan_sweep(runs: Sequence[Run], cache: Path, output: Path) -> Iterator[str]:
         yield f"trains       {name} (seeds {seeds}): {plan.num_steps:,} steps, {trains:,} parameters"
 
 
-def run_sweep(runs: Sequence[Run], cache: Path, output: Path, processes: int = 1) -> str:
-    """Trains what has no line yet, `processes` runs at a time, and returns the table of all of these runs."""
+def run_sweep(
+    runs: Sequence[Run], cache: Path, output: Path, processes: int = 1, stop: StopRequest | None = None
+) -> tuple[str, list[Run]]:
+    """Trains what has no line yet, `processes` runs at a time, and returns the table of all of these runs that have
+    ended, and the others: none, unless `stop` was asked."""
     output.mkdir(parents=True, exist_ok=True)
     results = output / "results.jsonl"
-    waiting = still_to_do(runs, read_results(results))
-    for line in _lines(waiting, cache, processes):
+    waiting, ended = still_to_do(runs, read_results(results)), set[str]()
+    for line in _lines(waiting, cache, processes, stop or StopRequest()):
+        ended.add(line["key"])
         with open(results, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{line['name']}, seed {line['seed']}: {line.get('failed') or _said(line)}", flush=True)
     keys = {run.key for run in runs}
     table = rank([line for line in read_results(results) if line["key"] in keys])
     (output / "table.md").write_text(table + "\n", encoding="utf-8")
-    return table
+    return table, [run for run in waiting if run.key not in ended]
 
 
-def _lines(waiting: Sequence[Run], cache: Path, processes: int) -> Iterator[dict[str, Any]]:
+def _lines(
+    waiting: Sequence[Run], cache: Path, processes: int, stop: StopRequest
+) -> Iterator[dict[str, Any]]:
+    task = partial(train_one, cache=cache)
     if processes == 1:
-        yield from (train_one(run, cache) for run in waiting)
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(train_one, run, cache) for run in waiting]):
-            yield done.result()
+        lines: Iterable[dict[str, Any] | None] = (task(run, stop) for run in waiting)
+    else:
+        lines = in_processes(task, waiting, processes, stop)
+    return (line for line in lines if line is not None)
+
+
+def said_of_stop(runs: Sequence[Run], left: Sequence[Run]) -> str:
+    """What became of a sweep that was asked to stop, in a sentence; `left`: the runs that have not ended."""
+    started = sum(run.started for run in left)
+    return (
+        f"stopped as asked: {len(runs) - len(left)} of {len(runs)} runs have ended; the same command goes on with "
+        f"{started} from where they are, and starts {len(left) - started}"
+    )
 
 
 def _said(line: dict[str, Any]) -> str:

@@ -4,9 +4,11 @@
     python tools/sweep.py --config configs/demo.json --cache cache/ --output sweep/ --runs configs/sweep.json
     python tools/sweep.py --config configs/demo.json --cache cache/ --output sweep/ --grid learning_rate=0.001,0.003
 
-configs/sweep.json shows how runs are written: settings that go on top of the file's and the flags'. The same command
-goes on after a stop; a run that has ended is not repeated.
-Exit status: 0 done (a run that failed is in the table), 1 could not start, 2 wrong usage, 130 interrupted.
+configs/sweep.json shows how runs are written: settings that go on top of the file's and the flags'. SIGTERM or SIGUSR1:
+each run under way finishes its step and saves, and no other starts. The same command goes on after that, and after a
+kill, from the checkpoints (--save_steps); a run that has ended is not repeated.
+Exit status: 0 done (a run that failed is in the table), 1 could not start or go on, 2 wrong usage, 75 stopped as asked
+(go on with the same command), 130 interrupted.
 """
 
 import sys
@@ -31,7 +33,8 @@ def main() -> int:
     add_dry_run(parser)
     arguments = parser.parse_args()
     # After the arguments: torch takes seconds to load, and --help should not.
-    from theworld.sweep import grid, make_runs, plan_sweep, read_changes, run_sweep
+    from theworld.stopping import STATUS, StopRequest
+    from theworld.sweep import grid, make_runs, plan_sweep, read_changes, run_sweep, said_of_stop
 
     quiet_libraries()
     try:
@@ -40,11 +43,14 @@ def main() -> int:
         runs = make_runs(config_from_arguments(arguments), changes, arguments.seeds, arguments.output)
         if arguments.dry_run:
             return rehearse("sweep", lambda: plan_sweep(runs, arguments.cache, arguments.output))
-        print(run_sweep(runs, arguments.cache, arguments.output, arguments.processes))
+        with StopRequest("sweep") as stop, stop.working():
+            table, left = run_sweep(runs, arguments.cache, arguments.output, arguments.processes, stop)
+            stop.end()
     except (ValueError, OSError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 1
-    return 0
+    print(said_of_stop(runs, left) if left else table)
+    return STATUS if left else 0
 
 
 if __name__ == "__main__":
