@@ -163,9 +163,6 @@ def test_a_sweep_trains_each_run_once_and_counts_what_evaluation_counts(
     }
 
 
-@pytest.mark.parametrize(
-    "error", [NotFinite("step 3: the loss is nan"), OutOfMemory("step 1: out of memory")]
-)
 def test_a_line_has_the_words_of_training_and_of_dev(base: Config, cache: Path, tmp_path: Path) -> None:
     (run,) = make_runs(base, [{"relation_loss_weight": 1.0, "statement_steps": 1}], [0], tmp_path)
     run_sweep([run], cache, tmp_path)
@@ -176,6 +173,9 @@ def test_a_line_has_the_words_of_training_and_of_dev(base: Config, cache: Path, 
     assert line["last_words"]["dev_relation_loss"] > 0
 
 
+@pytest.mark.parametrize(
+    "error", [NotFinite("step 3: the loss is nan"), OutOfMemory("step 1: out of memory")]
+)
 def test_a_run_that_fails_in_a_step_costs_no_other(
     base: Config, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
