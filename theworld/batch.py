@@ -4,8 +4,8 @@ A Batch has R rows of L tokens, which hold trees of segments (`theworld.trees`).
 path and nothing else, so a statement has the positions and sees the tokens that it would have alone. That is two
 numbers a token: its `place` in the order of its row's trees, and the `end` of its segment's subtree there; k is seen by
 q if place[k] <= place[q] < end[k]. The image tokens also see each other ahead, and so do the world tokens unless
-`world_attention` is "causal". The label sits nowhere in the input: it is what the last token of a statement's segment,
-the newline after `<start_of_turn>model`, has to predict.
+`world_attention` is "causal". The label sits nowhere in the input: it is what the last token of a statement's segment
+has to predict, in Gemma's own format the newline after `<start_of_turn>model`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -200,36 +200,39 @@ def _pairs(summary: Summary) -> str:
         "only second right",
         "p (exact McNemar)",
     ]
-    drawn = [p for p in summary["pairs"] if kind_of(p["first"]) == "world" and p["low"] is not None]
-    parts = ["<h3>Each pair of systems on the same statements</h3>"]
-    if drawn:
-        ends = [100 * x for p in drawn for x in (p["low"], p["high"])]
-        scale = scale_of([*ends, 0.0])
-        marks = [axis(scale, lambda x: f"{x:+.3g}".replace("-", "−") if x else "0")]
-        for p in drawn:
-            mark = Mark(kind_of(p["second"]), *(100 * p[k] for k in ("difference", "low", "high")))
-            figure = f"{signed(p['difference'])} points"
-            marks.append(
-                row(
-                    f"against {name_of(p['second'])}",
-                    track([mark], scale, 0.0),
-                    figure,
-                    f"p = {p['p_value']:.1g}",
-                    note=model_of(p["first"]),
-                )
-            )
-        parts.append(chart(marks, "What world tokens add, in points, with 95 % intervals over images."))
     note = (
         "p values are two-sided and not adjusted for their number; the question asked is that of world tokens against "
         "none."
     )
     return "\n".join(
         [
-            *parts,
+            "<h3>Each pair of systems on the same statements</h3>",
+            _drawn_pairs(summary),
             details(f"All {len(rows)} pairs as a table", table("Every pair of systems", head, rows)),
             paragraph(note),
         ]
     )
+
+
+def _drawn_pairs(summary: Summary) -> str:
+    """World tokens against each other system, as far as there are intervals."""
+    drawn = [p for p in summary["pairs"] if kind_of(p["first"]) == "world" and p["low"] is not None]
+    if not drawn:
+        return ""
+    scale = scale_of([*(100 * x for p in drawn for x in (p["low"], p["high"])), 0.0])
+    marks = [axis(scale, lambda x: f"{x:+.3g}".replace("-", "−") if x else "0")]
+    for p in drawn:
+        mark = Mark(kind_of(p["second"]), *(100 * p[k] for k in ("difference", "low", "high")))
+        marks.append(
+            row(
+                f"against {name_of(p['second'])}",
+                track([mark], scale, 0.0),
+                f"{signed(p['difference'])} points",
+                f"p = {p['p_value']:.1g}",
+                note=model_of(p["first"]),
+            )
+        )
+    return chart(marks, "What world tokens add, in points, with 95 % intervals over images.")
 
 
 def checkpoints(summary: Summary) -> str:

@@ -122,7 +122,7 @@ def calibration(summary: Summary) -> str:
     """How often a statement is true that is given so much probability."""
     names = list(summary["systems"])
     ends = Scale(0.0, 1.0, (0.0, 0.2, 0.4, 0.6, 0.8, 1.0))
-    drawings, tables = [], []
+    drawings = []
     for number, system in enumerate(_world_and_baseline(names)):
         score = summary["systems"][system]
         bins = score["calibration"]
@@ -146,19 +146,7 @@ def calibration(summary: Summary) -> str:
         )
         caption = f"{name_of(system)}: calibration error {score['calibration_error']:.3f}, Brier {score['brier']:.3f}"
         drawings.append(f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>")
-    for system in names:
-        rows = [
-            [
-                f"{b['from']:.1f} to {b['to']:.1f}",
-                f"{b['n']:,}",
-                f"{b['p_true']:.3f}",
-                percent(b["true"]),
-                between(b["low"], b["high"]),
-            ]
-            for b in summary["systems"][system]["calibration"]
-        ]
-        head = ["P(true)", "n", "mean P(true)", "share that is true", "95 % (Wilson)"]
-        tables.append(table(f"Calibration of {name_of(system)}", head, rows))
+    tables = [_bins(system, summary["systems"][system]["calibration"]) for system in names]
     most = max(summary["systems"].values(), key=lambda s: s["outside_mean"])
     intro = (
         "P(true) weighs the logits of '0' and '1' against each other. On the dashed line what is given a probability "
@@ -170,3 +158,18 @@ def calibration(summary: Summary) -> str:
         + f'<div class="pair">{"".join(drawings)}</div>'
         + details("As tables, for every system", "".join(tables))
     )
+
+
+def _bins(system: str, bins: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            f"{b['from']:.1f} to {b['to']:.1f}",
+            f"{b['n']:,}",
+            f"{b['p_true']:.3f}",
+            percent(b["true"]),
+            between(b["low"], b["high"]),
+        ]
+        for b in bins
+    ]
+    head = ["P(true)", "n", "mean P(true)", "share that is true", "95 % (Wilson)"]
+    return table(f"Calibration of {name_of(system)}", head, rows)

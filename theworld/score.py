@@ -137,9 +137,7 @@ def score_all(
         for world in worlds.values():
             check_meaning(reader.root, reader.fingerprint, world["fingerprint"])
     keys = {name: _gemma_key(path, worlds[name], overrides) for name, path in checkpoints.items()}
-    same = len(set(keys.values())) == 1
-    shared = {"baseline"} if same else set()
-    shared |= {"text"} if same and not any(world["parts"] for world in worlds.values()) else set()
+    shared = _shared(worlds, keys)
     answers = _Answers(data, cache, image_folder, shared)
     sources: dict[str, Any] = {}
     gemma, loaded = None, None  # as it was published, and its key
@@ -167,6 +165,13 @@ def score_all(
     logits = dict(sorted(answers.logits.items(), key=lambda item: bool(model_of(item[0]))))
     rows = records(answers.statements, logits, data.seen_images, data.in_train, data.dataset, data.split)
     return rows, of_results(data, cache, image_folder, sources)
+
+
+def _shared(worlds: dict[str, dict[str, Any]], keys: dict[str, tuple[Any, ...]]) -> set[str]:
+    """The systems that answer alike whatever the checkpoint: those of one Gemma, and without its changes."""
+    if len(set(keys.values())) > 1:
+        return set()
+    return {"baseline"} if any(world["parts"] for world in worlds.values()) else {"baseline", "text"}
 
 
 def _gemma_key(path: Path, world: dict[str, Any], overrides: dict[str, Any]) -> tuple[Any, ...]:
