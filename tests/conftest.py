@@ -9,28 +9,15 @@ import numpy as np
 import pytest
 import torch
 from browser import Browser, find_browser
+from constants import CAPTIONS, EMBEDDED_GEMMA, EMBEDDED_VAE
 from PIL import Image
 from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
-from theworld.config import Config
-from theworld.gemma import Gemma
-from theworld.vsr import Statement
+from theworld.config.config import Config
+from theworld.data.vsr import Statement
+from theworld.models.gemma import Gemma
 
 pytest_plugins = ["torture"]
-
-ROOT = Path(__file__).parent.parent
-EMBEDDED_GEMMA = ROOT / "theworld" / "embedded" / "gemma"
-EMBEDDED_VAE = ROOT / "theworld" / "embedded" / "vae"
-QUESTION = "Statement: {caption}\nAnswer (only '0' or '1'):"
-
-CAPTIONS = [
-    ("a.png", "The red ball is left of the blue ball.", 1, "left of"),
-    ("a.png", "The cat is beneath the old wooden table.", 0, "beneath"),
-    ("b.png", "The dog is at the right side of the bicycle.", 1, "at the right side of"),
-    ("c.png", "The cup is on the book.", 1, "on"),
-    ("c.png", "The book is on the cup.", 0, "on"),
-    ("c.png", "The person is far away from the traffic light.", 1, "far away from"),
-]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -119,7 +106,7 @@ def config(tmp_path: Path, photographs: Path, annotations: Path) -> Config:
 @pytest.fixture(scope="session")
 def session_cache(tmp_path_factory: pytest.TempPathFactory, photographs: Path, annotations: Path) -> Path:
     """A finished cache of that tiny run, with vision features. Nobody writes to it."""
-    from theworld.extract import extract
+    from theworld.extraction.extract import extract
 
     folder = tmp_path_factory.mktemp("session") / "cache"
     extract(tiny_run(folder, photographs, annotations), folder, with_vision=True, allow_missing=False)

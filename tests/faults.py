@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from theworld import files
+from theworld.utils import files
 
 CALLS = {  # what writes: the module and the name in it
     "open": (files, "open"),

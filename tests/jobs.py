@@ -9,12 +9,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
+from constants import EMBEDDED_VAE
 from forks import fork
 from PIL import Image
 
-from theworld.config import Config, save_config
-
-EMBEDDED_VAE = Path(__file__).parent.parent / "theworld" / "embedded" / "vae"
+from theworld.config.config import Config, save_config
 
 
 def make_photographs(folder: Path, number: int, size: int) -> Config:
@@ -73,8 +72,8 @@ def run_extraction(
     os.dup2(descriptor, 2)
     import torch
 
-    from theworld.extract import extract
-    from theworld.parts import part_of
+    from theworld.extraction.extract import extract
+    from theworld.utils.distributed import part_of
 
     torch.set_num_threads(1)
     if kill_at is not None:
@@ -105,7 +104,7 @@ def start_extraction(
 
 def finish_extraction(job: Path, cache: Path) -> str:
     """Extracts to the end in this process and returns what was printed."""
-    from theworld.extract import extract
+    from theworld.extraction.extract import extract
 
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):

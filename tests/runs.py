@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from constants import ROOT
 from forks import fork
 
-from theworld.config import Config, save_config
-
-ROOT = Path(__file__).parent.parent
+from theworld.config.config import Config, save_config
 
 
 def train(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import EMBEDDED_VAE
+from constants import EMBEDDED_VAE
 from diffusers import AutoencoderKLWan, CosmosTransformer3DModel, FlowMatchEulerDiscreteScheduler
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 

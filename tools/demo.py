@@ -1,16 +1,22 @@
 # PYTHON_ARGCOMPLETE_OK
-"""The whole job on embedded models and drawn scenes, in minutes on two CPU cores, with no download.
+"""Run all three phases on embedded models and drawn scenes, in minutes on two CPU cores, without a download.
 
     python tools/demo.py
 
-The last line it prints is one JSON object with the accuracies on held-out scenes.
-Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+The same as `python -m theworld.cli.demo`; see --help.
 """
 
 import sys
 
-from theworld.console import status_of
-from theworld.demo import main
+from theworld.utils.console import run_tool
+
+
+def main() -> int:
+    """Run the demo; return the exit status."""
+    from theworld.cli.demo import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(status_of("demo", main))
+    sys.exit(run_tool("demo", main))

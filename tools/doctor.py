@@ -1,20 +1,19 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Is everything there? Libraries, GPU, models and licences, statements, photographs, cache: one page, with cures.
+"""Check everything that a run needs: libraries, GPU, models and licences, statements, photographs and the cache.
 
     python tools/doctor.py --config configs/vsr_training.json --image_folder images/ --cache cache/
 
-It loads no model and writes nothing, so it has no --dry_run; the other tools do, for their own run.
-Exit status: 0 nothing stands in the way, 1 something does, 2 wrong usage, 130 interrupted.
+Prints one line for each check, with a hint for each fault. Loads no model and writes nothing, so there is no --dry_run;
+the other tools have one for their own run.
+Exit status: 0 nothing stands in the way of a run, 1 something does, 2 wrong usage, 130 interrupted.
 """
 
 import shlex
 import sys
-from pathlib import Path
 
-from theworld.arguments import ArgumentParser, add_config_arguments, config_from_arguments
-from theworld.console import quiet_libraries, status_of
+from theworld.utils.console import loading, run_tool
 
-# Settings of extraction, and those that training takes besides.
+# Settings of extraction, and those that training has in addition.
 EXTRACTION = (
     "model_name cosmos_model_name dataset_name annotations image_folder max_image_pixels latent_size latent_dtype "
     "dtype device"
@@ -25,20 +24,17 @@ TRAINING = (
 
 
 def main() -> int:
-    """Parses arguments, looks everything over, prints the page; returns the exit status."""
-    parser = ArgumentParser(description=__doc__)
-    add_config_arguments(parser, [*EXTRACTION, *TRAINING])
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
-    arguments = parser.parse_args()
-    # After the arguments: torch takes seconds to load, and --help should not.
-    from theworld.doctor import FAULT, look_over
+    """Parse the flags, check, and print the findings; return the exit status."""
+    from theworld.config.cli import ArgumentParser, add_cache, add_config_arguments, config_from_arguments
 
-    quiet_libraries()
-    try:
-        config = config_from_arguments(arguments)
-    except (ValueError, OSError) as error:
-        print(f"doctor: {error}", file=sys.stderr)
-        return 1
+    parser = ArgumentParser(description=__doc__)
+    add_cache(parser)
+    add_config_arguments(parser, [*EXTRACTION, *TRAINING])
+    arguments = parser.parse_args()
+    config = config_from_arguments(arguments)
+    with loading("doctor"):
+        from theworld.cli.doctor import FAULT, look_over
+
     given = [(key, value) for key, value in vars(arguments).items() if key in ["config", *EXTRACTION]]
     flags = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in given if value is not None)
     findings = look_over(config, arguments.cache, flags)
@@ -49,4 +45,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(status_of("doctor", main))
+    sys.exit(run_tool("doctor", main))

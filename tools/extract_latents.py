@@ -1,21 +1,19 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Phase 1: encode every photograph that VSR names, once, into a sharded cache.
+"""Phase 1: encode every photograph of the data set once, into a sharded cache.
 
     python tools/extract_latents.py --config configs/vsr_training.json --image_folder images/ --cache cache/
 
-Run the same command again to go on after any stop. `accelerate launch tools/extract_latents.py ...` shares the work
-among the GPUs of a machine; independent tasks share it with `--part 1/8` to `--part 8/8`. Instead of extracting,
-`--verify` only reads, `--repair` makes damaged shards again, `--audit N` encodes N random images again and compares.
-Exit status: 0 done or sound, 1 failed or damaged, 2 wrong usage or (--verify) nothing can be said, 130 interrupted.
+The same command continues after any interruption. `accelerate launch tools/extract_latents.py ...` divides the work
+among the GPUs of a machine; `--part 1/8` to `--part 8/8` divide it among independent jobs.
+Instead of extracting, --verify reads the cache and checks it, --repair extracts damaged shards again, and --audit N
+encodes N random photographs again and compares them with the cache.
+Exit status: 0 done or sound, 1 failed or damaged, 2 wrong usage or (--verify) unknown, 130 interrupted.
 """
 
 import signal
 import sys
-from pathlib import Path
 
-from theworld.arguments import ArgumentParser, add_config_arguments, add_dry_run, config_from_arguments
-from theworld.console import quiet_libraries, rehearse
-from theworld.parts import part_of
+from theworld.utils.console import loading, rehearse, run_tool
 
 KEYS = (
     "cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels latent_size latent_dtype "
@@ -25,51 +23,58 @@ KEYS = (
 
 
 def main() -> int:
-    """Parses arguments, runs phase 1 or its verification, prints; returns the exit status."""
+    """Parse the flags, run phase 1 or a check of the cache, and print the outcome; return the exit status."""
+    from theworld.config.cli import (
+        ArgumentParser,
+        add_cache,
+        add_config_arguments,
+        add_dry_run,
+        config_from_arguments,
+    )
+    from theworld.utils.distributed import part_of
+
     parser = ArgumentParser(description=__doc__)
-    add_config_arguments(parser, KEYS)
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="cache folder (default: cache)")
-    parser.add_argument("--gemma_vision", action="store_true", help="cache Gemma's own vision features too")
-    parser.add_argument("--allow_missing", action="store_true", help="go on without unreadable photographs")
-    parser.add_argument("--part", type=part_of, metavar="I/N", help="only the I-th of N parts (default: all)")
+    add_cache(parser)
+    text = "Also cache the vision features of Gemma, which training then need not compute. (default: false)"
+    parser.add_argument("--gemma_vision", action="store_true", help=text)
+    text = "Leave out photographs that are missing or cannot be read. (default: false)"
+    parser.add_argument("--allow_missing", action="store_true", help=text)
+    text = "Extract only the I-th of N parts, such as 3/8. (default: everything)"
+    parser.add_argument("--part", type=part_of, metavar="I/N", help=text)
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--verify", action="store_true", help="only read: 0 sound, 1 damaged, 2 unknown")
-    instead.add_argument("--repair", action="store_true", help="make again what is damaged")
-    instead.add_argument("--audit", type=int, metavar="N", help="encode N images again (default: none)")
+    text = "Only read the cache and check it; exit status 0 if sound, 1 if damaged, 2 if unknown."
+    instead.add_argument("--verify", action="store_true", help=text)
+    instead.add_argument("--repair", action="store_true", help="Extract damaged shards again.")
+    text = "Encode N random photographs again and compare. (default: none)"
+    instead.add_argument("--audit", type=int, metavar="N", help=text)
     add_dry_run(parser)
+    add_config_arguments(parser, KEYS)
     arguments = parser.parse_args()
     if (arguments.part or arguments.dry_run) and (arguments.repair or arguments.audit is not None):
         parser.error("--part and --dry_run are for extracting; --verify shows what --repair would make again")
-    # After the arguments: torch takes seconds to load, and --help should not.
-    from theworld.audit import audit
-    from theworld.dry_run import extraction
-    from theworld.extract import extract, verify
-    from theworld.repair import repair, report
+    with loading("extract_latents"):
+        from theworld.cli.dry_run import extraction
+        from theworld.extraction.audit import audit
+        from theworld.extraction.extract import extract, verify
+        from theworld.extraction.repair import repair, report
 
-    quiet_libraries()
     options = (arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part)
     if arguments.dry_run and not arguments.verify:
-        return rehearse("extract_latents", lambda: extraction(config_from_arguments(arguments), *options))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the reading processes too
-    try:
-        if arguments.verify:
-            return report(verify(arguments.cache), arguments.cache, sys.argv)
-        config = config_from_arguments(arguments)
-        if arguments.repair:
-            return repair(config, arguments.cache)
-        if arguments.audit is not None:
-            return audit(config, arguments.cache, arguments.audit)
-        complete = extract(config, *options)
-    except KeyboardInterrupt:
-        print("\nextract_latents: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"extract_latents: {error}", file=sys.stderr)
-        return 1
-    if complete:
+        return rehearse(lambda: extraction(config_from_arguments(arguments), *options))
+    # SIGTERM as Ctrl-C, which ends the reading processes too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if arguments.verify:
+        return report(verify(arguments.cache), arguments.cache, sys.argv)
+    config = config_from_arguments(arguments)
+    if arguments.repair:
+        return repair(config, arguments.cache)
+    if arguments.audit is not None:
+        return audit(config, arguments.cache, arguments.audit)
+    if extract(config, *options):
         print(f"done: {arguments.cache}. Next: python tools/train.py --cache {arguments.cache}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    hint = "interrupted; the same command goes on from here"
+    sys.exit(run_tool("extract_latents", main, interrupted=hint))

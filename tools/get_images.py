@@ -1,63 +1,59 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Gets the photographs that VSR names, and no others: from where they are published, or from a COCO that you have.
+"""Download the photographs that VSR names, or copy them from a COCO data set on this machine.
 
     python tools/get_images.py --output images/
     python tools/get_images.py --output images/ --coco coco/train2017.zip --coco coco/val2017.zip
 
-Run the same command again to go on after any stop.
-Exit status: 0 all are there, 1 something failed, 2 wrong usage, 130 interrupted.
+The same command continues after any interruption. Downloads go through the proxy of the environment (HTTPS_PROXY,
+NO_PROXY), with the certificates of REQUESTS_CA_BUNDLE if that is set.
+Exit status: 0 all photographs are there, 1 something failed, 2 wrong usage, 130 interrupted.
 """
 
 import sys
 from pathlib import Path
 
-from theworld.arguments import ArgumentParser, add_config_arguments, add_dry_run, config_from_arguments
-from theworld.console import quiet_libraries, rehearse
-from theworld.fetch import COCO_HOST
+from theworld.utils.console import loading, rehearse, run_tool
 
 
 def main() -> int:
-    """Parses arguments, gets what is missing, prints; returns the exit status."""
+    """Parse the flags, get the missing photographs, and print a summary; return the exit status."""
+    from theworld.config.cli import (
+        ArgumentParser,
+        add_config_arguments,
+        add_dry_run,
+        config_from_arguments,
+        path,
+    )
+    from theworld.data.download import COCO_HOST
+
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("images"), help="folder (default: images)")
-    parser.add_argument(
-        "--coco",
-        type=Path,
-        action="append",
-        metavar="FOLDER_OR_ZIP",
-        help="take from this COCO and download nothing; may be repeated (default: download)",
+    text = "Folder for the photographs. (default: images)"
+    parser.add_argument("--output", type=path, default=Path("images"), metavar="FOLDER", help=text)
+    text = (
+        "Copy from this COCO folder or zip file instead of downloading; may be repeated. (default: download)"
     )
-    parser.add_argument(
-        "--allowed_host",
-        action="append",
-        metavar="HOST",
-        help=f"download from this host; may be repeated (default: {COCO_HOST})",
-    )
-    parser.add_argument("--num_workers", type=int, default=8, help="at the same time (default: 8)")
-    add_config_arguments(parser, ["dataset_name", "annotations", "max_image_pixels"])
+    parser.add_argument("--coco", type=path, action="append", metavar="FOLDER_OR_ZIP", help=text)
+    text = f"Host to download from; may be repeated. (default: {COCO_HOST})"
+    parser.add_argument("--allowed_host", action="append", metavar="HOST", help=text)
+    text = "Number of simultaneous downloads or copies. (default: 8)"
+    parser.add_argument("--num_workers", type=int, default=8, metavar="INTEGER", help=text)
     add_dry_run(parser)
+    add_config_arguments(parser, ["dataset_name", "annotations", "max_image_pixels"])
     arguments = parser.parse_args()
     if arguments.num_workers < 1:
         parser.error(f"--num_workers is {arguments.num_workers}; give 1 or more")
-    # After the arguments: torch takes seconds to load, and --help should not.
-    from theworld.gather import get_images, plan_images
+    with loading("get_images"):
+        from theworld.data.download import get_images, plan_images
 
-    quiet_libraries()
     hosts = arguments.allowed_host or [COCO_HOST]
     options = (arguments.output, arguments.coco or [], hosts, arguments.num_workers)
     if arguments.dry_run:
-        return rehearse("get_images", lambda: plan_images(config_from_arguments(arguments), *options))
-    try:
-        gathered = get_images(config_from_arguments(arguments), *options)
-    except KeyboardInterrupt:
-        print("\nget_images: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"get_images: {error}", file=sys.stderr)
-        return 1
-    print(gathered.report(arguments.output))
-    return 1 if gathered.failures else 0
+        return rehearse(lambda: plan_images(config_from_arguments(arguments), *options))
+    summary = get_images(config_from_arguments(arguments), *options)
+    print(summary.report(arguments.output))
+    return 1 if summary.failures else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    hint = "interrupted; the same command goes on from here"
+    sys.exit(run_tool("get_images", main, interrupted=hint))

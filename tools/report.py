@@ -1,44 +1,40 @@
 # PYTHON_ARGCOMPLETE_OK
-"""A page to look at: the evaluation of a run with its verdict, in one HTML file that needs no network.
+"""Write the report of a run: its training, evaluation and verdict, in one HTML file that needs no network.
 
-    python tools/report.py checkpoints/vsr
+    python tools/report.py checkpoints/theworld-vsr
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
 import sys
-from pathlib import Path
 
-from theworld.arguments import ArgumentParser, add_dry_run
-from theworld.console import quiet_libraries, rehearse, status_of
+from theworld.utils.console import loading, rehearse, run_tool
 
 
 def main() -> int:
-    """Parses arguments, writes the page; returns the exit status."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run such as checkpoints/vsr, or one of its checkpoints")
-    parser.add_argument("--results", type=Path, help="records of tools/eval.py (default: the run's newest)")
-    parser.add_argument(
-        "--image-dir", "--image_dir", type=Path, help="photographs (default: where they were)"
-    )
-    parser.add_argument("--output", type=Path, help="default: RUN/report.html")
+    """Parse the flags, write the page, and print its path; return the exit status."""
+    from theworld.config.cli import ArgumentParser, add_dry_run, path
+
+    parser = ArgumentParser(description=__doc__, usage="%(prog)s RUN [FLAG ...]")
+    text = "Run such as checkpoints/theworld-vsr, or one of its checkpoints."
+    parser.add_argument("run", type=path, metavar="RUN", help=text)
+    text = "Records that tools/eval.py wrote. (default: the newest of a test split)"
+    parser.add_argument("--results", type=path, metavar="FILE", help=text)
+    text = "Folder of the photographs. (default: the one of the evaluation)"
+    parser.add_argument("--image_folder", "--image-dir", "--image_dir", type=path, metavar="PATH", help=text)
+    text = "File for the page. (default: report.html in the run)"
+    parser.add_argument("--output", type=path, metavar="FILE", help=text)
     add_dry_run(parser)
     arguments = parser.parse_args()
-    # After the arguments: torch takes seconds to load, and --help should not.
-    from theworld.report import plan_report, write_report
+    with loading("report"):
+        from theworld.report.report import plan_report, write_report
 
-    quiet_libraries()
-    chosen = (arguments.run, arguments.output, arguments.results, arguments.image_dir)
+    chosen = (arguments.run, arguments.output, arguments.results, arguments.image_folder)
     if arguments.dry_run:
-        return rehearse("report", lambda: plan_report(*chosen))
-    try:
-        path = write_report(*chosen)
-    except (ValueError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 1
-    print(f"page: {path}")
+        return rehearse(lambda: plan_report(*chosen))
+    print(f"page: {write_report(*chosen)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(status_of("report", main))
+    sys.exit(run_tool("report", main))

@@ -18,7 +18,7 @@
 GPUS=${GPUS:-1}
 CONFIG=${CONFIG:-configs/vsr_training.json}
 CACHE=${CACHE:-cache}
-OUTPUT=${OUTPUT:-checkpoints/vsr}
+OUTPUT=${OUTPUT:-checkpoints/theworld-vsr}
 PYTHON=${PYTHON:-.venv/bin/python}
 MAX_RESTARTS=${MAX_RESTARTS:-50}
 # More flags of tools/train.py go behind the script's name: sbatch tools/slurm/train.sh --batch_size 4

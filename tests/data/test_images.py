@@ -1,0 +1,589 @@
+"""Photographs that were edited, replaced or deleted after extraction are noticed before training.
+
+Photographs: the right pixels of every mode and orientation, and everything that is refused.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from constants import ROOT
+from PIL import Image, ImageFile
+
+from theworld.config.config import Config
+from theworld.data.images import (
+    PREPROCESSING,
+    ImageError,
+    PhotographsChanged,
+    check_photographs,
+    decode,
+    read_bytes,
+    read_image,
+    sha256,
+    square,
+    to_unit_range,
+)
+from theworld.extraction.extract import extract
+from theworld.extraction.features import LiveVision, Rows
+from theworld.models.gemma import Gemma
+from theworld.store.format import VISION
+from theworld.training import data as loading
+from theworld.training.trainer import Trainer
+
+PHOTOGRAPHS = ROOT.parent / "shared" / "coco"
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(height: int = 12, width: int = 10) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png(width: int, height: int, bits: int, colour: int, rows: bytes, key: bytes = b"") -> bytes:
+    """A PNG made by hand; colour 0 is grey, 2 is RGB; `key` is the transparent colour."""
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    middle = chunk(b"tRNS", key) if key else b""
+    end = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + middle + end
+
+
+def reason(data: bytes, **options: int) -> str:
+    with pytest.raises(ImageError) as error:
+        decode(data, "a.jpg", **options)
+    assert error.value.path == "a.jpg"
+    return error.value.reason
+
+
+def pixel(data: bytes) -> list[int]:
+    """The upper left pixel."""
+    pixels = decode(data, "a.png")
+    assert pixels.dtype == np.uint8
+    assert pixels.ndim == 3
+    return pixels[0, 0].tolist()
+
+
+# Colour
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "rgb"),
+    [
+        ("1", 1, [255, 255, 255]),
+        ("L", 77, [77, 77, 77]),
+        ("RGB", (1, 2, 3), [1, 2, 3]),
+        ("RGBA", (10, 20, 30, 255), [10, 20, 30]),
+        ("RGBA", (10, 20, 30, 0), [255, 255, 255]),
+        ("RGBA", (0, 100, 255, 51), [204, 224, 255]),  # 255 - 0.2 (255 - x)
+        ("LA", (0, 51), [204, 204, 204]),
+        ("LA", (9, 255), [9, 9, 9]),
+        ("I;16", 0, [0, 0, 0]),
+        ("I;16", 128, [0, 0, 0]),
+        ("I;16", 129, [1, 1, 1]),
+        ("I;16", 32_125, [125, 125, 125]),
+        ("I;16", 65_535, [255, 255, 255]),
+    ],
+)
+@pytest.mark.torture("photographs", "every mode against golden values, decoder alone")
+def test_every_mode_of_a_png_gives_the_right_colour(mode: str, colour: Any, rgb: list[int]) -> None:
+    assert pixel(encoded(Image.new(mode, (2, 2), colour))) == rgb
+
+
+@pytest.mark.torture("photographs", "every mode against golden values, decoder alone")
+def test_a_palette_gives_its_colours_and_its_transparent_entries_are_white() -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.putdata([0, 1, 2])
+    right = [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
+    assert decode(encoded(image), "a")[0].tolist() == right
+    assert decode(encoded(image, "GIF"), "a")[0].tolist() == right
+    assert decode(encoded(image, transparency=1), "a")[0].tolist() == [right[0], [255] * 3, right[2]]
+    graded = encoded(image, transparency=bytes([255, 0, 51]))
+    assert decode(graded, "a")[0].tolist() == [right[0], [255] * 3, [218, 220, 222]]
+
+
+@pytest.mark.torture("photographs", "every mode against golden values, decoder alone")
+def test_16_bit_colour_keeps_its_high_byte() -> None:
+    assert pixel(png(1, 1, 16, 2, b"\0" + struct.pack(">3H", 0x0180, 0x80FF, 0xFFFF))) == [1, 0x80, 255]
+
+
+@pytest.mark.torture("photographs", "every mode against golden values, decoder alone")
+def test_a_transparent_grey_is_white() -> None:
+    assert decode(png(3, 1, 8, 0, b"\0\x05\x06\x07", b"\0\x06"), "a")[0, :, 0].tolist() == [5, 255, 7]
+    grey_16 = b"\0" + struct.pack(">3H", 257, 514, 515)
+    assert decode(png(3, 1, 16, 0, grey_16, struct.pack(">H", 514)), "a")[0, :, 0].tolist() == [1, 255, 2]
+
+
+@pytest.mark.parametrize(("bits", "colour", "size"), [(2, 0, 1), (4, 0, 1), (16, 2, 6)])
+def test_a_transparent_colour_that_pil_would_lose_is_refused(bits: int, colour: int, size: int) -> None:
+    rows = b"\0" + b"\x11" * size
+    assert decode(png(1, 1, bits, colour, rows), "a").shape == (1, 1, 3)
+    assert "save it with 8 bits" in reason(png(1, 1, bits, colour, rows, b"\0\x01" * (3 if colour else 1)))
+
+
+@pytest.mark.torture("photographs", "every mode against golden values, decoder alone")
+def test_cmyk_is_right_with_inverted_values_of_adobe() -> None:
+    # Solid colours: JPEG's rounding is at most one step for each.
+    for cmyk, rgb in (
+        ((0, 255, 255, 0), (255, 0, 0)),
+        ((255, 255, 0, 0), (0, 0, 255)),
+        ((0, 0, 0, 155), (100,) * 3),
+    ):
+        data = encoded(Image.new("CMYK", (16, 16), cmyk), "JPEG", quality=100)
+        assert b"Adobe" in data
+        np.testing.assert_allclose(pixel(data), rgb, atol=1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP"])
+def test_lossless_formats_give_back_the_pixels(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    np.testing.assert_array_equal(decode(encoded(noise(), kind, **options), "a"), np.array(noise()))
+
+
+def test_a_colour_profile_changes_nothing() -> None:
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    assert pixel(encoded(Image.new("RGB", (1, 1), (9, 8, 7)), icc_profile=profile)) == [9, 8, 7]
+
+
+# Orientation
+
+
+@pytest.mark.parametrize(
+    ("orientation", "right"),
+    [
+        (1, [[1, 2, 3], [4, 5, 6]]),
+        (2, [[3, 2, 1], [6, 5, 4]]),
+        (3, [[6, 5, 4], [3, 2, 1]]),
+        (4, [[4, 5, 6], [1, 2, 3]]),
+        (5, [[1, 4], [2, 5], [3, 6]]),
+        (6, [[4, 1], [5, 2], [6, 3]]),
+        (7, [[6, 3], [5, 2], [4, 1]]),
+        (8, [[3, 6], [2, 5], [1, 4]]),
+        (0, [[1, 2, 3], [4, 5, 6]]),
+        (9, [[1, 2, 3], [4, 5, 6]]),
+    ],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16"])
+@pytest.mark.torture("photographs", "all 8 EXIF orientations in L, RGB, RGBA and 16 bits")
+def test_every_orientation_is_turned_upright(orientation: int, right: list[list[int]], mode: str) -> None:
+    stored = np.array([[1, 2, 3], [4, 5, 6]], dtype=np.uint8)
+    image = (
+        Image.fromarray(stored.astype(np.uint16) * 257)
+        if mode == "I;16"
+        else Image.fromarray(stored).convert(mode)
+    )
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = decode(encoded(image, exif=exif), "a")
+    assert pixels[:, :, 0].tolist() == right
+    assert pixels[:, :, 2].tolist() == right
+
+
+def test_a_jpeg_and_a_webp_are_turned_too() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "WEBP"):
+        data = encoded(Image.new("RGB", (32, 16)), kind, exif=exif)
+        assert decode(data, "a").shape == (32, 16, 3)
+
+
+def test_exif_that_cannot_be_parsed_counts_as_none() -> None:
+    data = encoded(Image.new("RGB", (32, 16)), "JPEG", exif=b"Exif\0\0 this is no EXIF at all")
+    assert decode(data, "a").shape == (16, 32, 3)
+
+
+# Refused
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.torture(
+    "photographs", "every truncation of a JPEG, PNG, WebP, GIF, BMP refused, or no pixel lost"
+)
+def test_every_truncation_is_refused_or_loses_no_pixel(kind: str) -> None:
+    data = encoded(noise(), kind)
+    whole = decode(data, "a")
+    refused = 0
+    for length in range(len(data)):
+        try:
+            pixels = decode(data[:length], "a")
+        except ImageError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(pixels, whole, err_msg=f"the first {length} of {len(data)} bytes")
+    # What may be missing is what stands after the last pixel: an end marker, a checksum.
+    assert len(data) - refused <= 20
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_damaged_bytes_are_an_image_error_or_pixels_and_never_another_error(kind: str) -> None:
+    data = encoded(noise(), kind)
+    generator = np.random.default_rng(1)
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in generator.integers(0, len(data), 3):
+            damaged[place] = generator.integers(0, 256)
+        try:
+            pixels = decode(bytes(damaged), "a", max_pixels=1_000_000)
+        except ImageError:
+            continue
+        assert pixels.dtype == np.uint8
+        assert pixels.shape[2] == 3
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+@pytest.mark.torture("photographs", "animated GIF, PNG and WebP refused")
+def test_animated_pictures_are_refused_and_single_ones_are_not(kind: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    assert pixel(encoded(frames[0], kind, **({"lossless": True} if kind == "WEBP" else {}))) == [255, 0, 0]
+    animated = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert "more than one picture" in reason(animated)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "zero bytes"),
+        (b"\n <!DOCTYPE html><html>404</html>", "HTML"),
+        (b"<HTML><body>", "HTML"),
+        (b"<?xml version='1.0'?><Error>AccessDenied</Error>", "HTML or XML"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+        (b"just text", "JPEG, PNG, WEBP, GIF, BMP"),
+        (encoded(Image.new("RGB", (2, 2)), "TIFF"), "JPEG, PNG, WEBP, GIF, BMP"),
+    ],
+)
+def test_what_is_no_photograph_is_refused_with_the_reason(data: bytes, words: str) -> None:
+    assert words in reason(data)
+
+
+def test_the_pixel_limit_is_exact_and_taken_from_the_header() -> None:
+    data = encoded(Image.new("RGB", (20, 10)))
+    assert decode(data, "a", max_pixels=200).shape == (10, 20, 3)
+    header = data[:41]  # signature, IHDR and the first words of IDAT: nothing to decode
+    assert reason(header, max_pixels=199) == "20 x 10 pixels; at most 199 are decoded"
+
+
+@pytest.mark.torture("photographs", "21 KB of 177 megapixels refused, memory up by less than 50 MB")
+def test_a_small_file_of_177_megapixels_is_refused_in_little_memory(tmp_path: Path) -> None:
+    side = 13_300
+    compressor = zlib.compressobj(9)
+    row = b"\0" * (1 + (side + 7) // 8)
+    content = b"".join(compressor.compress(row) for _ in range(side)) + compressor.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+    assert len(data) < 30_000
+    (tmp_path / "bomb.png").write_bytes(data)
+    # A WebP's canvas may be larger than its frames; to open one, PIL's decoder asks for two canvases.
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    webp = bytearray(encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:]))
+    webp[24:30] = (side - 1).to_bytes(3, "little") * 2
+    (tmp_path / "bomb.webp").write_bytes(webp)
+    program = """
+import resource, sys, warnings
+from theworld.data.images import ImageError, read_image
+warnings.simplefilter("ignore")
+read_image(sys.argv[1], "small.png")  # PIL's plugins are loaded
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name in ("bomb.png", "bomb.webp"):
+    try:
+        read_image(sys.argv[1], name)
+        sys.exit("not refused")
+    except ImageError as error:
+        print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    (tmp_path / "small.png").write_bytes(encoded(noise()))
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+        timeout=60,
+    )
+    first, second, megabytes = result.stdout.splitlines()
+    assert first == "bomb.png: 13300 x 13300 pixels; at most 89478485 are decoded"
+    assert second == "bomb.webp: 13300 x 13300 pixels; at most 89478485 are decoded"
+    assert int(megabytes) < 50
+
+
+def test_a_library_that_lets_truncated_files_pass_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES"):
+        decode(encoded(noise()), "a")
+
+
+# Files
+
+
+def file_reason(root: Path, name: str, **options: int) -> str:
+    with pytest.raises(ImageError) as error:
+        read_bytes(root, name, **options)
+    assert error.value.path == name
+    return error.value.reason
+
+
+def test_the_bytes_of_a_file_are_read_through_links_that_stay_inside(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    (root / "sub").mkdir(parents=True)
+    (root / "sub" / "a.jpg").write_bytes(b"bytes")
+    (root / "link.jpg").symlink_to("sub/a.jpg")
+    (tmp_path / "other").symlink_to(root)
+    assert read_bytes(root, "sub/a.jpg") == read_bytes(str(tmp_path / "other"), "link.jpg") == b"bytes"
+
+
+@pytest.mark.torture("security", "paths that leave the folder: absolute, .., NUL, links, devices")
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "large.jpg").write_bytes(b"12345")
+    assert file_reason(tmp_path, "fifo.jpg") == "not a regular file"
+    assert file_reason(tmp_path, "folder.jpg") == "not a regular file"
+    assert file_reason(tmp_path, ".") == "not a regular file"
+    assert file_reason(tmp_path, "empty.jpg") == "zero bytes"
+    assert file_reason(tmp_path, "loop.jpg")
+    assert file_reason(tmp_path, "large.jpg", max_bytes=4) == "5 bytes; at most 4 are read"
+    assert file_reason(tmp_path, "nowhere.jpg") == f"no such file in {tmp_path}"
+    assert file_reason(tmp_path, "large.jpg/a") == "Not a directory"
+    assert "too long" in file_reason(tmp_path, "a" * 300).lower()
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../a.jpg", "sub/../../a.jpg", "a\0.jpg", "\ud800.jpg"])
+@pytest.mark.torture("security", "paths that leave the folder: absolute, .., NUL, links, devices")
+def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"secret")
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    assert "path" in file_reason(tmp_path / "images", name)
+
+
+@pytest.mark.torture("security", "paths that leave the folder: absolute, .., NUL, links, devices")
+def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    (tmp_path / "images2").mkdir()
+    (tmp_path / "images2" / "a.jpg").write_bytes(b"secret")
+    (root / "a.jpg").symlink_to(tmp_path / "images2" / "a.jpg")
+    (root / "null.jpg").symlink_to("/dev/null")
+    (root / "sub").symlink_to(tmp_path / "images2")
+    for name in ("a.jpg", "null.jpg", "sub/a.jpg"):
+        assert "symbolic link out of the image folder" in file_reason(root, name)
+
+
+def test_an_image_error_says_path_and_reason_and_survives_a_process_border() -> None:
+    error = pickle.loads(pickle.dumps(ImageError("a.jpg", "zero bytes")))  # noqa: S301 - our own bytes
+    assert (error.path, error.reason, str(error)) == ("a.jpg", "zero bytes", "a.jpg: zero bytes")
+    assert isinstance(error, ValueError)
+
+
+# Arrays
+
+
+def test_a_square_is_the_whole_picture_stretched() -> None:
+    pixels = np.zeros((4, 8, 3), np.uint8)
+    pixels[:2, :4] = 255
+    result = square(pixels, 4)
+    assert result.shape == (4, 4, 3)
+    assert result.dtype == np.uint8
+    assert result[0, 0].tolist() == [255, 255, 255]
+    assert result[3, 3].tolist() == result[3, 0].tolist() == result[0, 3].tolist() == [0, 0, 0]
+    same = np.array(noise(16, 16))
+    np.testing.assert_array_equal(square(same, 16), same)
+
+
+def test_a_square_is_made_with_antialiasing() -> None:
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    # Without antialiasing a quarter of the size would show single stripes. The border sees fewer columns.
+    assert np.unique(square(stripes, 16)[:, 2:-2]).tolist() in ([127], [128], [127, 128])
+
+
+def test_the_unit_range_is_exact_at_both_ends() -> None:
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    result = to_unit_range(pixels)
+    assert result.dtype == np.float32
+    assert result.shape == (3, 16, 16)
+    assert result.flags.c_contiguous
+    assert (result[0, 0, 0], result[2, 15, 15]) == (-1.0, 1.0)
+    # One rounding of a float32 division, one of a subtraction: at most 2^-23.
+    np.testing.assert_allclose(result[1].ravel(), np.arange(256) / 127.5 - 1, rtol=0, atol=2**-23)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4), (3, 4, 4)])
+def test_arrays_of_another_shape_or_type_are_refused(shape: tuple[int, ...]) -> None:
+    for convert in (to_unit_range, lambda pixels: square(pixels, 2)):
+        with pytest.raises(ValueError, match=r"wanted uint8\[H, W, 3\]"):
+            convert(np.zeros(shape, np.uint8))
+        with pytest.raises(ValueError, match="float32"):
+            convert(np.zeros((4, 4, 3), np.float32))
+
+
+def test_a_hash_is_the_sha256_of_the_bytes() -> None:
+    assert sha256(b"abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_the_preprocessing_is_described_in_words() -> None:
+    assert sorted(PREPROCESSING) == ["alpha", "colour", "depth", "orientation", "range", "resize"]
+    assert all(isinstance(words, str) and words for words in PREPROCESSING.values())
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason=f"the photographs are not at {PHOTOGRAPHS}")
+def test_all_real_photographs_are_read() -> None:
+    names = sorted(path.name for path in PHOTOGRAPHS.glob("*.jpg"))
+    assert len(names) == 96
+    for name in names:
+        pixels = read_image(PHOTOGRAPHS, name)
+        assert pixels.dtype == np.uint8
+        assert min(pixels.shape[:2]) > 100
+        assert max(pixels.shape[:2]) <= 640
+        assert 10 < pixels.mean() < 250
+
+
+@pytest.fixture
+def own(config: Config, tmp_path: Path) -> Config:
+    """Settings with photographs of their own and a finished cache beside them."""
+    shutil.copytree(str(config.image_folder), tmp_path / "photographs")
+    config = replace(config, image_folder=str(tmp_path / "photographs"))
+    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
+    return config
+
+
+def edited(path: Path) -> None:
+    """Another last byte, and the time stamp as before."""
+    status, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "edited": edited,
+    "replaced": lambda path: shutil.copy(path.with_name("a.png"), path),
+    "deleted": lambda path: path.unlink(),
+    "emptied": lambda path: path.write_bytes(b""),
+    "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+@pytest.mark.torture(
+    "cache", "a photograph edited, replaced, deleted after extraction: noticed before training"
+)
+def test_training_does_not_start_on_photographs_that_changed(
+    own: Config, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(str(own.image_folder)) / "b.png"
+    before = sha256(path.read_bytes())
+    CHANGES[change](path)
+    monkeypatch.setattr(Gemma, "load_weights", None)  # no model loads
+    monkeypatch.setattr(loading, "COMPARE_SECONDS", 0.0)  # what has another time stamp is read all the same
+    with pytest.raises(PhotographsChanged) as caught:
+        Trainer(own, tmp_path / "cache")
+    now = {
+        "deleted": f"no such file in {path.parent}",
+        "emptied": "zero bytes",
+        "a FIFO": "not a regular file",
+    }
+    compared = int(
+        str(caught.value).split()[2]
+    )  # those with another time stamp; at once after extraction maybe all
+    assert compared in (1, 2, 3)
+    after = now[change] if change in now else sha256(path.read_bytes())
+    assert str(caught.value) == (
+        f"1 of {compared} photographs in {path.parent} changed since they were extracted:\n"
+        f"  b.png: SHA-256 was {before}, now {after}\n"
+        "Put them back, or extract into another --cache"
+    )
+    assert not Path(own.output_dir).exists()
+
+
+def test_training_says_what_was_compared(
+    own: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    assert "photographs: all 3 are those that were extracted" in Trainer(own, cache).data.notes
+    moved = replace(own, image_folder=str(tmp_path / "nowhere"))
+    assert f"photographs: not in {tmp_path / 'nowhere'}, so they were not compared with the cache" in (
+        Trainer(moved, cache).data.notes
+    )
+    assert not any(
+        "photographs" in note for note in Trainer(replace(own, image_folder=None), cache).data.notes
+    )
+    monkeypatch.setenv("RANK", "1")  # the first process looks
+    edited(Path(str(own.image_folder)) / "a.png")
+    assert loading.compared(own, Rows(cache / "latents", "latents"), ["a.png"]) == []
+
+
+def test_with_too_little_time_all_that_are_newer_and_some_others_are_compared(tmp_path: Path) -> None:
+    names = [f"{i:03}.jpg" for i in range(300)]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode())
+    images = {name: sha256(name.encode()) for name in names}
+    newest = max((tmp_path / name).stat().st_ctime for name in names)
+    while True:  # until the clock of the file system has gone on
+        (tmp_path / "007.jpg").write_bytes(b"007.jpg")
+        if (tmp_path / "007.jpg").stat().st_ctime > newest:
+            break
+
+    def clock(times: Iterator[float] = iter([0.0, 1.0, 4.0, 6.0])) -> float:  # noqa: B008
+        return next(times)
+
+    line = check_photographs(images, tmp_path, newest, 5.0, clock)
+    assert line == (
+        "photographs: 129 of 300 compared in 5 s (1 with newer time stamps, the others at random): they are those that "
+        "were extracted; tools/doctor.py compares all"
+    )
+    (tmp_path / "008.jpg").write_bytes(b"other")
+    with pytest.raises(PhotographsChanged, match=r"008\.jpg: SHA-256 was "):
+        check_photographs(images, tmp_path, newest, 0.0)
+
+
+def test_the_first_few_of_many_are_shown(tmp_path: Path) -> None:
+    with pytest.raises(PhotographsChanged) as caught:
+        check_photographs({f"{i}.jpg": "0" * 64 for i in range(8)}, tmp_path)
+    assert len(caught.value.changes) == 8
+    assert str(caught.value).splitlines()[-2:] == [
+        "  and 3 more",
+        "Put them back, or extract into another --cache",
+    ]
+
+
+@pytest.mark.torture("cache", "a photograph edited while training reads it")
+def test_a_photograph_that_changes_while_training_stops_it(own: Config, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "cache" / VISION)
+    trainer = Trainer(own, tmp_path / "cache")  # reads the photographs at every step
+    assert isinstance(trainer.data.vision, LiveVision)
+    trainer.output_dir.mkdir()
+    trainer.train_step()
+    saved = trainer.save()
+    content = {path: path.read_bytes() for path in saved.iterdir()}
+    for name in ("a.png", "b.png", "c.png"):
+        edited(Path(str(own.image_folder)) / name)
+    with pytest.raises(
+        ImageError, match=r"[abc]\.png: changed since its latents were extracted: SHA-256 was"
+    ):
+        trainer.train_step()
+    assert {path: path.read_bytes() for path in saved.iterdir()} == content

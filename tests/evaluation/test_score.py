@@ -1,0 +1,303 @@
+"""What is scored, and what training had of it: nothing counts as held out that was trained on, without a word.
+
+Checkpoints scored together answer as each by itself, and say where their answers come from.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from constants import ROOT
+
+from theworld.config.config import Config, save_config
+from theworld.data.vsr import OWN, SIZES, load_statements
+from theworld.evaluation.metrics import SYSTEMS, read_jsonl, summarise
+from theworld.evaluation.score import default_output, held_out, read_source, score, score_to_file, short_names
+from theworld.extraction.extract import extract
+from theworld.models import theworld
+from theworld.models.gemma import Gemma
+from theworld.models.serialization import read_world
+from theworld.training.trainer import Trainer
+from theworld.utils.files import hash_file
+
+
+@pytest.fixture
+def cache(config: Config, tmp_path: Path) -> Path:
+    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def seeds(config: Config, cache: Path, tmp_path: Path) -> list[Path]:
+    """Two runs of one step, of different seeds."""
+    config = replace(config, max_steps=1, do_eval=False)
+    return [
+        Trainer(replace(config, seed=s, output_dir=str(tmp_path / f"s{s}")), cache).run().parent
+        for s in (0, 1)
+    ]
+
+
+def test_checkpoints_together_answer_as_each_by_itself_with_one_gemma(
+    seeds: list[Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    real = theworld.TheWorld.from_pretrained
+
+    def watched(path: Path, gemma: Gemma | None, **overrides: object) -> object:
+        model = real(path, gemma, **overrides)
+        loaded.append(model.gemma)
+        return model
+
+    alone = [score(path / "checkpoint-1", cache, None, "test", SYSTEMS, {}) for path in seeds]
+    monkeypatch.setattr(theworld.TheWorld, "from_pretrained", watched)
+    output = tmp_path / "both.jsonl"
+    command = ["python", "tools/eval.py", "--annotations", "my data"]
+    path, summary = score_to_file(seeds, "test", cache, None, SYSTEMS, {}, command, output)
+    assert path == output
+    rows = read_jsonl(output)
+    own = [f"{name}:{kind}" for name in ("s0", "s1") for kind in ("world", "zero", "shuffled")]
+    assert list(rows[0]["systems"]) == ["baseline", "text", *own]
+    for name, wanted in zip(("s0", "s1"), alone, strict=True):
+        for row, one in zip(rows, wanted, strict=True):
+            for kind in SYSTEMS:
+                found = row["systems"][kind if kind in ("baseline", "text") else f"{name}:{kind}"]
+                assert found == pytest.approx(one["systems"][kind], abs=1e-4)
+    assert loaded[0] is loaded[1]
+    assert rows[0]["systems"]["s0:world"] != rows[0]["systems"]["s1:world"]
+    assert summary == summarise(rows)
+    assert set(summary["checkpoints"]["world"]["each"]) == {"s0", "s1"}
+    source = read_source(output)
+    assert source is not None
+    assert source["command"] == "python tools/eval.py --annotations 'my data'"
+    assert source["records_sha256"] == hash_file(output)[1]
+    assert [source["checkpoints"][name]["seed"] for name in ("s0", "s1")] == [0, 1]
+    assert source["checkpoints"]["s1"]["step"] == 1
+    assert source["cache"]["latents"]["fingerprint"]["latent_size"] == 64
+    assert "latents_mean" not in source["cache"]["latents"]["fingerprint"]
+    assert source["statements_in_split"] == len(rows) == 4
+
+
+def test_checkpoints_that_ask_in_other_words_have_a_baseline_each(
+    config: Config, cache: Path, tmp_path: Path
+) -> None:
+    config = replace(config, max_steps=1, do_eval=False)
+    ways = {"plainly": config, "worded": replace(config, question_template="Is it so? {caption}")}
+    runs = [
+        Trainer(replace(way, output_dir=str(tmp_path / name)), cache).run().parent
+        for name, way in ways.items()
+    ]
+    score_to_file(runs, "test", cache, None, ("world", "baseline"), {}, [], tmp_path / "r.jsonl")
+    rows = read_jsonl(tmp_path / "r.jsonl")
+    wanted = ["plainly:world", "plainly:baseline", "worded:world", "worded:baseline"]
+    assert list(rows[0]["systems"]) == wanted
+    assert rows[0]["systems"]["plainly:baseline"] != rows[0]["systems"]["worded:baseline"]
+
+
+def test_baseline_is_the_published_gemma_and_a_trained_one_stands_beside_it(
+    seeds: list[Path], config: Config, cache: Path, tmp_path: Path
+) -> None:
+    """A second stage that trains Gemma's language model: what that answers alone is another system."""
+    stage = replace(
+        config,
+        max_steps=3,
+        do_eval=False,
+        learning_rate=1e-2,
+        init_from=str(seeds[0]),
+        freeze_gemma_language=False,
+        output_dir=str(tmp_path / "stage-2"),
+    )
+    second = Trainer(stage, cache).run()
+    assert read_world(second)["parts"] == ["language"]
+    alone = score(seeds[0] / "checkpoint-1", cache, None, "test", SYSTEMS, {})
+    score_to_file([seeds[0], second.parent], "test", cache, None, SYSTEMS, {}, [], tmp_path / "r.jsonl")
+    rows = read_jsonl(tmp_path / "r.jsonl")
+    own = ["world", "zero", "shuffled", "text"]
+    wanted = ["baseline", *(f"s0:{k}" for k in own), "stage-2:world", "stage-2:without"]
+    assert list(rows[0]["systems"]) == [*wanted, *(f"stage-2:{k}" for k in own[1:])]
+    single = score(second, cache, None, "test", SYSTEMS, {})
+    assert list(single[0]["systems"]) == ["world", "without", "zero", "shuffled", "text", "baseline"]
+    for row, one, published in zip(rows, single, alone, strict=True):
+        plain = published["systems"]["baseline"]
+        assert row["systems"]["baseline"] == pytest.approx(plain, abs=1e-4)
+        assert one["systems"]["baseline"] == pytest.approx(plain, abs=1e-4)
+        assert row["systems"]["stage-2:without"] == pytest.approx(one["systems"]["without"], abs=1e-4)
+    gap = [
+        abs(one["systems"]["without"]["logit_1"] - one["systems"]["baseline"]["logit_1"]) for one in single
+    ]
+    assert max(gap) > 1e-2
+    source = read_source(tmp_path / "r.jsonl")
+    assert source is not None
+    assert [source["checkpoints"][name]["parts"] for name in ("s0", "stage-2")] == [[], ["language"]]
+
+
+def test_results_of_a_run_lie_in_it(seeds: list[Path], cache: Path) -> None:
+    path, _ = score_to_file(seeds[:1], "test", cache, None, ("world",), {}, [])
+    assert path == seeds[0] / "evaluation" / "checkpoint-1-own-data-test.jsonl"
+    names = ["checkpoint-1-own-data-test" + end for end in (".jsonl", ".meta.json", ".summary.json")]
+    assert sorted(p.name for p in path.parent.iterdir()) == names
+    with pytest.raises(ValueError, match="several models belong to no single run; name an --output"):
+        score_to_file(seeds, "test", cache, None, ("world",), {}, [])
+
+
+def test_a_model_that_lies_by_itself_has_its_results_in_its_folder(tmp_path: Path) -> None:
+    download = tmp_path / "snapshot"
+    wanted = download / "evaluation" / "snapshot-own-data-dev.jsonl"
+    assert default_output([download], [download], "own data", "dev") == wanted
+
+
+def test_where_results_come_from_is_not_believed_of_other_records(seeds: list[Path], cache: Path) -> None:
+    path, _ = score_to_file(seeds[:1], "test", cache, None, ("world",), {}, [])
+    meta = path.with_suffix(".meta.json")
+    whole = json.loads(meta.read_text())
+    assert read_source(path) == whole
+    del whole["checkpoints"][""]["parts"], whole["date"]
+    meta.write_text(json.dumps(whole))
+    with pytest.raises(
+        ValueError, match=r"test\.meta\.json has no date, parts; score again, or move it away"
+    ):
+        read_source(path)
+    score_to_file(seeds[:1], "test", cache, None, ("world",), {}, [])
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match=r"test\.meta\.json is of records with SHA-256 .*; score again"):
+        read_source(path)
+    path.with_suffix(".meta.json").unlink()
+    assert read_source(path) is None
+
+
+def test_a_text_only_gemma_is_not_asked_without_the_photograph(
+    config: Config, cache: Path, text_gemma_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(config, model_name=str(text_gemma_folder), do_eval=False, max_steps=1)
+    checkpoint = Trainer(config, cache).run()
+    rows = score(checkpoint, cache, None, "test", ("baseline", "text"), {})
+    assert list(rows[0]["systems"]) == ["baseline"]
+    assert "without 'text': this Gemma sees no photograph, so it is 'baseline'" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="so it is 'baseline'; ask for that"):
+        score(checkpoint, cache, None, "test", ("text",), {})
+
+
+def test_names_are_the_shortest_that_tell_checkpoints_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a/run/checkpoint-4", "b/run/checkpoint-4", "b/run/checkpoint-8")]
+    assert short_names(folders[:1], folders[:1]) == [""]
+    assert short_names(folders[1:], folders[1:]) == ["checkpoint-4", "checkpoint-8"]
+    assert short_names(folders, folders) == ["a/run/checkpoint-4", "b/run/checkpoint-4", "b/run/checkpoint-8"]
+    assert short_names([tmp_path / "a", tmp_path / "c:d"], folders[:2]) == ["a", "c_d"]  # as they were given
+    with pytest.raises(ValueError, match=r"a/run/checkpoint-4 is named twice"):
+        short_names([tmp_path / "a" / "run", folders[0]], [folders[0], folders[0]])
+
+
+VSR = ROOT.parent / "shared" / "vsr"
+
+
+def write(folder: Path, split: str, captions: Sequence[tuple[str, str]]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"image": i, "caption": c, "label": 1, "relation": "on"} for i, c in captions]
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def vsr(tmp_path: Path) -> Path:
+    """Both releases in small: two of three zeroshot test statements are in random train, none of random's own test."""
+    folder = tmp_path / "vsr"
+    write(folder / "random", "train", [("a.jpg", "one"), ("b.jpg", "two"), ("c.jpg", "three")])
+    write(folder / "random", "test", [("a.jpg", "four"), ("d.jpg", "five")])
+    write(folder / "zeroshot", "train", [("a.jpg", "four"), ("e.jpg", "six")])
+    write(folder / "zeroshot", "test", [("a.jpg", "one"), ("b.jpg", "two"), ("d.jpg", "five")])
+    return folder
+
+
+def checkpoint(folder: Path, annotations: Path, name: str = "vsr", **settings: object) -> Path:
+    folder.mkdir()
+    config = Config(annotations=str(annotations), dataset_name=name, image_folder="photos", **settings)  # type: ignore[arg-type]
+    save_config(config, folder / "config.json")
+    return folder
+
+
+def test_a_split_with_what_training_had_of_it(vsr: Path, tmp_path: Path) -> None:
+    data = held_out({"": checkpoint(tmp_path / "c", vsr)}, "test", {})
+    assert [s.caption for s in data.statements] == ["four", "five"]
+    assert data.seen_images == {"a.jpg"}
+    assert data.in_train == {("a.jpg", "one"), ("b.jpg", "two"), ("c.jpg", "three")}
+    assert (data.dataset, data.split, data.image_folder) == (OWN, "test", "photos")
+    assert data.trained_on == {"": "3 statements of own data train"}
+
+
+def test_statements_that_were_cut_from_training_were_not_seen(vsr: Path, tmp_path: Path) -> None:
+    data = held_out({"": checkpoint(tmp_path / "c", vsr, num_samples=1)}, "train", {})
+    assert data.in_train == {("a.jpg", "one")}
+    assert data.seen_images == {"a.jpg"}
+
+
+def test_zeroshot_is_refused_to_a_model_of_random_unless_it_is_asked_for(vsr: Path, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "c", vsr, "vsr_random")
+    wanted = "c was trained on VSR random, and 2 of the 3 statements of zeroshot test are among its training"
+    with pytest.raises(
+        ValueError, match=rf"{wanted}.* --dataset_name vsr_zeroshot, or give --allow_trained_statements"
+    ):
+        held_out({"": path}, "test", {"dataset_name": "vsr_zeroshot"})
+    data = held_out({"": path}, "test", {"dataset_name": "vsr_zeroshot"}, allow_trained=True)
+    assert [(s.image, s.caption) in data.in_train for s in data.statements] == [True, True, False]
+    assert data.seen_images == {"a.jpg", "b.jpg"}
+
+
+def test_the_reverse_is_refused_where_statements_are_shared(vsr: Path, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "c", vsr, "vsr_zeroshot")
+    with pytest.raises(ValueError, match="VSR zeroshot, and 1 of the 2 statements of random test"):
+        held_out({"": path}, "test", {"dataset_name": "vsr"})
+    assert len(held_out({"": path}, "test", {}).statements) == 3
+
+
+def test_training_statements_that_moved_have_to_be_named(vsr: Path, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "c", tmp_path / "gone")
+    with pytest.raises(
+        ValueError, match=r"cannot be told: annotations: no file or folder .*gone; give --train_annot"
+    ):
+        held_out({"": path}, "test", {"annotations": str(vsr)})
+    data = held_out({"": path}, "test", {"annotations": str(vsr)}, train_annotations=str(vsr))
+    assert data.seen_images == {"a.jpg"}
+
+
+def test_what_an_earlier_stage_was_trained_on_was_seen(vsr: Path, tmp_path: Path) -> None:
+    write(tmp_path / "own", "train", [("d.jpg", "five")])
+    first = checkpoint(tmp_path / "first", tmp_path / "own")
+    (first / "projection.safetensors").touch()
+    second = checkpoint(tmp_path / "second", vsr, init_from=str(first))
+    data = held_out({"": second}, "test", {})
+    assert data.seen_images == {"a.jpg", "d.jpg"}
+    assert data.trained_on == {
+        "": "3 statements of own data train, before that on 1 statements of own data train"
+    }
+    (first / "projection.safetensors").unlink()
+    with pytest.raises(
+        ValueError, match=r"second was trained on train of .*vsr \(vsr\) from .*first, .*neither a check"
+    ):
+        held_out({"": second}, "test", {})
+    assert held_out({"": second}, "test", {}, train_annotations=str(vsr)).seen_images == {"a.jpg"}
+
+
+def test_checkpoints_are_compared_on_the_same_statements(vsr: Path, tmp_path: Path) -> None:
+    write(tmp_path / "own", "train", [("d.jpg", "five")])
+    both = {"x": checkpoint(tmp_path / "x", vsr), "y": checkpoint(tmp_path / "y", tmp_path / "own")}
+    with pytest.raises(
+        ValueError, match=r"name different statements \(x: .*vsr, vsr; y: .*own, vsr\); give --annot"
+    ):
+        held_out(both, "test", {})
+    data = held_out(both, "test", {"annotations": str(vsr)})
+    assert data.seen_images == {"a.jpg", "d.jpg"}  # by either
+    assert ("d.jpg", "five") in data.in_train
+    assert set(data.trained_on) == {"x", "y"}
+
+
+@pytest.mark.skipif(not VSR.is_dir(), reason="no real data: ../shared/vsr is not there")
+def test_the_real_releases(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "c", VSR)
+    with pytest.raises(ValueError, match=r"830 of the 1,222 statements of zeroshot test"):
+        held_out({"": path}, "test", {"dataset_name": "vsr_zeroshot"})
+    data = held_out({"": path}, "test", {})
+    assert sum(s.image in data.seen_images for s in data.statements) == 1226
+    assert data.dataset == "vsr_random"
+    assert data.trained_on == {"": "7,680 statements of vsr_random train"}
+    for (release, split), size in SIZES.items():
+        assert len(load_statements(VSR, split, f"vsr_{release}")) == size

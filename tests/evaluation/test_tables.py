@@ -1,0 +1,59 @@
+"""What a terminal shows, line by line."""
+
+from dataclasses import replace
+
+import numpy as np
+from records import statement, with_rest
+
+from theworld.evaluation.metrics import records, summarise
+from theworld.evaluation.tables import table
+
+
+def shown(dataset: str, split: str = "test") -> list[str]:
+    """The table of four true statements about four images, of which world has 3 right and baseline 1."""
+    asked = [replace(statement(i, f"{i}.jpg", 1), relation="left of") for i in range(4)]
+    hits = {"world": 3, "baseline": 1}
+    answers = {s: with_rest(np.array([[0.0, 1.0]] * n + [[1.0, 0.0]] * (4 - n))) for s, n in hits.items()}
+    return table(summarise(records(asked, answers, {"0.jpg"}, set(), dataset, split))).splitlines()
+
+
+def test_published_systems_stand_below_ours_and_are_called_quoted() -> None:
+    lines = shown("vsr_random")
+    assert lines[0] == "4 statements, 4 images of vsr_random test"
+    found = [line for line in lines if "quoted: " in line]
+    assert [line.split("  ")[0] for line in found] == [
+        "human",
+        "PaliGemma 2 10B, fine-tuned",
+        "PaliGemma 2 3B, fine-tuned",
+        "LXMERT",
+        "ViLT",
+        "CLIP, frozen",
+    ]
+    assert found[0].split()[1] == "95.4%"
+    assert all("arXiv" in line for line in found)
+    assert not any("quoted" in line for line in [*shown("own data"), *shown("vsr_random", "dev")])
+
+
+def test_systems_pairs_and_groups_have_their_intervals() -> None:
+    lines = shown("own data")
+    # Wilson of 3 of 4; images drawn again have 3 of 4 right as well, from 1 to 4 of them in 95 % of the cases.
+    assert "world                        4     75.0%  30.1%–95.4%      25.0%–100.0%" in lines
+    assert any(
+        line.startswith("world − baseline") and "+50.0 points" in line and "2 / 0, p = 0.5" in line
+        for line in lines
+    )
+    assert "  left of                    4  75.0% / 25.0%  (few)  [30.1%–95.4% / 4.6%–69.9%]" in lines
+    assert "  True                       1  100.0% / 100.0%  (few)  [20.7%–100.0% / 20.7%–100.0%]" in lines
+    # Nothing is balanced, or put in order, among statements that are all true.
+    assert [line.split()[2:4] for line in lines if line.startswith("world ") and "mean" in line] == [
+        ["none", "none"]
+    ]
+
+
+def test_the_last_lines_are_the_verdict_and_what_belongs_to_it() -> None:
+    lines = shown("own data")
+    (place,) = [
+        i for i, line in enumerate(lines) if line.startswith("No evidence that world tokens help: 75.0 %")
+    ]
+    assert all(line.startswith("- ") for line in lines[place + 1 :])
+    assert lines[-1] == "- 4 statements are few: the intervals are wide."

@@ -1,0 +1,116 @@
+"""Linear layers in 8 bits: how near the values are, and where they are refused. Speed and training: test_cuda.
+
+The decoder against transformers' own, layer weights shared, compiled and not.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from constants import EMBEDDED_GEMMA
+from tiny_model import gradients, latents_of, make_model, vision_of
+
+from theworld.data.vsr import Statement
+from theworld.models.attention import attention_masks
+from theworld.models.decoder import Decoder, quantise, to_fp8
+from theworld.models.gemma import Gemma
+
+
+@pytest.fixture(params=["multimodal", "text-only"])
+def own_gemma(request: pytest.FixtureRequest, text_gemma_folder: Path) -> Gemma:
+    return Gemma(str(EMBEDDED_GEMMA if request.param == "multimodal" else text_gemma_folder))
+
+
+def test_hidden_states_and_input_gradients_are_transformers_own(
+    own_gemma: Gemma, statements: list[Statement]
+) -> None:
+    batch = make_model(own_gemma).packer().pack(statements)
+    masks = attention_masks(batch, own_gemma.sliding_window, "sdpa")
+    x = torch.randn(*batch.token_ids.shape, own_gemma.width, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+    everything = own_gemma.text_model(
+        inputs_embeds=x, attention_mask=masks, position_ids=batch.position_ids, use_cache=False
+    ).last_hidden_state
+    wanted = torch.tensor([5, 40, int(batch.label_rows[1])])
+    theirs = everything.flatten(0, 1)[wanted]
+    (their_gradient,) = torch.autograd.grad(theirs.square().sum(), x)
+    ours = Decoder(own_gemma)(x, batch, wanted)
+    (our_gradient,) = torch.autograd.grad(ours.square().sum(), x)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(our_gradient, their_gradient, atol=1e-4, rtol=1e-5)
+
+
+def test_merged_weights_are_views_and_transformers_goes_on_as_before(own_gemma: Gemma) -> None:
+    ids = torch.arange(12)[None]
+    before = {name: p.clone() for name, p in own_gemma.model.named_parameters()}
+    with torch.no_grad():
+        wanted = own_gemma.text_model(input_ids=ids, use_cache=False).last_hidden_state
+        first, second = Decoder(own_gemma), Decoder(own_gemma)  # twice: each has all that it needs
+        assert torch.equal(own_gemma.text_model(input_ids=ids, use_cache=False).last_hidden_state, wanted)
+    for name, parameter in own_gemma.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    attention = own_gemma.text_model.layers[0].self_attn
+    assert (
+        attention.k_proj.weight.untyped_storage().data_ptr()
+        == second.layers[0].qkv.untyped_storage().data_ptr()
+    )
+    assert torch.equal(first.layers[0].qkv, second.layers[0].qkv)
+
+
+def test_a_model_that_computes_something_else_is_refused(own_gemma: Gemma) -> None:
+    own_gemma.text_config.attn_logit_softcapping = 50.0
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping is 50\.0; this is built for None"):
+        Decoder(own_gemma)
+
+
+@pytest.mark.heavy
+def test_compiled_code_gives_the_same_at_every_length_and_does_not_compile_for_each(
+    photographs: Path, statements: list[Statement]
+) -> None:
+    gemma = Gemma(str(EMBEDDED_GEMMA))
+    plain, compiled = make_model(gemma), make_model(gemma, compile=True)
+    torch._dynamo.reset()
+    graphs = []
+    for chosen in (statements, statements[:2], statements[2:5], statements[:4], statements[1:3]):
+        found = []
+        for model in (plain, compiled):
+            batch = model.packer().pack(chosen)
+            vision = vision_of(gemma, photographs, batch.images)
+            loss = model.losses(batch, latents_of(batch.worlds), vision)["total"]
+            loss.backward()
+            found.append((loss.detach(), gradients(model)))
+        (loss, wanted), (fast, ours) = found
+        torch.testing.assert_close(fast, loss, atol=1e-5, rtol=1e-5)
+        for name in wanted:
+            scale = wanted[name].abs().max()
+            torch.testing.assert_close(ours[name] / scale, wanted[name] / scale, atol=1e-5, rtol=0)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[-2] == graphs[-3]  # lengths that were not seen before, and no new code
+
+
+def test_every_row_has_its_own_scale_and_comes_back_within_a_sixteenth() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 96, generator=generator) * torch.logspace(-6, 6, 64)[:, None]
+    values, scale = quantise(x)
+    assert (values.dtype, values.shape, scale.dtype, scale.shape) == (
+        torch.float8_e4m3fn,
+        (64, 96),
+        torch.float32,
+        (64, 1),
+    )
+    back = values.float() * scale
+    # e4m3 has three bits behind the leading one: half a step is 1/16 of a normal value, below it 2^-10 of the scale
+    assert ((back - x).abs() <= x.abs() / 16 + scale * 2**-10).all()
+    torch.testing.assert_close(values.float().abs().amax(1), torch.full((64,), 448.0))
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    values, scale = quantise(torch.zeros(2, 8))
+    assert not values.float().any()
+    assert torch.isfinite(scale).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="fp8 is true, but cpu has no 8-bit products: it takes a Hopper GPU"):
+        to_fp8(torch.randn(16, 16))

@@ -1,0 +1,55 @@
+"""The order of the packages: each imports only from packages in the lines above its own, and no modules form a cycle."""
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from constants import ROOT
+
+ORDER = [
+    {"utils"},
+    {"config", "store"},
+    {"data"},
+    {"models"},
+    {"extraction"},
+    {"evaluation", "hub"},
+    {"training", "report", "serving"},
+    {"cli"},
+]
+RANK = {package: rank for rank, packages in enumerate(ORDER) for package in packages}
+PACKAGE = ROOT / "theworld"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in PACKAGE.rglob("*.py")
+    if path.parent != PACKAGE and path.name != "__init__.py"
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the names of the project's modules and packages that a file imports, at any depth."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            for alias in node.names:
+                module = f"{node.module}.{alias.name}"
+                yield module if module in MODULES else str(node.module)
+
+
+def test_a_package_imports_only_from_packages_above_its_own() -> None:
+    assert {path.parent.name for path in MODULES.values()} == set(RANK)
+    for module, path in MODULES.items():
+        own = module.split(".")[1]
+        for name in imports(path):
+            top, _, rest = name.partition(".")
+            assert top not in ("tools", "tests", "benchmark", "demo_models"), f"{module} imports {name}"
+            if top == "theworld" and rest:
+                other = rest.split(".")[0]
+                assert other == own or RANK[other] < RANK[own], f"{module} imports {name}"
+
+
+def test_no_modules_import_each_other_in_a_cycle() -> None:
+    graph = {module: {n for n in imports(path) if n in MODULES} for module, path in MODULES.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)

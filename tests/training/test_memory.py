@@ -1,0 +1,118 @@
+"""What a run says before it starts is what it then does, and nothing is written for it.
+
+How much memory a training takes, by hand.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from constants import EMBEDDED_GEMMA
+
+from theworld.config.config import Config
+from theworld.extraction.extract import extract
+from theworld.models.gemma import Gemma
+from theworld.training import memory as machine
+from theworld.training.memory import PUBLISHED, Memory, Plan, Sizes, check_memory, sizes_of, training_bytes
+from theworld.training.trainer import Trainer
+from theworld.utils.device import GIB, memory_of
+
+
+def test_the_guides_run_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16; RESULTS.md: a layer keeps 3 x 2,560 + 2 x 10,240 + 24 x 256 values of a token."""
+    monkeypatch.setattr(machine, "resolve_device", lambda name: torch.device("cuda"))
+    weights, kept = training_bytes(Config(), PUBLISHED["4b"])
+    assert weights == 2 * 3.88e9
+    tokens = 8 * (256 + 256 + 60)
+    assert kept == 2 * tokens * 34 * 34_304
+    again = replace(Config(), use_gradient_checkpointing=True)
+    assert training_bytes(again, PUBLISHED["4b"])[1] == 2 * tokens * (34 * 2_560 + 3 * 34_304)
+    channels = replace(Config(), world_mode="channel")
+    assert training_bytes(channels, PUBLISHED["4b"])[1] == 2 * 8 * (16 + 256 + 60) * 34 * 34_304
+
+
+def test_sizes_are_those_of_the_model(gemma: Gemma, text_gemma_folder: Path) -> None:
+    sizes = sizes_of(str(EMBEDDED_GEMMA))
+    assert sizes is not None
+    assert replace(sizes, parameters=0) == Sizes(64, 4, 192, 12, 16, 0, 16)
+    counted = sum(p.numel() for p in gemma.text_model.parameters())
+    assert sizes.parameters == pytest.approx(counted, rel=0.01)  # norms are left out
+    text = sizes_of(str(text_gemma_folder))
+    assert text is not None
+    assert (text.hidden, text.layers, text.image_tokens) == (32, 3, 0)
+
+
+@pytest.mark.parametrize(("name", "size"), [("google/gemma-3-4b-it", "4b"), ("google/gemma-3-270m", "270m")])
+def test_without_its_config_a_published_name_is_enough(
+    monkeypatch: pytest.MonkeyPatch, name: str, size: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/nowhere")
+    assert sizes_of(name) == PUBLISHED[size]
+    assert sizes_of("someone/else") is None
+
+
+def test_this_machine_has_some() -> None:
+    have = memory_of(torch.device("cpu"))
+    assert 0 < have.free <= have.total
+    assert have.capability is None
+
+
+@pytest.fixture
+def cache(config: Config, tmp_path: Path) -> Path:
+    """A finished cache with latents and vision features of the three photographs."""
+    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"freeze_gemma_vision": False}, {"freeze_gemma_language": False, "lora_rank": 2}]
+)
+def test_what_is_counted_from_shapes_is_what_loads(
+    settings: dict[str, object], config: Config, cache: Path, tmp_path: Path
+) -> None:
+    config = replace(config, **settings)
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+    plan = Plan(config, cache)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == files
+    assert not plan.gemma.has_weights
+    lines = list(plan.lines)
+    trainer = Trainer(config, cache)
+    assert trainer.plan.lines == lines
+    assert trainer.model.gemma.has_weights
+    trains = sum(p.numel() for p in trainer.model.trainable().values())
+    gemma = sum(p.numel() for p in trainer.model.gemma.model.parameters())
+    projection = sum(p.numel() for p in trainer.model.projection.parameters())
+    assert plan.facts.trainable == trains
+    assert plan.facts.frozen == gemma + projection - trains
+    trained = sum(p.numel() for p in trainer.model.gemma.model.parameters() if p.requires_grad)
+    assert plan.memory.trained == 16 * (trained + projection)
+    assert plan.memory.frozen == 4 * (gemma - trained)
+
+
+def test_what_a_pass_keeps_is_estimated_from_its_tokens(config: Config, cache: Path) -> None:
+    short = Plan(config, cache).memory
+    longer = Plan(replace(config, world_patch=1), cache).memory
+    less = Plan(replace(config, use_gradient_checkpointing=True), cache).memory
+    vision = Plan(replace(config, freeze_gemma_vision=False), cache).memory
+    assert short.activations < longer.activations
+    assert less.activations < short.activations < vision.activations
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_loads() -> None:
+    memory = Memory(frozen=8 * GIB, trained=64 * GIB, activations=3 * GIB, available=70 * GIB)
+    with pytest.raises(
+        ValueError, match=r"take 72\.0 GiB, and there are 70\.0: .*--lora_rank 16.*--use_fsdp"
+    ):
+        check_memory(memory, sharded=False)
+    check_memory(replace(memory, available=73 * GIB), sharded=False)  # a pass can be made smaller
+    assert str(memory).startswith("memory: about 75.0 of 70.0 GiB: frozen weights 8.0, ")
+
+
+def test_available_is_what_this_machine_has(config: Config, cache: Path) -> None:
+    memory = Plan(config, cache).memory
+    with open("/proc/meminfo") as file:
+        total = int(file.readline().split()[1]) * 1024
+    assert abs(memory.available - total) < 0.01 * total
+    assert torch.device(config.device).type == "cpu"

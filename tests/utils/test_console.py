@@ -1,0 +1,135 @@
+"""What tools print: bars, dry runs, interruptions."""
+
+import io
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from theworld.utils import console
+from theworld.utils.console import (
+    NOTHING_WRITTEN,
+    Bar,
+    ExplainedError,
+    LogBar,
+    configure_logging,
+    progress,
+    rehearse,
+    run_tool,
+)
+
+
+def test_a_log_file_gets_one_line_of_a_short_bar_and_none_of_one_that_vanishes() -> None:
+    file = io.StringIO()
+    with LogBar(range(3), file=file, desc="train") as bar:
+        for number in bar:
+            bar.set_postfix(loss=number)
+    assert "\r" not in file.getvalue()
+    assert file.getvalue().count("\n") == 1
+    assert file.getvalue().startswith("train: 100%|")
+    assert file.getvalue().endswith("loss=2]\n")
+    file = io.StringIO()
+    list(LogBar(range(3), file=file, leave=False))
+    list(LogBar(range(3), file=file, disable=True))
+    assert file.getvalue() == ""
+
+
+def test_a_log_file_gets_a_line_now_and_then_of_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    with LogBar(total=100, file=file) as bar:
+        for _ in range(100):  # 2 s each, with a figure at every step
+            now[0] += 2
+            bar.update()
+            bar.set_postfix(loss=1)
+    assert [line.split("%")[0].strip() for line in file.getvalue().splitlines()] == [
+        "15", "30", "45", "60", "75", "90", "100"
+    ]  # fmt: skip
+
+
+def test_figures_stay_until_they_are_replaced() -> None:
+    bar = Bar(total=1, file=io.StringIO())
+    bar.set_postfix(loss="1.0", accuracy="50%")
+    bar.set_postfix({"dev": "60%"}, accuracy="55%")
+    assert bar.postfix == "loss=1.0, accuracy=55%, dev=60%"
+    bar.close()
+
+
+def test_without_a_terminal_bars_are_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    bar = progress(total=1, disable=True)
+    assert isinstance(bar, LogBar)
+
+
+def test_a_dry_run_says_what_it_has_found_before_the_fault(capsys: pytest.CaptureFixture[str]) -> None:
+    def plan():  # type: ignore[no-untyped-def]
+        yield "reads a"
+        raise ValueError("b is missing")
+
+    assert run_tool("eval", lambda: rehearse(plan)) == 1
+    assert capsys.readouterr() == (f"reads a\n{NOTHING_WRITTEN}\n", "eval: b is missing\n")
+    assert rehearse(lambda: ["fine"]) == 0
+
+
+def test_an_interruption_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert run_tool("bench", interrupted) == 130
+    assert capsys.readouterr().err == "\nbench: interrupted\n"
+    assert run_tool("train", interrupted, interrupted="go on with the same command") == 130
+    assert capsys.readouterr().err == "\ntrain: go on with the same command\n"
+    assert run_tool("bench", lambda: 1) == 1
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, ExplainedError])
+def test_an_error_of_a_user_costs_one_line(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+    def failing() -> int:
+        raise kind("a.jpg is missing")
+
+    assert run_tool("eval", failing) == 1
+    assert capsys.readouterr() == ("", "eval: a.jpg is missing\n")
+
+
+def test_an_error_of_ours_keeps_its_traceback() -> None:
+    def failing() -> int:
+        raise RuntimeError("unforeseen")
+
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        run_tool("eval", failing)
+
+
+def test_tools_wait_without_spinning_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    def policy() -> int:
+        seen.append(os.environ["OMP_WAIT_POLICY"])
+        return 0
+
+    seen: list[str] = []
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    run_tool("train", policy)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    run_tool("train", policy)
+    assert seen == ["passive", "active"]
+
+
+@pytest.fixture
+def package_logger() -> Iterator[logging.Logger]:
+    """The logger of the package, which is as it was after the test."""
+    logger = logging.getLogger("theworld")
+    before = list(logger.handlers), logger.level, logger.propagate
+    yield logger
+    logger.handlers[:], logger.level, logger.propagate = before
+    logger.setLevel(before[1])
+
+
+def test_what_the_package_logs_stands_on_standard_output_once_and_as_it_is(
+    package_logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure_logging()
+    configure_logging()
+    logger = logging.getLogger("theworld.hub.publish")
+    logger.debug("not shown")
+    logger.info("a line")
+    logger.warning("hub: %s", "another")
+    assert capsys.readouterr() == ("a line\nhub: another\n", "")

@@ -1,0 +1,1 @@
+"""What spans all phases: dry runs, the doctor and the demo."""

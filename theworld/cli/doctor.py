@@ -1,0 +1,240 @@
+"""Looks over everything that a run needs before it starts, and says the cure of each fault, in one page."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import numpy as np
+from packaging.requirements import Requirement
+
+from theworld.config.config import Config
+from theworld.data.images import ImageError, check_photographs, missing_photographs, read_image
+from theworld.data.vsr import Statement, images_of, load_all, statements_at_hand
+from theworld.extraction.encoders import expected_latents, expected_vision, plan_latents, plan_vision
+from theworld.models.serialization import checkpoint_step, list_checkpoints
+from theworld.store.format import LATENTS, VISION, read_failures
+from theworld.store.reader import StoreReader, verify_store
+from theworld.training.checkpoint import find_sound
+from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
+from theworld.utils.device import GIB, memory_of, resolve_device
+from theworld.utils.files import check_folder, check_room, free_bytes
+from theworld.utils.hub import GEMMA_FILE, VAE_FILE, Fault, locate
+
+SAMPLE = 100  # photographs that are decoded; extraction decodes all
+OK, NOTE, FAULT = "ok", "note", "FAULT"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the page."""
+
+    topic: str
+    state: str  # OK, NOTE or FAULT
+    says: str
+    cure: str = ""
+
+    def __str__(self) -> str:
+        cure = f"\n{'':<20}cure: {self.cure}" if self.cure else ""
+        return f"{self.state:<6} {self.topic:<12} {self.says}{cure}"
+
+
+def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
+    """What is well and what is not. Loads no model, changes nothing, and raises nothing that a check is for.
+
+    `flags`: of this run's settings, for the commands among the cures.
+    """
+    extract = " ".join(["python tools/extract_latents.py", *([flags] if flags else []), f"--cache {cache}"])
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("libraries", lambda: _libraries()),
+        ("device", lambda: _device(config)),
+        ("Gemma", lambda: _model("Gemma", config.model_name, GEMMA_FILE)),
+        ("Cosmos VAE", lambda: _model("Cosmos VAE", config.cosmos_model_name, VAE_FILE)),
+        ("rollout", lambda: _rollout(config)),
+        ("photographs", lambda: _photographs(config)),
+        ("latents", lambda: _store("latents", cache / LATENTS, extract, config)),
+        ("vision", lambda: _store("vision", cache / VISION, f"{extract} --gemma_vision", config)),
+        ("compared", lambda: _compared(config, cache / LATENTS)),
+        ("output_dir", lambda: _output(config)),
+    ]
+    found: list[Finding] = []
+    for topic, check in checks:
+        try:
+            found += check()
+        except Fault as fault:
+            found.append(Finding(topic, FAULT, fault.says, fault.cure))
+        except (ValueError, OSError) as error:
+            found.append(Finding(topic, FAULT, str(error)))
+    return found
+
+
+def _libraries() -> Iterator[Finding]:
+    python = sys.version.split()[0]
+    try:
+        wanted = [Requirement(text) for text in requires("theworld") or []]
+    except PackageNotFoundError:
+        yield Finding(
+            "libraries",
+            NOTE,
+            "theworld itself is not installed, so they are not looked at",
+            "pip install -e .",
+        )
+        return
+    wrong = False
+    for requirement in (r for r in wanted if r.marker is None):
+        cure = f"pip install '{requirement}'"
+        try:
+            have = version(requirement.name)
+        except PackageNotFoundError:
+            yield Finding(requirement.name, FAULT, "not installed", cure)
+            wrong = True
+            continue
+        if not requirement.specifier.contains(have, prereleases=True):
+            yield Finding(requirement.name, NOTE, f"{have}; tested with {requirement.specifier}", cure)
+            wrong = True
+    if not wrong:
+        versions = ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "diffusers"))
+        yield Finding("libraries", OK, f"Python {python}, {versions}")
+
+
+def _device(config: Config) -> Iterator[Finding]:
+    device = resolve_device(config.device)
+    have = memory_of(device)
+    room = f"{have.free / GIB:.1f} of {have.total / GIB:.1f} GiB free"
+    if device.type == "cpu":
+        cure = "a machine with a CUDA GPU, for models of the real size"
+        yield Finding("device", NOTE, f"{have.name}, in float32, {room}: for the small models", cure)
+    else:
+        yield Finding("device", OK, f"{have.name}, {room}")
+    if config.fp8 and (have.capability or (0, 0)) < FP8_CAPABILITY:
+        says = f"fp8 is true, and {device.type} here has no 8-bit products; a Hopper GPU or newer has"
+        yield Finding("fp8", FAULT, says, "--no-fp8")
+    sizes = sizes_of(config.model_name)
+    if sizes is None:
+        return
+    weights, kept = training_bytes(config, sizes)
+    parts = f"weights {weights / GIB:.1f}, a pass {kept / GIB:.1f}"
+    need = f"with Gemma frozen training takes about {(weights + kept) / GIB:.1f} GiB: {parts}"
+    cure = "halve --batch_size and double --gradient_accumulation_steps; or --use_gradient_checkpointing"
+    if weights > have.total:
+        yield Finding("memory", FAULT, need, "a larger GPU, or a smaller Gemma")
+    elif weights + kept > have.total:
+        yield Finding("memory", FAULT, f"{need}, at most", cure)
+    elif weights + kept > have.free:
+        yield Finding(
+            "memory", NOTE, f"{need}; other programs hold part of the memory", "end them, or " + cure
+        )
+    else:
+        yield Finding("memory", OK, need)
+
+
+def _model(topic: str, name: str, file: str) -> Iterator[Finding]:
+    yield Finding(topic, OK, f"{name}: {locate(name, file).words}")
+
+
+def _statements(config: Config) -> dict[str, list[Statement]]:
+    return statements_at_hand(config.annotations, config.dataset_name) or load_all(None, config.dataset_name)
+
+
+def _rollout(config: Config) -> Iterator[Finding]:
+    """What phase 1 takes beside the VAE where moments are predicted."""
+    if config.num_world_steps:
+        from theworld.models.rollout import check_rollout
+
+        check_rollout(config)
+        says = f"{config.cosmos_model_name}: a Video2World pipeline, and its guardrail is installed"
+        yield Finding("rollout", OK, says)
+
+
+def _photographs(config: Config) -> Iterator[Finding]:
+    splits = _statements(config)
+    counts = ", ".join(f"{len(own):,} {split}" for split, own in splits.items())
+    names = images_of([s for own in splits.values() for s in own])
+    yield Finding("statements", OK, f"{counts}, about {len(names):,} photographs")
+    if config.image_folder is None:
+        yield Finding("photographs", NOTE, "image_folder is not set", "--image_folder FOLDER, for extraction")
+        return
+    folder = Path(config.image_folder)
+    missing = missing_photographs(names, folder)
+    if missing:
+        says = f"{len(missing):,} of {len(names):,} are not in {folder}, such as {missing[0]}"
+        cure = (
+            f"python tools/get_images.py --output {folder} (README, step 3), or extract with --allow_missing"
+        )
+        yield Finding("photographs", FAULT, says, cure)
+        return
+    sample = np.random.default_rng(0).permutation(names)[:SAMPLE]
+    bad = []
+    for name in sample.tolist():
+        try:
+            read_image(folder, name, config.max_image_pixels)
+        except ImageError as error:
+            bad.append(str(error))
+    says = f"{len(names):,} in {folder}; {len(sample) - len(bad)} of {len(sample)} looked at can be read"
+    cure = f"{bad[0]}: get it again" if bad else ""
+    yield Finding("photographs", FAULT if bad else OK, says, cure)
+
+
+def _store(topic: str, root: Path, command: str, config: Config) -> Iterator[Finding]:
+    if not root.exists():
+        yield Finding(topic, NOTE, f"{root} is not there yet; {_room(root, config)}", command)
+        return
+    reader = StoreReader(root, expected_latents(config) if topic == "latents" else expected_vision(config))
+    problems = verify_store(root)
+    if problems:
+        yield Finding(topic, FAULT, problems[0], f"{command} --repair")
+        return
+    left_out = read_failures(root.parent)
+    names = images_of([s for own in _statements(config).values() for s in own])
+    missing = [name for name in names if name not in reader and name not in left_out]
+    says = f"{len(reader):,} images, every byte as it was written" + (
+        f"; {len(left_out):,} left out" if left_out else ""
+    )
+    cure = f"{len(missing):,} of the statements' images are not in it: extract again" if missing else ""
+    yield Finding(topic, FAULT if missing else OK, says, cure)
+
+
+def _compared(config: Config, root: Path) -> Iterator[Finding]:
+    """Every photograph that is at hand with what was extracted."""
+    folder = Path(config.image_folder or "")
+    if config.image_folder is None or not folder.is_dir() or not (root / "manifest.json").exists():
+        return
+    yield Finding("compared", OK, check_photographs(StoreReader(root).images, folder))
+
+
+def _room(root: Path, config: Config) -> str:
+    """What a new store takes and what is free. ValueError where that is not enough."""
+    splits = statements_at_hand(config.annotations, config.dataset_name)
+    try:
+        planned = (
+            plan_latents(config, root.parent) if root.name == LATENTS else plan_vision(config, root.parent)
+        )
+    except ValueError:  # of the model, which has a line of its own
+        planned = None
+    if splits is None or planned is None:
+        return f"{free_bytes(root) / GIB:.0f} GiB free"
+    names = images_of([s for own in splits.values() for s in own])
+    size = len(names) * planned.spec.row_nbytes
+    return f"it takes {size / 2**20:,.1f} MiB, {check_room(root, size, '--cache') / GIB:.0f} GiB free"
+
+
+def _output(config: Config) -> Iterator[Finding]:
+    """Whether a training could write its checkpoints."""
+    folder = Path(config.output_dir)
+    check_folder(folder, "--output_dir")
+    found = find_sound(config.resume_from) if config.resume_from else None
+    resumed, skipped = (found.progress["step"], found.skipped) if found is not None else (-1, {})
+    there = [p for p in list_checkpoints(folder) if p not in skipped and checkpoint_step(p) > resumed]
+    for reason in skipped.values():
+        yield Finding("output_dir", NOTE, f"skipped: {reason}", "")
+    if there:
+        says = (
+            f"{folder} holds {', '.join(path.name for path in there)}, which a training would not overwrite"
+        )
+        cure = f"--resume_from {folder} to go on with it, or another --output_dir"
+        yield Finding("output_dir", FAULT, says, cure)
+    else:
+        yield Finding(
+            "output_dir", OK, f"{folder}: {'resumed there' if resumed >= 0 else 'free for a training'}"
+        )

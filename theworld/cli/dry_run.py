@@ -1,0 +1,265 @@
+"""What phases 1 and 3 would do, found out by their own checks: nothing is loaded, downloaded or written.
+
+Each function gives lines for a terminal, one after the other, and raises ValueError or OSError where the run itself
+would stop, with its message. What takes longer than seconds is left to the run: to decode photographs, to read every
+byte of a cache, to hash weights.
+"""
+
+import os
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from theworld.config.config import Config, load_config
+from theworld.data.images import missing_photographs
+from theworld.data.vsr import Elsewhere, Statement, images_of, split_at_hand, statements_at_hand
+from theworld.evaluation.alignment import chosen_images, vision_to_compare
+from theworld.evaluation.metrics import read_jsonl
+from theworld.evaluation.predict import possible_systems, shuffled_images
+from theworld.evaluation.score import NOT_ALONE, default_output, held_out, short_names
+from theworld.extraction.encoders import Planned, common_fields, plan_latents, plan_vision
+from theworld.extraction.extract import amount, check_models, check_readable, source_of
+from theworld.extraction.features import Rows, cached_vision, in_cache
+from theworld.models.gemma import is_multimodal
+from theworld.models.projection import ProjectionShape
+from theworld.models.serialization import CONFIG_FILE, find_checkpoint, find_model, read_world
+from theworld.models.serialization import VISION as VISION_PART
+from theworld.store.format import (
+    ABSENT,
+    LATENTS,
+    Plan,
+    StoreMismatch,
+    check_meaning,
+    fingerprint_differences,
+    image_differences,
+    paths,
+    read_failures,
+    read_manifest,
+)
+from theworld.utils.console import line
+from theworld.utils.device import resolve_device, resolve_dtype, wants_compile
+from theworld.utils.distributed import Part, num_launched
+from theworld.utils.files import check_folder, check_output
+from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
+
+Split = dict[str, list[Statement]]
+
+
+# ---- phase 1
+
+
+def extraction(
+    config: Config, cache: Path, with_vision: bool, allow_missing: bool, part: Part | None
+) -> Iterator[str]:
+    """What `theworld.extraction.extract.extract` would do with the same arguments."""
+    part = part or Part(count=num_launched())
+    source = source_of(config, part)
+    splits = statements_at_hand(config.annotations, config.dataset_name)
+    names, said = _photographs(config, splits, source.folder, allow_missing)
+    yield from said
+    device = resolve_device(config.device)
+    compiled = ", compiled" if wants_compile(config.compile, device) else ""
+    yield line("device", f"{device}, {resolve_dtype(config.dtype, device)}{compiled}")
+    check_models(config, with_vision)
+    for plan in (plan_latents, plan_vision) if with_vision else (plan_latents,):
+        planned = plan(config, cache)
+        yield line("model", planned.model)
+        check_folder(cache, "--cache")
+        yield from store_lines(planned, config, names, splits is not None, part)
+
+
+def _photographs(
+    config: Config, splits: Split | None, folder: Path, allow_missing: bool
+) -> tuple[list[str], list[str]]:
+    """Names of the photographs that would be encoded, and lines about them."""
+    if splits is None:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix == ".jpg")
+        says = f"{config.dataset_name}, from the hub when the run starts; not counted here"
+        return names, [
+            line("statements", says),
+            line("photographs", f"{len(names):,} .jpg files in {folder}"),
+        ]
+    said = [statement_line(splits)]
+    names = images_of([statement for own in splits.values() for statement in own])
+    missing = missing_photographs(names, folder)
+    note = check_readable([(name, f"no file in {folder}") for name in missing], len(names), allow_missing)
+    there = f"all {len(names):,} are in {folder}; the run finds out whether they can be decoded"
+    gone = set(missing)
+    return [name for name in names if name not in gone], [*said, line("photographs", note or there)]
+
+
+def statement_line(splits: Split) -> str:
+    """How many statements of each split, about how many photographs."""
+    counts = ", ".join(f"{len(own):,} {split}" for split, own in splits.items())
+    names = images_of([statement for own in splits.values() for statement in own])
+    return line("statements", f"{counts}, about {len(names):,} photographs")
+
+
+def store_lines(
+    planned: Planned, config: Config, names: Sequence[str], all_known: bool, part: Part
+) -> Iterator[str]:
+    """What would be written into one store. `all_known`: whether `names` are those that statements name.
+
+    Raises StoreMismatch where the store holds something else, StoreError if it is damaged, ValueError without room.
+    """
+    root, spec = planned.root, planned.spec
+    num_shards = -(-len(names) // config.shard_size)
+    if (root / "store.json").exists():
+        plan = Plan.load(root)
+        wanted = planned.fields | common_fields(spec.dtype, config.encode_batch_size)
+        cached = {key: plan.fingerprint.get(key, ABSENT) for key in wanted}
+        differences = fingerprint_differences(cached, wanted)
+        if plan.shard_size != config.shard_size:
+            differences.append(("shard_size", plan.shard_size, config.shard_size))
+        if differences:
+            raise StoreMismatch(root, differences)
+        left_out = read_failures(root.parent)
+        listed = {name: plan.images.get(name, "not read yet") for name in names if name not in left_out}
+        same = not all_known or listed.keys() == plan.images.keys()
+        if read_manifest(root) is not None:
+            if not same:
+                raise StoreMismatch(root, image_differences(plan.images, listed))
+            yield line("cache", f"{root}: complete, {len(plan.images):,} images, made with these settings")
+            return
+        num_shards = plan.num_shards if same else num_shards
+    own = [shard for shard in range(num_shards) if part.owns(shard) or part.count == num_launched()]
+    pending = [shard for shard in own if not os.path.lexists(paths(root, shard)[1])]
+    rows = sum(min(config.shard_size, len(names) - shard * config.shard_size) for shard in pending)
+    work = amount(root, rows, len(names), len(pending), num_shards, rows * spec.row_nbytes)
+    shape = " x ".join(map(str, spec.shape))
+    yield line("cache", f"{root}: {'goes on' if root.exists() else 'new'}, {shape} {spec.dtype} an image")
+    yield line("", work)
+
+
+# ---- phase 3
+
+
+def evaluation(
+    models: Sequence[Path],
+    cache: Path | None,
+    image_folder: Path | None,
+    split: str,
+    systems: Sequence[str],
+    output: Path | None,
+    overrides: dict[str, Any],
+    train_annotations: str | None = None,
+    allow_trained: bool = False,
+) -> Iterator[str]:
+    """What `theworld.evaluation.score.score_to_file` would do with the same arguments."""
+    found = [find_model(model) for model in models]
+    checkpoints = dict(zip(short_names(models, found), found, strict=True))
+    saved = []
+    for checkpoint in found:
+        saved.append((yield from _saved_model(checkpoint, overrides)))
+    try:
+        data = held_out(checkpoints, split, overrides, train_annotations, allow_trained, split_at_hand)
+    except Elsewhere as error:
+        yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
+        data = None
+    for config, world, sees in saved:
+        statements = yield from _reads(
+            config, world, sees, cache, image_folder, [] if data is None else data.statements
+        )
+        asked = possible_systems(systems, sees, config.model_name)
+        if "shuffled" in asked and statements:
+            shuffled_images(images_of(statements))
+        batches = -(-len(statements) // config.eval_statements)
+        words = f"{len(asked)} systems ({', '.join(asked)})"
+        yield line("asks", f"{words} about {len(statements):,} statements, {batches:,} batches")
+    if data is not None:
+        seen, all_images = len(data.seen_images), len(images_of(data.statements))
+        shows = f"which shows {seen:,} of the {all_images:,} images of {split}"
+        yield line("trained on", f"{'; '.join(data.trained_on.values())}, {shows}")
+    name = "the data" if data is None else data.dataset  # which counting will tell
+    path = output or default_output(models, found, name, split)
+    replaces = check_output(path)
+    yield line(
+        "writes", f"{path}, {len(statements):,} lines{replaces}, and {path.with_suffix('.summary.json')}"
+    )
+
+
+def _reads(
+    config: Config,
+    world: dict[str, Any],
+    sees: bool,
+    cache: Path | None,
+    photographs: Path | None,
+    statements: list[Statement],
+) -> Generator[str, None, list[Statement]]:
+    """What a model would read to answer statements, and which of them can be answered."""
+    if cache is not None:
+        statements, note = _cached(cache, world, statements)
+        vision = sees and VISION_PART not in world["parts"] and cached_vision(config, cache) is not None
+        if sees and not vision and config.image_folder is None:
+            raise ValueError(
+                f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or "
+                "score from photographs with --image-dir"
+            )
+        yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
+        photographs = Path(str(config.image_folder)) if sees and not vision else None
+    else:
+        ProjectionShape.from_dict(world["projection"]).check_no_steps(NOT_ALONE)
+        vae = locate(config.cosmos_model_name, VAE_FILE)
+        yield line("Cosmos VAE", f"{config.cosmos_model_name}: {vae.words}")
+    if photographs is not None:
+        names = images_of(statements)
+        missing = missing_photographs(names, photographs)
+        check_readable([(name, f"no file in {photographs}") for name in missing], len(names), False)
+        yield line("reads", f"{len(names):,} photographs in {photographs}")
+    return statements
+
+
+def recomputation(records: Path) -> Iterator[str]:
+    """What `tools/eval.py --from` would do."""
+    rows = read_jsonl(records)
+    yield line("reads", f"{records}: {len(rows):,} statements, {', '.join(rows[0]['systems'])}")
+    summary = records.with_suffix(".summary.json")
+    yield line("writes", f"{summary}{check_output(summary, '--from')}")
+
+
+def alignment(
+    model_name: Path, cache: Path, split: str, num_samples: int, output: Path, overrides: dict[str, Any]
+) -> Iterator[str]:
+    """What `theworld.evaluation.alignment.align` would do with the same arguments, and what is written to `output`."""
+    config, world, sees = yield from _saved_model(find_checkpoint(model_name), overrides)
+    statements, note = _cached(cache, world, (yield from _split(config, split)))
+    if sees:
+        vision_to_compare(config, cache, world["parts"])
+    count = len(chosen_images(statements, split, num_samples)) if statements else num_samples
+    yield line("reads", f"{count:,} images of {split} ({note}), from {cache}")
+    tokens = ProjectionShape.from_dict(world["projection"]).num_tokens
+    yield line("measures", f"{tokens:,} world tokens of each, untrained and trained")
+    replaces = check_output(output)
+    yield line("writes", f"{output}{replaces} and {output.with_suffix('.json')}")
+
+
+def _saved_model(
+    checkpoint: Path, overrides: dict[str, Any]
+) -> Generator[str, None, tuple[Config, dict[str, Any], bool]]:
+    """Settings and world.json of a saved model, and whether its Gemma sees photographs; lines about both."""
+    config = load_config(checkpoint / CONFIG_FILE, overrides)
+    world = read_world(checkpoint)
+    device = resolve_device(config.device)
+    yield line("projection", f"{checkpoint}, for {world['model_name']}")
+    gemma = locate(config.model_name, GEMMA_FILE)
+    yield line(
+        "Gemma", f"{config.model_name}: {gemma.words}; {device}, {resolve_dtype(config.dtype, device)}"
+    )
+    sees = gemma.config is None or is_multimodal(str(gemma.config.parent))
+    return config, world, sees
+
+
+def _cached(cache: Path, world: dict[str, Any], statements: list[Statement]) -> tuple[list[Statement], str]:
+    """The statements whose image is in the cache, and a line about them. Raises StoreError where it does not serve."""
+    latents = Rows(cache / LATENTS, LATENTS)
+    check_meaning(latents.reader.root, latents.reader.fingerprint, world["fingerprint"])
+    return in_cache(statements, latents, cache)
+
+
+def _split(config: Config, split: str) -> Generator[str, None, list[Statement]]:
+    """The statements of a split, as the alignment tool reads them, or nothing and a line if only the hub has them."""
+    try:
+        return split_at_hand(config.annotations, split, config.dataset_name)
+    except Elsewhere as error:
+        yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
+        return []

@@ -1,0 +1,1 @@
+"""The settings of a run, their file and their command-line flags."""

@@ -1,0 +1,226 @@
+"""Build the command lines of the tools: a flag for every setting, and the flags that several tools have."""
+
+import argparse
+import os
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from theworld.config.config import FIELDS, GROUPS, RENAMED, Config, load_config
+from theworld.config.fields import Setting, expand_user, nearest_name, without_tokens
+
+SPLITS = ("train", "dev", "test")
+# Other names of flags, the same in every tool that has the setting.
+ALIASES = {"image_folder": "image_dir", "dataset_name": "dataset"}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, with the habits that the tools share.
+
+    Wrong usage costs one line, and an unknown flag is answered with the nearest known flag. Flags cannot be shortened;
+    `--batch-size` is `--batch_size`. A shell completes flags and choices where argcomplete is installed.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        defaults: dict[str, Any] = {
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "usage": "%(prog)s [FLAG ...]",
+        }
+        super().__init__(**defaults | options)
+        self.color = False  # Python 3.14 colours the help text, from which the known flags are read
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]  # overloads
+        """Return the parsed arguments. Ends the process with status 2 and one line for wrong usage."""
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks for completions, and the tool must not run
+            try:
+                import argcomplete
+            except ImportError:
+                sys.exit(1)
+            argcomplete.autocomplete(self)
+        words = list(sys.argv[1:] if args is None else args)
+        self._check_flags(words)
+        parsed, unknown = self.parse_known_args([_with_underscores(word) for word in words], namespace)
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]} (--help lists all flags)")
+        return parsed
+
+    def _check_flags(self, words: Sequence[str]) -> None:
+        """Refuse an unknown flag before argparse does, which would complain about a missing one first."""
+        flags = self.flags()
+        known = {*flags, *(f"--{old}" for old in RENAMED)}
+        for word in words:
+            if word == "--":
+                return
+            flag = _with_underscores(word).partition("=")[0]
+            if _FLAG.fullmatch(word) and flag not in known:
+                # Where flags begin with the whole word, the shortest is nearest: --out stands for --output_dir.
+                longer = sorted((known for known in flags if known.startswith(flag)), key=len)
+                nearest = longer[0] if longer else nearest_name(flag, flags)
+                given = word.partition("=")[0]
+                self.error(f"unknown flag {given}; did you mean {nearest}? (--help lists all)")
+
+    def flags(self) -> list[str]:
+        """Return the flags that `--help` lists."""
+        rows = re.findall(r"^ {2}(-.*?)(?: {2}|$)", self.format_help(), re.MULTILINE)
+        return [flag for row in rows for flag in re.findall(r"--\w[\w-]*", row)]
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Print one line and end the process with status 2."""
+        line = " ".join(message.removeprefix("argument ").split())
+        self.exit(2, without_tokens(f"{self.prog}: error: {line}\n"))
+
+
+_FLAG = re.compile(r"--\w[\w-]*(=.*)?", re.DOTALL)
+
+
+def _with_underscores(word: str) -> str:
+    """Return a flag as it is registered: with underscores, but for the hyphen after `--no`. Other words stay."""
+    if not _FLAG.fullmatch(word):
+        return word
+    name, equals, value = word.partition("=")
+    negation = "--no-" if name.startswith("--no-") else "--"
+    return negation + name.removeprefix(negation).replace("-", "_") + equals + value
+
+
+def path(text: str) -> Path:
+    """Return the path that a flag names, with `~` expanded. Raises ArgumentTypeError for the `~` of an unknown user."""
+    return Path(expanded(text))
+
+
+def expanded(text: str) -> str:
+    """Return a path or a name on the hub, with `~` expanded. Raises as `path` does."""
+    try:
+        return expand_user(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def add_config_arguments(
+    parser: argparse.ArgumentParser, keys: Sequence[str] | None = None, of_checkpoint: bool = False
+) -> None:
+    """Add `--config` and a flag for each of the settings `keys` (None: all), in groups.
+
+    A flag that is not given is not in the namespace, so that the file's value holds. With `of_checkpoint` the settings
+    come from a checkpoint and there is no `--config`.
+    """
+    if not of_checkpoint:
+        text = "Settings file: JSON, in which comments are allowed. (default: none)"
+        parser.add_argument("--config", type=path, metavar="FILE", help=text)
+    source = "the checkpoint" if of_checkpoint else "the settings file"
+    parser.epilog = (
+        f"A setting that is given as a flag overrides the value of {source}; the word none stands for null."
+    )
+    for title, own in grouped(list(FIELDS) if keys is None else keys).items():
+        group = parser.add_argument_group(title)
+        for key in own:
+            _add_setting(group, FIELDS[key], of_checkpoint)
+
+
+def grouped(keys: Sequence[str]) -> dict[str, list[str]]:
+    """Return settings by the group that `--help` shows them in, both in the order of `Config`."""
+    groups: dict[str, list[str]] = {}
+    starts = {first: title for title, first in GROUPS.items()}
+    title = ""
+    for key in FIELDS:
+        title = starts.get(key, title)
+        if key in keys:
+            groups.setdefault(title, []).append(key)
+    return groups
+
+
+def _add_setting(group: Any, declared: Setting, of_checkpoint: bool) -> None:
+    options: dict[str, Any] = {"default": argparse.SUPPRESS}
+    choices = [*declared.choices, *(["none"] if declared.optional else [])] if declared.choices else []
+    if declared.kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = _typed(declared)
+        options["metavar"] = "{" + ",".join(choices) + "}" if choices else _metavar(declared)
+    names = [declared.name, *([ALIASES[declared.name]] if declared.name in ALIASES else [])]
+    added = group.add_argument(
+        *(f"--{name}" for name in names), dest=declared.name, help=_help(declared, of_checkpoint), **options
+    )
+    if choices:
+        added.completer = _completer(choices)  # the attribute that argcomplete looks for
+    for old, new in RENAMED.items():
+        if new == declared.name:  # under its old name, for load_config to rename
+            group.add_argument(f"--{old}", **options | {"help": argparse.SUPPRESS})
+
+
+def _metavar(declared: Setting) -> str:
+    if declared.rules.get("path"):
+        return "PATH"
+    return {int: "INTEGER", float: "NUMBER", str: "TEXT"}[declared.kind]
+
+
+def _typed(declared: Setting) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return declared.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
+
+
+def _completer(choices: Sequence[str]) -> Callable[..., list[str]]:
+    def complete(prefix: str, **_: Any) -> list[str]:
+        return [choice for choice in choices if choice.startswith(prefix)]
+
+    return complete
+
+
+def _help(declared: Setting, of_checkpoint: bool) -> str:
+    """Return the help text of a setting with its default, as argparse wants it."""
+    default = "none" if declared.default is None else str(declared.default).replace("\n", "\\n")
+    if declared.kind is bool and declared.default is not None:
+        default = default.lower()
+    if of_checkpoint:
+        default = "the checkpoint's"
+    return f"{declared.help} (default: {default})".replace("%", "%%")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Add `--cache`, the folder cache by default."""
+    text = "Cache folder that tools/extract_latents.py makes. (default: cache)"
+    parser.add_argument("--cache", type=path, default=Path("cache"), metavar="FOLDER", help=text)
+
+
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Add `--split`, test by default."""
+    text = "Split of the data: train, dev or test; validation is another name of dev. (default: test)"
+    added = parser.add_argument(
+        "--split", type=_split, default="test", metavar="{" + ",".join(SPLITS) + "}", help=text
+    )
+    added.completer = _completer(SPLITS)  # type: ignore[attr-defined]  # argcomplete looks for it
+
+
+def _split(text: str) -> str:
+    split = "dev" if text == "validation" else text
+    if split not in SPLITS:
+        nearest = nearest_name(text, [*SPLITS, "validation"])
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of train, dev (or validation) and test; did you mean {nearest}?"
+        )
+    return split
+
+
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """Add `--dry_run`; `theworld.utils.console.rehearse` prints the plan."""
+    text = (
+        "Check everything, say what would be done, and write nothing; exit status 0 if the run could start."
+    )
+    parser.add_argument("--dry_run", action="store_true", help=text)
+
+
+def config_from_arguments(arguments: argparse.Namespace) -> Config:
+    """Return the settings of `--config` with the given flags on top. Raises as `load_config` does."""
+    given = {key: value for key, value in vars(arguments).items() if key in FIELDS or key in RENAMED}
+    file = getattr(arguments, "config", None)
+    if file is not None and not Path(file).exists():
+        raise FileNotFoundError(f"--config {file}: no such file")
+    return load_config(file, given)

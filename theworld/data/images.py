@@ -1,0 +1,346 @@
+"""A photograph file becomes an RGB array, under limits, the same way everywhere.
+
+H and W are the height and width in pixels. `PREPROCESSING` says in words what happens to the pixels; it is
+part of a cache's fingerprint, so a change here is a change there.
+
+Whether photographs are still those that were extracted.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import math
+import os
+import random
+import re
+import stat
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, UnidentifiedImageError
+from torch import Tensor
+
+from theworld.utils.console import progress
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_BYTES = 64 * 1024 * 1024
+# The most that PIL opens without a warning; it refuses twice as much by itself.
+MAX_PIXELS = 89_478_485
+
+PREPROCESSING: dict[str, str] = {
+    "orientation": "EXIF orientation applied; EXIF that cannot be parsed counts as none",
+    "alpha": "composited over white",
+    "colour": "ICC profiles ignored; CMYK, palette and grey to RGB as PIL converts them",
+    "depth": "16-bit grey / 257, rounded; of 16-bit colour the high byte",
+    "resize": "PIL bicubic with antialiasing, the whole picture stretched to the square",
+    "range": "x / 127.5 - 1, float32 in [-1, 1]",
+}
+
+_ORIENTATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_EXIF_ORIENTATION = 0x0112
+# (bits, colour type) of PNGs whose transparent colour PIL compares with pixels that it has scaled.
+_LOST_KEYS = {(2, 0), (4, 0), (16, 2)}
+
+
+class ImageError(ValueError):
+    """A photograph that cannot be used: `path` as it was asked for, `reason` in words."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)  # both as arguments, so that worker processes can pickle it
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def read_bytes(root: str | Path, relative_path: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """The bytes of a regular file below `root`.
+
+    Raises ImageError for a missing, empty, unreadable or too large file, for what is no regular file (a FIFO
+    is never waited for), and for a path or a symbolic link that leaves `root`.
+    """
+    return _read_regular(_inside(root, relative_path), relative_path, root, max_bytes)
+
+
+def _read_regular(location: str, name: str, root: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Return the bytes of a regular file at a real location; `name` and `root` are for messages only."""
+    try:
+        if not stat.S_ISREG(os.lstat(location).st_mode):  # before opening: to open a device can act on it
+            raise ImageError(name, "not a regular file")
+        # Should the file be exchanged in between, NONBLOCK keeps a FIFO from waiting for its writer.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with open(os.open(location, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(name, "not a regular file")
+            if status.st_size > max_bytes:
+                raise ImageError(name, f"{status.st_size} bytes; at most {max_bytes} are read")
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        reason = f"no such file in {root}" if error.errno == errno.ENOENT else os.strerror(error.errno or 0)
+        raise ImageError(name, reason) from error
+    if not data:
+        raise ImageError(name, "zero bytes")
+    if len(data) != status.st_size:
+        raise ImageError(name, f"{status.st_size} bytes, but {len(data)} were read: it is changing")
+    return data
+
+
+def _inside(root: str | Path, relative_path: str) -> str:
+    """The real location of a path below `root`, symbolic links followed; ImageError if it leaves `root`."""
+    if "\0" in relative_path or os.path.isabs(relative_path) or ".." in Path(relative_path).parts:
+        raise ImageError(relative_path, "not a path below the image folder")
+    try:
+        real_root = os.path.realpath(root)
+        location = os.path.realpath(os.path.join(real_root, relative_path))
+    except (OSError, ValueError) as error:  # a loop of links; text that no file system can hold
+        raise ImageError(relative_path, f"not a path: {error}") from error
+    if os.path.commonpath([real_root, location]) != real_root:
+        raise ImageError(relative_path, f"a symbolic link out of the image folder, to {location}")
+    return location
+
+
+def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The pixels of a photograph, uint8[H, W, 3], as `PREPROCESSING` says; `path` is for messages only.
+
+    Raises ImageError for another format, too many pixels (before any is decoded), more than one frame, and
+    whatever PIL cannot decode to its end. PIL's own warnings speak of sizes and metadata, never of damaged
+    pixels: those raise while loading.
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RuntimeError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: damaged photographs would pass unseen"
+        )
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(path, f"{width} x {height} pixels; at most {max_pixels} are decoded")
+            if getattr(image, "n_frames", 1) != 1:
+                raise ImageError(path, "holds more than one picture (animated)")
+            image.load()
+            if image.size != (width, height):
+                raise ImageError(
+                    path, f"{image.width} x {image.height} pixels, but its header says otherwise"
+                )
+            if "transparency" in image.info and image.format == "PNG" and tuple(data[24:26]) in _LOST_KEYS:
+                raise ImageError(
+                    path, "a transparent colour at a depth where PIL loses it; save it with 8 bits"
+                )
+            return _to_rgb(_upright(image), path)
+    except (ImageError, MemoryError):
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError(path, f"more than {max_pixels} pixels: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(path, _what_it_is(data)) from error
+    except Exception as error:  # PIL's decoders raise nearly everything on damaged bytes
+        raise ImageError(path, f"damaged or not complete: {error}") from error
+
+
+def _what_it_is(data: bytes) -> str:
+    """Why bytes that PIL does not know may lie where a photograph should be."""
+    start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not data:
+        return "zero bytes"
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml", b"<error")):
+        return "an HTML or XML page, not a photograph: the download failed; get the file again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not a photograph; get the file with `git lfs pull`"
+    return f"not a photograph in a format that is read ({', '.join(FORMATS)})"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says."""
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - a broken header raises nearly everything; viewers ignore it too
+        return image
+    turn = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
+    """A loaded picture of any mode that `FORMATS` can give, as uint8[H, W, 3]."""
+    if image.mode.startswith("I"):
+        return _from_16_bit_grey(image, path)
+    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK"):
+        raise ImageError(path, f"colour mode {image.mode} is not read")
+    if image.has_transparency_data:
+        picture = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(image.convert("RGB"))
+
+
+def _from_16_bit_grey(image: Image.Image, path: str) -> np.ndarray:
+    """16-bit grey as uint8[H, W, 3]. By itself PIL cuts everything above 255."""
+    grey = np.asarray(image).astype(np.uint32)
+    if grey.max(initial=0) > 65_535:
+        raise ImageError(path, "grey values of more than 16 bits")
+    pixels = ((grey + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        pixels[grey == transparent] = 255
+    return np.repeat(pixels[:, :, None], 3, axis=2)
+
+
+def read_image(root: str | Path, relative_path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The pixels of a photograph file below `root`, uint8[H, W, 3]. Raises ImageError."""
+    return decode(read_bytes(root, relative_path), relative_path, max_pixels)
+
+
+def photograph(image: str | Path | np.ndarray | Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8[H, W, 3] of a file, of an array that is that already, or of a PIL image, as `PREPROCESSING` says.
+
+    A symbolic link is followed wherever it leads. Raises ImageError for a file that cannot be read and for an address,
+    ValueError for another array.
+    """
+    if isinstance(image, np.ndarray):
+        _check_pixels(image)
+        return image
+    if isinstance(image, Image.Image):
+        return _to_rgb(_upright(image), "the picture given")
+    refuse_address(image)
+    path = Path(image)
+    name = path.name or str(path)
+    try:
+        location = os.path.realpath(path)  # a file that the user names is read wherever it lies
+    except (OSError, ValueError) as error:
+        raise ImageError(name, f"not a path: {error}") from error
+    return decode(_read_regular(location, name, path.parent), name, max_pixels)
+
+
+def refuse_address(image: str | Path) -> None:
+    """Raise ImageError for an address such as https://... where a file is wanted."""
+    if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(image)) and not os.path.lexists(image):
+        raise ImageError(str(image), "an address, but only files are read: download the photograph first")
+
+
+def sha256(data: bytes) -> str:
+    """The SHA-256 of a file's bytes, 64 hex digits: what makes two photographs the same."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def square(pixels: np.ndarray, size: int) -> np.ndarray:
+    """uint8[H, W, 3] stretched to uint8[size, size, 3], the whole picture.
+
+    Gemma's processor stretches too, so Gemma's grid and the latent's lie on the same places of the picture.
+    """
+    _check_pixels(pixels)
+    return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def to_unit_range(pixels: np.ndarray) -> np.ndarray:
+    """uint8[H, W, 3] as the VAE wants it: float32[3, H, W] in [-1, 1], 0 being -1 and 255 being 1."""
+    _check_pixels(pixels)
+    channels_first = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return channels_first.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def _check_pixels(pixels: np.ndarray) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ValueError(f"pixels are {pixels.dtype}{list(pixels.shape)}; wanted uint8[H, W, 3]")
+
+
+THREADS = 8  # hashing leaves Python's lock, and a network disk answers several at once
+CHUNK = 64
+SHOWN = 5
+
+
+class PhotographsChanged(ValueError):
+    """`changes`: path -> (SHA-256 when extracted, SHA-256 now or the reason why there is none)."""
+
+    def __init__(self, folder: Path, changes: Mapping[str, tuple[str, str]], number: int) -> None:
+        self.folder, self.changes = folder, dict(changes)
+        lines = [f"{len(changes):,} of {number:,} photographs in {folder} changed since they were extracted:"]
+        shown = sorted(changes.items())[:SHOWN]
+        lines += [f"  {path}: SHA-256 was {old}, now {new}" for path, (old, new) in shown]
+        lines += [f"  and {len(changes) - SHOWN:,} more"] if len(changes) > SHOWN else []
+        cure = "Put them back, or extract into another --cache"
+        super().__init__("\n".join([*lines, cure]))
+
+
+def check_photographs(
+    images: Mapping[str, str],
+    folder: Path,
+    since: float | None = None,
+    seconds: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> str:
+    """Compares photographs with their SHA-256 (`images`: path -> hash); a line that says how many.
+
+    Without `seconds` all are read. With it those that changed after `since` (seconds since 1970, by the files' own
+    time stamps) are read, whatever it takes, and of the others as many, in random order, as the time allows; whether
+    they are there is always looked at. Raises PhotographsChanged, which names them.
+    """
+    changes: dict[str, tuple[str, str]] = {}
+    bar = progress(total=len(images), desc="comparing photographs", unit=" images", leave=False)
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        changed_at = dict(zip(images, pool.map(lambda path: _changed_at(folder / path), images), strict=True))
+        first = [path for path in images if since is None or changed_at[path] > since]
+        rest = sorted(images.keys() - set(first))
+        random.shuffle(rest)
+        compared, end = 0, None if seconds is None else clock() + seconds
+        for chunk, must in [(c, True) for c in _chunks(first)] + [(c, False) for c in _chunks(rest)]:
+            if not must and end is not None and clock() >= end:
+                break
+            for path, now in zip(chunk, pool.map(lambda path: _hash_now(folder, path), chunk), strict=True):
+                if now != images[path]:
+                    changes[path] = (images[path], now)
+            compared += len(chunk)
+            bar.update(len(chunk))
+    if changes:
+        raise PhotographsChanged(folder, changes, compared)
+    if compared == len(images):
+        return f"photographs: all {compared:,} are those that were extracted"
+    return (
+        f"photographs: {compared:,} of {len(images):,} compared in {seconds:.0f} s ({len(first):,} with newer time "
+        "stamps, the others at random): they are those that were extracted; tools/doctor.py compares all"
+    )
+
+
+def _chunks(paths: Sequence[str]) -> list[Sequence[str]]:
+    return [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+
+
+def _changed_at(path: Path) -> float:
+    """When a file's content or name last changed (not what `touch` or `cp -p` set); infinity if it is not there."""
+    try:
+        return os.stat(path).st_ctime
+    except (OSError, ValueError):
+        return math.inf
+
+
+def _hash_now(folder: Path, path: str) -> str:
+    try:
+        return sha256(read_bytes(folder, path))
+    except ImageError as error:
+        return error.reason
+
+
+# ---- photographs
+
+
+def missing_photographs(names: Sequence[str], folder: Path) -> list[str]:
+    """Those of the names that are no file in the folder. Opens none of them: a damaged one is not found here."""
+    return [name for name in names if not (folder / name).is_file()]
+
+
+def latent_pixels(pixels: np.ndarray, size: int) -> Tensor:
+    """uint8[H, W, 3] -> float32[3, size, size] in [-1, 1]: a photograph as the VAE takes it."""
+    return torch.from_numpy(to_unit_range(square(pixels, size)))

@@ -1,0 +1,348 @@
+"""Annotations of Visual Spatial Reasoning (Liu, Emerson, Collier, TACL 2023) as `Statement` records.
+
+A statement ("The cat is left of the laptop.") is true or false of one photograph. The releases are random and
+zeroshot, each with the splits train, dev ("validation" is the same) and test, one JSON object a line. Data sets of
+one's own have the same files, of lines with the fields image, statement and label.
+
+What others published on Visual Spatial Reasoning: quoted from their papers, measured by nobody here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from theworld.config.fields import shown
+from theworld.utils.hub import Fault, ask_hub
+from theworld.utils.jsonc import unique_keys
+
+# dataset_name -> the release's folder name; the hub's is cambridgeltl/vsr_<release>.
+RELEASES = {"vsr": "random", "vsr_random": "random", "vsr_zeroshot": "zeroshot"}
+# split -> the names that its file may have.
+SPLITS = {
+    "train": ("train",),
+    "dev": ("dev", "validation"),
+    "validation": ("dev", "validation"),
+    "test": ("test",),
+}
+
+# Meta-category -> its relations. The paper's table has "among" under topological too; the later place holds.
+_TABLE = {
+    "adjacency": "adjacent to, against, ahead of, alongside, at the back of, at the edge of, "
+    "at the left side of, at the right side of, at the side of, attached to",
+    "directional": "across, across from, along, around, away from, deep down, down, down from, from, into, "
+    "off, past, through, to, toward, up",
+    "orientation": "facing, facing away from, parallel to, perpendicular to",
+    "projective": "above, behind, below, beneath, beside, in front of, in the middle of, left of, on top of, "
+    "over, right of, under",
+    "proximity": "by, close to, far away from, far from, near",
+    "topological": "at, between, connected to, consists of, contains, detached from, has as a part, in, "
+    "inside, on, out of, outside, part of, surrounding, touching, with, within",
+    "unallocated": "after, among, beyond, enclosed by, next to, opposite to",
+}
+META_CATEGORIES = tuple(_TABLE)
+RELATIONS: dict[str, str] = {
+    name: category for category, names in _TABLE.items() for name in names.split(", ")
+}
+
+
+NO_RELATION = "(none)"  # of statements of a data set that names none
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One line of an annotation file."""
+
+    image: str  # path of the photograph below the image folder, with /
+    caption: str
+    label: int  # 1: true of the photograph, 0: false
+    relation: str
+    index: int  # place in its file, from 0: line index + 1
+    image_link: str = ""  # where the photograph was published
+
+
+def meta_category(relation: str) -> str:
+    """The paper's meta-category of a relation; "unknown" for one it does not list ("congruent")."""
+    return RELATIONS.get(relation, "unknown")
+
+
+def relation_span(caption: str, relation: str) -> tuple[int, int] | None:
+    """Where the words of the relation stand in the stripped caption, as whole words in any case: (start, end). None
+    where they stand nowhere or more than once. (In VSR they stand once in every statement.)"""
+    found = list(re.finditer(rf"(?<!\w){re.escape(relation.strip())}(?!\w)", caption.strip(), re.IGNORECASE))
+    return found[0].span() if len(found) == 1 else None
+
+
+def relation_note(statements: Iterable[Statement]) -> str:
+    """In how many true statements the words of the relation are found, and where not. ValueError if in none."""
+    true = [s for s in statements if s.label == 1]
+    lost = [s for s in true if relation_span(s.caption, s.relation) is None]
+    if len(lost) == len(true):
+        example = f", such as {lost[0].caption!r} with {lost[0].relation!r}" if lost else ""
+        raise ValueError(
+            f"relation_loss_weight: none of {len(true)} true statements has the words of its field relation once in "
+            f"it{example}; give the field as it stands in the statement, or use statement_loss_weight"
+        )
+    note = f"relation words: in {len(true) - len(lost):,} of {len(true):,} true statements"
+    if lost:
+        note += f"; nowhere or more than once in the others, such as {lost[0].caption!r} with {lost[0].relation!r}"
+    return note
+
+
+def load_statements(annotations: str | Path | None, split: str, dataset_name: str = "vsr") -> list[Statement]:
+    """The statements of a split, in the order of its file.
+
+    `annotations` is a folder with train.jsonl, dev.jsonl and test.jsonl (or validation.jsonl), a folder with
+    random/ and zeroshot/ that hold them, the file of the split itself, or None for the hub's dataset_name.
+    Raises ValueError for an unknown split or dataset name and for a bad line (naming file, line, field, value
+    and cure), FileNotFoundError, and OSError where the hub cannot be reached.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    if dataset_name not in RELEASES:
+        raise ValueError(f"dataset_name is {dataset_name!r}; allowed: {', '.join(RELEASES)}")
+    if annotations is None:
+        return load_hub_statements(f"cambridgeltl/vsr_{RELEASES[dataset_name]}", split)
+    return _read_statements(_split_file(Path(annotations), split, dataset_name))
+
+
+def load_all(annotations: str | Path | None, dataset_name: str = "vsr") -> dict[str, list[Statement]]:
+    """The statements of every split that is there: all three of VSR, one at least of a folder of one's own.
+
+    Raises as `load_statements`.
+    """
+    splits = ("train", "dev", "test")
+    if annotations is None or Path(annotations).is_file():
+        return {split: load_statements(annotations, split, dataset_name) for split in splits}
+    found: dict[str, list[Statement]] = {}
+    for split in splits:
+        try:
+            path = _split_file(Path(annotations), split, dataset_name)
+        except FileNotFoundError:
+            continue
+        found[split] = _read_statements(path)
+    if not found:
+        _split_file(Path(annotations), "train", dataset_name)  # which says what is missing
+    return found
+
+
+def _split_file(path: Path, split: str, dataset_name: str) -> Path:
+    """The file that holds a split."""
+    names = [f"{name}.jsonl" for name in SPLITS[split]]
+    if path.is_file():
+        if path.name not in names:
+            raise ValueError(f"{path} is asked for the split {split}; its file is named {' or '.join(names)}")
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"annotations: no file or folder {path}")
+    release = RELEASES[dataset_name]
+    if path.name in RELEASES.values() and path.name != release:
+        raise ValueError(
+            f"{path} holds {path.name}, dataset_name is {dataset_name}; set it to vsr_{path.name}"
+        )
+    folder = path / release if (path / release).is_dir() else path
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"annotations: no {' or '.join(names)} in {folder}")
+    if len(found) > 1:
+        raise ValueError(f"{folder} has both {' and '.join(names)}, which are one split; keep one")
+    return found[0]
+
+
+def load_hub_statements(repository: str, split: str) -> list[Statement]:
+    """The statements of a split of a data set on the hub, or of a local folder, through `datasets`."""
+    from datasets import load_dataset
+
+    # Named files: by itself `datasets` would guess the splits and call dev "validation".
+    file = f"{SPLITS[split][0]}.jsonl"
+    try:
+        rows = load_dataset(repository, data_files={"rows": file}, split="rows")
+    except OSError as error:
+        cure = "check the network, or set annotations to a folder with the JSONL files"
+        raise OSError(f"cannot load {file} of {repository}: {error}; {cure}") from error
+    return [_statement(row, index, f"{repository}/{file}") for index, row in enumerate(rows)]
+
+
+def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Of every line of a JSONL file where it stands (file:line) and its JSON. ValueError for a line that is none. Only
+    \\n ends a line: captions may hold other separators."""
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    if lines and not lines[-1].strip():
+        lines.pop()
+    for index, line in enumerate(lines):
+        where = f"{path}:{index + 1}"
+        yield where, _parsed(line, where)
+
+
+def _read_statements(path: Path) -> list[Statement]:
+    found = [_statement(row, index, str(path)) for index, (_, row) in enumerate(parsed_lines(path))]
+    if not found:
+        raise ValueError(f"{path}: holds no statements")
+    return found
+
+
+def _parsed(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys("field"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}:{error.colno}: {error.msg}; wanted one JSON object a line") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply; wanted one flat JSON object a line") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; mend the line") from None
+
+
+def _statement(row: Any, index: int, path: str) -> Statement:
+    """A checked row; fields that VSR has beyond ours may be there and are not read."""
+    where = f"{path}:{index + 1}"
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: is {shown(row)}; wanted one JSON object a line")
+    own = "statement" in row and "caption" not in row  # a data set of one's own: relations are VSR's
+    if own:
+        row = {"relation": NO_RELATION, **row, "caption": row["statement"]}
+    for field, wanted, is_right in _FIELDS:
+        name = "statement" if own and field == "caption" else field
+        if field not in row and field != "image_link":
+            raise ValueError(f"{where}: has no field {name}; give {wanted}")
+        if not is_right(row.get(field)):
+            raise ValueError(f"{where}: {name} is {shown(row[field])}; give {wanted}")
+    return Statement(
+        row["image"], row["caption"], row["label"], row["relation"], index, row.get("image_link") or ""
+    )
+
+
+def _is_text(value: object) -> bool:
+    """Valid Unicode without NUL: what can be written to files and named on a file system."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def is_filled(value: object) -> bool:
+    """Whether it is text with more than spaces in it."""
+    return _is_text(value) and bool(str(value).strip())
+
+
+def _is_safe_path(value: object) -> bool:
+    """A relative path in its shortest form, with / between folders, that does not climb."""
+    if not is_filled(value):
+        return False
+    path = PurePosixPath(str(value))
+    climbs = path.is_absolute() or ".." in path.parts or not path.parts
+    return not climbs and "\\" not in str(value) and str(path) == value
+
+
+# field, what it may hold, its check
+_FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
+    ("image", "a path below the image folder, such as 000000000142.jpg", _is_safe_path),
+    ("caption", "text that is not empty", is_filled),
+    ("label", "the integer 0 (false) or 1 (true)", lambda label: type(label) is int and label in (0, 1)),
+    ("relation", "text that is not empty", is_filled),
+    ("image_link", "text, or nothing", lambda link: link is None or _is_text(link)),
+)
+
+
+def images_of(statements: Iterable[Statement]) -> list[str]:
+    """The photographs that statements name, each once, sorted."""
+    return sorted({statement.image for statement in statements})
+
+
+def seen_images(test: Iterable[Statement], train: Iterable[Statement]) -> set[str]:
+    """The photographs of `test` that `train` names too: flag what is measured on them."""
+    return {statement.image for statement in test} & {statement.image for statement in train}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One published system: accuracy on the test split of each release, in percent, and where that stands."""
+
+    system: str
+    random: float | None
+    zeroshot: float | None
+    source: str
+
+    def accuracy(self, dataset: str) -> float | None:
+        """As a share, on a data set by the name that `dataset_label` gives it; None for what was not published."""
+        percent = {"vsr_random": self.random, "vsr_zeroshot": self.zeroshot}.get(dataset)
+        return None if percent is None else percent / 100
+
+
+VSR_PAPER = "Liu, Emerson, Collier: Visual Spatial Reasoning, TACL 2023 (arXiv 2205.00363)"
+PALIGEMMA_PAPER = "Steiner et al.: PaliGemma 2, 2024 (arXiv 2412.03555)"
+QUOTED = (
+    Reference("human", 95.4, None, VSR_PAPER),
+    Reference("PaliGemma 2 10B, fine-tuned", 86.8, 79.8, PALIGEMMA_PAPER),
+    Reference("PaliGemma 2 3B, fine-tuned", 81.6, 74.8, PALIGEMMA_PAPER),
+    Reference("LXMERT", 70.1, 61.2, VSR_PAPER),
+    Reference("ViLT", 69.3, 63.0, VSR_PAPER),
+    Reference("CLIP, frozen", 56.0, 54.5, VSR_PAPER),
+)
+# Statements of each split as published: what has another number of them is no release.
+SIZES = {
+    ("random", "train"): 7680,
+    ("random", "dev"): 1097,
+    ("random", "test"): 2195,
+    ("zeroshot", "train"): 3489,
+    ("zeroshot", "dev"): 340,
+    ("zeroshot", "test"): 1222,
+}
+OWN = "own data"
+
+
+def dataset_label(dataset_name: str, split: str, num_statements: int) -> str:
+    """ "vsr_random" or "vsr_zeroshot" for a split as large as the release has it, else "own data": the setting alone
+    does not say, since a folder of one's own has the same shape."""
+    release = RELEASES[dataset_name]
+    split = "dev" if split == "validation" else split
+    return f"vsr_{release}" if SIZES[release, split] == num_statements else OWN
+
+
+def quoted(dataset: str, split: str) -> list[tuple[Reference, float]]:
+    """The published systems and their accuracies, as shares, that belong beside results on this data set; none but for
+    the test split of a release."""
+    if split != "test":
+        return []
+    return [(r, value) for r in QUOTED if (value := r.accuracy(dataset)) is not None]
+
+
+def statements_at_hand(annotations: str | None, dataset_name: str) -> dict[str, list[Statement]] | None:
+    """The statements of every split, as `load_all` gives them; None where they would have to be downloaded first.
+
+    Raises as `load_all` does, and Fault where they cannot be downloaded.
+    """
+    if annotations is not None:
+        return load_all(annotations, dataset_name)
+    repository = f"cambridgeltl/vsr_{RELEASES[dataset_name]}"
+    found: dict[str, list[Statement]] = {}
+    for split in ("train", "dev", "test"):
+        held = try_to_load_from_cache(repository, f"{split}.jsonl", repo_type="dataset")
+        if not isinstance(held, str):
+            try:
+                ask_hub(repository, f"{split}.jsonl", "dataset")
+            except OSError as error:  # and all that the hub answers
+                says = f"{repository}: {str(error).splitlines()[0]}"
+                cure = "check the network; or give --annotations, a folder with its JSONL files"
+                raise Fault(says, cure) from None
+            return None
+        found[split] = load_statements(held, split, dataset_name)
+    return found
+
+
+class Elsewhere(Exception):
+    """Statements that only the hub has: the name of their data set."""
+
+
+def split_at_hand(annotations: str | None, split: str, dataset_name: str) -> list[Statement]:
+    """As `load_statements`, but downloads nothing: raises Elsewhere."""
+    if annotations is not None:
+        return load_statements(annotations, split, dataset_name)
+    splits = statements_at_hand(None, dataset_name)
+    if splits is None:
+        raise Elsewhere(dataset_name)
+    return splits["dev" if split == "validation" else split]

@@ -1,0 +1,1 @@
+"""Phase 3: predictions, metrics from them, and a verdict."""

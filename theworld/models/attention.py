@@ -1,0 +1,111 @@
+"""What a token of a packed row may see, for each of Gemma's two kinds of layers, dense or in blocks.
+
+    q sees k    if  place[k] <= place[q] < end[k]   k's segment is q's own or one of those that lead to it
+                or  block[q] == block[k] >= 0       both are tokens of one image, or world tokens of one world
+                and, on sliding layers, position[k] > position[q] - window
+
+Dimensions: R rows of L tokens, Q of them queries and K keys; B blocks of 64 tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from theworld.models.packing import ROW_MULTIPLE, Batch
+
+BLOCK = 64  # smaller than a row's multiple: fewer of them straddle two trees
+assert ROW_MULTIPLE % BLOCK == 0
+FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of the two kinds of layers
+
+
+def attention_masks(
+    batch: Batch, sliding_window: int, attention: str, queries: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """By kind of layer the mask of these queries, columns from where to where (None: all), on the keys up to them:
+    bool[R, 1, Q, K] (True: may see), as `Gemma3TextModel.forward` takes it, or flex attention's BlockMask."""
+    start, stop = queries or (0, batch.token_ids.shape[1])
+    make = _block_mask if attention == "flex_attention" else _dense_mask
+    return {FULL: make(batch, None, start, stop), SLIDING: make(batch, sliding_window, start, stop)}
+
+
+def _rule(batch: Batch, window: int | None, start: int) -> Callable[[Any, Any, Any, Any], Tensor]:
+    """The rule as flex attention takes it, with queries counted from `start`; the same code for both kinds of layers,
+    so that it compiles once."""
+    # 32 bits, of which a kernel's registers hold twice as many
+    place, end, block, position = (x.int() for x in (batch.place, batch.end, batch.block, batch.position_ids))
+    horizon = torch.full_like(position, -1) if window is None else position - window
+    own_place, own_block, horizon = place[:, start:], block[:, start:], horizon[:, start:]
+
+    def may_see(r: Any, head: Any, q: Any, k: Any) -> Tensor:
+        on_path = (place[r, k] <= own_place[r, q]) & (own_place[r, q] < end[r, k])
+        seen = on_path | ((own_block[r, q] >= 0) & (own_block[r, q] == block[r, k]))
+        return seen & (position[r, k] > horizon[r, q])
+
+    return may_see
+
+
+def _dense_mask(batch: Batch, window: int | None, start: int, stop: int) -> Tensor:
+    device = batch.token_ids.device
+    r = torch.arange(len(batch.token_ids), device=device)[:, None, None]
+    q = torch.arange(stop - start, device=device)[None, :, None]
+    k = torch.arange(stop, device=device)[None, None, :]
+    return _rule(batch, window, start)(r, 0, q, k)[:, None]
+
+
+def _block_mask(batch: Batch, window: int | None, start: int, stop: int) -> BlockMask:
+    """Which blocks of keys a block of queries has to look at, from the smallest and largest numbers in each: L / 64
+    squared comparisons, where flex attention's own way makes L squared of them at every step."""
+    some, every = visible_blocks(batch, window, start, stop)
+    return BlockMask.from_kv_blocks(
+        *_ordered(some & ~every),
+        *_ordered(every),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=_rule(batch, window, start),
+        seq_lengths=(stop - start, stop),
+    )
+
+
+def visible_blocks(batch: Batch, window: int | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """(some, every), bool[R, B of the queries, B of the keys] each: whether a block of queries may see anything of a
+    block of keys (True more often than need be: the rule itself then decides token by token), and whether it sees
+    all of it (never True wrongly)."""
+    assert start % BLOCK == 0, f"queries from {start} on do not begin with a block of {BLOCK}"
+    assert stop % BLOCK == 0, f"rows of {stop} tokens are no whole blocks of {BLOCK}"
+
+    def least_and_most(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        least, most = values[:, :stop].unflatten(1, (-1, BLOCK)).aminmax(dim=-1)
+        own = slice(start // BLOCK, None)
+        return least[:, own, None], most[:, own, None], least[:, None], most[:, None]
+
+    least_q, last_q, _, last_k = least_and_most(batch.place)
+    first_q, _, first_k, _ = least_and_most(_without(batch.place))
+    _, _, end_k, last_end_k = least_and_most(batch.end)
+    some = (first_k <= last_q) & (first_q < last_end_k)
+    every = (last_k <= least_q) & (last_q < end_k)
+    number_q, high_q, number_k, high_k = least_and_most(batch.block)
+    low_q, _, low_k, _ = least_and_most(
+        _without(batch.block)
+    )  # numbers grow along a row, with -1 between them
+    some |= (low_q <= high_k) & (low_k <= high_q)
+    every |= (number_q >= 0) & (number_q == high_q) & (number_q == number_k) & (number_k == high_k)
+    if window is not None:
+        near_q, far_q, near_k, far_k = least_and_most(batch.position_ids)
+        some &= far_k > near_q - window
+        every &= near_k > far_q - window
+    first = torch.arange(0, stop, BLOCK, device=some.device)
+    return some | (first[start // BLOCK :, None] == first[None]), every
+
+
+def _without(values: Tensor) -> Tensor:
+    """The same without negative numbers, which stand for padding and for no block, where the least is looked for."""
+    return values.masked_fill(values < 0, 1 << 62)
+
+
+def _ordered(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """bool[R, B, B] -> for each block of queries, how many blocks of keys are wanted, int32[R, 1, B], and which, those
+    first, int32[R, 1, B, B]."""
+    order = wanted.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return wanted.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]

@@ -1,0 +1,199 @@
+"""The frozen Cosmos encoder: a photograph becomes a latent, and what that latent means.
+
+Cosmos-Predict2 carries the Wan 2.1 video VAE. Its convolutions are causal in time, so for a single frame
+every tap but the last one sees zero padding: a causal 3-D convolution acts as the 2-D convolution with
+the weight `weight[:, :, -1]`, exactly (0.64 instead of 1.77 TFLOP an image at 512 x 512 pixels).
+
+Dimensions: B images, C latent channels (16), H, W height and width; latents are 8 times smaller than pixels.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
+from torch import Tensor, nn
+
+from theworld.models.serialization import weights_sha256
+from theworld.utils.hub import hub_revision, model_id
+
+SPATIAL_FACTOR = 8
+# To be raised whenever this file computes the same by other steps, which round elsewhere: a cache begun before is then
+# not gone on with, though a finished one serves as ever.
+ARITHMETIC = 2
+LARGEST_SCORES = 2**30  # values; in float32 4 GiB
+
+
+class FrameConv(nn.Module):
+    """A causal 3-D convolution as it acts on one frame: 2-D, with the kernel's last temporal tap."""
+
+    def __init__(self, conv: WanCausalConv3d) -> None:
+        super().__init__()
+        # `_padding` is torch's F.pad order: (left, right, top, bottom, past, future)
+        self.padding = (conv._padding[2], conv._padding[0])
+        self.stride = conv.stride[1:]
+        self.weight = nn.Parameter(conv.weight[:, :, -1].detach().clone(), requires_grad=False)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+        """x: float[B, C, 1, H, W] -> float[B, C', 1, H', W']."""
+        assert cache_x is None, "one frame has no frames before it"
+        assert x.shape[2] == 1, "one frame"
+        return F.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
+
+
+class FrameAttention(nn.Module):
+    """diffusers' attention among the places of a frame, with a single head of all channels."""
+
+    def __init__(self, block: WanAttentionBlock) -> None:
+        super().__init__()
+        self.norm, self.to_qkv, self.proj = block.norm, block.to_qkv, block.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float[B, C, 1, H, W] -> the same."""
+        frames = x.squeeze(2)
+        qkv = self.to_qkv(self.norm(frames)).permute(0, 2, 3, 1).flatten(1, 2)  # B, places, 3 C
+        attended = attend(*qkv.chunk(3, -1)).unflatten(1, frames.shape[2:]).permute(0, 3, 1, 2)
+        return self.proj(attended).unsqueeze(2) + x
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of one head, dtype[B, N, C] each. No fused kernel for a GPU is fast at heads of 384, and one frame's
+    scores fit into memory, so there it is two products with a softmax between them."""
+    scores_size = query.shape[0] * query.shape[1] * key.shape[1]
+    if query.is_cuda and scores_size <= LARGEST_SCORES:
+        return by_products(query, key, value)
+    query, key, value = (x.unsqueeze(1) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).squeeze(1)
+
+
+def by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same with all scores written out, in float32 whatever the dtype of the rest."""
+    query = query * query.shape[-1] ** -0.5
+    wide: Any = {} if query.dtype == torch.float32 else {"out_dtype": torch.float32}
+    scores = torch.bmm(query, key.mT, **wide)
+    return scores.softmax(-1).type_as(value) @ value
+
+
+def _to_frame_modules(encoder: nn.Module) -> None:
+    kinds = {WanCausalConv3d: FrameConv, WanAttentionBlock: FrameAttention}
+    for module in list(encoder.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) in kinds:
+                setattr(module, name, kinds[type(child)](child))
+
+
+class CosmosEncoder:
+    """The encoder half of an `AutoencoderKLWan`, frozen, for single frames.
+
+    `name_or_path` is a hub name (the VAE in its subfolder `vae`) or a local folder: either the VAE's own, or
+    one with a `vae` subfolder. Nothing else of the pipeline is loaded: no diffusion transformer, no text
+    encoder, no guardrail.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        compile: bool = False,
+        revision: str | None = None,
+    ) -> None:
+        """`compile`: with torch.compile, once for each shape of batch (half a minute at the first one). `revision`: the
+        commit of a hub model; None: the newest."""
+        self.name = model_id(name_or_path)
+        self.compiled = compile
+        self.device = torch.device(device)
+        self.dtype = dtype
+        vae = load_vae(name_or_path, revision)
+        self.revision = revision or hub_revision(name_or_path, "vae/config.json")
+        self.config = vae.config
+        if vae.config.patch_size is not None or vae.config.is_residual:
+            raise ValueError(
+                f"{name_or_path}: a VAE of the Wan 2.2 kind (patch_size {vae.config.patch_size}, is_residual "
+                f"{vae.config.is_residual}); TheWorld reads the Wan 2.1 kind that Cosmos-Predict2 carries"
+            )
+        # In float32 and before anything is rearranged, so that it depends on neither dtype nor device.
+        self.weights_sha256 = weights_sha256(
+            {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
+        )
+        _to_frame_modules(vae.encoder)
+        quant = FrameConv(vae.quant_conv) if vae.quant_conv is not None else nn.Identity()
+        self.encoder, self.quant_conv = (self._frozen(module) for module in (vae.encoder, quant))
+        self._run = torch.compile(self._means, fullgraph=True, dynamic=False) if compile else self._means
+
+    def _frozen(self, module: nn.Module) -> nn.Module:
+        # channels_last, the order in which a GPU's convolutions read: without it each one turns its input around
+        module.to(self.device, self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module.eval().requires_grad_(False)
+
+    @property
+    def channels(self) -> int:
+        """The number of latent channels."""
+        return int(self.config.z_dim)
+
+    def latent_shape(self, size: int) -> tuple[int, int, int]:
+        """The latent's shape (C, H, W) for a square picture of `size` pixels a side."""
+        if size % (2 * SPATIAL_FACTOR) != 0 or size <= 0:
+            raise ValueError(
+                f"latent_size {size}: the side of the picture must be a positive multiple of {2 * SPATIAL_FACTOR}"
+            )
+        return self.channels, size // SPATIAL_FACTOR, size // SPATIAL_FACTOR
+
+    @torch.inference_mode()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """The mean of the posterior, not normalised: diffusers' `encode(pixels).latent_dist.mode()`.
+
+        pixels: uint8[B, 3, H, W], RGB, or float[B, 3, H, W], the same in [-1, 1]. Returns dtype[B, C, H/8, W/8] on
+        the encoder's device; with uint8 there it does not wait for a GPU. Raises ValueError for another shape or
+        range: diffusers itself takes 0..255 without a word.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ValueError(f"pixels have shape {tuple(pixels.shape)}; wanted [B, 3, H, W]")
+        if pixels.dtype == torch.uint8:
+            pixels = unit_range(pixels.to(self.device, non_blocking=True))
+        else:
+            low, high = pixels.aminmax()
+            if low < -1 or high > 1:
+                raise ValueError(f"pixels range over [{low:.3g}, {high:.3g}]; wanted [-1, 1] (x / 127.5 - 1)")
+        return self._run(pixels.to(self.device, self.dtype, memory_format=torch.channels_last))
+
+    def _means(self, pixels: Tensor) -> Tensor:
+        moments = self.quant_conv(self.encoder(pixels.unsqueeze(2))).squeeze(2)
+        return moments[:, : self.channels]
+
+    def identity(self) -> dict[str, Any]:
+        """The fields of a fingerprint that say which encoder made a latent, and how to normalise it."""
+        return {
+            "cosmos_model_name": self.name,
+            "cosmos_revision": self.revision,
+            "cosmos_weights_sha256": self.weights_sha256,
+            "latents_mean": [float(x) for x in self.config.latents_mean],
+            "latents_std": [float(x) for x in self.config.latents_std],
+            "posterior": "mean",
+            "arithmetic": ARITHMETIC,
+            "compute_dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """uint8[...] -> float32[...] in [-1, 1] on the same device: to the bit `images.to_unit_range`.
+
+    The divisor is a tensor there, because by a plain number CUDA multiplies with the rounded 1 / 127.5. For the same
+    reason this is left out of what is compiled.
+    """
+    return pixels.float() / torch.full((), 127.5, device=pixels.device) - 1
+
+
+def load_vae(name_or_path: str, revision: str | None = None) -> AutoencoderKLWan:
+    """The whole VAE as diffusers loads it, in float32, from the hub or a local folder."""
+    own_folder = (Path(name_or_path) / "config.json").is_file()
+    if Path(name_or_path).is_dir() and not own_folder and not (Path(name_or_path) / "vae").is_dir():
+        raise ValueError(
+            f"{name_or_path}: neither config.json nor a folder vae/ in it; name a folder with a VAE"
+        )
+    subfolder = None if own_folder else "vae"
+    options = {"subfolder": subfolder, "torch_dtype": torch.float32, "revision": revision}
+    return AutoencoderKLWan.from_pretrained(name_or_path, **options)

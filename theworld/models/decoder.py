@@ -1,0 +1,358 @@
+"""Gemma's decoder over packed rows: what transformers computes, with less work where it is frozen.
+
+Nothing here trains, so a layer is a pure function of its input and fixed weights: queries, keys and values come from
+one matrix, nothing is computed for weight gradients, and the last layer goes on with the wanted rows alone. The
+functions compile as a whole; all layers share their compiled code, since weights are arguments.
+
+Dimensions: R rows of L tokens, K wanted tokens, D width, H query heads and G key-value heads of E.
+
+Frozen linear layers in 8 bits: faster on Hopper GPUs, not exact. An option, never the default.
+
+Values are float8 e4m3 (largest 448) with one float32 scale a row of the weight and one a token, chosen from the
+largest magnitude in it. The product is accumulated in hardware and comes out in bfloat16. Forward and the gradient
+of the input are both in 8 bits; frozen weights have no gradient.
+
+Dimensions: T tokens, I inputs, O outputs.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
+
+from theworld.models.attention import attention_masks
+from theworld.models.gemma import Gemma
+from theworld.models.packing import Batch
+
+LARGEST = 448.0  # of float8 e4m3 (Micikevicius et al. 2022, arXiv 2209.05433)
+
+
+class Fp8Weight(NamedTuple):
+    """A frozen weight in 8 bits, twice: the product needs the summed dimension last."""
+
+    weight: Tensor  # float8_e4m3fn[O, I]
+    scale: Tensor  # float32[1, O]
+    turned: Tensor  # float8_e4m3fn[I, O]
+    turned_scale: Tensor  # float32[1, I]
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """dtype[T, I] -> float8_e4m3fn[T, I] and float32[T, 1], their product being nearly x."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+@torch.no_grad()
+def to_fp8(weight: Tensor) -> Fp8Weight:
+    """dtype[O, I] in 8 bits. ValueError where it does not lie on a GPU that multiplies them (Hopper or newer)."""
+    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (9, 0):
+        raise ValueError(
+            f"fp8 is true, but {weight.device} has no 8-bit products: it takes a Hopper GPU or newer"
+        )
+    own, scale = quantise(weight)
+    turned, turned_scale = quantise(weight.t().contiguous())
+    return Fp8Weight(own, scale.t().contiguous(), turned, turned_scale.t().contiguous())
+
+
+def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
+    """bfloat16[..., I] -> bfloat16[..., O]."""
+    return _Fp8Linear.apply(x.flatten(0, -2), *weight).unflatten(0, x.shape[:-1])
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, turned: Tensor, turned_scale: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(turned, turned_scale)
+        return _product(x, weight, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return _product(gradient, *ctx.saved_tensors), None, None, None, None
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    values, own_scale = quantise(x)
+    return torch._scaled_mm(
+        values, weight.t(), own_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+Weight = Tensor | Fp8Weight
+# Of flex attention in bfloat16 on a Hopper GPU at Gemma's heads of 256: the fastest of those that were tried
+# (RESULTS.md). With its own choice of 4 warps the gradients of keys and values do not fit into registers.
+HOPPER_KERNELS = {
+    **{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4},
+    **{"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64},
+    **{"bwd_num_stages": 2, "bwd_num_warps": 8},
+}
+
+
+class Layer(NamedTuple):
+    """The weights of one decoder layer; norms are transformers' `weight`, to which 1 is added."""
+
+    before_attention: Tensor
+    after_attention: Tensor
+    before_mlp: Tensor
+    after_mlp: Tensor
+    query_norm: Tensor
+    key_norm: Tensor
+    qkv: Weight  # [(H + 2 G) E, D]
+    out: Weight  # [D, H E]
+    gate: Weight  # [F, D]
+    up: Weight  # [F, D]
+    down: Weight  # [D, F]
+
+
+class Shape(NamedTuple):
+    """What a layer has to know of the model's config."""
+
+    num_heads: int  # H
+    num_key_value_heads: int  # G
+    head_width: int  # E
+    scale: float
+    epsilon: float
+    kernel_options: tuple[tuple[str, int], ...]  # of flex attention
+
+
+class Decoder:
+    """Calls the decoder of one Gemma. Its weights stay Gemma's own: views of merged matrices take their place, so
+    transformers' own forward goes on working, and there is one copy of them; with `fp8` two more in 8 bits."""
+
+    def __init__(self, gemma: Gemma, compiled: bool = False, fp8: bool = False, checkpointed: bool = False):
+        """`compiled`: with torch.compile. `checkpointed`: keep only each layer's input for the backward pass.
+
+        Raises ValueError for a Gemma that computes something else than Gemma 3 does, or for 8 bits without a GPU
+        that has them.
+        """
+        config = gemma.text_config
+        _check(config, gemma.name)
+        self.gemma, self.checkpointed = gemma, checkpointed
+        self.shape = Shape(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.query_pre_attn_scalar**-0.5,
+            config.rms_norm_eps,
+            _kernel_options(config.head_dim, gemma),
+        )
+        self.kinds = list(config.layer_types)
+        model = gemma.text_model
+        self.layers = [_merged(layer, fp8) for layer in model.layers]
+        self.functions: dict[Any, Any] = {
+            f: f for f in (decoder_layer, last_layer, two_part_layer, two_part_last_layer)
+        }
+        if compiled:
+            # As a whole or not at all: outside of compiled code flex attention writes out every score.
+            self.functions = {f: torch.compile(f, fullgraph=True) for f in self.functions}
+            torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+
+    def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
+        """Hidden states after the final norm, dtype[K, D], of the tokens of x, dtype[R, L, D], whose flat indices are
+        `wanted`, int64[K]. Frozen columns (see `Batch`) take part, but have no gradient and are not wanted."""
+        length, frozen = x.shape[1], batch.num_frozen
+        if not frozen:
+            mask = self._masks(x, batch, (0, length))
+            for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
+                x = self._run(decoder_layer, x, layer, *mask[kind])
+            x = self._run(last_layer, x, self.layers[-1], *mask[self.kinds[-1]], wanted)
+        else:
+            still, x = x[:, :frozen].detach(), x[:, frozen:]
+            wanted = wanted - (wanted // length + 1) * frozen  # counted without the frozen columns
+            masks = self._masks(still, batch, (0, frozen)), self._masks(x, batch, (frozen, length))
+            for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
+                still, x = self._run(two_part_layer, still, x, layer, *masks[0][kind], *masks[1][kind])
+            last = masks[0][self.kinds[-1]][:2], masks[1][self.kinds[-1]]
+            x = self._run(two_part_last_layer, still, x, self.layers[-1], *last[0], *last[1], wanted)
+        return rms_norm(x, self.gemma.text_model.norm.weight, self.shape.epsilon)
+
+    def _masks(
+        self, x: Tensor, batch: Batch, queries: tuple[int, int]
+    ) -> dict[str, tuple[Tensor, Tensor, Any]]:
+        """By kind of layer cos, sin and mask of some columns, which `x` holds; dense masks are added to the scores."""
+        rotary = self.gemma.text_model.rotary_emb
+        positions = batch.position_ids[:, slice(*queries)]
+        masks = attention_masks(batch, self.gemma.sliding_window, self.gemma.attention, queries)
+        for kind, mask in masks.items():
+            if isinstance(mask, Tensor):
+                masks[kind] = x.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        return {kind: (*rotary(x, positions, kind), masks[kind]) for kind in sorted(set(self.kinds))}
+
+    def _run(self, function: Any, *arguments: Any) -> Any:
+        function = self.functions[function]
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, self.shape, use_reentrant=False)
+        return function(*arguments, self.shape)
+
+
+class TrainedDecoder:
+    """transformers' own decoder over packed rows, for a language model that trains or has LoRA matrices beside it."""
+
+    def __init__(self, gemma: Gemma, compiled: bool = False, checkpointed: bool = False) -> None:
+        """As `Decoder`."""
+        self.gemma = gemma
+        if checkpointed:
+            checkpoint_layers(gemma.text_model)
+        if compiled:
+            for layer in gemma.text_model.layers:
+                layer.compile()
+
+    def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
+        """As `Decoder`; there are no frozen columns."""
+        assert not batch.num_frozen, "everything here depends on what trains"
+        masks = attention_masks(batch, self.gemma.sliding_window, "sdpa")
+        options = {"position_ids": batch.position_ids, "use_cache": False}
+        with self.gemma.computing():
+            output = self.gemma.text_model(inputs_embeds=x, attention_mask=masks, **options)
+        return output.last_hidden_state.flatten(0, 1)[wanted].to(self.gemma.dtype)
+
+
+def checkpoint_layers(module: Any) -> None:
+    """Lets a transformers module keep only each layer's input for the backward pass. That takes its training mode, in
+    which a Gemma 3 does nothing else, as it has no dropout."""
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    module.train()
+
+
+def decoder_layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
+    """dtype[R, L, D] -> dtype[R, L, D]."""
+    query, key, value = _heads(x, w, cos, sin, shape)
+    return _after_attention(x, attention(query, key, value, mask, shape), w, shape)
+
+
+def last_layer(
+    x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor, shape: Shape
+) -> Tensor:
+    """dtype[R, L, D] -> dtype[K, D]: nothing reads the other tokens, so most of the layer is for these alone."""
+    query, key, value = _heads(x, w, cos, sin, shape)
+    attended = attention(query, key, value, mask, shape)
+    return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
+
+
+def two_part_layer(
+    still: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor, mask: Any,
+    shape: Shape,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A layer over rows whose first part, without gradient, sees nothing of the second: both parts again."""
+    query0, key0, value0 = _heads(still, w, cos0, sin0, shape)
+    query, key, value = _heads(x, w, cos, sin, shape)
+    attended0 = attention(query0, key0, value0, mask0, shape)
+    attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
+    return _after_attention(still, attended0, w, shape), _after_attention(x, attended, w, shape)
+
+
+def two_part_last_layer(
+    still: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor,
+    shape: Shape,
+) -> Tensor:  # fmt: skip
+    """As `last_layer`, of rows in two parts; the tokens wanted are of the second, and so are their indices."""
+    _, key0, value0 = _heads(still, w, cos0, sin0, shape)
+    query, key, value = _heads(x, w, cos, sin, shape)
+    attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
+    return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
+
+
+def _heads(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries dtype[R, H, L, E], keys and values dtype[R, G, L, E]: the first two normalised and turned."""
+    heads, groups, width, _, epsilon, _ = shape
+    projected = linear(rms_norm(x, w.before_attention, epsilon), w.qkv)
+    projected = projected.unflatten(-1, (-1, width)).transpose(1, 2)  # R, H + 2 G, L, E
+    query, key, value = projected.split((heads, groups, groups), 1)
+    query = _turn(rms_norm(query, w.query_norm, epsilon), cos, sin)
+    return query, _turn(rms_norm(key, w.key_norm, epsilon), cos, sin), value
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape) -> Tensor:
+    """dtype[R, Q, H E]: H / G queries share a key."""
+    if isinstance(mask, Tensor):
+        repeats = shape.num_heads // shape.num_key_value_heads
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=shape.scale)
+    else:
+        options: Any = dict(shape.kernel_options)
+        attended = flex_attention(
+            query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True, kernel_options=options
+        )
+    return attended.transpose(1, 2).flatten(2)
+
+
+def _after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tensor:
+    x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
+    normed = rms_norm(x, w.before_mlp, shape.epsilon)
+    gate, up = linear(normed, w.gate), linear(normed, w.up)
+    return x + rms_norm(linear(F.gelu(gate, approximate="tanh") * up, w.down), w.after_mlp, shape.epsilon)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Gemma's RMS norm, as transformers rounds it: in float32, times 1 + weight, back to the dtype of x."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return (wide * (1.0 + weight.float())).type_as(x)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021, arXiv 2104.09864), the two halves of a head being the pairs."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """x times the transposed weight."""
+    return fp8_linear(x, weight) if isinstance(weight, Fp8Weight) else F.linear(x, weight)
+
+
+def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...]:
+    """Where nothing better is known, flex attention chooses for itself. In float32 these would not fit."""
+    hopper = gemma.device.type == "cuda" and torch.cuda.get_device_capability(gemma.device)[0] == 9
+    known = hopper and head_width == 256 and gemma.dtype == torch.bfloat16
+    return tuple(HOPPER_KERNELS.items()) if known else ()
+
+
+def _merged(layer: Any, fp8: bool) -> Layer:
+    """A layer's weights, those of queries, keys and values in one matrix, of which transformers' modules keep views.
+
+    Gate and up stay two: the gradients of both halves would have to be put side by side for the product that follows,
+    which costs more than one large product saves over two.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = _one_matrix([attention.q_proj, attention.k_proj, attention.v_proj])
+    others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    matrices: Sequence[Any] = (qkv, *(module.weight for module in others))
+    return Layer(
+        layer.input_layernorm.weight,
+        layer.post_attention_layernorm.weight,
+        layer.pre_feedforward_layernorm.weight,
+        layer.post_feedforward_layernorm.weight,
+        attention.q_norm.weight,
+        attention.k_norm.weight,
+        *(to_fp8(m) if fp8 else m for m in matrices),
+    )
+
+
+@torch.no_grad()
+def _one_matrix(modules: Sequence[Any]) -> Tensor:
+    merged = torch.cat([module.weight for module in modules])
+    for module, part in zip(modules, merged.split([len(m.weight) for m in modules]), strict=True):
+        module.weight.data = part
+    return merged
+
+
+def _check(config: Any, name: str) -> None:
+    """What this file takes for granted of a Gemma 3."""
+    wanted = {
+        "attention_bias": False,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    }
+    for key, value in wanted.items():
+        found = getattr(config, key, value)
+        if found != value:
+            raise ValueError(
+                f"model_name {name!r}: {key} is {found!r}; this is built for {value!r}, as Gemma 3 has"
+            )

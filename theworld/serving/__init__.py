@@ -1,0 +1,1 @@
+"""Asking a checkpoint about a photograph, on the command line or on a local page."""

@@ -1,0 +1,112 @@
+"""What `tools/ask.py` does: load a trained model, ask it about a photograph, and show its answers."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from theworld.config.config import load_config
+from theworld.data.images import photograph
+from theworld.models.inference import SYSTEMS, Photograph, ask
+from theworld.models.projection import ProjectionShape
+from theworld.models.serialization import CONFIG_FILE, WORLD_FILE, find_model, read_world, saved_folder
+from theworld.models.theworld import TheWorld
+from theworld.utils.device import resolve_device, resolve_dtype
+from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
+
+# "without" is a Gemma that a later stage trained, where "baseline" would be the published Gemma, as in an evaluation.
+LABELS = {
+    "world": "with world tokens",
+    "baseline": "without world tokens",
+    "without": "without world tokens",
+    "zero": "zero latents",
+}
+# Compiling pays for thousands of statements, not for a few.
+DEFAULTS = {"compile": False}
+Answers = list[dict[str, Any]]
+
+
+def load_for_asking(name: str, conditions: Sequence[str], overrides: dict[str, Any]) -> TheWorld:
+    """Return a model that is ready to be asked, with its VAE if `conditions` need it.
+
+    `name` is a checkpoint, a folder whose newest checkpoint is taken, or a model on the hub. Raises ValueError and
+    OSError as `TheWorld.from_pretrained` does; for a model trained on predicted frames before any weights load.
+    """
+    folder = saved_folder(find_model(name) if Path(name).is_dir() else name)
+    _check_frames(folder, conditions)
+    model = TheWorld.from_pretrained(folder, **DEFAULTS | overrides)
+    if "world" in conditions:
+        _ = model.encoder  # load the VAE now and not at the first photograph
+    return model
+
+
+def _check_frames(folder: Path, conditions: Sequence[str]) -> None:
+    if "world" in conditions:
+        shape = ProjectionShape.from_dict(read_world(folder)["projection"])
+        shape.check_no_steps("--conditions baseline zero needs none")
+
+
+def recorded_names(model: TheWorld, conditions: Sequence[str]) -> list[str]:
+    """Return the names of these conditions in `answers`, which are those in the records of an evaluation."""
+    return ["without" if c == "baseline" and model.gemma.changed else c for c in conditions]
+
+
+def answers(
+    model: TheWorld, image: Photograph, statements: Sequence[str], conditions: Sequence[str] = SYSTEMS
+) -> Answers:
+    """Return {"statement": ..., "p_true": {name of the condition: P(true)}} for each statement.
+
+    Raises ValueError and ImageError as `TheWorld.score` does.
+    """
+    p_true = ask(model, image, statements, conditions)
+    names = dict(zip(recorded_names(model, conditions), conditions, strict=True))
+    return [
+        {"statement": statement, "p_true": {name: p_true[condition][i] for name, condition in names.items()}}
+        for i, statement in enumerate(statements)
+    ]
+
+
+def table(rows: Answers) -> str:
+    """Return the answers as text for a terminal, one line for each statement."""
+    names = list(rows[0]["p_true"])
+    heads = [LABELS[name] for name in names]
+    lines = ["P(true) " + "  ".join(heads)]
+    for row in rows:
+        cells = [f"{row['p_true'][n]:.1%}".rjust(len(h)) for n, h in zip(names, heads, strict=True)]
+        lines.append(" " * 8 + "  ".join(cells) + "  " + row["statement"])
+    return "\n".join(lines)
+
+
+def plan(
+    name: str,
+    image: str | None,
+    statements: Sequence[str],
+    conditions: Sequence[str],
+    overrides: dict[str, Any],
+) -> Iterator[tuple[str, str]]:
+    """Yield (part, what would be done) for everything that would be loaded and asked; loads and downloads nothing.
+
+    `image` is None for a page, whose photographs are not known yet. Raises ValueError and OSError where a run would
+    stop.
+    """
+    folder = find_model(name) if Path(name).is_dir() else None
+    place = locate(name, WORLD_FILE) if folder is None else None
+    if place is not None:
+        folder = None if place.config is None else place.config.parent
+    if folder is None or not (folder / CONFIG_FILE).is_file():
+        yield "projection", f"{name}: on the hub; what it needs is known once it is downloaded"
+        config = load_config(None, DEFAULTS | overrides)
+    else:
+        _check_frames(saved_folder(folder), conditions)
+        config = load_config(folder / CONFIG_FILE, DEFAULTS | overrides)
+        device = resolve_device(config.device)
+        arithmetic = f"{device}, {resolve_dtype(config.dtype, device)}"
+        yield "projection", f"{folder}, for {read_world(folder)['model_name']}"
+        yield "Gemma", f"{config.model_name}: {locate(config.model_name, GEMMA_FILE).words}; {arithmetic}"
+        if "world" in conditions:
+            words = locate(config.cosmos_model_name, VAE_FILE).words
+            yield "Cosmos VAE", f"{config.cosmos_model_name}: {words}"
+    if image is not None:
+        height, width, _ = photograph(image, config.max_image_pixels).shape
+        yield "reads", f"{image}, {width} x {height} pixels"
+        asked = f"{len(conditions)} conditions ({', '.join(conditions)})"
+        yield "asks", f"{asked} about {len(statements):,} statements"

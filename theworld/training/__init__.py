@@ -1,0 +1,1 @@
+"""Phase 2: training the projection from the cache."""

@@ -1,0 +1,130 @@
+"""Where the figures of a run are shown while it trains: TensorBoard, Weights & Biases, both or neither.
+
+metrics.jsonl, the figures of a run: one line a time, each step once however often the run was stopped.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from theworld.config.config import Config
+from theworld.utils.files import publish_bytes
+
+METRICS, ASIDE = "metrics.jsonl", "metrics.aside.jsonl"
+
+
+def append(folder: Path, line: dict[str, Any]) -> None:
+    """Adds a line."""
+    with open(folder / METRICS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def sync(folder: Path) -> None:
+    """Makes all lines durable: before the checkpoint that they lead to."""
+    if (folder / METRICS).exists():
+        with open(folder / METRICS, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def set_aside(folder: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Moves the lines that `keep` does not want, and those that are no whole lines, to the end of ASIDE: those of steps
+    that a run is about to take again. Returns how many."""
+    path = folder / METRICS
+    if not path.exists():
+        return 0
+    kept, moved = bytearray(), bytearray()
+    data = path.read_bytes()
+    for raw in data.splitlines(keepends=True):
+        wanted = kept if _is_wanted(raw, keep) else moved
+        wanted += raw if raw.endswith(b"\n") else raw + b"\n"
+    if moved:
+        with open(folder / ASIDE, "ab") as file:  # first, so that a stop in between loses nothing
+            file.write(moved)
+            file.flush()
+            os.fsync(file.fileno())
+    if kept != data:
+        publish_bytes(path, bytes(kept), overwrite=True)
+    return moved.count(b"\n")
+
+
+def _is_wanted(raw: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return False
+    return isinstance(line, dict) and isinstance(line.get("step"), int) and keep(line)
+
+
+RUN_ID = "wandb_id.txt"  # in the output folder: a resumed run goes on in the same W&B run
+
+
+def check_trackers(config: Config) -> None:
+    """Raises ValueError, with the cure, if what the settings ask for cannot be had. Loads W&B only if they do."""
+    if not config.log_to_wandb:
+        return
+    try:
+        import wandb  # optional, so not at the top
+    except ImportError as error:
+        raise ValueError(f"log_to_wandb is true, but {error}; run `pip install wandb`") from None
+    if os.environ.get("WANDB_MODE", "online") != "online":
+        return
+    try:
+        wandb.login()
+    except wandb.errors.Error as error:
+        raise ValueError(
+            f"log_to_wandb: {error} Set WANDB_API_KEY or run `wandb login`; WANDB_MODE=offline needs neither"
+        ) from None
+
+
+class Trackers:
+    """What a run logs to, in its main process. `log` takes the same figures that metrics.jsonl gets."""
+
+    def __init__(
+        self, config: Config, settings: dict[str, Any], output_dir: Path, resumed: bool, step: int = 0
+    ) -> None:
+        """`settings` are what W&B shows of the run's. `step`: that after which the run goes on; TensorBoard then drops
+        what an earlier start logged of later ones. Raises ValueError if W&B does not begin."""
+        logs = output_dir / "logs"
+        purge = step + 1 if logs.exists() else None
+        self.writer = SummaryWriter(str(logs), purge_step=purge) if config.log_to_tensorboard else None
+        self.run = _wandb_run(config, settings, output_dir, resumed) if config.log_to_wandb else None
+
+    def log(self, figures: dict[str, float], step: int) -> None:
+        """Figures of one step; a step may have several calls."""
+        if self.writer is not None:
+            for key, value in figures.items():
+                self.writer.add_scalar(key, value, step)
+        if self.run is not None:
+            self.run.log(figures, step=step)
+
+    def close(self) -> None:
+        """Until everything is written or sent."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.run is not None:
+            self.run.finish()
+
+
+def _wandb_run(config: Config, settings: dict[str, Any], output_dir: Path, resumed: bool) -> Any:
+    import wandb
+
+    path = output_dir / RUN_ID
+    # Only of a run that goes on: a new one in a folder that was used before is another run.
+    name = path.read_text().strip() if resumed and path.exists() else None
+    try:
+        run = wandb.init(
+            project=config.wandb_project,
+            name=config.run_name,
+            id=name,  # none: W&B makes one up
+            resume="allow",
+            config=settings,
+            dir=str(output_dir),
+        )
+    except wandb.errors.Error as error:
+        raise ValueError(f"log_to_wandb: {error}; WANDB_MODE=offline needs no connection") from None
+    path.write_text(run.id + "\n")
+    return run

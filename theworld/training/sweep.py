@@ -1,0 +1,431 @@
+"""Many small runs from one cache, ranked on dev: which settings move the loss off chance, and do the controls agree.
+
+runs/<name>-<seed>/      a training run's own folder; its `key` says of which settings, and so whether it may go on
+results.jsonl            a line for each run that has ended, from which everything that is shown follows
+table.md                 the ranking
+
+A task for each of many items, in processes of their own: they stop when the main one is asked to, and end with it.
+
+the main process    hears signals, gives out the items, takes what is made of them
+a worker            is deaf to signals: the end of a pipe tells it to stop; it ends at once when the main one is gone
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context, parent_process, resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from theworld.config.config import FIELDS, Config
+from theworld.evaluation.metrics import accuracy, label_loss
+from theworld.evaluation.predict import predict
+from theworld.models.serialization import CheckpointError, numbered
+from theworld.training.checkpoint import find_sound
+from theworld.training.memory import NotFinite, OutOfMemory, Plan
+from theworld.training.monitor import chance_loss, left_at
+from theworld.training.trainer import Trainer
+from theworld.utils.files import canonical_sha256, check_folder, holds, make_folder, publish_bytes
+from theworld.utils.jsonc import read_json_with_comments
+from theworld.utils.signals import SIGNALS, StopRequest
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+SPAWN = get_context("spawn")  # a fork would carry a CUDA context of the main process along
+HEARD = {*SIGNALS, signal.SIGINT}  # by the main process alone, even if they are sent to all
+
+
+def in_processes(
+    task: Callable[[Item, StopRequest], Result], items: Sequence[Item], count: int, stop: StopRequest
+) -> Iterator[Result]:
+    """What `task` makes of each item, `count` at a time, as it comes. Once `stop` is asked no other item is given out.
+
+    Raises OSError that a task raised, or where a process is gone, after the others have stopped as if they were asked.
+    """
+    told, asks = SPAWN.Pipe(duplex=False)
+    stop.then = asks.close
+    waiting, workers = deque(items), list[tuple[BaseProcess, Connection]]()
+    busy: dict[Connection, BaseProcess] = {}
+    error: OSError | None = None
+
+    def give(process: BaseProcess, pipe: Connection) -> None:
+        if waiting and not stop.asked:
+            pipe.send(waiting.popleft())
+            busy[pipe] = process
+
+    try:
+        while len(workers) < min(count, len(items)) and not stop.asked:
+            workers.append(_start(task, told))
+            give(*workers[-1])
+        while busy:
+            ready = wait(list(busy))
+            for pipe in [pipe for pipe in busy if pipe in ready]:
+                process = busy.pop(pipe)
+                outcome = _outcome(process, pipe)
+                if isinstance(outcome, OSError):
+                    error = error or outcome
+                    stop.ask(repr(outcome))
+                else:
+                    yield outcome
+                give(process, pipe)
+    finally:
+        _end(workers, at_once=bool(busy))
+    if error is not None:
+        raise error
+
+
+def _start(task: Callable[..., Any], told: Connection) -> tuple[BaseProcess, Connection]:
+    here, there = SPAWN.Pipe()
+    process = SPAWN.Process(target=_work, args=(task, told, there))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # a process that just begins would die of them
+    try:
+        resource_tracker.ensure_running()  # Python's own helper would, too; it unblocks some as it starts
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    there.close()
+    return process, here
+
+
+def _outcome(process: BaseProcess, pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        process.join()
+        return ChildProcessError(f"a process ended with status {process.exitcode}")
+
+
+def _end(workers: Sequence[tuple[BaseProcess, Connection]], at_once: bool) -> None:
+    """Waits for workers that have nothing to do, or kills them `at_once`: where this process is interrupted."""
+    try:
+        if not at_once:
+            for process, pipe in workers:
+                if process.is_alive():
+                    pipe.send(None)
+                process.join()
+    finally:
+        for process, _ in workers:
+            process.kill()
+            process.join()
+
+
+# ---- a worker
+
+
+def _work(task: Callable[[Any, StopRequest], Any], told: Connection, pipe: Connection) -> None:
+    for number in HEARD:
+        signal.signal(number, lambda *_: None)  # SIG_IGN would be handed down to programs that it starts
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    stop = StopRequest(told=told)
+    while (item := _next(pipe)) is not None:
+        try:
+            outcome = task(item, stop)
+        except OSError as error:
+            outcome = error
+        with contextlib.suppress(ConnectionError):  # the main process is gone
+            pipe.send(outcome)
+
+
+def _next(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):  # the main process is gone
+        return None
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the main one is gone: whoever starts it again is alone with its folders."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+ASKED = ("world", "baseline", "zero", "shuffled")  # with world tokens, and the controls
+WORDS = [f"{of}{words}_loss" for words in ("statement", "relation") for of in ("", "dev_")]
+LINES = 5  # of metrics.jsonl, which a loss that has left chance is averaged over
+NEVER = 10**9  # steps
+KEY = "key"  # the file with the key of the run whose folder it is
+# What a sweep decides for its runs; they make no difference to what is learnt.
+OWN = ("output_dir", "seed", "do_eval", "eval_steps", "save_steps", "save_total_limit", "resume_from")
+QUIET = {"log_to_tensorboard": False, "log_to_wandb": False, "push_to_hub": False}
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run of a sweep."""
+
+    name: str  # of its settings, without the seed
+    config: Config  # as it trains
+    key: str  # what it learns from, and how: equal keys are equal runs
+
+    @property
+    def folder(self) -> Path:
+        """Its own."""
+        return Path(self.config.output_dir)
+
+    @property
+    def started(self) -> bool:
+        """Whether there are checkpoints of this very run, from which it goes on."""
+        return holds(self.folder / KEY, self.key.encode()) and bool(numbered(self.folder))
+
+
+# ---- which runs
+
+
+def read_changes(path: Path) -> list[Changes]:
+    """The settings of each run of a file. ValueError for anything else."""
+    found = read_json_with_comments(path).get("runs")
+    if not isinstance(found, list) or not all(isinstance(own, dict) for own in found):
+        raise ValueError(f'{path}: wanted {{"runs": [{{"projection": "conv"}}, ...]}}')
+    return found
+
+
+def grid(options: Sequence[str]) -> list[Changes]:
+    """All combinations of `key=a,b,c`. ValueError for an unknown key, or a value that its setting cannot have."""
+    values: dict[str, list[Any]] = {}
+    for option in options:
+        key, equals, rest = option.partition("=")
+        if key not in FIELDS or not equals:
+            raise ValueError(f"--grid {option}: wanted key=a,b,c with the key of a setting")
+        values[key] = [_parsed(key, text) for text in rest.split(",")]
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+
+
+def _parsed(key: str, text: str) -> Any:
+    try:
+        return FIELDS[key].parse(text)
+    except ValueError:
+        raise ValueError(f"--grid {key}: {text!r} is no value of that setting") from None
+
+
+def name_of(changes: Changes) -> str:
+    """In words: its own "name", or what is changed."""
+    said = ", ".join(f"{key} {value}" for key, value in changes.items() if key != "name")
+    return str(changes.get("name", said or "unchanged"))
+
+
+def make_runs(base: Config, changes: Sequence[Changes], seeds: Sequence[int], output: Path) -> list[Run]:
+    """A run for each of the changes and seeds. ValueError that names the run for a setting that is refused, and for
+    two runs of one name."""
+    runs = []
+    for own in changes:
+        name = name_of(own)
+        given = {key: value for key, value in own.items() if key != "name"}
+        unknown = [key for key in given if key not in FIELDS or key in OWN]
+        if unknown:
+            raise ValueError(f"run {name!r}: {unknown[0]} is no setting, or one that the sweep decides")
+        for seed in seeds:
+            folder = output / "runs" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-')}-{seed}"
+            decided = {"output_dir": str(folder), "seed": seed, "do_eval": True, "resume_from": None}
+            kept = {"eval_steps": NEVER, "save_total_limit": 1}
+            try:
+                config = replace(base, **{**given, **decided, **kept, **QUIET})
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"run {name!r}: {error}") from None
+            relevant = {k: v for k, v in config.to_dict().items() if k not in OWN}
+            runs.append(Run(name, config, canonical_sha256(relevant | {"seed": seed})))
+    folders = [run.folder for run in runs]
+    twice = [run.name for run in runs if folders.count(run.folder) > 1]
+    if twice:
+        raise ValueError(f"two runs are named {twice[0]!r}; give each a name of its own")
+    return runs
+
+
+# ---- one run
+
+
+def train_one(run: Run, stop: StopRequest, cache: Path) -> dict[str, Any] | None:
+    """Trains, from the newest sound checkpoint of this very run if it has any, asks every system on dev, and gives the
+    line of results.jsonl, which of a failed run says why; None where it was stopped before its last step.
+
+    `seconds` are those of the start that ended it, without what earlier ones took that were stopped or killed.
+    """
+    if stop.asked:
+        return None
+    start = time.perf_counter()
+    line: dict[str, Any] = {"name": run.name, "seed": run.config.seed, "key": run.key}
+    config = replace(run.config, resume_from=str(run.folder)) if run.started else run.config
+    if config.resume_from is None and run.folder.exists():
+        shutil.rmtree(run.folder)  # our own, of other settings, or of a run that saved nothing
+    try:
+        trainer = Trainer(config, cache, stop)
+        if stop.asked:
+            return None
+        make_folder(run.folder)
+        publish_bytes(run.folder / KEY, run.key.encode())
+        trainer.run()
+        if trainer.stopped:
+            return None
+        line |= measure(trainer)
+    except (ValueError, NotFinite, OutOfMemory) as error:
+        cure = f"; remove {run.folder} to start the run anew" if isinstance(error, CheckpointError) else ""
+        line |= {"failed": f"{error}{cure if config.resume_from else ''}"}
+    return line | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def measure(trainer: Trainer) -> dict[str, Any]:
+    """What a trained model and its controls say on dev, and when the loss left chance."""
+    config, dev = trainer.config, trainer.data.dev
+    fetch = (trainer.data.latents, trainer.data.vision)
+    logits = predict(trainer.model, dev, *fetch, ASKED, batch_size=config.eval_statements)
+    labels = np.array([s.label for s in dev])
+    right = {name: (values[:, 1] > values[:, 0]) == (labels == 1) for name, values in logits.items()}
+    text = (Path(config.output_dir) / "metrics.jsonl").read_text(encoding="utf-8")
+    logged = [line for line in map(json.loads, text.splitlines()) if line["phase"] == "train"]
+    lines = [line for line in logged if "loss" in line]
+    newest = {key: value for line in logged for key, value in line.items()}
+    losses, chance = [line["loss"] for line in lines], chance_loss([s.label for s in trainer.data.train])
+    left = left_at(losses, chance, LINES)
+    return {
+        "steps": trainer.step,
+        "statements_per_step": trainer.per_step,
+        "n": len(dev),
+        "correct": {name: int(own.sum()) for name, own in right.items()},
+        "dev_loss": {name: round(label_loss(values, labels), 5) for name, values in logits.items()},
+        "last_loss": round(statistics.fmean(losses[-LINES:]), 5),
+        "left_chance_at": None if left is None else lines[left - 1]["step"],
+        "last_words": {key: round(newest[key], 5) for key in WORDS if key in newest},
+    }
+
+
+# ---- all of them
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The lines so far. ValueError for a line that is not whole."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    try:
+        return [json.loads(line) for line in text.splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} has a line that is not whole ({error}); remove that line") from None
+
+
+def still_to_do(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> list[Run]:
+    """Those without a line; a run that failed is tried again."""
+    done = {line["key"] for line in results if "failed" not in line}
+    return [run for run in runs if run.key not in done]
+
+
+def plan_sweep(runs: Sequence[Run], cache: Path, output: Path) -> Iterator[str]:
+    """What `run_sweep` would do, in lines; ValueError for the first run that could not start."""
+    check_folder(output, "--output")
+    waiting = still_to_do(runs, read_results(output / "results.jsonl"))
+    yield f"runs         {len(runs)}, of which {len(runs) - len(waiting)} are done"
+    for run in waiting:
+        if run.started:
+            step = find_sound(run.folder).progress["step"]
+            yield f"goes on      {run.name}, seed {run.config.seed}: after step {step:,}"
+    for name in dict.fromkeys(run.name for run in waiting):
+        own = [run for run in waiting if run.name == name]
+        try:
+            plan = Plan(replace(own[0].config, output_dir=str(own[0].folder / "none")), cache)
+        except ValueError as error:
+            raise ValueError(f"run {name!r}: {error}") from None
+        trains = plan.facts.trainable
+        seeds = ", ".join(str(run.config.seed) for run in own)
+        yield f"trains       {name} (seeds {seeds}): {plan.num_steps:,} steps, {trains:,} parameters"
+
+
+def run_sweep(
+    runs: Sequence[Run], cache: Path, output: Path, processes: int = 1, stop: StopRequest | None = None
+) -> tuple[str, list[Run]]:
+    """Trains what has no line yet, `processes` runs at a time, and returns the table of all of these runs that have
+    ended, and the others: none, unless `stop` was asked."""
+    output.mkdir(parents=True, exist_ok=True)
+    results = output / "results.jsonl"
+    waiting, ended = still_to_do(runs, read_results(results)), set[str]()
+    for line in _lines(waiting, cache, processes, stop or StopRequest()):
+        ended.add(line["key"])
+        with open(results, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{line['name']}, seed {line['seed']}: {line.get('failed') or _said(line)}", flush=True)
+    keys = {run.key for run in runs}
+    table = rank([line for line in read_results(results) if line["key"] in keys])
+    (output / "table.md").write_text(table + "\n", encoding="utf-8")
+    return table, [run for run in waiting if run.key not in ended]
+
+
+def _lines(
+    waiting: Sequence[Run], cache: Path, processes: int, stop: StopRequest
+) -> Iterator[dict[str, Any]]:
+    task = partial(train_one, cache=cache)
+    if processes == 1:
+        lines: Iterable[dict[str, Any] | None] = (task(run, stop) for run in waiting)
+    else:
+        lines = in_processes(task, waiting, processes, stop)
+    return (line for line in lines if line is not None)
+
+
+def said_of_stop(runs: Sequence[Run], left: Sequence[Run]) -> str:
+    """What became of a sweep that was asked to stop, in a sentence; `left`: the runs that have not ended."""
+    started = sum(run.started for run in left)
+    return (
+        f"stopped as asked: {len(runs) - len(left)} of {len(runs)} runs have ended; the same command goes on with "
+        f"{started} from where they are, and starts {len(left) - started}"
+    )
+
+
+def _said(line: dict[str, Any]) -> str:
+    return f"dev {line['correct']['world'] / line['n']:.1%}, loss {line['last_loss']:.3f}, {line['seconds']:.0f} s"
+
+
+# ---- the ranking
+
+
+def rank(lines: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table, best first. Accuracies are pooled over seeds, with Wilson's 95 % interval: it counts
+    statements, not seeds, whose own spread stands beside it."""
+    # The last line of a run holds: one that failed may have been tried again.
+    ended = list({line["key"]: line for line in lines}.values())
+    names = list(dict.fromkeys(line["name"] for line in ended))
+    groups = {name: [x for x in ended if x["name"] == name and "failed" not in x] for name in names}
+    order = sorted(
+        (name for name in names if groups[name]), key=lambda name: -_pooled(groups[name], "world")["accuracy"]
+    )
+    head = "| settings | dev, world tokens | by seed | none | zero | another's | last loss | left chance at step |"
+    rows = [head, "|---|---|---|---|---|---|---|---|", *(_row(name, groups[name]) for name in order)]
+    failed = [line for line in ended if "failed" in line]
+    return "\n".join([*rows, *(f"\nfailed: {x['name']}, seed {x['seed']}: {x['failed']}" for x in failed)])
+
+
+def _pooled(group: Sequence[dict[str, Any]], system: str) -> dict[str, Any]:
+    right = sum(line["correct"][system] for line in group)
+    total = sum(line["n"] for line in group)
+    return accuracy([True] * right + [False] * (total - right))
+
+
+def _row(name: str, group: Sequence[dict[str, Any]]) -> str:
+    world = _pooled(group, "world")
+    seeds = sorted(line["correct"]["world"] / line["n"] for line in group)
+    others = " | ".join(f"{_pooled(group, s)['accuracy']:.1%}" for s in ("baseline", "zero", "shuffled"))
+    left = sorted(line["left_chance_at"] for line in group if line["left_chance_at"] is not None)
+    when = (
+        f"{', '.join(map(str, left))} ({len(left)} of {len(group)})" if left else f"never (0 of {len(group)})"
+    )
+    loss = statistics.fmean(line["last_loss"] for line in group)
+    return (
+        f"| {name} | {world['accuracy']:.1%} ({world['low']:.1%}–{world['high']:.1%}) "
+        f"| {seeds[0]:.1%}–{seeds[-1]:.1%} | {others} | {loss:.3f} | {when} |"
+    )

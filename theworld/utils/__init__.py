@@ -1,0 +1,1 @@
+"""What every other package rests on: files, devices, processes, signals, the console and the hub's folders."""

@@ -1,0 +1,179 @@
+"""What the tools share on a terminal: progress bars, dry runs, errors and interruptions."""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 30.0  # between two lines of a bar in a log file
+
+
+class Bar(tqdm):
+    """A progress bar that keeps each figure until it is replaced."""
+
+    def set_postfix(self, ordered_dict: Any = None, refresh: bool | None = True, **figures: Any) -> None:
+        """Add figures to those that the bar shows."""
+        self._figures = getattr(self, "_figures", {}) | dict(ordered_dict or {}) | figures
+        super().set_postfix(self._figures, refresh)
+
+
+class LogBar(Bar):
+    """A progress bar for log files: a line every QUIET_SECONDS and one at the end."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._said = time.monotonic()
+        super().__init__(*arguments, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write a line if the last one is QUIET_SECONDS old."""
+        if msg is None and time.monotonic() - self._said >= QUIET_SECONDS:
+            self._say()
+
+    def clear(self, nolock: bool = False) -> None:
+        """Do nothing: a written line stays."""
+
+    def close(self) -> None:
+        """Write the last line, unless the bar is one that vanishes at its end."""
+        if not self.disable:
+            if self.leave:
+                self._say()
+            self.leave, self.sp = False, None
+        super().close()
+
+    def _say(self) -> None:
+        self._said = time.monotonic()
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+
+
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
+    """Return a progress bar that moves on a terminal and writes lines elsewhere."""
+    return Bar(iterable, **options) if sys.stderr.isatty() else LogBar(iterable, **options)
+
+
+def quiet_libraries() -> None:
+    """Turn off the libraries' own progress bars and notices, so that a tool's lines stay readable.
+
+    For tools only: the settings of the whole process change. Warnings stay on.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences its warning after a fork
+    from transformers.utils import logging as transformers_logging
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # retries; a failure is reported by the tool
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    if "diffusers" in sys.modules:  # not imported only for this: training does not need it
+        from diffusers.utils import logging as diffusers_logging
+
+        diffusers_logging.disable_progress_bar()
+        diffusers_logging.set_verbosity_error()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|diffusers|huggingface_hub")
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes messages above the progress bars, on the standard output of the moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record))
+        except Exception:  # noqa: BLE001 - as every handler: a message that cannot be written ends nothing
+            self.handleError(record)
+
+
+def configure_logging() -> None:
+    """Show what the package logs from INFO on, message only, above the progress bars on standard output.
+
+    For tools, not for library code: it changes the `theworld` logger of the whole process. A second call changes
+    nothing.
+    """
+    logger = logging.getLogger("theworld")
+    if not any(isinstance(handler, _TerminalHandler) for handler in logger.handlers):
+        logger.addHandler(_TerminalHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # a library that configures the root logger would show each message again
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in words, to the second, or to the minute from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+    )
+
+
+class ExplainedError(Exception):
+    """An error whose message is all that a user needs: a tool prints the message and no traceback."""
+
+
+def run_tool(tool: str, main: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """Return the exit status of a tool: what `main` returns, 1 for an error that a user can cause, 130 for Ctrl-C.
+
+    Errors and Ctrl-C cost one line on stderr, `interrupted` for the latter. `main` imports what loads torch by itself:
+    libgomp reads OMP_WAIT_POLICY once, when it is loaded. With passive waiting small models run many times faster on a
+    machine whose cores are shared.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print(f"\n{tool}: {interrupted}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ExplainedError) as error:
+        print(f"{tool}: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+@contextlib.contextmanager
+def loading(tool: str) -> Iterator[None]:
+    """For the imports of a tool that take seconds: Ctrl-C ends the process at once, with status 130 and one line.
+
+    A KeyboardInterrupt inside an import may be caught or turned into another error by the library that is imported.
+    Afterwards the libraries are quiet (`quiet_libraries`) and the package's log is shown (`configure_logging`).
+    """
+
+    def leave(*_: object) -> None:
+        os.write(2, f"\n{tool}: interrupted\n".encode())
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:  # a process in the background of a script
+        signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+        quiet_libraries()
+        configure_logging()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+NOTHING_WRITTEN = "dry run: nothing was written"
+
+
+def rehearse(plan: Callable[[], Iterable[str]]) -> int:
+    """Print the lines of a dry run as they come, and return the exit status 0.
+
+    Raises what `plan` raises, which is what the run itself would raise. Of processes that were launched together only
+    the first one prints.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    try:
+        for line in plan():
+            print(line, flush=True)
+    finally:
+        print(NOTHING_WRITTEN, flush=True)
+    return 0
+
+
+def line(what: str, says: str) -> str:
+    """One line of a dry run."""
+    return f"{what:<12} {says}"

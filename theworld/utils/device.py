@@ -1,0 +1,88 @@
+"""Which weights a model has: names, revisions and hashes for fingerprints."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """(trainable, frozen) numbers of parameters; tied ones count once."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in module.parameters()) - trainable
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`"float32"`, `"float16"` or `"bfloat16"` as torch's dtype."""
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise ValueError(f"dtype {name!r}: wanted one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def device_setting(device_map: object) -> str:
+    """What transformers calls a `device_map`, as the setting `device`: a word, a torch.device, the number of a GPU, or
+    {"": one of these}. ValueError for a map of parts: the models lie on one device."""
+    if isinstance(device_map, dict):
+        if list(device_map) != [""]:
+            raise ValueError(
+                f"device_map {device_map!r}: all models lie on one device; wanted it, or a map of ''"
+            )
+        device_map = device_map[""]
+    return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`"auto"` is CUDA where there is one, else the CPU. Raises ValueError for a CUDA that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: this machine has no usable CUDA GPU; use --device cpu or auto")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`"auto"` is bfloat16 on CUDA and float32 on the CPU."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch_dtype(dtype)
+
+
+def wants_compile(setting: bool | None, device: torch.device) -> bool:
+    """Whether models are compiled: as the setting says, by default on CUDA, where it pays."""
+    return device.type == "cuda" if setting is None else setting
+
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of a GPU, or of the machine for a CPU; bytes."""
+
+    name: str
+    free: float
+    total: float
+    capability: tuple[int, int] | None = None  # of a GPU
+
+
+def memory_of(device: torch.device) -> Memory:
+    """What a device has."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return Memory(
+            torch.cuda.get_device_name(device), free, total, torch.cuda.get_device_capability(device)
+        )
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    available = re.search(r"MemAvailable:\s+(\d+) kB", _meminfo())
+    free = int(available[1]) * 1024 if available else page * os.sysconf("SC_AVPHYS_PAGES")
+    return Memory(f"CPU, {len(os.sched_getaffinity(0))} cores", free, total)
+
+
+def _meminfo() -> str:
+    path = Path("/proc/meminfo")
+    return path.read_text() if path.is_file() else ""

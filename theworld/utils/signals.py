@@ -1,0 +1,99 @@
+"""A run that is asked to stop: by SIGTERM or SIGUSR1, as clusters ask, by the sweep that it is part of, or because its
+launcher is gone.
+
+The first request waits for the optimizer step under way; the run then saves, and ends with STATUS. A second one, and
+any while no step is under way, ends the process at once: nothing that was published is touched. Ctrl-C is Python's own.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from types import FrameType
+from typing import Any
+
+from theworld.utils.distributed import num_launched
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on, of a training with --resume_from
+ONE_REQUEST = (
+    2.0  # seconds: a signal that reaches a process twice, by itself and with its group, is one request
+)
+
+
+class StopRequest:
+    """Whether this process was asked to stop. As a context manager it listens to SIGNALS; else only to `ask`."""
+
+    def __init__(self, tool: str = "train", told: Connection | None = None) -> None:
+        """`tool`: whose words these are. `told`: a pipe whose other end is closed to ask, too."""
+        self.reason = ""  # of the request; empty: there was none
+        self.then: Callable[[], None] | None = None  # what is done at once when it comes
+        self._tool, self._told = tool, told
+        self._at = 0.0
+        self._working = False
+        self._before: dict[int, Any] = {}
+        # torchrun dies of SIGUSR1 and leaves its processes behind. A run by itself may outlive its shell.
+        self._parent = os.getppid() if num_launched() > 1 else None
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run should save and end."""
+        if not self.reason and self._parent is not None and os.getppid() != self._parent:
+            self.ask("its launcher is gone")
+        if not self.reason and self._told is not None and self._told.poll():
+            self.ask("told so")
+        return bool(self.reason)
+
+    def ask(self, reason: str) -> None:
+        """Asks the run to stop."""
+        self.reason, self._at = reason, time.monotonic()
+        if self.then is not None:
+            self.then()
+
+    def end(self) -> None:
+        """The run has ended and its process is going to: to be asked to stop changes nothing any more, not even the
+        exit status."""
+        self._before = {}
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While steps are taken, after which a request can be answered; of a sweep from the first run to the last."""
+        before, self._working = self._working, True
+        try:
+            yield
+        finally:
+            self._working = before
+
+    def __enter__(self) -> "StopRequest":
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if not self._working:
+            self._leave(f"{name} while no step was under way: there is nothing to save", STATUS)
+        if not self.reason:
+            self.ask(name)
+            self._say(f"{name}: saving after this step (a second signal ends the run at once)")
+        elif time.monotonic() - self._at > ONE_REQUEST:
+            self._leave(f"{name} again: ended at once; what was saved before stays", 128 + number)
+
+    def _say(self, text: str) -> None:
+        # print may be at work already, and is not made to be entered twice
+        os.write(2, f"\n{self._tool}: {text}\n".encode())
+
+    def _leave(self, text: str, status: int) -> None:
+        with contextlib.suppress(RuntimeError):
+            sys.stdout.flush()
+        self._say(text)
+        os._exit(status)

@@ -1,0 +1,39 @@
+"""One process of a measurement: takes optimizer steps of a run, saves nothing, and prints the rate and the memory.
+
+python -m torch.distributed.run --nproc_per_node=2 -m benchmark.steps settings.json cache/ 8
+"""
+
+import json
+import statistics
+import sys
+import time
+
+import torch
+from benchmark.setup import stepper
+
+from theworld.config.config import load_config
+from theworld.training.trainer import Trainer
+from theworld.utils.console import quiet_libraries
+
+
+def main(settings: str, cache: str, steps: str) -> None:
+    """`steps` are timed, after three that are not. The first process prints one JSON object."""
+    quiet_libraries()
+    trainer = Trainer(load_config(settings), cache)
+    step = stepper(trainer)
+    seconds = []
+    for _ in range(3 + int(steps)):
+        start = time.perf_counter()
+        step()  # which waits for the device
+        seconds.append(time.perf_counter() - start)
+    row = {"rate": trainer.per_step / statistics.median(seconds[3:]), "unit": "statements/s"}
+    row |= {"lowest": trainer.per_step / max(seconds[3:]), "highest": trainer.per_step / min(seconds[3:])}
+    row |= {"sharded": trainer.sharded, "estimated_gib": trainer.plan.memory.total / 2**30}
+    if torch.cuda.is_available():
+        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if trainer.processes.is_main:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
