@@ -24,12 +24,12 @@ def text_of(document: str) -> str:
 
 def code_blocks(text: str, language: str) -> list[str]:
     """Return the code blocks of a language, such as "bash"; "" is none."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
 
 
 def without_code(text: str) -> str:
     """Return a text without its code blocks."""
-    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def inline_code(text: str) -> list[str]:

@@ -101,7 +101,7 @@ def test_every_flag_belongs_to_a_tool(flags_of: Any) -> None:
     known = OTHERS.union(*(flags_of(name) for name in TOOLS))
     for document in MAIN:
         for code in inline_code(text_of(document)):
-            for flag in re.findall(r"(?:^|\s)(--[a-z][\w-]*)", code):
+            for flag in re.findall(r"(?:^|\s)(--[a-z][a-z0-9_-]*)(?=[\s=]|$)", code):
                 assert flag in known, f"{document}: {code}"
 
 
