@@ -160,7 +160,7 @@ def _photographs(config: Config) -> Iterator[Finding]:
     if missing:
         says = f"{len(missing):,} of {len(names):,} are not in {folder}, such as {missing[0]}"
         cure = (
-            f"python tools/get_images.py --output {folder} (README, step 3), or extract with --allow_missing"
+            f"python tools/get_images.py --output {folder} (GUIDE.md, Photographs), or extract with --allow_missing"
         )
         yield Finding("photographs", FAULT, says, cure)
         return
