@@ -11,7 +11,7 @@ import torch
 
 from theworld.data.vsr import Statement, images_of
 from theworld.evaluation.conditions import CONDITIONS
-from theworld.extraction.batches import Fetch, Pass, ahead, make_pass
+from theworld.extraction.batches import FeatureSource, Pass, ahead, make_pass
 from theworld.models.packing import TEXT, ZERO
 from theworld.models.theworld import TheWorld
 from theworld.utils.console import progress
@@ -43,8 +43,8 @@ def possible_conditions(conditions: Sequence[str], is_multimodal: bool, model_na
 def predict(
     model: TheWorld,
     statements: Sequence[Statement],
-    latents: Fetch,
-    vision: Fetch | None,
+    latents: FeatureSource,
+    vision: FeatureSource | None,
     conditions: Sequence[str] = ("world",),
     batch_size: int = 8,
     quiet: bool = True,
@@ -96,8 +96,8 @@ def predict(
 def word_losses(
     model: TheWorld,
     statements: Sequence[Statement],
-    latents: Fetch,
-    vision: Fetch | None,
+    latents: FeatureSource,
+    vision: FeatureSource | None,
     words: Sequence[str],
     batch_size: int = 8,
     processes: Processes | None = None,
