@@ -37,7 +37,7 @@ from theworld.data.images import (
     to_unit_range,
 )
 from theworld.extraction.extract import extract
-from theworld.extraction.features import OnTheFlyVision, CachedFeatures
+from theworld.extraction.features import CachedFeatures, OnTheFlyVision
 from theworld.models.gemma import Gemma
 from theworld.store.format import VISION
 from theworld.training import data as loading
