@@ -11,7 +11,7 @@ from tiny_model import gradients, latents_of, make_model, vision_of
 
 from theworld.config.config import Config
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import SYSTEMS
+from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
 from theworld.models.cosmos import CosmosEncoder, CosmosLatents
@@ -135,5 +135,5 @@ def test_the_three_phases_on_the_gpu(config: Config, tmp_path: Path) -> None:
         losses.append(trainer.window["loss"])
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     trainer.output_dir.mkdir()
-    rows = score(trainer.save(), cache, None, "test", SYSTEMS, {})
+    rows = score(trainer.save(), cache, None, "test", CONDITIONS, {})
     assert len(rows) == 4

@@ -18,8 +18,8 @@ from tiny_model import make_model, transformers_logits
 
 from theworld.data.images import ImageError, read_image
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import records
 from theworld.evaluation.predict import predict
+from theworld.evaluation.records import records
 from theworld.extraction.features import OnTheFlyLatents, OnTheFlyVision
 from theworld.models.cosmos import CosmosLatents
 from theworld.models.gemma import Gemma

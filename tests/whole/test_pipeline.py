@@ -16,7 +16,8 @@ from transformers import Gemma3ForConditionalGeneration
 
 from theworld.config.config import Config, save_config
 from theworld.data.images import read_image, square, to_unit_range
-from theworld.evaluation.metrics import SYSTEMS, summarise
+from theworld.evaluation.conditions import CONDITIONS
+from theworld.evaluation.metrics import summarise
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
 from theworld.extraction.features import CachedFeatures, OnTheFlyLatents, OnTheFlyVision
@@ -368,8 +369,10 @@ def test_training_without_cached_vision_reads_the_photographs_and_gives_the_same
 def test_a_text_only_gemma_trains_and_evaluates(cache: Path, config: Config, text_gemma_folder: Path) -> None:
     config = replace(config, model_name=str(text_gemma_folder), do_eval=False)
     checkpoint = Trainer(config, cache).run()
-    summary = summarise(score(checkpoint, cache, None, "test", SYSTEMS, {}))
-    assert set(summary["systems"]) == set(SYSTEMS) - {"text"}  # which is the baseline of a Gemma without eyes
+    summary = summarise(score(checkpoint, cache, None, "test", CONDITIONS, {}))
+    assert set(summary["systems"]) == set(CONDITIONS) - {
+        "text"
+    }  # which is the baseline of a Gemma without eyes
 
 
 def test_a_start_at_image_tokens_needs_as_many_of_them(
@@ -429,10 +432,10 @@ def test_damaged_checkpoints_are_refused(cache: Path, config: Config) -> None:
 
 def test_scores_from_photographs_equal_scores_from_the_cache(cache: Path, config: Config) -> None:
     checkpoint = Trainer(config, cache).run()
-    one = score(checkpoint, cache, None, "test", SYSTEMS, {})
-    two = score(checkpoint, None, Path(str(config.image_folder)), "test", SYSTEMS, {})
+    one = score(checkpoint, cache, None, "test", CONDITIONS, {})
+    two = score(checkpoint, None, Path(str(config.image_folder)), "test", CONDITIONS, {})
     for a, b in zip(one, two, strict=True):
-        for system in SYSTEMS:
+        for system in CONDITIONS:
             assert a["systems"][system]["logit_1"] == pytest.approx(b["systems"][system]["logit_1"], abs=1e-4)
 
 
@@ -465,7 +468,7 @@ def test_a_data_set_of_ones_own_goes_through_all_phases(
     extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
     assert "no other statements than those of train and test" in capsys.readouterr().out
     checkpoint = Trainer(config, tmp_path / "cache").run()
-    rows = score(checkpoint, tmp_path / "cache", None, "test", SYSTEMS, {})
+    rows = score(checkpoint, tmp_path / "cache", None, "test", CONDITIONS, {})
     assert [(row["statement"], row["relation"], row["category"]) for row in rows] == [
         ("It is a.", "(none)", "unknown"),
         ("It is b.", "(none)", "unknown"),
