@@ -175,7 +175,7 @@ def _photographs(config: Config) -> Iterator[Finding]:
     if missing:
         message = f"{len(missing):,} of {len(names):,} are not in {folder}, such as {missing[0]}"
         hint = (
-            f"python tools/get_images.py --output {folder} (README, step 3), or extract with --allow_missing"
+            f"python tools/get_images.py --output {folder} (GUIDE.md, Photographs), or extract with --allow_missing"
         )
         yield Finding("photographs", FAULT, message, hint)
         return
