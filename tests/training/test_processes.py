@@ -19,10 +19,10 @@ from theworld.utils.distributed import Processes
 def test_alone_a_process_is_the_main_one_and_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     alone = Processes("cpu")
-    assert (alone.rank, alone.count, alone.is_main, alone.device.type) == (0, 1, True, "cpu")
+    assert (alone.rank, alone.count, alone.is_main_process, alone.device.type) == (0, 1, True, "cpu")
     values = [torch.ones(2, 3), torch.zeros(1)]
     assert all(torch.equal(a, b) for a, b in zip(alone.sum(values), values, strict=True))
-    alone.wait()
+    alone.barrier()
 
 
 def test_sums_go_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:

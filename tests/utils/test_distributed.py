@@ -21,7 +21,7 @@ def test_nonsense_is_no_part(text: str) -> None:
 
 def test_a_plain_run_is_all_of_it_and_connects_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("accelerate.PartialState", None)
+    monkeypatch.setattr("theworld.utils.distributed.PartialState", None)
     assert this_part(None) == Part(0, 1, together=False)
     assert this_part(part_of("2/3")) == Part(1, 3, together=False)
     monkeypatch.setenv("WORLD_SIZE", "4")
@@ -47,7 +47,7 @@ def test_processes_launched_together_have_a_gpu_each(monkeypatch: pytest.MonkeyP
         third.device("cuda")
 
 
-def test_only_the_first_of_those_launched_together_speaks() -> None:
-    assert Part(0, 2, together=True).speaks
-    assert not Part(1, 2, together=True).speaks
-    assert Part(1, 2).speaks
+def test_only_the_first_of_processes_launched_together_is_the_main_process() -> None:
+    assert Part(0, 2, together=True).is_main_process
+    assert not Part(1, 2, together=True).is_main_process
+    assert Part(1, 2).is_main_process
