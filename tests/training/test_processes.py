@@ -30,7 +30,7 @@ def test_sums_go_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) ->
     processes.count = 2
     sent: list[Tensor] = []
     monkeypatch.setattr("theworld.utils.distributed.MESSAGE", 6)
-    monkeypatch.setattr("theworld.utils.distributed.reduce", lambda flat, how: sent.append(flat) or 2 * flat)
+    monkeypatch.setattr("accelerate.utils.reduce", lambda flat, how: sent.append(flat) or 2 * flat)
     values = [torch.full((n,), float(n)) for n in (2, 4, 1, 9, 3)]
     assert [t.tolist() for t in processes.sum(values)] == [(2 * v).tolist() for v in values]
     assert [len(message) for message in sent] == [6, 1, 9, 3]

@@ -21,7 +21,7 @@ def test_nonsense_is_no_part(text: str) -> None:
 
 def test_a_plain_run_is_all_of_it_and_connects_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("theworld.utils.distributed.PartialState", None)
+    monkeypatch.setattr("accelerate.PartialState", None)
     assert this_part(None) == Part(0, 1, together=False)
     assert this_part(part_of("2/3")) == Part(1, 3, together=False)
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -3,8 +3,11 @@
 tools/extract_latents.py --part 3/8 ...           independent tasks, such as those of a SLURM job array; sweeps too
 accelerate launch tools/extract_latents.py ...    processes that wait for each other, one per GPU
 
-Item n of the work (a shard, a run of a sweep) belongs to part n modulo the number of parts.
+Item n of the work (a shard, a run of a sweep) belongs to part n modulo the number of parts. torch is imported where it
+is used, so that tools can parse `--part` and show `--help` without it.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -13,14 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
-from torch import Tensor
-
-from theworld.utils.device import resolve_device
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -54,6 +53,8 @@ class Part:
 
         Raises ValueError for a name that gives all of them the same GPU, or if there are too few GPUs.
         """
+        import torch
+
         if not self.together or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
             return name
         if name not in ("auto", "cuda"):
@@ -96,12 +97,16 @@ class Part:
     def barrier(self) -> None:
         """Wait until every process that was launched together is here. Raises OSError if one has stopped."""
         if self.together:
+            import torch
+
             with _stopped_processes_named():
                 torch.distributed.barrier()
 
     def close(self) -> None:
         """Disconnect the processes once all of them are here."""
         if self.together:
+            import torch
+
             self.barrier()
             torch.distributed.destroy_process_group()
 
@@ -116,6 +121,8 @@ def _stopped_processes_named() -> Iterator[None]:
 
 def _broadcast(value: Any) -> Any:
     """Return the value of the main process in every process."""
+    import torch
+
     values = [value]
     with _stopped_processes_named():
         torch.distributed.broadcast_object_list(values, src=0)
@@ -149,6 +156,8 @@ def this_part(given: Part | None) -> Part:
             f"--part {given.index + 1}/{given.count} in one of {launched} processes launched together, which share "
             "the shards by themselves; leave --part out"
         )
+    from accelerate import PartialState
+
     state = PartialState(cpu=True, timeout=TIMEOUT)
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
     return Part(state.process_index, state.num_processes, True, state.local_process_index, local_count)
@@ -162,6 +171,10 @@ class Processes:
 
     def __init__(self, device: str) -> None:
         """`device`: as in the settings. Raises ValueError if it names one GPU and several processes were started."""
+        from accelerate import PartialState
+
+        from theworld.utils.device import resolve_device
+
         self.count = num_launched()
         self.rank = 0
         self.device = resolve_device(device)
@@ -192,6 +205,9 @@ class Processes:
         """
         if self.count == 1:
             return list(tensors)
+        import torch
+        from accelerate.utils import reduce
+
         sums: list[Tensor] = []
         for message in _messages(tensors):
             flat = torch.cat([tensor.flatten() for tensor in message])
