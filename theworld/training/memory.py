@@ -158,7 +158,7 @@ class Plan:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.processes = Processes(config.device)
-        if self.processes.is_main:  # the only one that uploads
+        if self.processes.is_main_process:  # the only one that uploads
             check_hub(config)
         count = self.processes.count
         self.per_step = config.batch_size * config.gradient_accumulation_steps * count
