@@ -11,7 +11,7 @@ from constants import EMBEDDED_GEMMA, EMBEDDED_VAE, QUESTION
 from theworld.config.config import Config
 from theworld.data.vsr import Statement
 from theworld.extraction.extract import extract
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.models.cosmos import CosmosEncoder
 from theworld.models.gemma import Gemma
 from theworld.models.theworld import TheWorld
@@ -74,7 +74,7 @@ def test_a_plain_extraction_stores_the_same_latents(config: Config, tmp_path: Pa
     photographs = VaePixels(images, str(config.image_folder), 64)
     extract_plainly(str(EMBEDDED_VAE), photographs, plain, 2, 0, torch.float32, CPU)
     extract(config, tmp_path / "cache", with_vision=False, allow_missing=False)
-    ours = Rows(tmp_path / "cache" / LATENTS, LATENTS)(images)
+    ours = CachedFeatures(tmp_path / "cache" / LATENTS)(images)
     stored = torch.stack([torch.load(plain / f"{name[0]}.pt") for name in images])
     # 3-D and 2-D convolutions add in other orders
     torch.testing.assert_close(stored, ours, rtol=1e-4, atol=1e-4)

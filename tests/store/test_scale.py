@@ -21,7 +21,7 @@ LIMIT = 500  # MB beside the data
 MEASURE = """
 import json, resource, sys
 import numpy as np
-from theworld.extraction.features import Rows, in_cache
+from theworld.extraction.features import CachedFeatures, in_cache
 from theworld.training.schedule import Order
 from theworld.store.reader import StoreReader
 from theworld.data.vsr import Statement
@@ -40,7 +40,7 @@ for row in [*range(0, len(paths), 512), *np.random.default_rng(0).integers(0, le
 opened = memory("VmHWM") - before
 del reader
 
-rows = Rows(sys.argv[1], "latents")
+rows = CachedFeatures(sys.argv[1])
 statements = [Statement(path, "caption", 1, "on", index) for index, path in enumerate(paths)]
 kept, note = in_cache(statements, rows, ".")
 order = Order(kept, 0)

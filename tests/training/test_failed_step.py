@@ -17,7 +17,7 @@ from torture import Tally
 
 from theworld.config.config import Config
 from theworld.extraction.batches import Pass
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.models.packing import Batch
 from theworld.models.serialization import list_checkpoints
 from theworld.models.theworld import TheWorld
@@ -56,7 +56,7 @@ def spoil(where: str, value: float) -> None:
     if where in ("latents", "vision"):
         call = Rows.__call__
 
-        def rows(self: Rows, images: list[str]) -> torch.Tensor:
+        def rows(self: CachedFeatures, images: list[str]) -> torch.Tensor:
             found = call(self, images)
             if (self.array == "latents") == (where == "latents"):
                 found[[image == "b.png" for image in images], ..., 0] = value

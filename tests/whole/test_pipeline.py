@@ -19,7 +19,7 @@ from theworld.data.images import read_image, square, to_unit_range
 from theworld.evaluation.metrics import SYSTEMS, summarise
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
-from theworld.extraction.features import LiveLatents, LiveVision, Rows
+from theworld.extraction.features import OnTheFlyLatents, OnTheFlyVision, CachedFeatures
 from theworld.models.cosmos import CosmosEncoder, load_vae
 from theworld.models.gemma import Gemma
 from theworld.models.serialization import CheckpointError, list_checkpoints
@@ -55,7 +55,7 @@ def test_extraction_writes_exactly_these_files_and_they_verify(cache: Path) -> N
 
 def test_cached_latents_equal_diffusers_own_encoding(cache: Path, config: Config) -> None:
     vae = load_vae(str(EMBEDDED_VAE))
-    rows = Rows(cache / LATENTS, LATENTS)
+    rows = CachedFeatures(cache / LATENTS)
     for image in ("a.png", "b.png", "c.png"):
         pixels = to_unit_range(square(read_image(Path(str(config.image_folder)), image), 64))
         assert pixels.min() >= -1
@@ -298,7 +298,7 @@ def test_a_run_says_where_relations_have_no_words(
 class VaeInTheLoop:
     """Latents encoded afresh at every step, by diffusers' own 3-D path."""
 
-    def __init__(self, rows: Rows, config: Config) -> None:
+    def __init__(self, rows: CachedFeatures, config: Config) -> None:
         self.reader = rows.reader
         self.vae = load_vae(config.cosmos_model_name)
         self.folder = Path(str(config.image_folder))
@@ -314,7 +314,7 @@ def test_training_from_the_cache_equals_training_with_the_vae_in_the_loop(
 ) -> None:
     cached, live = Trainer(config, cache), Trainer(config, cache)
     live.data.latents = VaeInTheLoop(cached.data.latents, config)  # type: ignore[assignment]
-    live.data.vision = LiveVision(live.model.gemma, str(config.image_folder), 10**8)
+    live.data.vision = OnTheFlyVision(live.model.gemma, str(config.image_folder), 10**8)
     live.data.vision.gemma = Gemma(config.model_name)  # a run from the cache has dropped its vision tower
     for _ in range(4):
         cached.train_step()
@@ -448,7 +448,7 @@ def test_a_projection_for_other_latents_is_refused_at_evaluation(
 
 def test_live_latents_are_those_of_the_encoder(config: Config) -> None:
     encoder = CosmosEncoder(config.cosmos_model_name)
-    live = LiveLatents(encoder, str(config.image_folder), 64, 10**8)
+    live = OnTheFlyLatents(encoder, str(config.image_folder), 64, 10**8)
     assert live(["a.png", "b.png"]).shape == (2, 16, 8, 8)
 
 

@@ -17,7 +17,7 @@ from theworld.evaluation.alignment import SAME_PLACE, align, report
 from theworld.evaluation.metrics import SYSTEMS
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.hub.card import Facts, model_card
 from theworld.models.packing import ZERO
 from theworld.models.theworld import TheWorld
@@ -74,7 +74,7 @@ def test_it_is_evaluated_with_every_control(checkpoint: Path, cache: Path) -> No
 def test_the_later_moments_reach_the_answer_and_zero_stands_for_all_of_them(
     checkpoint: Path, cache: Path
 ) -> None:
-    model, rows = TheWorld.from_pretrained(checkpoint), Rows(cache / LATENTS, LATENTS)
+    model, rows = TheWorld.from_pretrained(checkpoint), CachedFeatures(cache / LATENTS)
     batch = model.packer().pack(load_data(model.config, cache).train[:1], [ZERO])
     assert batch.world_slots.shape == (1, 3 * 16 + 2)
     zero = model.latents(batch, rows)

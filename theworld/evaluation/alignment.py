@@ -32,12 +32,11 @@ from torch import Tensor
 
 from theworld.config.config import Config
 from theworld.data.vsr import Statement, images_of, load_statements
-from theworld.extraction.batches import Fetch
-from theworld.extraction.features import Rows, cached_vision, in_cache, vision_for
+from theworld.extraction.batches import FeatureSource
+from theworld.extraction.features import CachedFeatures, cached_vision, in_cache, latents_for, vision_source
 from theworld.models.gemma import Gemma
 from theworld.models.projection import ProjectionShape, WorldProjection
 from theworld.models.theworld import TheWorld
-from theworld.store.format import LATENTS, check_meaning
 
 SAME_PLACE, NEAREST_IMAGE, NEAREST_TEXT = "same place", "nearest image token", "nearest text token"
 KEPT = 2000  # tokens of a kind that are kept to be drawn
@@ -60,7 +59,7 @@ class Sample:
 class ImageTokens(Sequence[Tensor]):
     """What Gemma puts into its own prompts for some images, made when asked for: float32[M, D] each, on the CPU."""
 
-    def __init__(self, gemma: Gemma, vision: Fetch, images: Sequence[str]) -> None:
+    def __init__(self, gemma: Gemma, vision: FeatureSource, images: Sequence[str]) -> None:
         self.gemma, self.vision, self.images = gemma, vision, images
 
     def __len__(self) -> int:
@@ -156,9 +155,8 @@ def align(
 def load_sample(model: TheWorld, cache: Path, split: str, num_samples: int) -> Sample:
     """`num_samples` images of the split (or all, if those are fewer) from the cache, the same at every call.
     Prints what the cache holds of the split. Raises as `align` does."""
-    latents = Rows(cache / LATENTS, LATENTS)
-    check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
     config = model.config
+    latents = latents_for(model.fingerprint, config, cache)
     statements = load_statements(config.annotations, split, config.dataset_name)
     statements, note = in_cache(statements, latents, cache)
     print(f"{split}: {note}")
@@ -179,7 +177,7 @@ def chosen_images(statements: Sequence[Statement], split: str, num_samples: int)
     return [every[i] for i in np.random.default_rng(0).permutation(len(every))[:count]]
 
 
-def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Rows | None:
+def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> CachedFeatures | None:
     """Gemma's vision features of the cache; None where they are another's, as parts of this Gemma are `changed`.
     ValueError where the cache should have some and has none."""
     cached = cached_vision(config, cache)
@@ -192,7 +190,7 @@ def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Ro
 
 def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> ImageTokens:
     cached = vision_to_compare(model.config, cache, model.gemma.changed)
-    vision = vision_for(model.gemma, model.config, cached, [])
+    vision = vision_source(model.gemma, model.config, cached)
     assert vision is not None
     return ImageTokens(model.gemma, vision, images)
 

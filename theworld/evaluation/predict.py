@@ -13,7 +13,7 @@ import torch
 
 from theworld.data.vsr import Statement, images_of
 from theworld.evaluation.metrics import SYSTEMS
-from theworld.extraction.batches import Fetch, Pass, ahead, make_pass
+from theworld.extraction.batches import FeatureSource, Pass, ahead, make_pass
 from theworld.models.packing import TEXT, ZERO
 from theworld.models.theworld import TheWorld
 from theworld.utils.console import progress
@@ -42,8 +42,8 @@ def possible_systems(systems: Sequence[str], sees: bool, name: str) -> list[str]
 def predict(
     model: TheWorld,
     statements: Sequence[Statement],
-    latents: Fetch,
-    vision: Fetch | None,
+    latents: FeatureSource,
+    vision: FeatureSource | None,
     systems: Sequence[str] = ("world",),
     batch_size: int = 8,
     quiet: bool = True,
@@ -95,8 +95,8 @@ def predict(
 def word_losses(
     model: TheWorld,
     statements: Sequence[Statement],
-    latents: Fetch,
-    vision: Fetch | None,
+    latents: FeatureSource,
+    vision: FeatureSource | None,
     words: Sequence[str],
     batch_size: int = 8,
     processes: Processes | None = None,

@@ -6,6 +6,7 @@ Where results come from: what stands beside a file of records, so that they can 
 """
 
 import json
+import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,17 +22,26 @@ from theworld.config.config import Config, load_config
 from theworld.data.vsr import RELEASES, Statement, dataset_label, load_statements, seen_images
 from theworld.evaluation.metrics import Row, model_of, publish_json, records, write_jsonl, write_summary
 from theworld.evaluation.predict import possible_systems, predict
-from theworld.extraction.batches import Fetch
-from theworld.extraction.features import LiveLatents, LiveVision, Rows, cached_vision, in_cache, vision_for
-from theworld.models.cosmos import CosmosEncoder
+from theworld.extraction.batches import FeatureSource
+from theworld.extraction.extract import stores_of
+from theworld.extraction.features import (
+    OnTheFlyLatents,
+    OnTheFlyVision,
+    cached_vision,
+    in_cache,
+    latents_for,
+    vision_note,
+    vision_source,
+)
 from theworld.models.gemma import load_gemma
 from theworld.models.serialization import CONFIG_FILE, INDEX, checkpoint_step, find_model, read_world
 from theworld.models.theworld import TheWorld
-from theworld.store.format import LATENTS, VISION, check_meaning
 from theworld.store.reader import StoreReader
 from theworld.utils.device import count_parameters
 from theworld.utils.files import canonical_sha256, check_output, hash_file
 from theworld.utils.hub import model_id
+
+logger = logging.getLogger(__name__)
 
 Load = Callable[[str | None, str, str], list[Statement]]  # as `load_statements`
 
@@ -182,11 +192,10 @@ def of_results(
 def _cache(cache: Path) -> dict[str, Any]:
     """The fingerprints of what is in a cache."""
     found: dict[str, Any] = {"folder": str(cache)}
-    for name in (LATENTS, VISION):
-        if (cache / name).exists():
-            fingerprint = StoreReader(cache / name).fingerprint
-            shown = {k: v for k, v in fingerprint.items() if k not in _LONG}
-            found[name] = {"sha256": canonical_sha256(fingerprint), "fingerprint": shown}
+    for root in stores_of(cache):
+        fingerprint = StoreReader(root).fingerprint
+        shown = {k: v for k, v in fingerprint.items() if k not in _LONG}
+        found[root.name] = {"sha256": canonical_sha256(fingerprint), "fingerprint": shown}
     return found
 
 
@@ -337,9 +346,8 @@ def score_all(
     """
     worlds = {name: read_world(path) for name, path in checkpoints.items()}
     if cache is not None:  # before any model loads
-        reader = StoreReader(cache / LATENTS)
-        for world in worlds.values():
-            check_meaning(reader.root, reader.fingerprint, world["fingerprint"])
+        for name, path in checkpoints.items():
+            latents_for(worlds[name]["fingerprint"], load_config(path / CONFIG_FILE, overrides), cache)
     keys = {name: _gemma_key(path, worlds[name], overrides) for name, path in checkpoints.items()}
     shared = _shared(worlds, keys)
     answers = _Answers(data, cache, image_folder, shared)
@@ -388,7 +396,7 @@ def _gemma_key(path: Path, world: dict[str, Any], overrides: dict[str, Any]) -> 
 
 def _sources(
     model: TheWorld, cache: Path | None, image_folder: Path | None, statements: list[Statement]
-) -> tuple[Fetch, Fetch | None, list[Statement]]:
+) -> tuple[FeatureSource, FeatureSource | None, list[Statement]]:
     if cache is not None:
         return _from_cache(model, cache, statements)
     assert image_folder is not None
@@ -397,23 +405,22 @@ def _sources(
 
 def _from_cache(
     model: TheWorld, cache: Path, statements: list[Statement]
-) -> tuple[Fetch, Fetch | None, list[Statement]]:
-    latents = Rows(cache / LATENTS, LATENTS)
-    check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
+) -> tuple[FeatureSource, FeatureSource | None, list[Statement]]:
+    latents = latents_for(model.fingerprint, model.config, cache)
     statements, note = in_cache(statements, latents, cache)
     print(f"scoring {note}")
-    notes: list[str] = []
     cached = cached_vision(model.config, cache)
-    vision = vision_for(model.gemma, model.config, cached, notes, latents.reader.images)
-    print("".join(f"{note}\n" for note in notes), end="")
+    vision = vision_source(model.gemma, model.config, cached, latents.reader.images)
+    for note in vision_note(model.gemma, cached):
+        logger.info("%s", note)
     return latents, vision, statements
 
 
-def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch | None]:
+def _from_photographs(
+    model: TheWorld, config: Config, folder: Path
+) -> tuple[FeatureSource, FeatureSource | None]:
     model.check_no_steps(NOT_ALONE)
-    encoder = CosmosEncoder(config.cosmos_model_name, model.gemma.dtype, model.gemma.device)
-    model.check_encoder(encoder.identity())
-    latents = LiveLatents(encoder, folder, config.latent_size, config.max_image_pixels)
+    latents = OnTheFlyLatents(model.encoder, folder, config.max_image_pixels)
     if not model.gemma.is_multimodal:
         return latents, None
-    return latents, LiveVision(model.gemma, folder, config.max_image_pixels)
+    return latents, OnTheFlyVision(model.gemma, folder, config.max_image_pixels)

@@ -47,7 +47,7 @@ from theworld.models.serialization import (
     weights_sha256,
 )
 from theworld.utils.device import resolve_device, resolve_dtype, seeded, wants_compile
-from theworld.utils.hub import hub_revision, model_id
+from theworld.utils.hub import hub_revision
 
 LORA_SCALE = 2  # factor of the low-rank product: lora_alpha / r (Hu et al. 2021, arXiv 2106.09685)
 _LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -411,19 +411,9 @@ class Gemma:
         """Free the vision tower, which a run with cached features does not need."""
         self.model.model.vision_tower = None
 
-    def vision_identity(self) -> dict[str, Any]:
-        """Return the fields of a fingerprint that identify the vision tower behind vision features."""
-        assert self.processor is not None, "a text-only Gemma has no vision tower"
-        tower = self.model.model.vision_tower.state_dict()
-        processor = self.processor.image_processor
-        return {
-            "model_name": model_id(self.name),
-            "model_revision": self.revision,
-            "vision_weights_sha256": weights_sha256(tower),
-            "image_processor": type(processor).__name__,
-            "image_size": int(self.model.config.vision_config.image_size),
-            "compute_dtype": str(self.dtype).removeprefix("torch."),
-        }
+    def vision_weights_sha256(self) -> str:
+        """Return the hash of the vision tower's weights, in the dtype in which they were loaded."""
+        return weights_sha256(self.model.model.vision_tower.state_dict())
 
 
 def is_multimodal(name_or_path: str, **hub: str) -> bool:

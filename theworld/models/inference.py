@@ -10,7 +10,7 @@ Dimensions: B questions, L tokens of the longest prompt, D width of the language
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from theworld.config.config import Config
-from theworld.data.images import latent_pixels, photograph
+from theworld.data.images import photograph
+from theworld.models import world_encoder
 from theworld.models.attention import attention_masks
+from theworld.models.encoder import Encoder
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch, Control, WorldSource
 
@@ -66,18 +68,40 @@ def pair_up(
 class EncodedImage:
     """The inputs of the model for one photograph, on the CPU."""
 
-    latent: Tensor | None  # dtype[1, C, H, W]; None where no world tokens are wanted
+    latent: Tensor | None  # dtype[1, *row_shape]; None where no world tokens are wanted
     vision: Tensor | None  # dtype[1, N, V]; None for a text-only Gemma
 
 
+def load_encoder(
+    config: Config, fingerprint: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> Encoder:
+    """Load the encoder of the rows that `fingerprint` describes, in the same revision.
+
+    Raises StoreMismatch if the settings name another encoder.
+    """
+    config = replace(
+        config,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        compile=False,
+        latent_dtype=None,
+        num_world_steps=0,
+    )
+    kind = world_encoder.encoder_class(config)
+    kind.describe(config, fingerprint).check_serves(fingerprint)  # before its weights load
+    encoder = kind(config, fingerprint)
+    encoder.spec.check_serves(fingerprint)
+    return encoder
+
+
 def encode_images(
-    gemma: Gemma, encoder: Any, config: Config, pictures: Sequence[Photograph]
+    gemma: Gemma, encoder: Encoder | None, pictures: Sequence[Photograph], max_image_pixels: int
 ) -> tuple[dict[str, EncodedImage], list[str]]:
     """Return each different photograph encoded, under a name of its own, and the name of every picture.
 
-    `encoder` is a `CosmosEncoder`, or None where no latents are wanted. Photographs of the same pixels are encoded
-    once, and a file that is named again is not read again. Each photograph is encoded by itself, since in 16 bits
-    latents depend on their batch. Raises ImageError and ValueError as `photograph` does.
+    `encoder` is None where no latents are wanted. Photographs of the same pixels are encoded once, and a file that is
+    named again is not read again. Each photograph is encoded by itself, since in 16 bits latents depend on their batch.
+    Raises ImageError and ValueError as `photograph` does.
     """
     encoded: dict[str, EncodedImage] = {}
     files: dict[str, str] = {}
@@ -86,20 +110,20 @@ def encode_images(
         file = str(picture) if isinstance(picture, str | Path) else None
         name = files.get(file) if file is not None else None
         if name is None:
-            pixels = photograph(picture, config.max_image_pixels)
+            pixels = photograph(picture, max_image_pixels)
             name = f"{pixels.shape} {hashlib.sha256(pixels.tobytes()).hexdigest()}"
             if name not in encoded:
-                encoded[name] = _encode(gemma, encoder, pixels, config.latent_size)
+                encoded[name] = _encode(gemma, encoder, pixels)
             if file is not None:
                 files[file] = name
         names.append(name)
     return encoded, names
 
 
-def _encode(gemma: Gemma, encoder: Any, pixels: np.ndarray, latent_size: int) -> EncodedImage:
+def _encode(gemma: Gemma, encoder: Encoder | None, pixels: np.ndarray) -> EncodedImage:
     latent = vision = None
     if encoder is not None:
-        latent = encoder.encode(latent_pixels(pixels, latent_size)[None]).cpu()
+        latent = encoder.encode(encoder.prepare(pixels)[None]).cpu()
     if gemma.is_multimodal:
         vision = gemma.vision_features(gemma.pixel_values([pixels])).cpu()
     return EncodedImage(latent, vision)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from theworld.config.config import Config, load_config, save_config
 from theworld.models.decoder import Decoder, HFDecoder, checkpoint_layers
+from theworld.models.encoder import Encoder
 from theworld.models.fsdp import asked, shard, whole
 from theworld.models.gemma import Gemma, load_gemma, load_parts, parameters_of, saved_parts
 from theworld.models.inference import (
@@ -26,6 +27,7 @@ from theworld.models.inference import (
     Photograph,
     encode_images,
     generate_tokens,
+    load_encoder,
     p_true,
     pair_up,
     world_source,
@@ -42,7 +44,6 @@ from theworld.models.serialization import (
     saved_folder,
     write_world,
 )
-from theworld.store.format import check_meaning
 from theworld.utils.device import device_setting, seeded, wants_compile
 from theworld.utils.hub import model_id
 
@@ -212,30 +213,18 @@ class TheWorld(nn.Module):
         load_parts(self.gemma, folder, parts)
 
     @cached_property
-    def encoder(self) -> Any:
-        """The `CosmosEncoder` that the settings name, in the revision that the projection was trained for.
+    def encoder(self) -> Encoder:
+        """The encoder that the settings name, in the revision that the projection was trained for.
 
-        It is loaded on first use. Raises ValueError where world tokens need predicted frames, StoreMismatch if it is
-        another encoder.
+        It is loaded on first use, which is never in training. Raises ValueError where world tokens need predicted
+        frames, StoreMismatch if it is another encoder.
         """
-        from theworld.models.cosmos import (
-            CosmosEncoder,  # diffusers takes seconds to load, and training never needs it
-        )
-
         self.check_no_steps("generate needs no cache with enable_world=False, nor does score")
-        name, revision = self.config.cosmos_model_name, self.fingerprint.get("cosmos_revision")
-        encoder = CosmosEncoder(name, self.gemma.dtype, self.gemma.device, revision=revision)
-        self.check_encoder(encoder.identity())
-        return encoder
+        return load_encoder(self.config, self.fingerprint, self.gemma.device, self.gemma.dtype)
 
     def check_no_steps(self, instead: str) -> None:
         """Raise ValueError if world tokens need predicted frames; `instead` is what to do then."""
         self.projection.shape.check_no_steps(instead)
-
-    def check_encoder(self, identity: dict[str, Any]) -> None:
-        """Raise StoreMismatch if an encoder of that identity gives other latents than the projection takes."""
-        trained = {key: self.fingerprint.get(key) for key in identity}
-        check_meaning(Path(self.config.cosmos_model_name), identity, trained)
 
     def packer(
         self, with_world: bool = True, question_template: str | None = None, flex: bool | None = None
@@ -455,7 +444,7 @@ class TheWorld(nn.Module):
     ) -> tuple[dict[str, EncodedImage], list[str]]:
         """Return what `encode_images` does, with `count` names; a single picture serves all of them."""
         encoder = self.encoder if with_world else None
-        encoded, names = encode_images(self.gemma, encoder, self.config, pictures)
+        encoded, names = encode_images(self.gemma, encoder, pictures, self.config.max_image_pixels)
         return encoded, names if len(names) == count else names * count
 
     def _answer_logits(

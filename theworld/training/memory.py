@@ -171,7 +171,7 @@ class Plan:
         before = config.align_steps + config.statement_steps
         self.num_steps = before + num_train_steps(config, len(self.data.train), self.per_step)
         self.gemma = load_gemma(config, self.processes.device, weights=False)
-        prepare_gemma(self.gemma, config, self.data, self.start)
+        self.data = prepare_gemma(self.gemma, config, self.data, self.start)
         self.sharded = wants_sharding(count, self.gemma)
         fingerprint = self.data.latents.reader.fingerprint
         shape = ProjectionShape.from_settings(config, fingerprint, self.gemma.width)

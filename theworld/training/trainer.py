@@ -222,9 +222,8 @@ class Trainer:
         return self.stopping and self.step < self.num_steps
 
     def _steps(self) -> Generator[dict[str, float], None, None]:
-        with self.data.reading_ahead():
-            for passes in ahead(self.prepare(step) for step in range(self.step, self.num_steps)):
-                yield self.train_step(passes)
+        for passes in ahead(self.prepare(step) for step in range(self.step, self.num_steps)):
+            yield self.train_step(passes)
 
     def _phase(self) -> str:
         """That of the last step."""
