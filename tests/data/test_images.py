@@ -37,7 +37,7 @@ from theworld.data.images import (
     to_unit_range,
 )
 from theworld.extraction.extract import extract
-from theworld.extraction.features import OnTheFlyVision, CachedFeatures
+from theworld.extraction.features import CachedFeatures, OnTheFlyVision
 from theworld.models.gemma import Gemma
 from theworld.store.format import VISION
 from theworld.training import data as loading
@@ -498,7 +498,7 @@ def test_training_does_not_start_on_photographs_that_changed(
     path = Path(str(own.image_folder)) / "b.png"
     before = sha256(path.read_bytes())
     CHANGES[change](path)
-    monkeypatch.setattr(Gemma, "load_weights", None)  # no model loads
+    monkeypatch.setattr(Gemma, "with_weights", None)  # no model loads
     monkeypatch.setattr(loading, "COMPARE_SECONDS", 0.0)  # what has another time stamp is read all the same
     with pytest.raises(PhotographsChanged) as caught:
         Trainer(own, tmp_path / "cache")

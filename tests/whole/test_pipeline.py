@@ -19,7 +19,7 @@ from theworld.data.images import read_image, square, to_unit_range
 from theworld.evaluation.metrics import SYSTEMS, summarise
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
-from theworld.extraction.features import OnTheFlyLatents, OnTheFlyVision, CachedFeatures
+from theworld.extraction.features import CachedFeatures, OnTheFlyLatents, OnTheFlyVision
 from theworld.models.cosmos import CosmosEncoder, load_vae
 from theworld.models.gemma import Gemma
 from theworld.models.serialization import CheckpointError, list_checkpoints
@@ -253,7 +253,7 @@ def test_a_run_on_captions_is_resumed_bitwise_and_not_on_others(
     config = replace(config, save_total_limit=None)
     trainer = Trainer(config, cache)
     assert "captions: 4 of 2 of 3 training photographs" in trainer.plan.lines
-    read = [one.batch for step in range(6) for one in trainer.prepare(step)]
+    read = [one.batch for step in range(6) for one in trainer.microbatches(step)]
     assert all(batch is not None and len(batch.words) > 0 for batch in read if "a.png" in batch.images)
     plain = replace(config, captions=None, output_dir=str(tmp_path / "statements"))
     first = Plan(replace(config, statement_loss_weight=0.0), cache)  # captions in the phase of words alone

@@ -37,6 +37,7 @@ from theworld.extraction.features import CachedFeatures, cached_vision, in_cache
 from theworld.models.gemma import Gemma
 from theworld.models.projection import ProjectionShape, WorldProjection
 from theworld.models.theworld import TheWorld
+from theworld.utils.device import set_up_torch
 
 SAME_PLACE, NEAREST_IMAGE, NEAREST_TEXT = "same place", "nearest image token", "nearest text token"
 KEPT = 2000  # tokens of a kind that are kept to be drawn
@@ -128,6 +129,7 @@ def align(
     """
     # Gemma's layers have no part in this, so they need no copy in 8 bits.
     model = TheWorld.from_pretrained(checkpoint, **overrides | {"fp8": False})
+    set_up_torch(model.gemma.dtype)
     start = TheWorld.from_config(model.config, model.gemma, model.fingerprint)
     sample = load_sample(model, cache, split, num_samples)
     kind = comparison(model.projection.shape, model.gemma.num_image_tokens)
@@ -139,7 +141,7 @@ def align(
         "checkpoint": str(checkpoint),
         "split": split,
         "images": len(sample.images),
-        "world_tokens": model.projection.shape.tokens_per_moment,
+        "world_tokens": model.projection.shape.tokens_per_frame,
         "image_tokens": model.gemma.num_image_tokens,
         "comparison": kind,
         **(
@@ -189,7 +191,7 @@ def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Ca
 
 
 def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> ImageTokens:
-    cached = vision_to_compare(model.config, cache, model.gemma.changed)
+    cached = vision_to_compare(model.config, cache, model.gemma.modified_parts)
     vision = vision_source(model.gemma, model.config, cached)
     assert vision is not None
     return ImageTokens(model.gemma, vision, images)
@@ -215,7 +217,7 @@ def comparison(shape: ProjectionShape, num_image_tokens: int) -> str:
     and cover the whole picture; a latent channel has no place."""
     if num_image_tokens == 0:
         return NEAREST_TEXT
-    same = shape.mode == "patch" and shape.tokens_per_moment == num_image_tokens
+    same = shape.mode == "patch" and shape.tokens_per_frame == num_image_tokens
     return SAME_PLACE if same else NEAREST_IMAGE
 
 
@@ -223,7 +225,7 @@ def comparison(shape: ProjectionShape, num_image_tokens: int) -> str:
 def project(projection: WorldProjection, latents: Tensor) -> Iterator[Tensor]:
     """float[I, *row_shape] -> float32[N, D] on the CPU for each image: the photographs' own world tokens. Those of
     moments that were predicted from them have no place in the photograph, and are left out."""
-    device, num_own = projection.brackets.device, projection.shape.tokens_per_moment
+    device, num_own = projection.brackets.device, projection.shape.tokens_per_frame
     for row in latents:
         yield projection(row[None].to(device))[0, :num_own].cpu()
 

@@ -13,8 +13,8 @@ import torch
 
 from theworld.data.vsr import Statement, images_of
 from theworld.evaluation.metrics import SYSTEMS
-from theworld.extraction.batches import FeatureSource, Pass, ahead, make_pass
-from theworld.models.packing import TEXT, ZERO
+from theworld.extraction.batches import FeatureSource, Microbatch, make_microbatch, prefetch
+from theworld.models.packing import Control, WorldSource
 from theworld.models.theworld import TheWorld
 from theworld.utils.console import progress
 from theworld.utils.distributed import Processes
@@ -68,15 +68,15 @@ def predict(
     parts = _parts(model, order, batch_size, processes)
     packer = model.packer()
 
-    def passes() -> Iterator[tuple[list[int], Pass]]:
+    def passes() -> Iterator[tuple[list[int], Microbatch]]:
         for chosen in parts:
             asked = [statements[i] for i in chosen or order[:1]]
             worlds = [_world(system, s.image, other) for system in systems for s in asked]
-            yield chosen, make_pass(model, packer, asked * len(systems), latents, vision, worlds)
+            yield chosen, make_microbatch(model, packer, asked * len(systems), latents, vision, worlds)
 
     logits = torch.zeros(len(systems), len(statements), 3, device=device)
     bar = progress(
-        ahead(passes()), total=len(parts), desc="evaluate", unit=" batches", leave=False, disable=quiet
+        prefetch(passes()), total=len(parts), desc="evaluate", unit=" batches", leave=False, disable=quiet
     )
     for chosen, one in bar:
         one = one.to(device)
@@ -109,7 +109,7 @@ def word_losses(
     packer, sums = model.packer(), torch.zeros(len(words), device=model.gemma.device)
     for chosen in _parts(model, order, batch_size, processes):
         asked = [statements[i] for i in chosen or order[:1]]
-        one = make_pass(model, packer, asked, latents, vision).to(model.gemma.device)
+        one = make_microbatch(model, packer, asked, latents, vision).to(model.gemma.device)
         assert one.batch is not None
         losses = model.losses(one.batch, one.latents, one.vision, label_loss_weight=0.0, **weights)
         sums += torch.stack([losses[name] for name in words]) * bool(chosen)
@@ -142,8 +142,8 @@ def _order(statements: Sequence[Statement], other: dict[str, str]) -> list[int]:
     return sorted(range(len(statements)), key=lambda i: (place[statements[i].image], i))
 
 
-def _world(system: str, image: str, other: dict[str, str]) -> str | None:
+def _world(system: str, image: str, other: dict[str, str]) -> WorldSource:
     """What the packer is told for a statement about `image`."""
     if system in ("world", "shuffled"):
         return image if system == "world" else other[image]
-    return {"baseline": None, "zero": ZERO, "text": TEXT}[system]
+    return {"baseline": None, "zero": Control.ZERO, "text": Control.TEXT}[system]

@@ -229,7 +229,11 @@ def vision_source(
         return cached
     if config.image_folder is None:
         reason = CHANGED_TOWER if changed else "the cache has no features of them"
-        other = "" if gemma.modified_parts else ", or extract them once with tools/extract_latents.py --gemma_vision"
+        other = (
+            ""
+            if gemma.modified_parts
+            else ", or extract them once with tools/extract_latents.py --gemma_vision"
+        )
         raise ValueError(f"this Gemma looks at the photographs: {reason}; give --image_folder{other}")
     kind = OnTheFlyPixels if VISION_PART in gemma.trainable_parts else OnTheFlyVision
     return kind(gemma, config.image_folder, config.max_image_pixels, hashes)

@@ -28,7 +28,9 @@ from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 
 LARGEST = 448.0  # of float8 e4m3 (Micikevicius et al. 2022, arXiv 2209.05433)
-RECOMPILE_LIMIT = 32  # dense and flex masks, with gradients and without, with a prefix, fixed and changing lengths
+RECOMPILE_LIMIT = (
+    32  # dense and flex masks, with gradients and without, with a prefix, fixed and changing lengths
+)
 
 
 class Fp8Weight(NamedTuple):
@@ -121,7 +123,7 @@ class Shape(NamedTuple):
 
 
 class Decoder:
-    """The decoder of a frozen Gemma. Its weights are Gemma's own, without a copy; with `fp8` there are two in 8 bits."""
+    """The decoder of a frozen Gemma. Its weights are Gemma's own, without a copy; `fp8` makes two in 8 bits."""
 
     def __init__(
         self, gemma: Gemma, compiled: bool = False, fp8: bool = False, checkpointed: bool = False
@@ -229,7 +231,7 @@ def decoder_layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shap
 def last_layer(
     x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor, shape: Shape
 ) -> Tensor:
-    """dtype[R, L, D] -> dtype[K, D]: nothing reads the other tokens, so most of the layer is computed for these alone."""
+    """dtype[R, L, D] -> dtype[K, D]: nothing reads the other tokens, so most of the layer runs for these alone."""
     query, key, value = project_qkv(x, w, cos, sin, shape)
     attended = attention(query, key, value, mask, shape)
     return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
@@ -248,8 +250,8 @@ def prefix_layer(
 
 
 def prefix_last_layer(
-    prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor,
-    shape: Shape,
+    prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, cos: Tensor, sin: Tensor, mask: Any,
+    wanted: Tensor, shape: Shape,
 ) -> Tensor:  # fmt: skip
     """Apply the last layer to rows with a prefix; the indices of the wanted tokens are counted without it."""
     _, key0, value0 = project_qkv(prefix, w, cos0, sin0, shape)
@@ -259,7 +261,7 @@ def prefix_last_layer(
 
 
 def project_qkv(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, dtype[R, H, L, E], and keys and values, dtype[R, G, L, E]; the first two normalised and rotated."""
+    """Return queries, dtype[R, H, L, E], keys and values, dtype[R, G, L, E]; the first two normalised and rotated."""
     heads, groups, width, _, epsilon, _ = shape
     projected = linear(rms_norm(x, w.before_attention, epsilon), w.qkv)
     projected = projected.unflatten(-1, (-1, width)).transpose(1, 2)  # R, H + 2 G, L, E
@@ -308,7 +310,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...]:
-    """Return options of flex attention, which chooses for itself where there are none. They would not fit in float32."""
+    """Return options of flex attention, or none, and it chooses for itself. In float32 these would not fit."""
     hopper = gemma.device.type == "cuda" and torch.cuda.get_device_capability(gemma.device)[0] == 9
     known = hopper and head_width == 256 and gemma.dtype == torch.bfloat16
     return tuple(HOPPER_KERNELS.items()) if known else ()

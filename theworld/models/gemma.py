@@ -161,7 +161,9 @@ class Gemma:
         if attention not in ("sdpa", "flex_attention"):
             raise ValueError(f"attention {attention!r}: wanted sdpa or flex_attention")
         if attention == "flex_attention" and parts.uses_hf_decoder:
-            raise ValueError("attention 'flex_attention': transformers' decoder takes dense masks; wanted sdpa")
+            raise ValueError(
+                "attention 'flex_attention': transformers' decoder takes dense masks; wanted sdpa"
+            )
         self.name = name_or_path
         self.device = torch.device(device)
         self.dtype = dtype
@@ -176,7 +178,9 @@ class Gemma:
             )
         self.model, self.qkv = self._build(weights)
         self.revision = revision or hub_revision(name_or_path, "config.json")
-        self.processor = AutoProcessor.from_pretrained(name_or_path, **self._hub) if self.is_multimodal else None
+        self.processor = (
+            AutoProcessor.from_pretrained(name_or_path, **self._hub) if self.is_multimodal else None
+        )
         self.tokenizer = (
             self.processor.tokenizer
             if self.processor

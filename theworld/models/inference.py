@@ -79,14 +79,8 @@ def load_encoder(
 
     Raises StoreMismatch if the settings name another encoder.
     """
-    config = replace(
-        config,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        compile=False,
-        latent_dtype=None,
-        num_world_steps=0,
-    )
+    arithmetic: dict[str, Any] = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    config = replace(config, **arithmetic, compile=False, latent_dtype=None, num_world_steps=0)
     kind = world_encoder.encoder_class(config)
     kind.describe(config, fingerprint).check_serves(fingerprint)  # before its weights load
     encoder = kind(config, fingerprint)

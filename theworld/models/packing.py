@@ -39,7 +39,6 @@ from torch import Tensor
 from theworld.data.vsr import Statement, relation_span
 from theworld.models.gemma import Gemma, Prompt
 
-
 ROW_MULTIPLE = 128  # rows for flex attention are padded to a multiple of its block
 
 
@@ -67,7 +66,10 @@ class Segment:
 
     key: Any
     token_ids: Sequence[int]
-    bidirectional: tuple[int, int] = (0, 0)  # (start, end) of the tokens that see each other in both directions
+    bidirectional: tuple[int, int] = (
+        0,
+        0,
+    )  # (start, end) of the tokens that see each other in both directions
     world: tuple[str | Control, int, int] | None = None  # (source of latents, start, end), brackets included
     image: tuple[str, int, int] | None = None  # (image, start, end) of its image tokens
 
@@ -405,7 +407,7 @@ def targets(
 
 
 def _words(predicted: Sequence[Predicted]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the rows that predict these tokens, their ids, and the number of predicted tokens in the branch of each."""
+    """Return the rows that predict these tokens, their ids, and the number of predicted tokens in their branch."""
     rows = [start + i - 1 for start, _, indices in predicted for i in indices]
     words = [branch[i] for _, branch, indices in predicted for i in indices]
     counts = [len(indices) for _, _, indices in predicted for _ in indices]

@@ -51,7 +51,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def in_shell(method: Method) -> Method:
-    """Let a method of `TheWorld` compute inside the FSDP shell, which puts sharded weights together, if there is one."""
+    """Let a method of `TheWorld` compute inside the FSDP shell, if there is one, which gathers sharded weights."""
 
     @wraps(method)
     def call(self: "TheWorld", *arguments: Any, **options: Any) -> Any:
@@ -208,7 +208,9 @@ class TheWorld(nn.Module):
         """Load the weights that `save_pretrained` wrote into a model with the same parts, strictly."""
         parts = read_world(folder)["parts"]
         if set(parts) - set(self.gemma.modified_parts):
-            raise ValueError(f"{folder} holds {parts} of Gemma; this model has {list(self.gemma.modified_parts)}")
+            raise ValueError(
+                f"{folder} holds {parts} of Gemma; this model has {list(self.gemma.modified_parts)}"
+            )
         self.load_projection(folder / PROJECTION_FILE)
         load_parts(self.gemma, folder, parts)
 
@@ -426,7 +428,9 @@ class TheWorld(nn.Module):
                 raise ValueError(f"statement {number} is empty; leave it out, or say what it states")
         encoded, names = self._encode_images(pictures, "world" in conditions, len(captions))
         first = {name: number for number, name in enumerate(encoded)}
-        order = sorted(range(len(captions)), key=lambda i: first[names[i]])  # those of one photograph together
+        order = sorted(
+            range(len(captions)), key=lambda i: first[names[i]]
+        )  # those of one photograph together
         packer = self.packer()
         found: dict[str, list[float]] = {condition: [0.0] * len(captions) for condition in conditions}
         for start in range(0, len(order), batch_size):
