@@ -27,10 +27,11 @@ from theworld.config.config import Config, save_config
 from theworld.data.images import sha256
 from theworld.extraction import extract as extract_module
 from theworld.extraction import rollouts
-from theworld.extraction.encoders import RolloutEncoder, expected_latents
+from theworld.extraction.encoders import RolloutEncoder
 from theworld.extraction.extract import extract, verify
 from theworld.extraction.features import CachedFeatures
 from theworld.extraction.rollouts import FinishedRows, estimate, refusals
+from theworld.models.cosmos import CosmosLatents
 from theworld.store.format import LATENTS, StoreMismatch
 from theworld.store.reader import StoreReader
 from theworld.store.shard import ArraySpec
@@ -244,7 +245,17 @@ def test_the_fingerprint_has_the_fields_of_the_photographs_and_those_of_the_roll
     assert {key for key in none if one[key] != none[key]} == {"num_world_steps"}
     assert (one["num_world_steps"], none["num_world_steps"]) == (1, 0)
     assert one["latent_shape"] == [16, 4, 4]
-    assert expected_latents(job).items() <= one.items()
+    spec = CosmosLatents.describe(job)
+    assert spec.fields.keys() == one.keys()
+    assert spec.unknown == {
+        "cosmos_weights_sha256",
+        "guardrail",
+        "rollout_scheduler",
+        "rollout_scheduler_config",
+        "rollout_text_encoder_sha256",
+        "rollout_transformer_sha256",
+    }
+    assert {key: spec.fields[key] for key in spec.fields if key not in spec.unknown}.items() <= one.items()
 
 
 def test_files_of_a_finished_store_are_those_of_any_other(job: Config, tmp_path: Path) -> None:
@@ -475,7 +486,7 @@ def test_a_changed_field_is_refused_before_any_model_loads(
     job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, shown: str
 ) -> None:
     assert not run(job, tmp_path / "cache", part="1/2")  # unfinished, too
-    monkeypatch.setattr(extract_module, "CosmosEncoder", None)
+    monkeypatch.setattr("theworld.models.cosmos.load_vae", None)
     monkeypatch.setattr(extract_module, "freeze", None)
     with pytest.raises(StoreMismatch) as error:
         run(replace(job, **{key: value}), tmp_path / "cache")
@@ -487,7 +498,7 @@ def test_a_cache_of_photographs_alone_is_no_cache_of_rollouts(job: Config, tmp_p
     with pytest.raises(StoreMismatch, match="num_world_steps: cached 0, wanted 1"):
         run(job, tmp_path)
     with pytest.raises(StoreMismatch, match="rollout_seed: cached \\(absent\\), wanted 0"):
-        CachedFeatures(tmp_path / LATENTS, LATENTS, expected_latents(job))
+        CachedFeatures(tmp_path / LATENTS, CosmosLatents.describe(job))
 
 
 def test_the_estimate_says_what_was_measured_and_what_sharing_makes_of_it() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from theworld.config.config import Config
 from theworld.data.images import read_image
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import SYSTEMS
+from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract
 from theworld.extraction.features import OnTheFlyPixels
@@ -294,7 +294,7 @@ def test_a_saved_stage_answers_as_the_one_that_was_trained(
     assert not torch.allclose(
         plain(one.batch, one.latents, trainer_vision(plain, config, one)), wanted, atol=1e-3
     )
-    rows = score(checkpoint, cache, None, "test", SYSTEMS, {})
+    rows = score(checkpoint, cache, None, "test", CONDITIONS, {})
     assert len(rows) == 4
 
 

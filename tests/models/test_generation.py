@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_model import make_model
 
 from theworld.data.images import ImageError, read_image
-from theworld.models.cosmos import CosmosEncoder
+from theworld.models.cosmos import CosmosLatents
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Question
 from theworld.models.theworld import TheWorld
@@ -28,7 +28,7 @@ def model(request: pytest.FixtureRequest, text_gemma_folder: Path) -> TheWorld:
         head = torch.randn(gemma.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
         gemma.model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
     made = make_model(gemma, cosmos_model_name=str(EMBEDDED_VAE), latent_size=64)
-    made.fingerprint = CosmosEncoder(str(EMBEDDED_VAE)).identity()
+    made.fingerprint = CosmosLatents(made.config).spec.fingerprint()
     return made
 
 
@@ -37,7 +37,7 @@ def without_cache(model: TheWorld, pixels: np.ndarray, question: str, with_world
     gemma, ends = model.gemma, model.gemma.model.generation_config.eos_token_id
     packer = model.packer(with_world, question_template="{caption}")
     prompt = packer.prompt(question, with_world)
-    latents = model.encoder.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]) if with_world else None
+    latents = model.encoder.encode(torch.from_numpy(pixels)[None]) if with_world else None
     vision = gemma.vision_features(gemma.pixel_values([pixels])) if gemma.is_multimodal else None
     found: list[int] = []
     for _ in range(20):

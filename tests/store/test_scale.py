@@ -47,9 +47,9 @@ order = Order(kept, 0)
 for start in (0, 16, 199_990):
     chosen = order.take(start, 16)
     assert rows([s.image for s in chosen])[:, 3, 2, 1].tolist() == [s.index for s in chosen]
-assert rows.preload(paths) == len(paths)
-chosen = order.take(1000, 64)
-assert rows([s.image for s in chosen])[:, 3, 2, 1].tolist() == [s.index for s in chosen]
+for start in range(0, len(paths), 64):
+    chosen = order.take(start, 64)
+    assert rows([s.image for s in chosen])[:, 3, 2, 1].tolist() == [s.index for s in chosen]
 data = rows.reader.nbytes("latents") / 1e6
 print(json.dumps({"note": note, "opened": opened, "data": data, "most": memory("VmHWM") - before}))
 """
@@ -77,4 +77,4 @@ def test_two_hundred_thousand_images(tmp_path: Path) -> None:
     assert found["note"] == "200000 of 200000 statements, 200000 of 200000 images"
     assert found["opened"] < LIMIT
     assert found["data"] == NUM_IMAGES * 1024 / 1e6
-    assert found["most"] - found["data"] < LIMIT, found
+    assert found["most"] < LIMIT, found

@@ -54,7 +54,7 @@ def spoil(where: str, value: float) -> None:
 
     Trainer.train_step = counted  # type: ignore[method-assign]
     if where in ("latents", "vision"):
-        call = Rows.__call__
+        call = CachedFeatures.__call__
 
         def rows(self: CachedFeatures, images: list[str]) -> torch.Tensor:
             found = call(self, images)
@@ -62,7 +62,7 @@ def spoil(where: str, value: float) -> None:
                 found[[image == "b.png" for image in images], ..., 0] = value
             return found
 
-        Rows.__call__ = rows  # type: ignore[method-assign]
+        CachedFeatures.__call__ = rows  # type: ignore[method-assign]
     elif where == "loss":
         losses = TheWorld.losses
 

@@ -163,7 +163,6 @@ def test_training_stops_at_a_flip_and_goes_on_from_its_checkpoint(
     saved = trainer.save()
     content = {path: path.read_bytes() for path in saved.iterdir()}
     before = damage_rows(cache / LATENTS)
-    trainer.data.latents = CachedFeatures(cache / LATENTS)  # as where the rows do not fit in memory
     weights = {name: p.detach().clone() for name, p in trainer.model.trainable().items()}
     words = r"shards/0000\d\.h5 is damaged: latents of image '[abc]\.png' has CRC-32 .*--verify --cache "
     with pytest.raises(StoreError, match=words):

@@ -9,7 +9,8 @@ from constants import ROOT
 
 from theworld.config.config import Config
 from theworld.data.vsr import load_statements
-from theworld.evaluation.metrics import SYSTEMS, summarise
+from theworld.evaluation.conditions import CONDITIONS
+from theworld.evaluation.metrics import summarise
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
 from theworld.extraction.features import CachedFeatures
@@ -59,7 +60,7 @@ def test_the_three_phases_on_the_real_statements_whose_photograph_is_there(
         "000000512183.jpg",
         "000000574315.jpg",
     }
-    systems = SYSTEMS if len({s.image for s in wanted}) > 1 else ("world", "baseline", "zero")
+    systems = CONDITIONS if len({s.image for s in wanted}) > 1 else ("world", "baseline", "zero")
     summary = summarise(score(checkpoint, tmp_path / "cache", None, "train", systems, {}))
     assert summary["statements"] == len(wanted)
     assert set(summary["systems"]) == set(systems)

@@ -15,8 +15,8 @@ from theworld.config.config import Config, load_config
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import Elsewhere, Statement, images_of, split_at_hand, statements_at_hand
 from theworld.evaluation.alignment import chosen_images, vision_to_compare
-from theworld.evaluation.metrics import read_jsonl
-from theworld.evaluation.predict import possible_systems, shuffled_images
+from theworld.evaluation.predict import possible_conditions, shuffled_images
+from theworld.evaluation.records import read_jsonl
 from theworld.evaluation.score import NOT_ALONE, default_output, held_out, short_names
 from theworld.extraction.encoders import specs_of
 from theworld.extraction.extract import amount, check_models, check_readable, source_of
@@ -136,7 +136,7 @@ def evaluation(
     cache: Path | None,
     image_folder: Path | None,
     split: str,
-    systems: Sequence[str],
+    conditions: Sequence[str],
     output: Path | None,
     overrides: dict[str, Any],
     train_annotations: str | None = None,
@@ -157,11 +157,11 @@ def evaluation(
         statements = yield from _reads(
             config, world, sees, cache, image_folder, [] if data is None else data.statements
         )
-        asked = possible_systems(systems, sees, config.model_name)
+        asked = possible_conditions(conditions, sees, config.model_name)
         if "shuffled" in asked and statements:
             shuffled_images(images_of(statements))
         batches = -(-len(statements) // config.eval_statements)
-        words = f"{len(asked)} systems ({', '.join(asked)})"
+        words = f"{len(asked)} conditions ({', '.join(asked)})"
         yield line("asks", f"{words} about {len(statements):,} statements, {batches:,} batches")
     if data is not None:
         seen, all_images = len(data.seen_images), len(images_of(data.statements))

@@ -20,8 +20,10 @@ import numpy as np
 import theworld
 from theworld.config.config import Config, load_config
 from theworld.data.vsr import RELEASES, Statement, dataset_label, load_statements, seen_images
-from theworld.evaluation.metrics import Row, model_of, publish_json, records, write_jsonl, write_summary
-from theworld.evaluation.predict import possible_systems, predict
+from theworld.evaluation.conditions import checkpoint_of
+from theworld.evaluation.metrics import write_summary
+from theworld.evaluation.predict import possible_conditions, predict
+from theworld.evaluation.records import Row, publish_json, records, write_jsonl
 from theworld.extraction.batches import FeatureSource
 from theworld.extraction.extract import stores_of
 from theworld.extraction.features import (
@@ -260,7 +262,7 @@ def default_output(given: Sequence[Path], checkpoints: Sequence[Path], dataset: 
     return run / "evaluation" / f"{checkpoints[0].name}-{dataset.replace(' ', '-')}-{split}.jsonl"
 
 
-NOT_ALONE = "photographs alone, --image-dir, are not enough"
+NOT_ALONE = "photographs alone, --image_folder, are not enough"
 
 
 def score(
@@ -268,15 +270,15 @@ def score(
     cache: Path | None,
     image_folder: Path | None,
     split: str,
-    systems: Sequence[str],
+    conditions: Sequence[str],
     overrides: dict[str, Any],
 ) -> list[Row]:
-    """One record a statement of the split, with the answers of every system (see `theworld.evaluation.predict`).
+    """One record a statement of the split, with the answers under every condition (see `theworld.evaluation.predict`).
 
     Exactly one of `cache` and `image_folder` is given. Prints what is left out, if anything is.
     """
     data = held_out({"": checkpoint}, split, overrides)
-    return score_all({"": checkpoint}, data, cache, image_folder, systems, overrides)[0]
+    return score_all({"": checkpoint}, data, cache, image_folder, conditions, overrides)[0]
 
 
 def score_to_file(
@@ -284,7 +286,7 @@ def score_to_file(
     split: str,
     cache: Path | None,
     image_folder: Path | None,
-    systems: Sequence[str],
+    conditions: Sequence[str],
     overrides: dict[str, Any],
     command: Sequence[str],
     output: Path | None = None,
@@ -301,7 +303,7 @@ def score_to_file(
     data = held_out(checkpoints, split, overrides, train_annotations, allow_trained)
     output = output or default_output(models, found, data.dataset, split)
     check_output(output)
-    rows, source = score_all(checkpoints, data, cache, image_folder, systems, overrides)
+    rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
     return output, write_results(rows, source, output, command)
 
 
@@ -334,7 +336,7 @@ def score_all(
     data: HeldOut,
     cache: Path | None,
     image_folder: Path | None,
-    systems: Sequence[str],
+    conditions: Sequence[str],
     overrides: dict[str, Any],
 ) -> tuple[list[Row], dict[str, Any]]:
     """The records of several checkpoints on the same statements, and where they come from.
@@ -360,8 +362,8 @@ def score_all(
         model = TheWorld.from_pretrained(path, gemma, **overrides)
         set_up_torch(model.gemma.dtype)
         sources[name] = of_checkpoint(model, path, data.trained_on[name])
-        kinds = possible_systems(systems, model.gemma.is_multimodal, model.gemma.name)
-        if len(kinds) < len(systems):
+        kinds = possible_conditions(conditions, model.gemma.is_multimodal, model.gemma.name)
+        if len(kinds) < len(conditions):
             print("without 'text': this Gemma sees no photograph, so it is 'baseline'")
         called = {"without" if world["parts"] and kind == "baseline" else kind: kind for kind in kinds}
         answers.add(model, name, called)
@@ -375,7 +377,7 @@ def score_all(
             gemma, loaded = model.gemma, keys[name]
         del model  # before the next is loaded, for its weights in 8 bits
     # What all share first.
-    logits = dict(sorted(answers.logits.items(), key=lambda item: bool(model_of(item[0]))))
+    logits = dict(sorted(answers.logits.items(), key=lambda item: bool(checkpoint_of(item[0]))))
     rows = records(answers.statements, logits, data.seen_images, data.in_train, data.dataset, data.split)
     return rows, of_results(data, cache, image_folder, sources)
 

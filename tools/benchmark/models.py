@@ -405,7 +405,8 @@ def write_random_cache(config: Config, folder: Path, dtype: torch.dtype, device:
     """Finished stores of latents and vision features as extraction would leave them, but for their values."""
     source = Source(Path(str(config.image_folder)), config.max_image_pixels, 1)
     images = list_images(config, folder, source, allow_missing=False)
-    config = replace(config, dtype=str(dtype).removeprefix("torch."), device=str(device), compile=False)
+    name: Any = str(dtype).removeprefix("torch.")
+    config = replace(config, dtype=name, device=str(device), compile=False)
     generator = torch.Generator().manual_seed(0)
     for encoder in (CosmosLatents(config), VisionEncoder(config)):
         spec = encoder.spec.array
