@@ -326,7 +326,7 @@ def test_an_alignment_in_numbers(run: Path, cache: Path, tmp_path: Path) -> None
         "measures     16 world tokens of each, untrained and trained",
         f"writes       {output} and {tmp_path / 'a.json'}",
     ]
-    with pytest.raises(ValueError, match=r"--num_samples 100, 1 images in dev: .* at least two images"):
+    with pytest.raises(ValueError, match=r"--num_samples 100, 1 images in dev; .* at least two images"):
         list(alignment(run, cache, "dev", 100, output, {}))
     (cache / "gemma_vision").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="no vision features to compare with"):

@@ -174,9 +174,7 @@ def _photographs(config: Config) -> Iterator[Finding]:
     missing = missing_photographs(names, folder)
     if missing:
         message = f"{len(missing):,} of {len(names):,} are not in {folder}, such as {missing[0]}"
-        hint = (
-            f"python tools/get_images.py --output {folder} (README, step 3), or extract with --allow_missing"
-        )
+        hint = f"python tools/get_images.py --output {folder} (GUIDE.md, Photographs), or extract with --allow_missing"
         yield Finding("photographs", FAULT, message, hint)
         return
     sample = np.random.default_rng(0).permutation(names)[:SAMPLE]

@@ -206,8 +206,8 @@ def extract(
             check_rollout(config, guardrail)
         return list_images(config, cache, source, allow_missing)
 
-    images = part.from_first(look)
-    part.from_first(lambda: check_models(config, with_vision))
+    images = part.broadcast_from_main(look)
+    part.broadcast_from_main(lambda: check_models(config, with_vision))
     source, device = source_of(config, part), resolve_device(config.device)
     if device.index is not None:
         torch.cuda.set_device(device)  # pinned memory and events are those of the current one
@@ -219,8 +219,8 @@ def extract(
         complete = run(world_encoder.encoder_class(config)(config), cache, images, source, config, part)
     if with_vision:
         complete = run(VisionEncoder(config), cache, images, source, config, part) and complete
-    part.leave()
-    return complete and part.speaks
+    part.close()
+    return complete and part.is_main_process
 
 
 def check_models(config: Config, with_vision: bool) -> None:
@@ -283,26 +283,26 @@ def run(
 ) -> bool:
     """Brings this part's shards of one encoding's store from whatever state they are in to commitment, and the
     store to its manifest if all shards are there. Returns whether they are."""
-    with part.first_goes_first():
+    with part.main_process_first():
         store = open_store(cache, encoder.spec, images, config.shard_size)
     own = [shard for shard in range(store.num_shards) if part.owns(shard)]
     pending = store.pending(own)
-    say = tqdm.write if part.speaks else _say_nothing
+    say = tqdm.write if part.is_main_process else _say_nothing
     for note in store.notes:
         say(note)
     if pending and len(pending) < len(own):
         say(f"resuming: {len(own) - len(pending)} of {len(own)} shards valid")
     say(preflight(store, encoder, pending, source, config.encode_batch_size))
     if pending:
-        encode_shards(store, encoder, pending, source, config.encode_batch_size, not part.speaks)
-    part.wait()
+        encode_shards(store, encoder, pending, source, config.encode_batch_size, not part.is_main_process)
+    part.barrier()
     missing = store.missing()
     if missing:
         say(
             f"{encoder.spec.name}: {len(missing):,} of {store.num_shards:,} shards are still missing: those of other "
             "parts. Whichever part finishes last completes the store"
         )
-    elif part.speaks and not store.is_complete:
+    elif part.is_main_process and not store.is_complete:
         store.publish()  # which reads every byte of all of them
     return not missing
 

@@ -195,9 +195,9 @@ def roll_out(
     """
     job = Job(encoding, cache, images, config, part)
     todo = job.begin()
-    roll_out_each(encoding, job.finished, todo, source, quiet=not part.speaks)
-    part.wait()
-    return part.from_first(lambda: job.complete(allow_missing))
+    roll_out_each(encoding, job.finished, todo, source, quiet=not part.is_main_process)
+    part.barrier()
+    return part.broadcast_from_main(lambda: job.complete(allow_missing))
 
 
 class Job:
@@ -207,7 +207,7 @@ class Job:
         self, encoding: RolloutEncoder, cache: Path, images: list[ImageEntry], config: Config, part: Part
     ) -> None:
         self.encoding, self.cache, self.images, self.config, self.part = encoding, cache, images, config, part
-        self.say: Callable[[str], None] = tqdm.write if part.speaks else _say_nothing
+        self.say: Callable[[str], None] = tqdm.write if part.is_main_process else _say_nothing
         fingerprint_sha256 = canonical_sha256(encoding.spec.fingerprint())
         self.finished = FinishedRows(cache / LATENTS, fingerprint_sha256, encoding.spec.array)
 
@@ -227,7 +227,7 @@ class Job:
     def begin(self) -> list[ImageEntry]:
         """What this part has to roll out, after a preflight of it."""
         part, finished = self.part, self.finished
-        with part.first_goes_first():
+        with part.main_process_first():
             store, rows = self.open()
         own = [row for row in rows if int(row.sha256[:12], 16) % part.count == part.index]
         todo = [row for row in own if finished.read(row.sha256) is None]
@@ -235,7 +235,7 @@ class Job:
             self.say(note)
         if len(todo) < len(own):
             self.say(f"resuming: {len(own) - len(todo):,} of {len(own):,} photographs rolled out")
-        if part.speaks:
+        if part.is_main_process:
             missing = len(finished.missing(row.sha256 for row in rows))
             num_todo = missing if part.together else len(todo)
             self.say(preflight(self.encoding, store, len(rows) + missing, num_todo, part))

@@ -159,7 +159,7 @@ class Plan:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.processes = Processes(config.device)
-        if self.processes.is_main:  # the only one that uploads
+        if self.processes.is_main_process:  # the only one that uploads
             check_hub(config)
         count = self.processes.count
         self.global_batch_size = config.batch_size * config.gradient_accumulation_steps * count

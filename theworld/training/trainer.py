@@ -73,8 +73,8 @@ class Trainer:
         warmup, chance = num_warmup_steps(config, main_steps), chance_loss([s.label for s in self.data.train])
         self.monitor = LossMonitor(main_steps, warmup, chance)
         self.at_chance: LossWindow | None = None  # a window at chance that has not been reported yet
-        self.processes.wait()  # until all have looked: the main one is going to write there
-        main = self.processes.is_main
+        self.processes.barrier()  # until all have looked: the main one is going to write there
+        main = self.processes.is_main_process
         if main:
             check_trackers(config)
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
@@ -191,7 +191,7 @@ class Trainer:
 
     def run(self) -> Path:
         """Train to the end, or until a request to stop (`stopped`), and return the last checkpoint."""
-        main = self.processes.is_main
+        main = self.processes.is_main_process
         if main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             tidied = tidy_run(self.output_dir, self.plan.resumed, self.step, self.owes_dev)
@@ -283,10 +283,9 @@ class Trainer:
     def _warn(self, window: LossWindow, trackers: Trackers | None, bar: tqdm) -> None:
         """Report that the loss is at chance, and what to try."""
         gemma, shape = self.model.gemma, self.model.projection.shape
-        same_places = (
-            on_image_tokens(self.config, shape, gemma.num_image_tokens) and not gemma.trainable_parts
-        )
-        if self.processes.is_main:
+        on_patches = on_image_tokens(self.config, shape, gemma.num_image_tokens)
+        same_places = on_patches and not gemma.trainable_parts
+        if self.processes.is_main_process:
             tqdm.write(warning(window, what_to_try(self.config, same_places)))
         self._log({f"watch_{name}": value for name, value in asdict(window).items()}, trackers, bar)
 
@@ -308,12 +307,12 @@ class Trainer:
 
     def save(self) -> Path:
         """Publish checkpoint-<step>, then remove the oldest ones beyond save_total_limit; return the new one."""
-        main = self.processes.is_main
+        main = self.processes.is_main_process
         weights = optimizer = None
         if main or self.sharded:  # the others give their shares
             weights, optimizer = self.model.weights(), whole_state(self.optimizer.state_dict())
         if not main:
-            self.processes.wait()
+            self.processes.barrier()
             return self.output_dir / f"checkpoint-{self.step}"
         state = {"optimizer": optimizer, "rng": torch.get_rng_state()}
         record = {"step": self.step, "window": self.window}
@@ -323,7 +322,7 @@ class Trainer:
         if self.publisher is not None:
             self.publisher.saved(path, self.plan.facts)
         rotate(self.output_dir, self.config.save_total_limit)
-        self.processes.wait()
+        self.processes.barrier()
         return path
 
     def _identity(self) -> dict[str, Any]:
