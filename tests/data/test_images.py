@@ -498,7 +498,7 @@ def test_training_does_not_start_on_photographs_that_changed(
     path = Path(str(own.image_folder)) / "b.png"
     before = sha256(path.read_bytes())
     CHANGES[change](path)
-    monkeypatch.setattr(Gemma, "load_weights", None)  # no model loads
+    monkeypatch.setattr(Gemma, "with_weights", None)  # no model loads
     monkeypatch.setattr(loading, "COMPARE_SECONDS", 0.0)  # what has another time stamp is read all the same
     with pytest.raises(PhotographsChanged) as caught:
         Trainer(own, tmp_path / "cache")
