@@ -16,7 +16,7 @@ from theworld.cli.dry_run import alignment, evaluation, extraction, recomputatio
 from theworld.config.config import Config, save_config
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.records import write_jsonl
-from theworld.extraction.encoders import plan_latents, plan_vision
+from theworld.extraction.encoders import specs_of
 from theworld.extraction.extract import extract
 from theworld.report.report import plan_report
 from theworld.store.format import StoreMismatch
@@ -130,10 +130,8 @@ def test_of_processes_launched_together_the_first_alone_speaks(
 
 
 def test_what_is_planned_is_what_extraction_makes(config: Config, cache: Path) -> None:
-    for plan in (plan_latents, plan_vision):
-        planned = plan(config, cache)
-        reader = StoreReader(planned.root, {k: v for k, v in planned.fields.items() if v != "(absent)"})
-        assert [*reader.arrays.values()] == [planned.spec]
+    for spec in specs_of(config, with_vision=True):
+        assert [*StoreReader(cache / spec.name).arrays.values()] == [spec.array]
 
 
 def test_a_new_cache_then_a_finished_one(config: Config, tmp_path: Path) -> None:
@@ -328,7 +326,7 @@ def test_an_alignment_in_numbers(run: Path, cache: Path, tmp_path: Path) -> None
         "measures     16 world tokens of each, untrained and trained",
         f"writes       {output} and {tmp_path / 'a.json'}",
     ]
-    with pytest.raises(ValueError, match=r"--num_samples 100, 1 images in dev: .* at least two images"):
+    with pytest.raises(ValueError, match=r"--num_samples 100, 1 images in dev; .* at least two images"):
         list(alignment(run, cache, "dev", 100, output, {}))
     (cache / "gemma_vision").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="no vision features to compare with"):

@@ -162,7 +162,7 @@ def test_only_the_main_process_uploads(
     cache: Path, pushing: Config, hub: Callable[..., Uploads], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploads = hub()
-    monkeypatch.setattr("theworld.utils.distributed.Processes.is_main", False)
+    monkeypatch.setattr("theworld.utils.distributed.Processes.is_main_process", False)
     Trainer(pushing, cache).run()
     assert uploads.commits == []
     assert not uploads.exists
