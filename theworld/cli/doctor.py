@@ -183,7 +183,7 @@ def _store(topic: str, root: Path, command: str, config: Config) -> Iterator[Fin
     reader = StoreReader(root, expected_latents(config) if topic == "latents" else expected_vision(config))
     problems = verify_store(root)
     if problems:
-        yield Finding(topic, FAULT, problems[0], f"{command} --repair")
+        yield Finding(topic, FAULT, problems[0], command)
         return
     left_out = read_failures(root.parent)
     names = images_of([s for own in _statements(config).values() for s in own])
