@@ -31,7 +31,7 @@ def wants_sharding(processes: int, gemma: Gemma) -> bool:
     modules of transformers, and a frozen language model is read by a decoder of our own."""
     if not asked():
         return False
-    if not gemma.plain_decoder:
+    if not gemma.uses_hf_decoder:
         raise ValueError(
             "this run was started with --use_fsdp, but its language model is frozen (freeze_gemma_language is true), "
             "so it fits on each GPU; start it with `accelerate launch --multi_gpu`"

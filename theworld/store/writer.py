@@ -32,7 +32,6 @@ from theworld.store.format import (
     Plan,
     StoreMismatch,
     check_entry,
-    check_fingerprint,
     entry,
     fingerprint_differences,
     image_differences,
@@ -51,21 +50,6 @@ from theworld.utils.files import StoreError, UnknownVersion
 T = TypeVar("T")
 OTHER_NUMBERS = "extract on the kind of machine that wrote the shard, or into another --cache"
 logger = logging.getLogger(__name__)
-
-
-def check_existing(root: Path, expected: dict[str, Any]) -> None:
-    """Raise StoreMismatch if a store, finished or not, has other values in these fields of its fingerprint.
-
-    A damaged store.json is left to `Store.create`, which mends it.
-    """
-    try:
-        fields, _ = files.read_sealed(root / "store.json", STORE_KEYS)
-    except StoreError:
-        return
-    cached = {key: value for key, value in fields["fingerprint"].items() if key in expected}
-    differences = fingerprint_differences(cached, check_fingerprint(expected))
-    if differences:
-        raise StoreMismatch(root, differences)
 
 
 def _sound(read: Callable[[], T]) -> T | None:

@@ -29,7 +29,7 @@ from theworld.evaluation.predict import predict
 from theworld.models.serialization import CheckpointError, numbered
 from theworld.training.checkpoint import find_sound
 from theworld.training.memory import NotFinite, OutOfMemory, Plan
-from theworld.training.monitor import chance_loss, left_at
+from theworld.training.monitor import below_chance_from, chance_loss
 from theworld.training.trainer import Trainer
 from theworld.utils.distributed import Part
 from theworld.utils.files import canonical_sha256, check_folder, holds, make_folder, publish_bytes
@@ -175,10 +175,10 @@ def measure(trainer: Trainer) -> dict[str, Any]:
     lines = [line for line in logged if "loss" in line]
     newest = {key: value for line in logged for key, value in line.items()}
     losses, chance = [line["loss"] for line in lines], chance_loss([s.label for s in trainer.data.train])
-    left = left_at(losses, chance, LINES)
+    left = below_chance_from(losses, chance, LINES)
     return {
         "steps": trainer.step,
-        "statements_per_step": trainer.per_step,
+        "statements_per_step": trainer.global_batch_size,
         "n": len(dev),
         "correct": {name: int(own.sum()) for name, own in right.items()},
         "dev_loss": {name: round(label_loss(values, labels), 5) for name, values in logits.items()},
