@@ -287,7 +287,8 @@ def test_of_a_photograph_with_a_second_picture_the_first_is_read() -> None:
     first, second = noise(16, 16), noise(16, 16).transpose(Image.Transpose.ROTATE_180)
     both = encoded(first, "MPO", save_all=True, append_images=[second])
     with Image.open(io.BytesIO(both)) as image:
-        assert image.format == "MPO" and image.n_frames == 2
+        assert image.format == "MPO"
+        assert image.n_frames == 2
     assert np.array_equal(decode(both, "a.jpg"), decode(encoded(first, "JPEG"), "a.jpg"))
 
 
