@@ -46,7 +46,11 @@ def test_a_card_tells_the_run_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_card_names_the_world_encoder(tmp_path: Path) -> None:
     for name, words, tag in (
-        ("cosmos", "the latents that the frozen VAE of\n`nvidia/Cosmos-Predict2-2B-Video2World` gives", "cosmos"),
+        (
+            "cosmos",
+            "the latents that the frozen VAE of\n`nvidia/Cosmos-Predict2-2B-Video2World` gives",
+            "cosmos",
+        ),
         ("pixels", "computed from\nthe photograph's own pixels, in cells of 8 x 8 pixels.", "pixels"),
     ):
         config = Config(world_encoder=name)  # type: ignore[arg-type]

@@ -332,7 +332,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(
         return tensor
 
     for checkpointing in (False, True):
-        own = Gemma(gemma.name, parts=decide_parts(Config(**STAGES[stage])))
+        own = Gemma(gemma.name, parts=decide_parts(Config(**STAGES[stage])), checkpointed=checkpointing)
         model = make_model(own, use_gradient_checkpointing=checkpointing, **STAGES[stage])
         batch = model.packer().pack(statements)
         pixels = own.pixel_values([read_image(photographs, image) for image in batch.images])

@@ -194,14 +194,8 @@ class Decoder:
 class HFDecoder:
     """transformers' own decoder over packed rows, for a language model that trains or has LoRA matrices beside it."""
 
-    def __init__(self, gemma: Gemma, compiled: bool = False, checkpointed: bool = False) -> None:
-        """`compiled` and `checkpointed` are as for `Decoder`."""
+    def __init__(self, gemma: Gemma) -> None:
         self.gemma = gemma
-        if checkpointed:
-            checkpoint_layers(gemma.text_model)
-        if compiled:
-            for layer in gemma.text_model.layers:
-                layer.compile()
 
     def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
         """Return hidden states as `Decoder` does; there is no prefix."""
@@ -211,15 +205,6 @@ class HFDecoder:
         with self.gemma.computing():
             output = self.gemma.text_model(inputs_embeds=x, attention_mask=masks, **options)
         return output.last_hidden_state.flatten(0, 1)[wanted].to(self.gemma.dtype)
-
-
-def checkpoint_layers(module: Any) -> None:
-    """Let a transformers module keep only each layer's input for the backward pass.
-
-    That takes its training mode, which changes nothing else in a Gemma 3, as it has no dropout.
-    """
-    module.gradient_checkpointing_enable({"use_reentrant": False})
-    module.train()
 
 
 def decoder_layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:

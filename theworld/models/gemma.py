@@ -145,6 +145,8 @@ class Gemma:
         parts: GemmaParts = PUBLISHED,
         seed: int = 0,
         weights: bool = True,
+        checkpointed: bool = False,
+        compiled: bool = False,
     ) -> None:
         """Load a Gemma from a folder or the hub.
 
@@ -155,6 +157,8 @@ class Gemma:
         `parts`: the parts that differ from the published Gemma. They have its weights until others are loaded
         (`load_parts`); new LoRA matrices are drawn from `seed` and change nothing yet.
         `weights`: False gives shapes without values, on the meta device, which can be counted and packed for.
+        `checkpointed`: layers of parts that train keep only their inputs for the backward pass.
+        `compiled`: transformers' decoder layers are compiled, where they read packed rows.
 
         Raises ValueError for another model than a Gemma 3, or one that cannot have these parts.
         """
@@ -170,7 +174,7 @@ class Gemma:
         self.attention = attention
         self.parts = parts
         self._hub = {"revision": revision} if revision else {}
-        self._seed = seed
+        self._seed, self._checkpointed, self._compiled = seed, checkpointed, compiled
         self.is_multimodal = is_multimodal(name_or_path, **self._hub)
         if VISION in parts.trainable and not self.is_multimodal:
             raise ValueError(
@@ -210,6 +214,13 @@ class Gemma:
             if _part_of(name) in self.parts.trainable:
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
+        if self._checkpointed and self.parts.uses_hf_decoder:
+            _checkpoint_layers(language)
+        if self._checkpointed and VISION in self.parts.trainable:
+            _checkpoint_layers(model.model.vision_tower)
+        if self._compiled and self.parts.uses_hf_decoder:
+            for layer in language.layers:
+                layer.compile()
         return model, [] if self.parts.uses_hf_decoder else [_merge_qkv(layer) for layer in language.layers]
 
     @property
@@ -470,17 +481,29 @@ def load_gemma(
     revision: str | None = None,
     parts: GemmaParts = PUBLISHED,
     weights: bool = True,
+    sharded: bool = False,
 ) -> Gemma:
     """Load the Gemma that the settings name, in the dtype and with the attention that they want.
 
-    `device` takes precedence over the setting; `revision`, `parts` and `weights` are as for `Gemma`.
+    `device` takes precedence over the setting; `revision`, `parts` and `weights` are as for `Gemma`. `sharded`: FSDP
+    will put its layers together around their calls, which compiled code would take in.
     """
     device = device or resolve_device(config.device)
+    compiled = wants_compile(config.compile, device)
     # Flex attention is only fast, and only small, in compiled code.
-    flex = device.type == "cuda" and wants_compile(config.compile, device) and not parts.uses_hf_decoder
-    attention = "flex_attention" if flex else "sdpa"
-    dtype = resolve_dtype(config.dtype, device)
-    return Gemma(config.model_name, dtype, device, attention, revision, parts, config.seed, weights)
+    flex = device.type == "cuda" and compiled and not parts.uses_hf_decoder
+    return Gemma(
+        config.model_name,
+        resolve_dtype(config.dtype, device),
+        device,
+        attention="flex_attention" if flex else "sdpa",
+        revision=revision,
+        parts=parts,
+        seed=config.seed,
+        weights=weights,
+        checkpointed=config.use_gradient_checkpointing,
+        compiled=compiled and not sharded,
+    )
 
 
 def _add_lora(language_model: nn.Module, rank: int) -> None:
@@ -494,6 +517,15 @@ def _add_lora(language_model: nn.Module, rank: int) -> None:
         raise ValueError(f"LoRA is asked for, but {error}; run `pip install peft`") from None
     settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=_LINEARS, lora_dropout=0.0)
     inject_adapter_in_model(settings, language_model).requires_grad_(False)
+
+
+def _checkpoint_layers(module: Any) -> None:
+    """Let a transformers module keep only each layer's input for the backward pass.
+
+    That takes its training mode, which changes nothing else in a Gemma 3, as it has no dropout.
+    """
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    module.train()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from theworld.config.config import Config, load_config, save_config
-from theworld.models.decoder import Decoder, HFDecoder, checkpoint_layers
+from theworld.models.decoder import Decoder, HFDecoder
 from theworld.models.encoder import Encoder
 from theworld.models.fsdp import asked, shard, whole
 from theworld.models.gemma import Gemma, load_gemma, load_parts, parameters_of, saved_parts
@@ -37,7 +37,6 @@ from theworld.models.projection import ProjectionShape, WorldProjection
 from theworld.models.serialization import (
     CONFIG_FILE,
     PROJECTION_FILE,
-    VISION,
     copy_strictly,
     part_file,
     read_world,
@@ -83,16 +82,12 @@ class TheWorld(nn.Module):
         self.config = config
         self.fingerprint = fingerprint
         self.enable_world = True
-        compiled = wants_compile(config.compile, gemma.device)
-        checkpointed = config.use_gradient_checkpointing
+        self.decoder: Decoder | HFDecoder
         if gemma.uses_hf_decoder:
-            # FSDP puts a layer together around its call, which compiled code would take in.
-            compiled = compiled and not asked()
-            self.decoder: Decoder | HFDecoder = HFDecoder(gemma, compiled, checkpointed)
+            self.decoder = HFDecoder(gemma)
         else:
-            self.decoder = Decoder(gemma, compiled, config.fp8, checkpointed)
-        if checkpointed and VISION in gemma.trainable_parts:
-            checkpoint_layers(gemma.model.model.vision_tower)
+            compiled = wants_compile(config.compile, gemma.device)
+            self.decoder = Decoder(gemma, compiled, config.fp8, config.use_gradient_checkpointing)
 
     @classmethod
     def from_config(cls, config: Config, gemma: Gemma, fingerprint: dict[str, Any]) -> "TheWorld":
@@ -140,7 +135,8 @@ class TheWorld(nn.Module):
         config = load_config(folder / CONFIG_FILE, overrides)
         world = read_world(folder)
         if gemma is None:
-            gemma = load_gemma(config, revision=world.get("model_revision"), parts=saved_parts(world))
+            published, parts = world.get("model_revision"), saved_parts(world)
+            gemma = load_gemma(config, revision=published, parts=parts, sharded=asked())
         elif world["parts"] or gemma.modified_parts:
             raise ValueError(
                 f"{folder} goes with a Gemma of its own (of it {world['parts']} are in the folder, and of the one that "

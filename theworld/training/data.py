@@ -23,6 +23,7 @@ from theworld.extraction.features import (
     vision_source,
 )
 from theworld.models.encoder import check_compatible
+from theworld.models.fsdp import asked
 from theworld.models.gemma import Gemma, decide_parts, load_gemma
 from theworld.models.serialization import read_world
 from theworld.models.theworld import TheWorld
@@ -102,7 +103,8 @@ def plan_gemma(config: Config, device: torch.device, data: Data, start: Path | N
     world = None if start is None else read_world(start)
     if world is not None:
         check_compatible(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
-    return load_gemma(config, device, parts=decide_parts(config, world), weights=False)
+    parts = decide_parts(config, world)
+    return load_gemma(config, device, parts=parts, weights=False, sharded=asked())
 
 
 def with_vision(data: Data, gemma: Gemma, config: Config) -> Data:
