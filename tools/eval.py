@@ -41,7 +41,9 @@ def main() -> int:
     text = "File for the records. (default: a file in the folder evaluation of the run)"
     parser.add_argument("--output", type=path, metavar="FILE", help=text)
     text = "Conditions under which the model answers. (default: all)"
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help=text)
+    parser.add_argument(
+        "--conditions", "--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help=text
+    )
     text = "Folder of the training statements, if it has moved. (default: the one of the checkpoint)"
     parser.add_argument("--train_annotations", type=path, metavar="PATH", help=text)
     text = "Evaluate on one release of VSR a model trained on the other, although they share statements."

@@ -23,7 +23,13 @@ from theworld.evaluation.metrics import records, summarise
 from theworld.extraction.extract import extract
 from theworld.hub.card import read_results
 from theworld.hub.publish import Publisher, check_hub, check_staged, connect, stage
-from theworld.models.serialization import CheckpointError, find_model, fingerprint_of, list_checkpoints
+from theworld.models.serialization import (
+    CheckpointError,
+    SavedModel,
+    find_model,
+    fingerprint_of,
+    list_checkpoints,
+)
 from theworld.models.theworld import TheWorld
 from theworld.training.memory import Plan
 from theworld.training.trainer import Trainer
@@ -273,7 +279,7 @@ def test_a_damaged_checkpoint_is_not_uploaded(
     path = checkpoint_of(tmp_path, 2, pushing, 0.0)
     (path / "projection.safetensors").write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"projection\.safetensors is damaged"):
-        check_staged(stage(path, "card", False, tmp_path / "staged"))
+        check_staged(stage(SavedModel.read(path), "card", False, tmp_path / "staged"))
     assert not Publisher(pushing, tmp_path).finish(path, FACTS)
     assert "checkpoint-2 is NOT on the hub: projection.safetensors is damaged" in caplog.text
     assert "Repeat the upload by resuming this run" in caplog.text
@@ -308,7 +314,7 @@ def test_an_upload_is_staged_as_hard_links_where_there_are_any(
     path = checkpoint_of(tmp_path, 2, pushing, 0.0)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     staged = tmp_path / "staged"
-    check_staged(stage(path, "card", True, staged))
+    check_staged(stage(SavedModel.read(path), "card", True, staged))
     for name in ("projection.safetensors", "world.json"):
         for copy in (staged / name, staged / "last-checkpoint" / name):
             assert copy.samefile(path / name) is links

@@ -16,7 +16,7 @@ from theworld.extraction.encoders import expected_latents, expected_vision, plan
 from theworld.models.serialization import checkpoint_step, list_checkpoints
 from theworld.store.format import LATENTS, VISION, read_failures
 from theworld.store.reader import StoreReader, verify_store
-from theworld.training.checkpoint import find_sound
+from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
 from theworld.utils.device import GIB, memory_of, resolve_device
 from theworld.utils.files import check_folder, check_room, free_bytes
@@ -223,7 +223,7 @@ def _output(config: Config) -> Iterator[Finding]:
     """Whether a training could write its checkpoints."""
     folder = Path(config.output_dir)
     check_folder(folder, "--output_dir")
-    found = find_sound(config.resume_from) if config.resume_from else None
+    found = latest_valid_checkpoint(config.resume_from) if config.resume_from else None
     resumed, skipped = (found.progress["step"], found.skipped) if found is not None else (-1, {})
     there = [p for p in list_checkpoints(folder) if p not in skipped and checkpoint_step(p) > resumed]
     for reason in skipped.values():

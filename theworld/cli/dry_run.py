@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from theworld.config.config import Config, load_config
+from theworld.config.config import Config
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import Elsewhere, Statement, images_of, split_at_hand, statements_at_hand
 from theworld.evaluation.alignment import chosen_images, vision_to_compare
@@ -22,8 +22,8 @@ from theworld.extraction.extract import amount, check_models, check_readable, so
 from theworld.extraction.features import Rows, cached_vision, in_cache
 from theworld.models.gemma import is_multimodal
 from theworld.models.projection import ProjectionShape
-from theworld.models.serialization import CONFIG_FILE, find_checkpoint, find_model, read_world
 from theworld.models.serialization import VISION as VISION_PART
+from theworld.models.serialization import SavedModel
 from theworld.store.format import (
     ABSENT,
     LATENTS,
@@ -139,15 +139,15 @@ def evaluation(
     cache: Path | None,
     image_folder: Path | None,
     split: str,
-    systems: Sequence[str],
+    conditions: Sequence[str],
     output: Path | None,
     overrides: dict[str, Any],
     train_annotations: str | None = None,
     allow_trained: bool = False,
 ) -> Iterator[str]:
     """What `theworld.evaluation.score.score_to_file` would do with the same arguments."""
-    found = [find_model(model) for model in models]
-    checkpoints = dict(zip(short_names(models, found), found, strict=True))
+    found = [SavedModel.open_folder(model) for model in models]
+    checkpoints = dict(zip(short_names(models, [one.folder for one in found]), found, strict=True))
     saved = []
     for checkpoint in found:
         saved.append((yield from _saved_model(checkpoint, overrides)))
@@ -160,7 +160,7 @@ def evaluation(
         statements = yield from _reads(
             config, world, sees, cache, image_folder, [] if data is None else data.statements
         )
-        asked = possible_systems(systems, sees, config.model_name)
+        asked = possible_systems(conditions, sees, config.model_name)
         if "shuffled" in asked and statements:
             shuffled_images(images_of(statements))
         batches = -(-len(statements) // config.eval_statements)
@@ -171,7 +171,7 @@ def evaluation(
         shows = f"which shows {seen:,} of the {all_images:,} images of {split}"
         yield line("trained on", f"{'; '.join(data.trained_on.values())}, {shows}")
     name = "the data" if data is None else data.dataset  # which counting will tell
-    path = output or default_output(models, found, name, split)
+    path = output or default_output(found, name, split)
     replaces = check_output(path)
     yield line(
         "writes", f"{path}, {len(statements):,} lines{replaces}, and {path.with_suffix('.summary.json')}"
@@ -221,7 +221,7 @@ def alignment(
     model_name: Path, cache: Path, split: str, num_samples: int, output: Path, overrides: dict[str, Any]
 ) -> Iterator[str]:
     """What `theworld.evaluation.alignment.align` would do with the same arguments, and what is written to `output`."""
-    config, world, sees = yield from _saved_model(find_checkpoint(model_name), overrides)
+    config, world, sees = yield from _saved_model(SavedModel.open_folder(model_name), overrides)
     statements, note = _cached(cache, world, (yield from _split(config, split)))
     if sees:
         vision_to_compare(config, cache, world["parts"])
@@ -234,13 +234,12 @@ def alignment(
 
 
 def _saved_model(
-    checkpoint: Path, overrides: dict[str, Any]
+    saved: SavedModel, overrides: dict[str, Any]
 ) -> Generator[str, None, tuple[Config, dict[str, Any], bool]]:
     """Settings and world.json of a saved model, and whether its Gemma sees photographs; lines about both."""
-    config = load_config(checkpoint / CONFIG_FILE, overrides)
-    world = read_world(checkpoint)
+    config, world = saved.config(overrides), saved.world
     device = resolve_device(config.device)
-    yield line("projection", f"{checkpoint}, for {world['model_name']}")
+    yield line("projection", f"{saved.folder}, for {world['model_name']}")
     gemma = locate(config.model_name, GEMMA_FILE)
     yield line(
         "Gemma", f"{config.model_name}: {gemma.words}; {device}, {resolve_dtype(config.dtype, device)}"

@@ -36,6 +36,7 @@ from theworld.extraction.batches import Fetch
 from theworld.extraction.features import Rows, cached_vision, in_cache, vision_for
 from theworld.models.gemma import Gemma
 from theworld.models.projection import ProjectionShape, WorldProjection
+from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.store.format import LATENTS, check_meaning
 
@@ -119,7 +120,7 @@ class Measured:
 
 
 def align(
-    checkpoint: Path, cache: Path, split: str, num_samples: int, overrides: dict[str, Any]
+    checkpoint: Path | SavedModel, cache: Path, split: str, num_samples: int, overrides: dict[str, Any]
 ) -> tuple[dict[str, Measured], dict[str, Any]]:
     """A checkpoint, "trained", and a projection of the same settings and seed as a run starts with, "untrained":
     what is measured of both, and all figures as JSON.
@@ -128,7 +129,8 @@ def align(
     settings than the checkpoint's.
     """
     # Gemma's layers have no part in this, so they need no copy in 8 bits.
-    model = TheWorld.from_pretrained(checkpoint, **overrides | {"fp8": False})
+    saved = SavedModel.open_folder(checkpoint)
+    model = TheWorld.from_pretrained(saved, **overrides | {"fp8": False})
     start = TheWorld.from_config(model.config, model.gemma, model.fingerprint)
     sample = load_sample(model, cache, split, num_samples)
     kind = comparison(model.projection.shape, model.gemma.num_image_tokens)
@@ -137,7 +139,7 @@ def align(
         "trained": measure(project(model.projection, sample.latents), sample, kind),
     }
     result = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(saved.folder),
         "split": split,
         "images": len(sample.images),
         "world_tokens": model.projection.shape.tokens_per_moment,

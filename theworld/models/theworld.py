@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from theworld.config.config import Config, load_config, save_config
+from theworld.config.config import Config, save_config
 from theworld.models.decoder import Decoder, TrainedDecoder, checkpoint_layers
-from theworld.models.fsdp import asked, shard, whole
+from theworld.models.fsdp import asked, gather_to_main, shard
 from theworld.models.gemma import Gemma, load_gemma, load_parts, parameters_of, restore_parts
 from theworld.models.inference import Photograph, ask, generate_ids, load_encoder
 from theworld.models.packing import ZERO, Batch, Packer
@@ -27,10 +27,9 @@ from theworld.models.serialization import (
     CONFIG_FILE,
     PROJECTION_FILE,
     VISION,
+    SavedModel,
     copy_strictly,
     part_file,
-    read_world,
-    saved_folder,
     write_world,
 )
 from theworld.store.format import check_meaning
@@ -110,7 +109,7 @@ class TheWorld(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        name_or_path: str | Path | SavedModel,
         gemma: Gemma | None = None,
         *,
         dtype: str | torch.dtype | None = None,
@@ -119,8 +118,8 @@ class TheWorld(nn.Module):
         revision: str | None = None,
         **overrides: Any,
     ) -> "TheWorld":
-        """What `save_pretrained` wrote, from a folder or the hub ("user/name"), with the Gemma that it was trained for,
-        in the same revision, unless one is handed in.
+        """Load what `save_pretrained` wrote, from a folder, the newest checkpoint of a run, the hub ("user/name") or an
+        opened model, with the Gemma that it was trained for, in the same revision, unless one is handed in.
 
         `dtype` and `device_map` ("auto", "cpu", "cuda", "cuda:N" or N) are transformers' words for the settings `dtype`
         and `device`; `overrides` are other settings. `enable_world` False: `generate` and `score` leave them out.
@@ -131,9 +130,8 @@ class TheWorld(nn.Module):
             overrides["dtype"] = str(dtype).removeprefix("torch.")
         if device_map is not None:
             overrides["device"] = device_setting(device_map)
-        folder = saved_folder(name_or_path, revision)
-        config = load_config(folder / CONFIG_FILE, overrides)
-        world = read_world(folder)
+        saved = SavedModel.open(name_or_path, revision)
+        folder, world, config = saved.folder, saved.world, saved.config(overrides)
         if gemma is None:
             gemma = load_gemma(config, revision=world.get("model_revision"))
         elif world["parts"] or gemma.changed:
@@ -182,12 +180,13 @@ class TheWorld(nn.Module):
         return {name: p for name, p in named.items() if p.requires_grad}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
-        """By file what a checkpoint holds: the projection, and the parts of Gemma that are not as they were published.
-        On the CPU, and whole: where Gemma is sharded, all processes have to call this."""
+        """Return the weights of a checkpoint by file and name, on the CPU: the projection, and the parts of Gemma that
+        are not as they were published. If Gemma is sharded all processes have to call this, and only the main one gets
+        all weights."""
         wanted = {PROJECTION_FILE: dict(self.projection.named_parameters())}
         wanted |= {part_file(part): parameters_of(self.gemma, part) for part in self.gemma.changed}
         return {
-            file: {name: whole(p.detach()).cpu().contiguous() for name, p in own.items()}
+            file: {name: w for name, p in own.items() if (w := gather_to_main(p.detach())) is not None}
             for file, own in wanted.items()
         }
 
@@ -195,9 +194,9 @@ class TheWorld(nn.Module):
         """Loads trained weights strictly; ValueError names what is missing, unknown or of another shape."""
         copy_strictly(path, dict(self.projection.named_parameters()))
 
-    def load_weights(self, folder: Path) -> None:
-        """Loads what `save_pretrained` wrote into a model that has the same parts, strictly."""
-        parts = read_world(folder)["parts"]
+    def load_weights(self, saved: SavedModel) -> None:
+        """Load the weights of a saved model into a model that has the same parts, strictly."""
+        folder, parts = saved.folder, saved.world["parts"]
         if set(parts) - set(self.gemma.changed):
             raise ValueError(f"{folder} holds {parts} of Gemma; this model has {list(self.gemma.changed)}")
         self.load_projection(folder / PROJECTION_FILE)

@@ -17,7 +17,7 @@ from theworld.extraction.batches import Fetch
 from theworld.extraction.encoders import expected_latents
 from theworld.extraction.features import Rows, cached_vision, in_cache, vision_for
 from theworld.models.gemma import Gemma, prepare_parts
-from theworld.models.serialization import read_world
+from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.store.format import LATENTS, check_meaning
 from theworld.utils.files import StoreError
@@ -99,12 +99,12 @@ def compared(config: Config, latents: Rows, images: list[str]) -> list[str]:
     return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS)]
 
 
-def prepare_gemma(gemma: Gemma, config: Config, data: Data, start: Path | None) -> None:
+def prepare_gemma(gemma: Gemma, config: Config, data: Data, start: SavedModel | None) -> None:
     """Makes of a Gemma as it was published the one that a run trains. `start`: the checkpoint of this run or of an
     earlier stage, whose latents have to be those of the cache. Sets where `data` has Gemma's sight from."""
     world = None
     if start is not None:
-        world = read_world(start)
+        world = start.world
         check_meaning(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
     prepare_parts(gemma, config, world)
     data.vision = vision_for(gemma, config, data.vision, data.notes, data.latents.reader.images)
@@ -112,7 +112,7 @@ def prepare_gemma(gemma: Gemma, config: Config, data: Data, start: Path | None) 
         gemma.drop_vision()
 
 
-def load_model(gemma: Gemma, config: Config, data: Data, start: Path | None) -> TheWorld:
+def load_model(gemma: Gemma, config: Config, data: Data, start: SavedModel | None) -> TheWorld:
     """The weights of a Gemma made without them, and a new projection or the weights of `start`: see `prepare_gemma`."""
     gemma.load_weights()
     prepare_gemma(gemma, config, data, start)

@@ -26,8 +26,8 @@ from theworld.models.fsdp import wants_sharding
 from theworld.models.gemma import IN_WORDS, load_gemma, parameters_of
 from theworld.models.packing import ZERO, Packer
 from theworld.models.projection import ProjectionShape, WorldProjection
-from theworld.models.serialization import VISION, find_start, list_checkpoints
-from theworld.training.checkpoint import find_sound, refuse_to_overwrite
+from theworld.models.serialization import VISION, CheckpointError, SavedModel, list_checkpoints
+from theworld.training.checkpoint import ResumePoint, latest_valid_checkpoint, refuse_to_overwrite
 from theworld.training.data import load_data, prepare_gemma
 from theworld.training.objectives import captions_for, check_align
 from theworld.training.schedule import Order, num_train_steps, parts_of_step
@@ -155,7 +155,6 @@ class Plan:
 
     def __init__(self, config: Config, cache: Path) -> None:
         """Raises ValueError, StoreError and CheckpointError for what stands in the way of the run."""
-        self.config = config
         self.output_dir = Path(config.output_dir)
         self.processes = Processes(config.device)
         if self.processes.is_main:  # the only one that uploads
@@ -163,10 +162,10 @@ class Plan:
         count = self.processes.count
         self.per_step = config.batch_size * config.gradient_accumulation_steps * count
         self.data = load_data(config, cache)
-        self.resumed = find_sound(config.resume_from) if config.resume_from else None
+        self.resumed = latest_valid_checkpoint(config.resume_from) if config.resume_from else None
         refuse_to_overwrite(self.output_dir, self.resumed)
-        init = find_start(config.init_from) if config.init_from else None
-        self.start = self.resumed.path if self.resumed is not None else init
+        self.start, init_from = _start(config, self.resumed)
+        self.config = config = replace(config, init_from=init_from)
         self.order = Order(self.data.train, config.seed)
         before = config.align_steps + config.statement_steps
         self.num_steps = before + num_train_steps(config, len(self.data.train), self.per_step)
@@ -253,6 +252,25 @@ class Plan:
         if gemma.dtype != torch.float32 and not self.sharded:
             held += width * _number(trained)  # copies to compute with, for the time of a pass
         return Memory(frozen / share, held, kept * width, memory_of(gemma.device).total)
+
+
+def _start(config: Config, resumed: ResumePoint | None) -> tuple[SavedModel | None, str | None]:
+    """Return the saved model that a run starts from, if any, and the checkpoint to record as `init_from`.
+
+    A folder as `init_from` means its newest checkpoint when the run first starts, and the same one after a resume.
+    """
+    if resumed is None:
+        start = SavedModel.open_folder(config.init_from) if config.init_from else None
+        return start, None if start is None else str(start.folder)
+    recorded = resumed.saved.config().init_from
+    if config.init_from is not None:
+        meant = {Path(recorded).resolve(), Path(recorded).resolve().parent} if recorded else set()
+        if Path(config.init_from).resolve() not in meant:
+            raise CheckpointError(
+                f"init_from is {config.init_from}, but the run of {resumed.path} started from {recorded or 'nothing'}; "
+                "leave --init_from out to go on with that run, or leave --resume_from out to start another"
+            )
+    return resumed.saved, recorded
 
 
 def _number(parameters: Iterable[nn.Parameter]) -> int:
