@@ -19,15 +19,24 @@ import numpy as np
 import theworld
 from theworld.config.config import Config
 from theworld.data.vsr import RELEASES, Statement, dataset_label, load_statements, seen_images
-from theworld.evaluation.metrics import Row, model_of, publish_json, records, write_jsonl, write_summary
-from theworld.evaluation.predict import possible_systems, predict
-from theworld.extraction.batches import Fetch
-from theworld.extraction.features import LiveLatents, LiveVision, Rows, cached_vision, in_cache, vision_for
-from theworld.models.cosmos import CosmosEncoder
+from theworld.evaluation.conditions import checkpoint_of
+from theworld.evaluation.metrics import write_summary
+from theworld.evaluation.predict import possible_conditions, predict
+from theworld.evaluation.records import Row, publish_json, records, write_jsonl
+from theworld.extraction.batches import FeatureSource
+from theworld.extraction.extract import stores_of
+from theworld.extraction.features import (
+    OnTheFlyLatents,
+    OnTheFlyVision,
+    cached_vision,
+    in_cache,
+    latents_for,
+    vision_note,
+    vision_source,
+)
 from theworld.models.gemma import load_gemma
 from theworld.models.serialization import CONFIG_FILE, SavedModel, find_model
 from theworld.models.theworld import TheWorld
-from theworld.store.format import LATENTS, VISION, check_meaning
 from theworld.store.reader import StoreReader
 from theworld.utils.device import count_parameters
 from theworld.utils.files import canonical_sha256, check_output, hash_file
@@ -222,11 +231,10 @@ def results_provenance(
 def _cache(cache: Path) -> dict[str, Any]:
     """Return the fingerprints of the stores in a cache."""
     found: dict[str, Any] = {"folder": str(cache)}
-    for name in (LATENTS, VISION):
-        if (cache / name).exists():
-            fingerprint = StoreReader(cache / name).fingerprint
-            shown = {k: v for k, v in fingerprint.items() if k not in _LONG}
-            found[name] = {"sha256": canonical_sha256(fingerprint), "fingerprint": shown}
+    for root in stores_of(cache):
+        fingerprint = StoreReader(root).fingerprint
+        shown = {k: v for k, v in fingerprint.items() if k not in _LONG}
+        found[root.name] = {"sha256": canonical_sha256(fingerprint), "fingerprint": shown}
     return found
 
 
@@ -297,7 +305,7 @@ def default_output(checkpoints: Sequence[SavedModel], dataset: str, split: str) 
 
 # ---- scoring
 
-NOT_ALONE = "photographs alone, --image-dir, are not enough"
+NOT_ALONE = "photographs alone, --image_folder, are not enough"
 
 
 def score(
@@ -385,9 +393,8 @@ def score_all(
     them. Gemma stays loaded from one checkpoint to the next that has the same.
     """
     if cache is not None:  # before any model loads
-        reader = StoreReader(cache / LATENTS)
         for saved in checkpoints.values():
-            check_meaning(reader.root, reader.fingerprint, saved.world["fingerprint"])
+            latents_for(saved.world["fingerprint"], saved.config(overrides), cache)
     keys = {name: _gemma_key(saved, overrides) for name, saved in checkpoints.items()}
     shared = _shared(checkpoints, keys)
     answers = _Answers(data, cache, image_folder, shared)
@@ -399,7 +406,7 @@ def score_all(
             gemma, loaded = None, None  # before another is loaded
         model = TheWorld.from_pretrained(saved, gemma, **overrides)
         provenance[name] = checkpoint_provenance(model, saved, data.trained_on[name])
-        possible = possible_systems(conditions, model.gemma.is_multimodal, model.gemma.name)
+        possible = possible_conditions(conditions, model.gemma.is_multimodal, model.gemma.name)
         if len(possible) < len(conditions):
             logger.info("without 'text': this Gemma sees no photograph, so it is 'baseline'")
         answers.add(
@@ -415,7 +422,7 @@ def score_all(
             gemma, loaded = model.gemma, keys[name]
         del model  # before the next: it holds merged copies of Gemma's matrices
     # Shared conditions first.
-    logits = dict(sorted(answers.logits.items(), key=lambda item: bool(model_of(item[0]))))
+    logits = dict(sorted(answers.logits.items(), key=lambda item: bool(checkpoint_of(item[0]))))
     rows = records(answers.statements, logits, data.seen_images, data.in_train, data.dataset, data.split)
     return rows, results_provenance(data, cache, image_folder, provenance)
 
@@ -439,7 +446,7 @@ def _gemma_key(saved: SavedModel, overrides: dict[str, Any]) -> tuple[Any, ...]:
 
 def _sources(
     model: TheWorld, cache: Path | None, image_folder: Path | None, statements: list[Statement]
-) -> tuple[Fetch, Fetch | None, list[Statement]]:
+) -> tuple[FeatureSource, FeatureSource | None, list[Statement]]:
     if cache is not None:
         return _from_cache(model, cache, statements)
     assert image_folder is not None
@@ -448,24 +455,22 @@ def _sources(
 
 def _from_cache(
     model: TheWorld, cache: Path, statements: list[Statement]
-) -> tuple[Fetch, Fetch | None, list[Statement]]:
-    latents = Rows(cache / LATENTS, LATENTS)
-    check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
+) -> tuple[FeatureSource, FeatureSource | None, list[Statement]]:
+    latents = latents_for(model.fingerprint, model.config, cache)
     statements, note = in_cache(statements, latents, cache)
     logger.info("scoring %s", note)
-    notes: list[str] = []
     cached = cached_vision(model.config, cache)
-    vision = vision_for(model.gemma, model.config, cached, notes, latents.reader.images)
-    for note in notes:
-        logger.info(note)
+    vision = vision_source(model.gemma, model.config, cached, latents.reader.images)
+    for note in vision_note(model.gemma, cached):
+        logger.info("%s", note)
     return latents, vision, statements
 
 
-def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch | None]:
+def _from_photographs(
+    model: TheWorld, config: Config, folder: Path
+) -> tuple[FeatureSource, FeatureSource | None]:
     model.check_no_steps(NOT_ALONE)
-    encoder = CosmosEncoder(config.cosmos_model_name, model.gemma.dtype, model.gemma.device)
-    model.check_encoder(encoder.identity())
-    latents = LiveLatents(encoder, folder, config.latent_size, config.max_image_pixels)
+    latents = OnTheFlyLatents(model.encoder, folder, config.max_image_pixels)
     if not model.gemma.is_multimodal:
         return latents, None
-    return latents, LiveVision(model.gemma, folder, config.max_image_pixels)
+    return latents, OnTheFlyVision(model.gemma, folder, config.max_image_pixels)
