@@ -12,7 +12,7 @@ import pytest
 from constants import ROOT
 
 from theworld.config.config import Config, save_config
-from theworld.data.vsr import OWN, SIZES, load_statements
+from theworld.data.vsr import OWN, PUBLISHED_SHA256, load_statements, release_of
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.records import read_jsonl
@@ -342,5 +342,6 @@ def test_the_real_releases(tmp_path: Path) -> None:
     assert sum(s.image in data.seen_images for s in data.statements) == 1226
     assert data.dataset == "vsr_random"
     assert data.trained_on == {"": "7,680 statements of vsr_random train"}
-    for (release, split), size in SIZES.items():
-        assert len(load_statements(VSR, split, f"vsr_{release}")) == size
+    for release, split in PUBLISHED_SHA256:
+        rows = ((s.image, s.caption, s.label) for s in load_statements(VSR, split, release))
+        assert release_of(rows, split) == release

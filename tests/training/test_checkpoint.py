@@ -1,6 +1,7 @@
 """Checkpoints are there whole or not at all, whatever happens, and one that is not as it was saved is refused."""
 
 import errno
+import gc
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +21,18 @@ import pytest
 import torch
 from constants import ROOT
 from jobs import flip
-from runs import Run, metrics, resumed, same_run
+from runs import Run, metrics, resumed, same_run, same_state
 from torture import Tally
 
 from theworld.config.config import Config
-from theworld.models.serialization import CheckpointError, fingerprint_of, list_checkpoints, numbered
+from theworld.evaluation.score import held_out
+from theworld.models.serialization import (
+    CheckpointError,
+    SavedModel,
+    fingerprint_of,
+    list_checkpoints,
+    numbered,
+)
 from theworld.models.theworld import TheWorld
 from theworld.training import checkpoint as resume
 from theworld.training.checkpoint import clean_up, latest_valid_checkpoint, read_checkpoint
@@ -259,6 +268,67 @@ def test_a_state_that_does_not_fit_is_refused(
         Trainer(replace(config, resume_from=str(saved)), cache)
     assert not (tmp_path / "ran").exists()
     tally(refused=1)
+
+
+def test_each_file_is_read_and_hashed_once_in_a_resume(
+    saved: Path, config: Config, cache: Path, opened: Callable[[Path], dict[str, int]]
+) -> None:
+    Trainer(replace(config, resume_from=str(saved.parent)), cache)
+    # trainer.pt is hashed, then mapped. The library that loads the weights opens their file by itself.
+    assert opened(saved) == dict.fromkeys(FILES, 1) | {"trainer.pt": 2}
+
+
+def test_a_resumed_run_keeps_nothing_of_the_saved_state(saved: Path, config: Config, cache: Path) -> None:
+    trainer = Trainer(replace(config, resume_from=str(saved)), cache)
+    assert trainer.plan.resumed is not None
+    assert trainer.plan.resumed.optimizer is None
+    gc.collect()
+    assert str(saved / "trainer.pt") not in Path("/proc/self/maps").read_text()  # it was mapped
+    assert trainer.optimizer.state_dict()["state"][0]["step"] == 4
+
+
+def as_version_1(checkpoint: Path) -> None:
+    """Make a checkpoint as version 1 has it: with a random state, and the same files otherwise."""
+    state = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    torch.save(state | {"rng": torch.get_rng_state()}, checkpoint / "trainer.pt")
+    index = json.loads((checkpoint / "checkpoint.json").read_text()) | {"format": 1}
+    index["files"]["trainer.pt"] = fingerprint_of(checkpoint / "trainer.pt")
+    (checkpoint / "checkpoint.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def test_a_checkpoint_of_version_1_is_resumed_to_the_same_bits(
+    saved: Path, config: Config, cache: Path, tmp_path: Path
+) -> None:
+    halfway = saved.with_name("checkpoint-2")
+    as_version_1(halfway)
+    again = Trainer(
+        replace(config, resume_from=str(halfway), output_dir=str(tmp_path / "again")), cache
+    ).run()
+    for name in ("projection.safetensors", "world.json"):
+        assert (again / name).read_bytes() == (saved / name).read_bytes()
+    states = [torch.load(path / "trainer.pt", weights_only=True) for path in (again, saved)]
+    assert same_state(*states)
+    assert states[0].keys() == {"optimizer"}
+
+
+def test_init_from_is_recorded_as_the_checkpoint_that_it_meant_at_the_start(
+    saved: Path, config: Config, cache: Path, tmp_path: Path
+) -> None:
+    run = saved.parent
+    stage = replace(config, init_from=str(run), output_dir=str(tmp_path / "second"))
+    second = Trainer(stage, cache).run()
+    assert SavedModel.read(second).config().init_from == str(saved)
+    shutil.copytree(saved, run / "checkpoint-9")  # the first stage has gone on
+    data = held_out({"": SavedModel.open_folder(second)}, "test", {})
+    assert data.trained_on[""].count("before that on") == 1
+    longer = replace(stage, max_steps=5, num_epochs=100, resume_from=stage.output_dir)
+    for given in (str(run), str(saved), None):
+        assert Trainer(replace(longer, init_from=given), cache).config.init_from == str(saved)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"init_from is {run}/checkpoint-9, but the run of .* started from {saved}; leave",
+    ):
+        Trainer(replace(longer, init_from=str(run / "checkpoint-9")), cache)
 
 
 def test_a_step_that_is_not_that_of_the_figures_is_refused(saved: Path) -> None:

@@ -18,7 +18,14 @@ import numpy as np
 
 import theworld
 from theworld.config.config import Config
-from theworld.data.vsr import RELEASES, Statement, dataset_label, load_statements, seen_images
+from theworld.data.vsr import (
+    RELEASES,
+    Statement,
+    dataset_label,
+    load_statements,
+    seen_images,
+    statements_sha256,
+)
 from theworld.evaluation.conditions import checkpoint_of
 from theworld.evaluation.metrics import write_summary
 from theworld.evaluation.predict import possible_conditions, predict
@@ -89,22 +96,21 @@ def held_out(
         )
     annotations, dataset_name = next(iter(sources.values()))
     statements = load(annotations, split, dataset_name)
-    dataset = dataset_label(dataset_name, split, len(statements))
+    dataset = dataset_label(annotations, dataset_name, split, statements)
     in_train: set[tuple[str, str]] = set()
     seen: set[str] = set()
     trained_on = {}
     for name, saved in checkpoints.items():
         stages = _stages(saved, train_annotations, load)
-        had = {(s.image, s.caption) for train, _ in stages for s in train}
+        had = {(s.image, s.caption) for train, _, _ in stages for s in train}
         overlap = sum((s.image, s.caption) in had for s in statements)
-        trained = {RELEASES[own.dataset_name] for _, own in stages}
+        trained = {RELEASES[own.dataset_name] for _, _, own in stages}
         if not allow_trained:
             _check_release(saved.folder, trained, RELEASES[dataset_name], split, overlap, len(statements))
         in_train |= had
-        seen |= {image for train, _ in stages for image in seen_images(statements, train)}
+        seen |= {image for train, _, _ in stages for image in seen_images(statements, train)}
         trained_on[name] = ", before that on ".join(
-            f"{len(train):,} statements of {dataset_label(own.dataset_name, 'train', len(train))} train"
-            for train, own in stages
+            f"{len(train):,} statements of {label} train" for train, label, _ in stages
         )
     image_folder = next(iter(settings.values())).image_folder
     return HeldOut(statements, split, dataset, annotations, image_folder, seen, in_train, trained_on)
@@ -112,16 +118,18 @@ def held_out(
 
 def _stages(
     saved: SavedModel, train_annotations: str | None, load: Load
-) -> list[tuple[list[Statement], Config]]:
-    """Return the training statements and the settings of each stage of a checkpoint, the last stage first."""
+) -> list[tuple[list[Statement], str, Config]]:
+    """Return training statements, data set and settings of each stage of a checkpoint, the last stage first."""
     stages = []
     for stage in stages_of(saved, follow=train_annotations is None):
         own = stage.config()
         source = own.annotations if train_annotations is None else train_annotations
         try:
-            stages.append((load(source, "train", own.dataset_name)[: own.num_samples], own))
+            train = load(source, "train", own.dataset_name)
         except (OSError, ValueError) as error:
             raise _unknown_training(stage, own, source, error) from error
+        label = dataset_label(source, own.dataset_name, "train", train)
+        stages.append((train[: own.num_samples], label, own))
     return stages
 
 
@@ -218,6 +226,7 @@ def results_provenance(
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "dataset": data.dataset,
+        "statements_sha256": statements_sha256((s.image, s.caption, s.label) for s in data.statements),
         "split": data.split,
         "annotations": data.annotations,
         "statements_in_split": len(data.statements),
