@@ -1,7 +1,9 @@
 """Uploads of a run to a stand-in hub: what arrives, what a failing hub changes, and what never leaves this machine."""
 
+import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -413,6 +415,22 @@ def test_a_run_that_ends_does_not_wait_for_the_hub_and_the_next_start_tidies_up(
             "world.json",
         ]
     )
+
+
+def test_without_hard_links_nothing_is_copied_either(
+    pushing: Config, hub: Callable[..., Uploads], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    uploads = hub()
+    path = checkpoint_of(tmp_path, 2, pushing, 0.0)
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(shutil, "copyfile", None)
+    assert Publisher(replace(pushing, hub_strategy="checkpoint"), tmp_path).finish(path, FACTS)
+    for name in ("projection.safetensors", "last-checkpoint/trainer.pt"):
+        assert uploads.files()[name] == (path / Path(name).name).read_bytes()
+    assert path.is_dir()
 
 
 def test_a_large_checkpoint_is_uploaded_without_being_read_into_memory(

@@ -5,9 +5,9 @@ One commit holds one checkpoint as it was published by rename, checked against i
 projection.safetensors ... world.json  config.json  README.md    the model and its card
 last-checkpoint/...                                              with hub_strategy "checkpoint": all that a resume needs
 
-The files of an upload are hard links to those of the checkpoint, so that nothing is copied or read in the training
-thread and the checkpoint itself may be deleted meanwhile. No local path in the settings is uploaded, and no token is
-written or shown anywhere.
+The files of an upload are links to those of the checkpoint, so that nothing is copied or read in the training thread;
+hard links, where the file system has them, so that the checkpoint itself may be deleted meanwhile. No local path in the
+settings is uploaded, and no token is written or shown anywhere.
 """
 
 import json
@@ -87,14 +87,17 @@ def check_staged(fingerprints: dict[Path, dict[str, Any]]) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a hard link, or a copy where the file system has no hard links."""
+    """Make a hard link or, on a file system without, a symbolic one: a copy would hold up the training step.
+
+    The upload through a symbolic link fails if the checkpoint is deleted meanwhile, and the next one makes it good.
+    """
     target.parent.mkdir(exist_ok=True)  # of the shares of a sharded run
     try:
         os.link(source, target)
     except FileNotFoundError:
         raise
     except OSError:
-        shutil.copyfile(source, target)
+        target.symlink_to(source.absolute())
 
 
 def _write_json(path: Path, values: dict[str, Any], ensure_ascii: bool = True) -> None:
