@@ -165,7 +165,8 @@ def test_an_unfinished_cache_goes_on_with_what_is_missing(config: Config, tmp_pa
 
 def test_a_cache_of_other_settings_is_shown_field_by_field(config: Config, cache: Path) -> None:
     with pytest.raises(
-        StoreMismatch, match=r"encode_batch_size: cached \d+, wanted 5\n.*latent_size: cached 64"
+        StoreMismatch,
+        match=r"encode_batch_size: cached \d+, wanted 5\n.*latent_shape: .*\n.*latent_size: cached 64",
     ):
         list(extraction(replace(config, latent_size=80, encode_batch_size=5), cache, False, False, None))
     with pytest.raises(StoreMismatch, match=r"shard_size: cached \d+, wanted 7"):

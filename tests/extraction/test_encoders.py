@@ -333,7 +333,7 @@ def test_training_refuses_each_field_that_changes_the_meaning(
     with Changed(root, field) as changed:
         if field == "vision_weights_sha256":
             return refused(train)
-        monkeypatch.setattr(Gemma, "load_weights", None)
+        monkeypatch.setattr(Gemma, "with_weights", None)
         monkeypatch.setattr("theworld.evaluation.score.TheWorld", None)
         if field == "cosmos_weights_sha256":
             return refused(resume, evaluate, dry)

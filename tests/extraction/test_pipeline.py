@@ -184,18 +184,23 @@ def test_no_batch_reaches_into_the_next_shard(store: Store) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_batch_has_one_shape_and_every_row_its_photograph(
-    store: Store, folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+    store: Store,
+    folder: Path,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(pipeline, "FEW", 1)
-    mean, lines = Mean(), []
-    encode_shards(store, mean, [0, 1, 2], Source(folder, 10**6, workers), 2, log=lines.append)
+    caplog.set_level("INFO")
+    mean = Mean()
+    encode_shards(store, mean, [0, 1, 2], Source(folder, 10**6, workers), 2)
     assert mean.shapes == [(2, 3)] * 7
     store.publish()
     reader = StoreReader(store.root)
     for path in sorted(p.name for p in folder.iterdir()):
         assert np.array_equal(reader.read(path, "means"), mean.prepare(read_image(folder, path)).numpy())
-    assert len(lines) == 1
-    assert lines[0].startswith("means: 11 images, ")
+    (line,) = caplog.messages
+    assert line.startswith("means: 11 images, ")
 
 
 def test_a_batch_is_with_the_encoder_before_the_one_before_it_is_fetched(

@@ -45,6 +45,22 @@ def test_a_card_tells_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert "secret" not in card
 
 
+def test_a_card_names_the_world_encoder(tmp_path: Path) -> None:
+    for name, words, tag in (
+        (
+            "cosmos",
+            "the latents that the frozen VAE of\n`nvidia/Cosmos-Predict2-2B-Video2World` gives",
+            "cosmos",
+        ),
+        ("pixels", "computed from\nthe photograph's own pixels, in cells of 8 x 8 pixels.", "pixels"),
+    ):
+        config = Config(world_encoder=name)  # type: ignore[arg-type]
+        card = model_card(checkpoint_of(tmp_path / name, 2, config, 0.0), FACTS, [])
+        assert words in card
+        assert ("and the VAE." in card) is (name == "cosmos")
+        assert header(card)["tags"][-1] == tag  # type: ignore[index]
+
+
 def test_a_card_without_figures_or_public_sources_says_so(tmp_path: Path) -> None:
     config = Config(model_name="/models/my-gemma", annotations="/data/vsr")
     card = model_card(SavedModel.read(checkpoint_of(tmp_path, 2, config, 0.0)), FACTS, read_metrics(tmp_path))

@@ -16,8 +16,7 @@ from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
 from theworld.models.cosmos import CosmosEncoder, CosmosLatents
 from theworld.models.gemma import Gemma
-from theworld.models.inference import SYSTEMS as SCORED
-from theworld.models.inference import ask
+from theworld.models.inference import CONDITIONS as ASKED
 from theworld.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -56,8 +55,8 @@ def test_statements_about_a_photograph_are_scored_as_on_a_cpu(
         model = make_model(gemma, cosmos_model_name=str(EMBEDDED_VAE), latent_size=64, compile=False)
         model.fingerprint = CosmosLatents(model.config).spec.fingerprint()
         images = [photographs / s.image for s in statements]
-        found.append(ask(model, images, [s.caption for s in statements], SCORED))
-    for system in SCORED:  # float32 on two devices: the kernels add in other orders
+        found.append(model.ask(images, [s.caption for s in statements], ASKED))
+    for system in ASKED:  # float32 on two devices: the kernels add in other orders
         assert found[1][system] == pytest.approx(found[0][system], abs=1e-3)
 
 

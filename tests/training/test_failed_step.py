@@ -16,7 +16,7 @@ from runs import Run
 from torture import Tally
 
 from theworld.config.config import Config
-from theworld.extraction.batches import Pass
+from theworld.extraction.batches import Microbatch
 from theworld.extraction.features import CachedFeatures
 from theworld.models.packing import Batch
 from theworld.models.serialization import list_checkpoints
@@ -48,7 +48,7 @@ def spoil(where: str, value: float) -> None:
     steps, seen = iter(range(1000)), {"step": 0}
     train_step = Trainer.train_step
 
-    def counted(trainer: Trainer, passes: list[Pass] | None = None) -> dict[str, float]:
+    def counted(trainer: Trainer, passes: list[Microbatch] | None = None) -> dict[str, float]:
         seen["step"] = next(steps) + 1
         return train_step(trainer, passes)
 
@@ -187,7 +187,7 @@ def small_memory(tokens: int, checkpointed: int) -> Iterator[None]:
 def largest_pass(config: Config, cache: Path) -> int:
     """Tokens of the largest pass of all steps."""
     trainer = Trainer(replace(config, output_dir=config.output_dir + "-asked"), cache)
-    passes = [one for step in range(trainer.num_steps) for one in trainer.prepare(step)]
+    passes = [one for step in range(trainer.num_steps) for one in trainer.microbatches(step)]
     return max(one.batch.token_ids.numel() for one in passes if one.batch is not None)
 
 

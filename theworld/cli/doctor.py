@@ -207,7 +207,7 @@ def _store(topic: str, spec: EncoderSpec, cache: Path, command: str, config: Con
     spec.check_compatible(root, reader.fingerprint)
     problems = verify_store(root)
     if problems:
-        yield Finding(topic, FAULT, problems[0], f"{command} --repair")
+        yield Finding(topic, FAULT, problems[0], command)
         return
     left_out = read_failures(cache)
     names = images_of([s for own in _statements(config).values() for s in own])

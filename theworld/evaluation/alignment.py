@@ -37,6 +37,7 @@ from theworld.models.gemma import Gemma
 from theworld.models.projection import ProjectionShape, WorldProjection
 from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
+from theworld.utils.device import set_up_torch
 
 logger = logging.getLogger(__name__)
 
@@ -130,6 +131,7 @@ def align(
     # Gemma's layers are not computed, so they need no copy in 8 bits.
     saved = SavedModel.open_folder(checkpoint)
     model = TheWorld.from_pretrained(saved, **overrides | {"fp8": False})
+    set_up_torch(model.gemma.dtype)
     start = TheWorld.from_config(model.config, model.gemma, model.fingerprint)
     sample = load_sample(model, cache, split, num_samples)
     kind = comparison(model.projection.shape, model.gemma.num_image_tokens)
@@ -141,7 +143,7 @@ def align(
         "checkpoint": str(saved.folder),
         "split": split,
         "images": len(sample.images),
-        "world_tokens": model.projection.shape.tokens_per_moment,
+        "world_tokens": model.projection.shape.tokens_per_frame,
         "image_tokens": model.gemma.num_image_tokens,
         "comparison": kind,
         **(
@@ -195,7 +197,7 @@ def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Ca
 
 
 def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> ImageTokens:
-    cached = vision_to_compare(model.config, cache, model.gemma.changed)
+    cached = vision_to_compare(model.config, cache, model.gemma.modified_parts)
     vision = vision_source(model.gemma, model.config, cached)
     assert vision is not None
     return ImageTokens(model.gemma, vision, images)
@@ -224,7 +226,7 @@ def comparison(shape: ProjectionShape, num_image_tokens: int) -> str:
     """
     if num_image_tokens == 0:
         return NEAREST_TEXT
-    same = shape.mode == "patch" and shape.tokens_per_moment == num_image_tokens
+    same = shape.mode == "patch" and shape.tokens_per_frame == num_image_tokens
     return SAME_PLACE if same else NEAREST_IMAGE
 
 
@@ -234,7 +236,7 @@ def project(projection: WorldProjection, latents: Tensor) -> Iterator[Tensor]:
 
     World tokens of predicted frames have no place in the photograph and are left out.
     """
-    device, num_own = projection.brackets.device, projection.shape.tokens_per_moment
+    device, num_own = projection.brackets.device, projection.shape.tokens_per_frame
     for row in latents:
         yield projection(row[None].to(device))[0, :num_own].cpu()
 

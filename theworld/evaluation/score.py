@@ -45,7 +45,7 @@ from theworld.models.gemma import load_gemma
 from theworld.models.serialization import CONFIG_FILE, SavedModel, find_model
 from theworld.models.theworld import TheWorld
 from theworld.store.reader import StoreReader
-from theworld.utils.device import count_parameters
+from theworld.utils.device import count_parameters, set_up_torch
 from theworld.utils.files import canonical_sha256, check_output, hash_file
 from theworld.utils.hub import model_id
 
@@ -211,7 +211,7 @@ def checkpoint_provenance(model: TheWorld, saved: SavedModel, trained_on: str) -
         "dtype": str(model.gemma.dtype).removeprefix("torch."),
         "device": str(model.gemma.device),
         "trained_on": trained_on,
-        "parts": list(model.gemma.changed),  # of Gemma, that are not as they were published
+        "parts": list(model.gemma.modified_parts),  # of Gemma, that are not as they were published
         "trained_parameters": count_parameters(model.projection)[0],
         "projection": model.projection.shape.to_dict(),
         "fingerprint": {k: v for k, v in fingerprint.items() if k not in _LONG},
@@ -414,6 +414,7 @@ def score_all(
         if world["parts"] or keys[name] != loaded:
             gemma, loaded = None, None  # before another is loaded
         model = TheWorld.from_pretrained(saved, gemma, **overrides)
+        set_up_torch(model.gemma.dtype)
         provenance[name] = checkpoint_provenance(model, saved, data.trained_on[name])
         possible = possible_conditions(conditions, model.gemma.is_multimodal, model.gemma.name)
         if len(possible) < len(conditions):
@@ -427,9 +428,9 @@ def score_all(
             plain = load_gemma(config, revision=world["model_revision"])
             model = TheWorld.from_config(config, plain, fingerprint)
             answers.add(model, name, {"baseline": "baseline"})
-        if not model.gemma.changed:
+        if not model.gemma.modified_parts:
             gemma, loaded = model.gemma, keys[name]
-        del model  # before the next: it holds merged copies of Gemma's matrices
+        del model  # before the next is loaded, for its weights in 8 bits
     # Shared conditions first.
     logits = dict(sorted(answers.logits.items(), key=lambda item: bool(checkpoint_of(item[0]))))
     rows = records(answers.statements, logits, data.seen_images, data.in_train, data.dataset, data.split)

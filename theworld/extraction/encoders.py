@@ -30,10 +30,11 @@ from theworld.models.encoder import (
     file_at_hand,
 )
 from theworld.models.gemma import Gemma
-from theworld.store.format import LATENTS, VISION
+from theworld.store.format import LATENTS, VISION, StoreMismatch
 from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store
 from theworld.utils.device import resolve_device, resolve_dtype, torch_dtype, wants_compile
+from theworld.utils.files import StoreError, UnknownVersion
 from theworld.utils.hub import GEMMA_FILE, hub_revision, model_id
 
 
@@ -145,9 +146,17 @@ def specs_of(config: Config, with_vision: bool) -> list[EncoderSpec]:
 
 
 def check_stores(config: Config, cache: Path, with_vision: bool) -> None:
-    """Raise StoreMismatch, field by field, where a store that is there holds something else. Loads no model."""
+    """Raise StoreMismatch, field by field, where a store that is there holds something else. Loads no model.
+
+    A damaged store is left to `Store.create`, which mends it.
+    """
     for spec in specs_of(config, with_vision):
-        spec.check_store(cache / spec.name, config.shard_size)
+        try:
+            spec.check_store(cache / spec.name, config.shard_size)
+        except (StoreMismatch, UnknownVersion):
+            raise
+        except StoreError:
+            continue
 
 
 def encoder_of(name: str, config: Config) -> type[Encoder]:

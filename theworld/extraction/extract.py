@@ -7,7 +7,9 @@ Any number of processes may share the work (`theworld.utils.distributed`); whoev
 Which photographs phase 1 encodes: those that statements name and that can be read; the others by name and reason.
 """
 
-import json
+import contextlib
+import logging
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from theworld.config.config import Config
 from theworld.data.images import ImageError, decode, read_bytes, sha256
@@ -41,7 +42,7 @@ from theworld.extraction.rollouts import refusals, roll_out
 from theworld.models import world_encoder
 from theworld.models.encoder import Encoder
 from theworld.models.rollout import check_rollout
-from theworld.store.format import LATENTS, VISION
+from theworld.store.format import LATENTS, VISION, Plan
 from theworld.store.shard import ImageEntry
 from theworld.store.verify import Problem, examine
 from theworld.store.writer import Store
@@ -50,6 +51,8 @@ from theworld.utils.device import resolve_device
 from theworld.utils.distributed import Part, this_part
 from theworld.utils.files import FAILURES, StoreError, check_room, make_folder, write_failures
 from theworld.utils.hub import locate
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 16  # photographs that a process looks at before it answers
 
@@ -102,19 +105,14 @@ def freeze(
 
 
 def known_hashes(cache: Path) -> dict[str, str]:
-    """path -> SHA-256 of photographs that an earlier run on this cache has decoded. StoreError if damaged."""
+    """Return path -> SHA-256 of the photographs that an earlier run on this cache has decoded.
+
+    Of a store with a damaged list nothing is known: `Store.create` says so and mends it.
+    """
     known: dict[str, str] = {}
     for root in stores_of(cache):
-        path = root / "images.jsonl"
-        if path.is_file():
-            try:
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                known |= {row["path"]: row["sha256"] for row in rows}
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise StoreError(
-                    f"{path} is damaged: {error!r:.200}; mend it with tools/extract_latents.py --repair, or move "
-                    f"{path.parent} away and extract again"
-                ) from None
+        with contextlib.suppress(StoreError):
+            known |= Plan.load(root).images
     return known
 
 
@@ -179,6 +177,16 @@ def verify(cache: Path) -> list[Problem]:
     if not stores:
         return [Problem(f"{cache}: no store in it; run tools/extract_latents.py first", (), damaged=False)]
     return [problem for root in stores for problem in examine(root)]
+
+
+def mending_command(words: Sequence[str]) -> str:
+    """Return the extraction that mends what a verification found; `words`: the command line of the verification."""
+    kept = [word for word in words if word != "--verify"]
+    if not any(
+        word.startswith(("--image_folder", "--image-folder", "--image_dir", "--config")) for word in kept
+    ):
+        kept += ["--config", "FILE", "--image_folder", "FOLDER"]
+    return shlex.join(["python", *kept])
 
 
 def extract(
@@ -249,7 +257,7 @@ def list_images(config: Config, cache: Path, source: Source, allow_missing: bool
     splits = load_all(config.annotations, config.dataset_name)
     names = images_of([statement for own in splits.values() for statement in own])
     if len(splits) < 3:
-        tqdm.write(f"{config.annotations}: no other statements than those of {' and '.join(splits)}")
+        logger.info("%s: no other statements than those of %s", config.annotations, " and ".join(splits))
     make_folder(cache)
     images, failures = freeze(names, source, known_hashes(cache))
     refused = refusals(cache / LATENTS)
@@ -257,7 +265,7 @@ def list_images(config: Config, cache: Path, source: Source, allow_missing: bool
     write_failures(cache, sorted(failures + predicted))
     note = check_readable(failures, len(names), allow_missing, f"All are listed in {cache / FAILURES}. ")
     if note:
-        tqdm.write(note)
+        logger.info(note)
     return images
 
 
@@ -287,25 +295,20 @@ def run(
         store = open_store(cache, encoder.spec, images, config.shard_size)
     own = [shard for shard in range(store.num_shards) if part.owns(shard)]
     pending = store.pending(own)
-    say = tqdm.write if part.is_main_process else _say_nothing
-    for note in store.notes:
-        say(note)
+    level = part.log_level
     if pending and len(pending) < len(own):
-        say(f"resuming: {len(own) - len(pending)} of {len(own)} shards valid")
-    say(preflight(store, encoder, pending, source, config.encode_batch_size))
+        logger.log(level, "resuming: %d of %d shards valid", len(own) - len(pending), len(own))
+    logger.log(level, preflight(store, encoder, pending, source, config.encode_batch_size))
     if pending:
         encode_shards(store, encoder, pending, source, config.encode_batch_size, not part.is_main_process)
     part.barrier()
     missing = store.missing()
     if missing:
-        say(
+        logger.log(
+            level,
             f"{encoder.spec.name}: {len(missing):,} of {store.num_shards:,} shards are still missing: those of other "
-            "parts. Whichever part finishes last completes the store"
+            "parts. Whichever part finishes last completes the store",
         )
     elif part.is_main_process and not store.is_complete:
         store.publish()  # which reads every byte of all of them
     return not missing
-
-
-def _say_nothing(_: str) -> None:
-    pass

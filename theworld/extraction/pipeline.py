@@ -12,6 +12,7 @@ The processes are those of torch's DataLoader. They are forked, so nothing of th
 nothing but PIL and NumPy on one thread each: a GPU that the main process uses does not matter to them.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from theworld.data.images import ImageError, decode, read_bytes, sha256
 from theworld.extraction.features import to_numpy
@@ -37,6 +37,8 @@ from theworld.models.encoder import Encoder
 from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store
 from theworld.utils.console import progress
+
+logger = logging.getLogger(__name__)
 
 FEW = 64  # photographs that are read in this process: to start others takes longer
 AHEAD = 2  # batches that each process is ahead
@@ -298,7 +300,6 @@ def encode_shards(
     source: Source,
     batch_size: int,
     quiet: bool = False,
-    log: Callable[[str], None] = tqdm.write,
 ) -> None:
     """Encodes and commits the pending shards. Raises ImageError if a photograph changed since it was listed."""
     stages = Stages()
@@ -307,7 +308,7 @@ def encode_shards(
     blank = encoder.prepare(np.zeros((16, 16, 3), np.uint8))
     workers, note = workers_for(total, len(batches), source.num_workers, blank.nbytes * batch_size)
     if note and not quiet:
-        log(f"{encoder.spec.name}: {note}")
+        logger.info("%s: %s", encoder.spec.name, note)
     items = Batches(batches, source, encoder.prepare, batch_size)
     bar = progress(total=total, desc=encoder.spec.name, unit=" images", smoothing=0.1, disable=quiet)
     with bar, in_processes(items, workers, pinned=encoder.device.type == "cuda") as prepared:
@@ -323,7 +324,8 @@ def encode_shards(
         elapsed = bar.format_dict["elapsed"]
     if not quiet:
         rate = total / max(elapsed, 1e-9)
-        log(f"{encoder.spec.name}: {total:,} images, {rate:,.1f} images/s, bound by {stages.bound(workers)}")
+        bound = stages.bound(workers)
+        logger.info(f"{encoder.spec.name}: {total:,} images, {rate:,.1f} images/s, bound by {bound}")
 
 
 def _encoded(loader: Iterable[Prepared], encoder: Encoder, stages: Stages) -> Iterator[Tensor]:

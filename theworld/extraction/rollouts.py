@@ -17,18 +17,17 @@ list. The bytes are specified in cache/README.md.
 """
 
 import contextlib
+import logging
 import math
 import os
-import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from theworld.config.config import Config
 from theworld.extraction.encoders import RolloutEncoder, open_store
@@ -37,24 +36,25 @@ from theworld.extraction.pipeline import Source, read_photograph
 from theworld.models.rollout import FramesRefused
 from theworld.store.format import LATENTS, read_failures
 from theworld.store.shard import ArraySpec, ImageEntry
-from theworld.store.writer import Store
+from theworld.store.writer import Store, quarantine
 from theworld.utils import files
 from theworld.utils.console import duration, progress
 from theworld.utils.distributed import Part
 from theworld.utils.files import FAILURES, SCHEMA_VERSION, StoreError, canonical_sha256, write_failures
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "finished"
 REFUSAL_KEYS = {"schema_version": int, "fingerprint_sha256": str, "source_sha256": str, "reason": str}
 
 
 class FinishedRows:
-    """The finished rows beside one store. `notes` says what was found damaged: it is moved aside, never used."""
+    """The finished rows beside one store. A damaged file goes to the store's quarantine and is never used."""
 
     def __init__(self, root: Path, fingerprint_sha256: str, spec: ArraySpec) -> None:
         """`root`: the store's folder."""
         self.root, self.folder = root, root / FOLDER
         self.fingerprint_sha256, self.spec = fingerprint_sha256, spec
-        self.notes: list[str] = []
 
     def write(self, source_sha256: str, row: np.ndarray) -> None:
         """Publishes the row, [*shape] of the stored dtype, of the photograph with this hash; durable on return.
@@ -87,11 +87,11 @@ class FinishedRows:
         try:
             whole = files.read_plain(path)
         except StoreError as error:
-            self._set_aside(path, str(error))
+            quarantine(self.root, path, str(error))
             return None
         header, data = whole[:header_size], whole[header_size:]
         if len(data) != self.spec.row_nbytes or header != self._header(source_sha256, data):
-            self._set_aside(path, "damaged, or not a row of this photograph and fingerprint")
+            quarantine(self.root, path, "damaged, or not a row of this photograph and fingerprint")
             return None
         return np.frombuffer(data, self.spec.storage).reshape(self.spec.shape)
 
@@ -103,13 +103,13 @@ class FinishedRows:
         try:
             fields, _ = files.read_sealed(path, REFUSAL_KEYS)
         except StoreError as error:
-            self._set_aside(path, str(error))
+            quarantine(self.root, path, str(error))
             return None
         if (fields["fingerprint_sha256"], fields["source_sha256"]) != (
             self.fingerprint_sha256,
             source_sha256,
         ):
-            self._set_aside(path, "not of this photograph and fingerprint")
+            quarantine(self.root, path, "not of this photograph and fingerprint")
             return None
         return fields["reason"]
 
@@ -150,13 +150,6 @@ class FinishedRows:
             self.folder.mkdir(exist_ok=True)
             files.sync_folder(self.root)
         files.publish_bytes(self.folder / name, data)
-
-    def _set_aside(self, path: Path, reason: str) -> None:
-        target = self.root / "set-aside" / f"{path.name}.{secrets.token_hex(4)}"
-        target.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            os.rename(path, target)
-            self.notes.append(f"{path.name} was moved to {target}: {reason}")
 
 
 def _is_old(path: Path) -> bool:
@@ -207,7 +200,6 @@ class Job:
         self, encoding: RolloutEncoder, cache: Path, images: list[ImageEntry], config: Config, part: Part
     ) -> None:
         self.encoding, self.cache, self.images, self.config, self.part = encoding, cache, images, config, part
-        self.say: Callable[[str], None] = tqdm.write if part.is_main_process else _say_nothing
         fingerprint_sha256 = canonical_sha256(encoding.spec.fingerprint())
         self.finished = FinishedRows(cache / LATENTS, fingerprint_sha256, encoding.spec.array)
 
@@ -220,8 +212,6 @@ class Job:
             )
         config = self.config
         store = open_store(self.cache, self.encoding.spec, kept, config.shard_size)
-        for note in store.notes:
-            self.say(note)
         return store, [row for shard in store.pending() for row in store.shard_rows(shard)]
 
     def begin(self) -> list[ImageEntry]:
@@ -231,14 +221,14 @@ class Job:
             store, rows = self.open()
         own = [row for row in rows if int(row.sha256[:12], 16) % part.count == part.index]
         todo = [row for row in own if finished.read(row.sha256) is None]
-        for note in finished.notes:
-            self.say(note)
         if len(todo) < len(own):
-            self.say(f"resuming: {len(own) - len(todo):,} of {len(own):,} photographs rolled out")
+            logger.log(
+                part.log_level, f"resuming: {len(own) - len(todo):,} of {len(own):,} photographs rolled out"
+            )
         if part.is_main_process:
             missing = len(finished.missing(row.sha256 for row in rows))
             num_todo = missing if part.together else len(todo)
-            self.say(preflight(self.encoding, store, len(rows) + missing, num_todo, part))
+            logger.info(preflight(self.encoding, store, len(rows) + missing, num_todo, part))
         return todo
 
     def complete(self, allow_missing: bool) -> bool:
@@ -249,9 +239,10 @@ class Job:
         store, rows = self.open()
         missing = self.finished.missing(row.sha256 for row in rows)
         if missing:
-            self.say(
+            logger.log(
+                self.part.log_level,
                 f"{LATENTS}: {len(missing):,} of {store.plan.num_rows:,} photographs are still missing: those of other "
-                "parts. Whichever part finishes last completes the store"
+                "parts. Whichever part finishes last completes the store",
             )
             return False
         if refused and not allow_missing:
@@ -291,9 +282,7 @@ def gather(store: Store, finished: FinishedRows) -> None:
         if len(values) == len(rows):
             store.write_shard(shard, {finished.spec.name: np.stack(values)})
         elif store.pending([shard]):  # else another part has written it, and removed its rows
-            raise StoreError(
-                "\n".join([*finished.notes, "a finished row is gone: run the same command again"])
-            )
+            raise StoreError(f"{finished.folder}: a finished row is gone; run the same command again")
     if not store.is_complete:
         store.publish()
     finished.remove(row.sha256 for row in store.rows)
@@ -342,7 +331,3 @@ def estimate(
         f"{line}\nshared by {devices} GPUs it is about {duration(seconds / devices)}: accelerate launch --multi_gpu, "
         f"or --part 1/{devices} to {devices}/{devices} on one each"
     )
-
-
-def _say_nothing(_: str) -> None:
-    pass

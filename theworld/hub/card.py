@@ -20,7 +20,7 @@ from theworld.utils.files import canonical_sha256
 from theworld.utils.hub import model_id
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-TAGS = ["visual-spatial-reasoning", "world-tokens", "gemma-3", "cosmos"]
+TAGS = ["visual-spatial-reasoning", "world-tokens", "gemma-3"]
 TRAINING_METRICS = {
     "loss": "training loss, mean since the previous log",
     "accuracy": "training accuracy, mean since the previous log",
@@ -105,6 +105,7 @@ def model_card(
         template_path=str(TEMPLATE),
         name=name,
         gemma=public["model_name"],
+        world_encoder=config.world_encoder,
         cosmos=public["cosmos_model_name"],
         predicted_frames=fingerprint.get("num_world_steps", 0),
         projection=world["projection"],
@@ -141,7 +142,7 @@ def _header(config: Config, name: str, results: dict[str, Any] | None) -> ModelC
         license_name="terms-of-the-base-models",
         license_link="https://ai.google.dev/gemma/terms",
         datasets=None if own_data else [f"cambridgeltl/vsr_{RELEASES[config.dataset_name]}"],
-        tags=TAGS,
+        tags=[*TAGS, config.world_encoder],
         **base,
         **evaluated,
     )

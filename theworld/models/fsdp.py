@@ -46,7 +46,7 @@ def wants_sharding(processes: int, gemma: Gemma) -> bool:
     """
     if not asked():
         return False
-    if not gemma.plain_decoder:
+    if not gemma.uses_hf_decoder:
         raise ValueError(
             "this run was started with --use_fsdp, but its language model is frozen (freeze_gemma_language is true), "
             "so it fits on each GPU; start it with `accelerate launch --multi_gpu`"

@@ -7,11 +7,11 @@ from typing import Any
 from theworld.config.config import load_config
 from theworld.data.images import photograph
 from theworld.models import world_encoder
-from theworld.models.inference import SYSTEMS, Photograph, ask
+from theworld.models.inference import CONDITIONS, Photograph
 from theworld.models.projection import ProjectionShape
 from theworld.models.serialization import CONFIG_FILE, WORLD_FILE, SavedModel, find_model
 from theworld.models.theworld import TheWorld
-from theworld.utils.device import resolve_device, resolve_dtype
+from theworld.utils.device import resolve_device, resolve_dtype, set_up_torch
 from theworld.utils.hub import GEMMA_FILE, locate
 
 # "without" is a Gemma that a later stage trained, where "baseline" would be the published Gemma, as in an evaluation.
@@ -35,6 +35,7 @@ def load_for_asking(name: str, conditions: Sequence[str], overrides: dict[str, A
     saved = SavedModel.open(name)
     _check_frames(saved, conditions)
     model = TheWorld.from_pretrained(saved, **DEFAULTS | overrides)
+    set_up_torch(model.gemma.dtype)
     if "world" in conditions:
         _ = model.encoder  # load the VAE now and not at the first photograph
     return model
@@ -48,17 +49,17 @@ def _check_frames(saved: SavedModel, conditions: Sequence[str]) -> None:
 
 def recorded_names(model: TheWorld, conditions: Sequence[str]) -> list[str]:
     """Return the names of these conditions in `answers`, which are those in the records of an evaluation."""
-    return ["without" if c == "baseline" and model.gemma.changed else c for c in conditions]
+    return ["without" if c == "baseline" and model.gemma.modified_parts else c for c in conditions]
 
 
 def answers(
-    model: TheWorld, image: Photograph, statements: Sequence[str], conditions: Sequence[str] = SYSTEMS
+    model: TheWorld, image: Photograph, statements: Sequence[str], conditions: Sequence[str] = CONDITIONS
 ) -> Answers:
     """Return {"statement": ..., "p_true": {name of the condition: P(true)}} for each statement.
 
     Raises ValueError and ImageError as `TheWorld.score` does.
     """
-    p_true = ask(model, image, statements, conditions)
+    p_true = model.ask(image, statements, conditions)
     names = dict(zip(recorded_names(model, conditions), conditions, strict=True))
     return [
         {"statement": statement, "p_true": {name: p_true[condition][i] for name, condition in names.items()}}

@@ -15,6 +15,7 @@ from theworld.utils import files
 from theworld.utils.files import FAILURES, SCHEMA_VERSION, StoreError, canonical_json
 
 ABSENT = "(absent)"
+MANIFEST, QUARANTINE = "manifest.json", "quarantine"
 STORE_KEYS = {"schema_version": int, "fingerprint": dict, "arrays": list, "shard_size": int}
 STORE_KEYS |= {"num_images": int, "num_rows": int, "images_sha256": str}
 ARRAY_KEYS = {"name": str, "shape": list, "dtype": str}
@@ -213,6 +214,11 @@ def parse_images(data: bytes, where: Path) -> list[ImageEntry]:
 def paths(root: Path, shard: int) -> tuple[Path, Path]:
     """A shard's file and its record."""
     return root / "shards" / f"{shard:05}.h5", root / "shards" / f"{shard:05}.json"
+
+
+def extraction_command(root: Path) -> str:
+    """Return the command that goes on with an extraction or mends a store, as far as a store can know it."""
+    return f"python tools/extract_latents.py --config FILE --image_folder FOLDER --cache {root.parent}"
 
 
 def surplus(root: Path, num_shards: int) -> list[Path]:

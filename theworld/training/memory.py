@@ -19,18 +19,18 @@ from transformers import AutoConfig
 
 from theworld.config.config import Config
 from theworld.data.vsr import Statement
-from theworld.extraction.batches import Pass
+from theworld.extraction.batches import Microbatch
 from theworld.hub.card import Facts
 from theworld.hub.publish import check_hub
 from theworld.models.fsdp import wants_sharding
-from theworld.models.gemma import IN_WORDS, load_gemma, parameters_of
-from theworld.models.packing import ZERO, Packer
+from theworld.models.gemma import PART_DESCRIPTIONS, parameters_of
+from theworld.models.packing import Control, Packer
 from theworld.models.projection import ProjectionShape, WorldProjection
 from theworld.models.serialization import VISION, CheckpointError, SavedModel, list_checkpoints
 from theworld.training.checkpoint import ResumePoint, latest_valid_checkpoint, refuse_to_overwrite
-from theworld.training.data import load_data, prepare_gemma
-from theworld.training.objectives import captions_for, check_align
-from theworld.training.schedule import Order, num_train_steps, parts_of_step
+from theworld.training.data import load_data, plan_gemma, with_vision
+from theworld.training.objectives import check_align
+from theworld.training.schedule import Order, num_train_steps, phase_of, phases, split_step
 from theworld.utils.console import ExplainedError
 from theworld.utils.device import (
     GIB,
@@ -38,6 +38,7 @@ from theworld.utils.device import (
     memory_of,
     resolve_device,
     resolve_dtype,
+    seeded,
     wants_compile,
 )
 from theworld.utils.distributed import Processes
@@ -160,7 +161,7 @@ class Plan:
         if self.processes.is_main_process:  # the only one that uploads
             check_hub(config)
         count = self.processes.count
-        self.per_step = config.batch_size * config.gradient_accumulation_steps * count
+        self.global_batch_size = config.batch_size * config.gradient_accumulation_steps * count
         self.data = load_data(config, cache)
         self.resumed = latest_valid_checkpoint(config.resume_from) if config.resume_from else None
         refuse_to_overwrite(self.output_dir, self.resumed)
@@ -168,16 +169,18 @@ class Plan:
         self.config = config = replace(config, init_from=init_from)
         self.order = Order(self.data.train, config.seed)
         before = config.align_steps + config.statement_steps
-        self.num_steps = before + num_train_steps(config, len(self.data.train), self.per_step)
-        self.gemma = load_gemma(config, self.processes.device, weights=False)
-        self.data = prepare_gemma(self.gemma, config, self.data, self.start)
+        self.num_steps = before + num_train_steps(config, len(self.data.train), self.global_batch_size)
+        self.phases = phases(config, self.num_steps)
+        self.gemma = plan_gemma(config, self.processes.device, self.data, self.start)
+        self.data = with_vision(self.data, self.gemma, config)
         self.sharded = wants_sharding(count, self.gemma)
         fingerprint = self.data.latents.reader.fingerprint
         shape = ProjectionShape.from_settings(config, fingerprint, self.gemma.width)
         check_align(config, shape, self.gemma.num_image_tokens)
-        own, _ = count_parameters(
-            WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
-        )
+        with seeded(config.seed):  # its values count for nothing
+            own, _ = count_parameters(
+                WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
+            )
         self.facts = self._facts(own)
         self.sizes = own, shape
         self.memory = self.estimate(config)
@@ -186,10 +189,15 @@ class Plan:
 
     def _facts(self, projection: int) -> Facts:
         gemma = self.gemma
-        also = {IN_WORDS[part]: _number(parameters_of(gemma, part).values()) for part in gemma.trained}
+        also = {
+            PART_DESCRIPTIONS[part]: _number(parameters_of(gemma, part).values())
+            for part in gemma.trainable_parts
+        }
         trains = sum(also.values())
         frozen = _number(gemma.model.parameters()) - trains
-        return Facts(projection + trains, frozen, self.num_steps, self.per_step, self.data.notes, also)
+        return Facts(
+            projection + trains, frozen, self.num_steps, self.global_batch_size, self.data.notes, also
+        )
 
     def _lines(self, projection: int, shape: ProjectionShape) -> list[str]:
         """What trains and what is frozen, on what, in how many steps: lines to show before the start."""
@@ -218,30 +226,27 @@ class Plan:
         first statement is the `start`-th of the order."""
         (projection, shape), gemma = self.sizes, self.gemma
         share = self.processes.count if self.sharded else 1
-        trained = [p for part in gemma.trained for p in parameters_of(gemma, part).values()]
+        trained = [p for part in gemma.trainable_parts for p in parameters_of(gemma, part).values()]
         every = sum(p.numel() * p.element_size() for p in gemma.model.parameters())
         frozen = every - sum(p.numel() * p.element_size() for p in trained)
         packer = Packer(
             gemma, config.question_template, shape.num_tokens, world_position=config.world_position
         )
-        parts = parts_of_step(config, packer, self.order, start, self.processes.count)
-        phase = (
-            "words" if config.statement_steps else "train"
-        )  # captions that the second reads, the first does, too
+        parts = split_step(config, packer, self.order, start, self.processes.count)
+        # The first phase with a language model reads captions if any does.
+        phase, seed = phase_of(self.phases, config.align_steps), config.seed
         batches = [
-            packer.pack(part, captions=captions_for(config, self.data, phase, part, 0))
-            for part in parts
-            if part
+            packer.pack(part, captions=self.data.captions_of(part, phase, seed, 0)) for part in parts if part
         ]
         text = gemma.text_config
         heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
         layer: float = layer_values(text.hidden_size, text.intermediate_size, heads)
-        if gemma.plain_decoder:
+        if gemma.uses_hf_decoder:
             compiled = wants_compile(config.compile, gemma.device) and not self.sharded
             layer *= PLAIN if compiled else PLAIN_UNCOMPILED
         tokens = max(batch.token_ids.numel() for batch in batches)
         kept = tokens * kept_values(config, text.num_hidden_layers, text.hidden_size, layer)
-        if VISION in gemma.trained:
+        if VISION in gemma.trainable_parts:
             eyes = gemma.model.config.vision_config
             patches = (eyes.image_size // eyes.patch_size) ** 2
             layer = PLAIN * (8 * eyes.hidden_size + 2 * eyes.intermediate_size)
@@ -305,7 +310,7 @@ class OutOfMemory(ExplainedError, MemoryError):
 # ---- numbers
 
 
-def not_finite(step: int, loss: float, norm: float, rate: float, passes: Sequence[Pass]) -> NotFinite:
+def not_finite(step: int, loss: float, norm: float, rate: float, passes: Sequence[Microbatch]) -> NotFinite:
     """The loss or the gradient norm of the `step`-th step, over all processes, is not finite; `passes`: of this one."""
     what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)
     culprits = "; ".join(f"{kind} of {named(images)} are not finite" for kind, images in _faulty(passes))
@@ -326,23 +331,24 @@ def check_answers(step: int, statements: Sequence[Statement], logits: np.ndarray
         )
 
 
-def _faulty(passes: Sequence[Pass]) -> Iterator[tuple[str, list[str]]]:
+def _faulty(passes: Sequence[Microbatch]) -> Iterator[tuple[str, list[str]]]:
     """What the passes read that is not finite itself, and of which images."""
     for kind in ("latents", "vision features"):
         found = set[str]()
         for one in passes:
             rows = one.latents if kind == "latents" else one.vision
-            names: Sequence[str] = [s.image for s in one.statements]
+            names: Sequence[str | Control] = [s.image for s in one.statements]
             if one.batch is not None:
                 names = one.batch.worlds if kind == "latents" else one.batch.images
             if rows is not None:
                 finite = rows.flatten(1).isfinite().all(1).tolist()
-                found |= {name for name, good in zip(names, finite, strict=True) if not good and name != ZERO}
+                bad = (name for name, good in zip(names, finite, strict=True) if not good)
+                found |= {name for name in bad if isinstance(name, str)}
         if found:
             yield kind, sorted(found)
 
 
-def _images(passes: Sequence[Pass]) -> str:
+def _images(passes: Sequence[Microbatch]) -> str:
     return named(sorted({s.image for one in passes for s in one.statements}))
 
 
@@ -362,7 +368,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
-def out_of_memory(plan: Plan, step: int, start: int, one: Pass) -> OutOfMemory:
+def out_of_memory(plan: Plan, step: int, start: int, one: Microbatch) -> OutOfMemory:
     """Memory ran out in a pass of the `step`-th step, whose first statement is the `start`-th of the order."""
     device = plan.gemma.device
     tokens = f", {one.batch.token_ids.numel():,} tokens" if one.batch is not None else ""
