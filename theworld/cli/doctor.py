@@ -121,7 +121,7 @@ def _device(config: Config) -> Iterator[Finding]:
     if sizes is None:
         return
     weights, kept = training_bytes(config, sizes)
-    parts = f"weights {weights / GIB:.1f}, a pass {kept / GIB:.1f}"
+    parts = f"weights {weights / GIB:.1f}, a micro-batch {kept / GIB:.1f}"
     need = f"with Gemma frozen training takes about {(weights + kept) / GIB:.1f} GiB: {parts}"
     hint = "halve --batch_size and double --gradient_accumulation_steps; or --use_gradient_checkpointing"
     if weights > have.total:
