@@ -145,6 +145,7 @@ class Trainer:
         figures = dict(zip(sums, values, strict=True))
         if not (math.isfinite(figures["total"]) and math.isfinite(gradient_norm)):
             raise not_finite(step + 1, figures["total"], gradient_norm, rate, microbatches)
+        self.stopping = figures["stop_requests"] > 0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -161,7 +162,6 @@ class Trainer:
 
     def _count(self, figures: dict[str, float], phase: Phase) -> None:
         """Add the sums of a step, over all processes, to the window since the last log."""
-        self.stopping = figures["stop_requests"] > 0
         step = {
             "loss": figures["label"],
             "statement_loss": figures["statement"],
