@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import main_of, tool, trace
+from jobs import flip
 from records import four_rows
 
 from theworld.cli import dry_run
@@ -297,9 +298,9 @@ def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, t
             "split": "test",
             "conditions": ["world"],
             "output": tmp_path / "r",
+            "overrides": {},
         }
-        cache_, folder, split, conditions, output = (values | changes).values()
-        return lambda: list(evaluation([run], cache_, folder, split, conditions, output, {}))  # type: ignore[arg-type]
+        return lambda: list(evaluation([run], *(values | changes).values()))  # type: ignore[arg-type]
 
     with pytest.raises(ValueError, match=r"2 of 2 photographs cannot be read:\n  .*no file in "):
         plan(cache=None, folder=tmp_path)()
@@ -308,14 +309,15 @@ def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, t
     with pytest.raises(IsADirectoryError, match="is a folder, and a file is wanted"):
         plan(output=tmp_path)()
     (cache / "gemma_vision").rename(tmp_path / "elsewhere")
-    settings = json.loads((run / "checkpoint-1" / "config.json").read_text())
-    (run / "checkpoint-1" / "config.json").write_text(json.dumps(settings | {"image_folder": None}))
     with pytest.raises(ValueError, match="has no vision features; extract them"):
-        plan()()
+        plan(overrides={"image_folder": None})()
     other = tmp_path / "other"
     extract(replace(config, latent_size=80), other, with_vision=False, allow_missing=False)
     with pytest.raises(StoreMismatch, match="latent_size: cached 80, wanted 64"):
         plan(cache=other)()
+    flip(run / "checkpoint-1" / "projection.safetensors")
+    with pytest.raises(ValueError, match=r"projection\.safetensors is damaged"):
+        plan()()
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -33,7 +33,7 @@ from theworld.models.gemma import (
     saved_parts,
     trainable_parts,
 )
-from theworld.models.serialization import LANGUAGE, LORA, VISION, CheckpointError, read_world
+from theworld.models.serialization import LANGUAGE, LORA, VISION, CheckpointError, SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.training.trainer import Trainer
 
@@ -357,8 +357,8 @@ def test_stages_follow_each_other_and_each_checkpoint_stands_for_itself(
     third = Trainer(
         replace(config, init_from=str(second), output_dir=str(tmp_path / "3"), **STAGES["lora"]), cache
     ).run()
-    assert read_world(third)["parts"] == ["vision", "lora"]
-    assert read_world(third)["lora_rank"] == 2
+    assert SavedModel.read(third).world["parts"] == ["vision", "lora"]
+    assert SavedModel.read(third).world["lora_rank"] == 2
     # The third stage froze the tower that the second trained, and holds it all the same.
     assert (third / "vision.safetensors").read_bytes() == (second / "vision.safetensors").read_bytes()
     for path in (first, second):
@@ -451,7 +451,7 @@ def test_a_card_says_what_of_gemma_is_in_the_repository(
     settings = replace(config, init_from=str(first), output_dir=str(tmp_path / "2"), **STAGES["vision"])
     trainer = Trainer(settings, cache)
     second = trainer.run()
-    card = model_card(second, trainer.plan.facts, [])
+    card = model_card(SavedModel.read(second), trainer.plan.facts, [])
     count = sum(p.numel() for p in parameters_of(trainer.model.gemma, VISION).values())
     assert f"- Also trained: Gemma's vision tower and its projector, {count:,} parameters." in card
     assert (
@@ -459,7 +459,7 @@ def test_a_card_says_what_of_gemma_is_in_the_repository(
         in card
     )
     assert str(tmp_path) not in card
-    stage(second, card, False, tmp_path / "staged")
+    stage(SavedModel.read(second), card, False, tmp_path / "staged")
     assert sorted(path.name for path in (tmp_path / "staged").iterdir()) == [
         "README.md",
         "config.json",

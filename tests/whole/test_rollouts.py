@@ -20,6 +20,7 @@ from theworld.extraction.extract import extract
 from theworld.extraction.features import CachedFeatures
 from theworld.hub.card import Facts, model_card
 from theworld.models.packing import Control
+from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.store.format import LATENTS, StoreMismatch
 from theworld.training.data import load_data
@@ -156,7 +157,7 @@ def test_alignment_measures_the_photographs_own_tokens_and_says_so(checkpoint: P
 
 
 def test_the_model_card_names_the_moments(checkpoint: Path) -> None:
-    card = model_card(checkpoint, Facts(1, 2, 2, 4, ["train: 6 of 6 statements"]), [])
+    card = model_card(SavedModel.read(checkpoint), Facts(1, 2, 2, 4, ["train: 6 of 6 statements"]), [])
     assert "and for each of the 2 latent frames that its Video2World model predicts after it." in card
     assert '"rollout_prompt": "The scene goes on as it is. The camera does not move."' in card
 

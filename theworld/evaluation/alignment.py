@@ -35,6 +35,7 @@ from theworld.extraction.batches import FeatureSource
 from theworld.extraction.features import CachedFeatures, cached_vision, in_cache, latents_for, vision_source
 from theworld.models.gemma import Gemma
 from theworld.models.projection import ProjectionShape, WorldProjection
+from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.utils.device import set_up_torch
 
@@ -120,7 +121,7 @@ class Measured:
 
 
 def align(
-    checkpoint: Path, cache: Path, split: str, num_samples: int, overrides: dict[str, Any]
+    checkpoint: Path | SavedModel, cache: Path, split: str, num_samples: int, overrides: dict[str, Any]
 ) -> tuple[dict[str, Measured], dict[str, Any]]:
     """Measure the projection of a checkpoint, "trained", and one as its run started with, "untrained".
 
@@ -128,7 +129,8 @@ def align(
     cache without vision features, StoreMismatch for a cache that was made with other settings than the checkpoint's.
     """
     # Gemma's layers are not computed, so they need no copy in 8 bits.
-    model = TheWorld.from_pretrained(checkpoint, **overrides | {"fp8": False})
+    saved = SavedModel.open_folder(checkpoint)
+    model = TheWorld.from_pretrained(saved, **overrides | {"fp8": False})
     set_up_torch(model.gemma.dtype)
     start = TheWorld.from_config(model.config, model.gemma, model.fingerprint)
     sample = load_sample(model, cache, split, num_samples)
@@ -138,7 +140,7 @@ def align(
         "trained": measure(project(model.projection, sample.latents), sample, kind),
     }
     result = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(saved.folder),
         "split": split,
         "images": len(sample.images),
         "world_tokens": model.projection.shape.tokens_per_frame,

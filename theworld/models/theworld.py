@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from theworld.config.config import Config, load_config, save_config
+from theworld.config.config import Config, save_config
 from theworld.models.decoder import Decoder, HFDecoder
 from theworld.models.encoder import Encoder
-from theworld.models.fsdp import asked, shard, whole
+from theworld.models.fsdp import asked, gather_to_main, shard
 from theworld.models.gemma import Gemma, load_gemma, load_parts, parameters_of, saved_parts
 from theworld.models.inference import (
     CONDITIONS,
@@ -37,10 +37,9 @@ from theworld.models.projection import ProjectionShape, WorldProjection
 from theworld.models.serialization import (
     CONFIG_FILE,
     PROJECTION_FILE,
+    SavedModel,
     copy_strictly,
     part_file,
-    read_world,
-    saved_folder,
     write_world,
 )
 from theworld.utils.device import device_setting, seeded, wants_compile
@@ -109,7 +108,7 @@ class TheWorld(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path,
+        name_or_path: str | Path | SavedModel,
         gemma: Gemma | None = None,
         *,
         dtype: str | torch.dtype | None = None,
@@ -118,7 +117,8 @@ class TheWorld(nn.Module):
         revision: str | None = None,
         **overrides: Any,
     ) -> "TheWorld":
-        """Load a model that `save_pretrained` wrote, from a folder or the hub ("user/name").
+        """Load a model that `save_pretrained` wrote: from a folder, the newest checkpoint of a run, the hub (user/name)
+        or an opened model.
 
         `gemma` is a Gemma as it was published; None loads the one that the model was trained for, in the same revision.
         `dtype` and `device_map` ("auto", "cpu", "cuda", "cuda:N" or N) are transformers' words for the settings `dtype`
@@ -131,9 +131,8 @@ class TheWorld(nn.Module):
             overrides["dtype"] = str(dtype).removeprefix("torch.")
         if device_map is not None:
             overrides["device"] = device_setting(device_map)
-        folder = saved_folder(name_or_path, revision)
-        config = load_config(folder / CONFIG_FILE, overrides)
-        world = read_world(folder)
+        saved = SavedModel.open(name_or_path, revision)
+        folder, world, config = saved.folder, saved.world, saved.config(overrides)
         if gemma is None:
             published, parts = world.get("model_revision"), saved_parts(world)
             gemma = load_gemma(config, revision=published, parts=parts, sharded=asked())
@@ -187,12 +186,13 @@ class TheWorld(nn.Module):
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """Return the weights in a checkpoint by file: the projection, and the modified parts of Gemma.
 
-        They are whole and on the CPU; where Gemma is sharded, all processes have to call this.
+        They are whole and on the CPU. If Gemma is sharded all processes have to call this, and only the main one gets
+        Gemma's.
         """
         wanted = {PROJECTION_FILE: dict(self.projection.named_parameters())}
         wanted |= {part_file(part): parameters_of(self.gemma, part) for part in self.gemma.modified_parts}
         return {
-            file: {name: whole(p.detach()).cpu().contiguous() for name, p in own.items()}
+            file: {name: w for name, p in own.items() if (w := gather_to_main(p.detach())) is not None}
             for file, own in wanted.items()
         }
 
@@ -200,9 +200,9 @@ class TheWorld(nn.Module):
         """Load trained weights strictly. Raises ValueError naming one that is missing, unknown or of another shape."""
         copy_strictly(path, dict(self.projection.named_parameters()))
 
-    def load_weights(self, folder: Path) -> None:
-        """Load the weights that `save_pretrained` wrote into a model with the same parts, strictly."""
-        parts = read_world(folder)["parts"]
+    def load_weights(self, saved: SavedModel) -> None:
+        """Load the weights of a saved model into a model with the same parts, strictly."""
+        folder, parts = saved.folder, saved.world["parts"]
         if set(parts) - set(self.gemma.modified_parts):
             raise ValueError(
                 f"{folder} holds {parts} of Gemma; this model has {list(self.gemma.modified_parts)}"

@@ -25,7 +25,7 @@ from theworld.extraction.features import (
 from theworld.models.encoder import check_compatible
 from theworld.models.fsdp import asked
 from theworld.models.gemma import Gemma, decide_parts, load_gemma
-from theworld.models.serialization import read_world
+from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.training.schedule import Phase
 
@@ -94,13 +94,13 @@ def compared(config: Config, latents: CachedFeatures, images: list[str]) -> list
     return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS)]
 
 
-def plan_gemma(config: Config, device: torch.device, data: Data, start: Path | None) -> Gemma:
+def plan_gemma(config: Config, device: torch.device, data: Data, start: SavedModel | None) -> Gemma:
     """Return the Gemma of a run as shapes without weights.
 
     `start` is the checkpoint of this run or of an earlier stage. Raises StoreMismatch if its latents are others than
     those in the cache, ValueError for settings that cannot go on from it.
     """
-    world = None if start is None else read_world(start)
+    world = None if start is None else start.world
     if world is not None:
         check_compatible(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
     parts = decide_parts(config, world)
@@ -116,7 +116,7 @@ def with_vision(data: Data, gemma: Gemma, config: Config) -> Data:
     return replace(data, vision=vision, notes=[*data.notes, *vision_note(gemma, cached)])
 
 
-def load_model(planned: Gemma, config: Config, data: Data, start: Path | None) -> tuple[TheWorld, Data]:
+def load_model(planned: Gemma, config: Config, data: Data, start: SavedModel | None) -> tuple[TheWorld, Data]:
     """Return the model of a run, with a new projection or the weights of `start`, and the data with its vision source.
 
     `planned` and `data` are as `plan_gemma` and `with_vision` gave them.

@@ -27,7 +27,7 @@ from theworld.config.config import FIELDS, Config
 from theworld.evaluation.metrics import accuracy, label_loss
 from theworld.evaluation.predict import predict
 from theworld.models.serialization import CheckpointError, numbered
-from theworld.training.checkpoint import find_sound
+from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import NotFinite, OutOfMemory, Plan
 from theworld.training.monitor import below_chance_from, chance_loss
 from theworld.training.trainer import Trainer
@@ -229,7 +229,7 @@ def plan_sweep(runs: Sequence[Run], cache: Path, output: Path, part: Part = ALL)
         yield f"part         {part.index + 1} of {part.count} trains {len(waiting)} of the others"
     for run in waiting:
         if run.started:
-            step = find_sound(run.folder).progress["step"]
+            step = latest_valid_checkpoint(run.folder).progress["step"]
             yield f"goes on      {run.name}, seed {run.config.seed}: after step {step:,}"
     for name in dict.fromkeys(run.name for run in waiting):
         own = [run for run in waiting if run.name == name]

@@ -24,16 +24,15 @@ from theworld.evaluation.predict import predict, word_losses
 from theworld.extraction.batches import Microbatch, make_microbatch, prefetch
 from theworld.hub.card import public_settings
 from theworld.hub.publish import Publisher
-from theworld.models.fsdp import clip, load_state, sum_over, whole_state
+from theworld.models.fsdp import clip, sum_over
 from theworld.models.packing import Packer
 from theworld.training.checkpoint import (
-    Found,
-    check_optimizer,
+    ResumePoint,
     check_same_run,
+    clean_up_run,
+    load_optimizer,
     rotate,
     save_checkpoint,
-    set_random_state,
-    tidy_run,
 )
 from theworld.training.data import load_model
 from theworld.training.logging import Trackers, append, check_trackers, sync
@@ -59,8 +58,9 @@ class Trainer:
         """
         self.stop = stop or StopRequest()
         self.stopping = False  # all processes know that one of them was asked
-        self.owes_dev = False  # an evaluation was due when the run was stopped
+        self.pending_dev_eval = False  # an evaluation was due when the run was stopped
         plan = Plan(config, Path(cache))
+        config = plan.config  # init_from is the checkpoint that it meant
         self.config, self.plan, self.data, self.order = config, plan, plan.data, plan.order
         self.processes, self.phases, self.num_steps = plan.processes, plan.phases, plan.num_steps
         self.global_batch_size = plan.global_batch_size
@@ -194,8 +194,8 @@ class Trainer:
         main = self.processes.is_main_process
         if main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            tidied = tidy_run(self.output_dir, self.plan.resumed, self.step, self.owes_dev)
-            tqdm.write("\n".join([*self.plan.lines, *tidied]))
+            tqdm.write("\n".join(self.plan.lines))
+            clean_up_run(self.output_dir, self.plan.resumed, self.step, self.pending_dev_eval)
         settings = public_settings(self.config)
         trackers = (
             Trackers(self.config, settings, self.output_dir, self.step > 0, self.step) if main else None
@@ -207,9 +207,9 @@ class Trainer:
             self.stop.working(),
             closing(self._steps()) as steps,
         ):
-            if self.owes_dev:
+            if self.pending_dev_eval:
                 self._log(self.evaluate_dev(), trackers, bar)
-                self.owes_dev = False
+                self.pending_dev_eval = False
             start, done = time.perf_counter(), 0
             for figures in steps:
                 bar.update()
@@ -224,7 +224,7 @@ class Trainer:
                     self._warn(self.at_chance, trackers, bar)
                 if self.data.dev and self._due(self.config.eval_steps):
                     if self.stopped:
-                        self.owes_dev = True  # there may be no time for it now
+                        self.pending_dev_eval = True  # there may be no time for it now
                     else:
                         self._log(self.evaluate_dev(), trackers, bar)
                 if self._due(self.config.save_steps) or self.stopped:
@@ -307,21 +307,18 @@ class Trainer:
 
     def save(self) -> Path:
         """Publish checkpoint-<step>, then remove the oldest ones beyond save_total_limit; return the new one."""
-        main = self.processes.is_main_process
-        weights = optimizer = None
-        if main or self.sharded:  # the others give their shares
-            weights, optimizer = self.model.weights(), whole_state(self.optimizer.state_dict())
-        if not main:
-            self.processes.barrier()
-            return self.output_dir / f"checkpoint-{self.step}"
-        state = {"optimizer": optimizer, "rng": torch.get_rng_state()}
+        main, path = self.processes.is_main_process, self.output_dir / f"checkpoint-{self.step}"
         record = {"step": self.step, "window": self.window}
-        record |= {"watch": self.monitor.state(), "owes_dev": self.owes_dev} | self._identity()
-        sync(self.output_dir)
-        path = save_checkpoint(self.output_dir, self.step, self.model, state, record, weights)
-        if self.publisher is not None:
-            self.publisher.saved(path, self.plan.facts)
-        rotate(self.output_dir, self.config.save_total_limit)
+        record |= {"watch": self.monitor.state(), "owes_dev": self.pending_dev_eval} | self._identity()
+        if main:
+            sync(self.output_dir)
+        if main or self.sharded:  # the others write their shares
+            state = self.optimizer.state_dict()
+            save_checkpoint(self.output_dir, self.step, self.model, state, record, main)
+        if main:
+            if self.publisher is not None:
+                self.publisher.saved(path, self.plan.facts)
+            rotate(self.output_dir, self.config.save_total_limit)
         self.processes.barrier()
         return path
 
@@ -334,13 +331,11 @@ class Trainer:
             "trained": list(self.model.gemma.trainable_parts),
         }
 
-    def _resume(self, found: Found) -> None:
-        path, record = found.path, found.progress
-        check_same_run(found, self._identity())
-        check_optimizer(self.optimizer, found.state["optimizer"], path)
+    def _resume(self, point: ResumePoint) -> None:
+        record = point.progress
+        check_same_run(point, self._identity())
+        load_optimizer(self.optimizer, point)
         self.step, self.window = record["step"], self.window | record["window"]
         if "watch" in record:  # older checkpoints have none
             self.monitor.restore(record["watch"])
-        self.owes_dev = record.get("owes_dev", False)
-        load_state(self.optimizer, found.state["optimizer"])
-        set_random_state(found)
+        self.pending_dev_eval = record.get("owes_dev", False)
