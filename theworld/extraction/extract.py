@@ -1,10 +1,10 @@
-"""Phase 1: photographs through a frozen encoder into a store, once, resumable. It serves both encoders.
+"""Phase 1: photographs through a frozen encoder into a store, once, resumable.
 
     list ─> check ─> encode (see `pipeline`; `rollouts` for rollouts) ─> publish
 
-Any number of processes may share the work (`theworld.utils.distributed`); whoever finds all shards committed publishes.
-
-Which photographs phase 1 encodes: those that statements name and that can be read; the others by name and reason.
+The list has the photographs that statements name and that decode; the others are named with their reasons. Any number
+of processes may share the work (`theworld.utils.distributed`): whichever finds all shards committed publishes. The same
+extraction mends a damaged store (`theworld.store.writer`).
 """
 
 import contextlib
@@ -123,7 +123,7 @@ def preflight(
 
 
 def amount(root: Path, num_rows: int, all_rows: int, pending: int, all_shards: int, size: int) -> str:
-    """What is still to be encoded into a store, and its size in bytes. ValueError where the disk has not the room."""
+    """Return what is still to be encoded into a store, in words (`size`: bytes). Raises ValueError without room."""
     free = check_room(root, size, "--cache")
     return (
         f"{root.name}: {num_rows:,} of {all_rows:,} images to encode in {pending} of {all_shards} shards, "
@@ -171,7 +171,7 @@ def stores_of(cache: Path) -> list[Path]:
 
 
 def verify(cache: Path) -> list[Problem]:
-    """What is wrong with the stores of a cache; empty when every byte reads back as it was written."""
+    """Return the problems of the stores of a cache: none if every byte is as it was written."""
     stores = stores_of(cache)
     if not stores:
         return [Problem(f"{cache}: no store in it; run tools/extract_latents.py first", (), damaged=False)]
@@ -196,12 +196,13 @@ def extract(
     part: Part | None = None,
     guardrail: Any = None,
 ) -> bool:
-    """Phase 1 as `tools/extract_latents.py` runs it: list, check, encode, publish. `part`: of independent tasks.
-    `guardrail`: see `Rollout`.
+    """Run phase 1 as `tools/extract_latents.py` does: list, check, encode, publish.
 
-    Returns whether all of the cache is there now, which it is not before the last task is done, and False in the
-    processes of one run that leave the last word to the first. Raises ValueError if photographs are missing or
-    unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded.
+    `part`: of independent tasks; `guardrail`: see `Rollout`. Returns whether all of the cache is there now, which it is
+    not before the last task is done; of processes launched together only the main one returns True. Raises ValueError
+    if photographs are missing or unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`,
+    and nothing was encoded. Photographs are read in processes that import the main module: a script calls this under
+    `if __name__ == "__main__":`.
     """
     part = this_part(part)
     config = replace(config, device=part.device(config.device))
@@ -236,14 +237,14 @@ def extract(
 
 
 def check_models(config: Config, with_vision: bool) -> None:
-    """Raise ValueError where one of the encoders cannot be loaded, before the first has worked for hours."""
+    """Raise ValueError if one of the encoders cannot be loaded, before the first has worked for hours."""
     for spec in specs_of(config, with_vision):
         if spec.weights is not None:
             locate(spec.weights.model, spec.weights.file)
 
 
 def source_of(config: Config, part: Part) -> Source:
-    """Where the photographs are read from. Raises ValueError where the settings name no folder."""
+    """Return where the photographs are read from. Raises ValueError if the settings name no folder."""
     if config.image_folder is None:
         raise ValueError("image_folder is not set: give --image_folder, the folder with the COCO photographs")
     workers = num_workers(config.num_workers, part.local_count)
@@ -284,7 +285,7 @@ def has_room(spool: Spool, config: Config, cache: Path, num_images: int) -> bool
 
 
 def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: bool, listed: str = "") -> str:
-    """A line that says how many of `total` photographs are left out; nothing where none is.
+    """Return a line that says how many of `total` photographs are left out; nothing if none is.
 
     Raises ValueError with the first (path, reason) of `failures` unless `allow_missing`, or if none would be left.
     """
