@@ -10,6 +10,7 @@ extraction mends a damaged store (`theworld.store.writer`).
 import contextlib
 import logging
 import shlex
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -207,16 +208,16 @@ def extract(
     part = this_part(part)
     config = replace(config, device=part.device(config.device))
 
-    spool = Spool(Square(config.latent_size), cache)
+    spool = Spool(Square(config.latent_size))
 
-    def look() -> list[ImageEntry]:
+    def check_and_list() -> list[ImageEntry]:
         source = source_of(config, part)
         check_stores(config, cache, with_vision)
         if config.num_world_steps:
             check_rollout(config, guardrail)
         return list_images(config, cache, source, allow_missing, spool if part.count == 1 else None)
 
-    images = part.broadcast_from_main(look)
+    images = part.broadcast_from_main(check_and_list)
     part.broadcast_from_main(lambda: check_models(config, with_vision))
     source, device = source_of(config, part), resolve_device(config.device)
     if device.index is not None:
@@ -266,7 +267,7 @@ def list_images(
     if len(splits) < 3:
         logger.info("%s: no other statements than those of %s", config.annotations, " and ".join(splits))
     make_folder(cache)
-    if spool is not None and not has_room(spool, config, cache, len(names)):
+    if spool is not None and not has_room(spool, config, len(names)):
         spool = None
     images, failures = freeze(names, source, known_hashes(cache), spool)
     refused = refusals(cache / LATENTS)
@@ -278,10 +279,11 @@ def list_images(
     return images
 
 
-def has_room(spool: Spool, config: Config, cache: Path, num_images: int) -> bool:
-    """Whether a spool serves this extraction, and the disk has room for it beside as much again for the store."""
+def has_room(spool: Spool, config: Config, num_images: int) -> bool:
+    """Whether a spool serves this extraction, and leaves half of the free room for temporary files to others."""
     size = spool.prepare(np.zeros((16, 16, 3), np.uint8)).nbytes * num_images
-    return not config.num_world_steps and 2 * size < max(free_bytes(cache), SPOOL_MEMORY)
+    free = free_bytes(Path(tempfile.gettempdir()))
+    return not config.num_world_steps and (size <= SPOOL_MEMORY or 2 * size <= free)
 
 
 def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: bool, listed: str = "") -> str:

@@ -264,11 +264,11 @@ def roll_out_each(
             continue  # another process was there meanwhile
         pixels = read_photograph(row, source, {"read": 0.0, "decode": 0.0})
         try:
-            moments = encoding.encode(pixels, row.sha256)
+            values = encoding.encode(pixels, row.sha256)
         except FramesRefused as refusal:
             finished.refuse(row.sha256, str(refusal))
         else:
-            finished.write(row.sha256, to_numpy(moments))
+            finished.write(row.sha256, to_numpy(values))
 
 
 def gather(store: Store, finished: FinishedRows) -> None:

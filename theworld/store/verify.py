@@ -33,13 +33,13 @@ SOUND, DAMAGED, UNKNOWN = 0, 1, 2
 class Problem:
     """One thing that is wrong: a file, or a shard with its record."""
 
-    says: str
+    message: str
     paths: tuple[Path, ...]  # the files that are missing or damaged
     shard: int | None = None
     damaged: bool = True  # False: nothing is known to be damaged, and nothing can be said for sure
 
     def __str__(self) -> str:
-        return self.says if self.shard is None else f"shard {self.shard}: {self.says}"
+        return self.message if self.shard is None else f"shard {self.shard}: {self.message}"
 
 
 def status(problems: Sequence[Problem]) -> int:
@@ -171,7 +171,7 @@ class Examination:
         expected = hashlib.sha256(files.seal(manifest_fields(self.plan, sound))).hexdigest()
         for number, problem in enumerate(self.problems):
             if problem.paths == (path,) and path.is_file() and not path.is_symlink():
-                says = f"{problem.says}; SHA-256 is {files.hash_file(path)[1]}, expected {expected}"
+                says = f"{problem.message}; SHA-256 is {files.hash_file(path)[1]}, expected {expected}"
                 self.problems[number] = Problem(says, problem.paths, damaged=problem.damaged)
 
     def _unfinished(self, entries: list[dict[str, Any] | None]) -> None:
