@@ -30,7 +30,7 @@ from theworld.extraction.encoders import (
     open_store,
     specs_of,
 )
-from theworld.extraction.pipeline import batches_of, encode_shards
+from theworld.extraction.pipeline import encode_shards
 from theworld.extraction.reading import (
     SPOOL_MEMORY,
     ListPhotographs,
@@ -69,13 +69,9 @@ def freeze(
     spool.
     """
     ordered = sorted(paths)
-    chunk, blank = (
-        (CHUNK, None) if spool is None else (SPOOLED, spool.prepare(np.zeros((16, 16, 3), np.uint8)))
-    )
-    tasks = [
-        {path: known.get(path) for path in ordered[i : i + chunk]} for i in range(0, len(ordered), chunk)
-    ]
-    size = 0 if blank is None else blank.nbytes * chunk
+    chunk, size = (CHUNK, 0) if spool is None else (SPOOLED, SPOOLED * spool.item_bytes)
+    parts = [ordered[start : start + chunk] for start in range(0, len(ordered), chunk)]
+    tasks = [{path: known.get(path) for path in part} for part in parts]
     # One process beside this one, which only waits, would gain nothing.
     wanted = source.num_workers if source.num_workers > 1 else 0
     workers, note = workers_for(len(ordered), len(tasks), wanted, size)
@@ -141,7 +137,7 @@ def _seconds_an_image(
     first, on a batch as it will get them, so nothing is compiled twice. On a CPU one blank photograph is enough if a
     batch would take over a second.
     """
-    first, reading = batches_of(store, pending, 1)[0][0], 0.0
+    first, reading = store.shard_rows(pending[0])[0], 0.0
     if first.sha256 not in spool:
         batch = ReadBatch(source, encoder.prepare, 1)([first])
         if batch.pixels is None:
@@ -281,8 +277,7 @@ def list_images(
 
 def has_room(spool: Spool, config: Config, num_images: int) -> bool:
     """Whether a spool serves this extraction, and leaves half of the free room for temporary files to others."""
-    size = spool.prepare(np.zeros((16, 16, 3), np.uint8)).nbytes * num_images
-    free = free_bytes(Path(tempfile.gettempdir()))
+    size, free = spool.item_bytes * num_images, free_bytes(Path(tempfile.gettempdir()))
     return not config.num_world_steps and (size <= SPOOL_MEMORY or 2 * size <= free)
 
 

@@ -250,6 +250,11 @@ class Spool:
     def __contains__(self, sha256: str) -> bool:
         return sha256 in self._places
 
+    @property
+    def item_bytes(self) -> int:
+        """The bytes of one prepared photograph."""
+        return self.prepare(np.zeros((16, 16, 3), np.uint8)).nbytes
+
     def put(self, sha256: str, prepared: Tensor) -> None:
         """Keep a prepared photograph. Raises OSError if the disk is full."""
         if sha256 not in self._places:
