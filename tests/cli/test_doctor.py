@@ -44,7 +44,7 @@ def test_where_all_is_well_nothing_is_in_the_way(config: Config, cache: Path) ->
     assert page["statements"].says == "6 train, 1 dev, 4 test, about 3 photographs"
     assert page["photographs"].says.endswith("; 3 of 3 looked at can be read")
     assert page["latents"].says == "3 images, every byte as it was written"
-    assert page["compared"].says == "photographs: all 3 are those that were extracted"
+    assert page["compared"].says == "photographs: all 3 are as they were extracted"
 
 
 def test_what_is_not_there_yet_is_a_note_with_the_command(config: Config, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
         try:
             found += check()
         except Fault as fault:
-            found.append(Finding(topic, FAULT, fault.says, fault.cure))
+            found.append(Finding(topic, FAULT, fault.message, fault.hint))
         except (ValueError, OSError) as error:
             found.append(Finding(topic, FAULT, str(error)))
     return found

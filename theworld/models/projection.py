@@ -93,7 +93,7 @@ class ProjectionShape:
         """ValueError where world tokens take more than a photograph: moments predicted from it, minutes each."""
         if self.steps:
             raise ValueError(
-                f"this projection was trained on {self.steps} predicted moments a photograph (num_world_steps), which "
+                f"this projection was trained on {self.steps} predicted frames (num_world_steps), which "
                 f"only a cache holds: use tools/eval.py --cache; {instead}"
             )
 
