@@ -77,10 +77,10 @@ def test_pairs_are_those_that_the_masks_allow(
     packer = Packer(gemma, QUESTION, num_world_tokens=4, world_position=position)
     batch = packer.pack(statements)
     work = work_of(batch, sliding_window=20)
-    real = (batch.place >= 0)[:, None, :, None]
+    real = (batch.preorder >= 0)[:, None, :, None]
     masks = attention_masks(batch, 20, "sdpa")
     assert work.pairs == {name: int((mask & real).sum()) for name, mask in masks.items()}
-    assert work.tokens == int((batch.place >= 0).sum())
+    assert work.tokens == int((batch.preorder >= 0).sum())
     assert (work.label_rows, work.worlds) == (6, 3)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import main_of, tool, trace
+from jobs import flip
 from records import four_rows
 
 from theworld.cli import dry_run
@@ -16,7 +17,7 @@ from theworld.cli.dry_run import alignment, evaluation, extraction, recomputatio
 from theworld.config.config import Config, save_config
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.records import write_jsonl
-from theworld.extraction.encoders import plan_latents, plan_vision
+from theworld.extraction.encoders import specs_of
 from theworld.extraction.extract import extract
 from theworld.report.report import plan_report
 from theworld.store.format import StoreMismatch
@@ -130,10 +131,8 @@ def test_of_processes_launched_together_the_first_alone_speaks(
 
 
 def test_what_is_planned_is_what_extraction_makes(config: Config, cache: Path) -> None:
-    for plan in (plan_latents, plan_vision):
-        planned = plan(config, cache)
-        reader = StoreReader(planned.root, {k: v for k, v in planned.fields.items() if v != "(absent)"})
-        assert [*reader.arrays.values()] == [planned.spec]
+    for spec in specs_of(config, with_vision=True):
+        assert [*StoreReader(cache / spec.name).arrays.values()] == [spec.array]
 
 
 def test_a_new_cache_then_a_finished_one(config: Config, tmp_path: Path) -> None:
@@ -167,7 +166,8 @@ def test_an_unfinished_cache_goes_on_with_what_is_missing(config: Config, tmp_pa
 
 def test_a_cache_of_other_settings_is_shown_field_by_field(config: Config, cache: Path) -> None:
     with pytest.raises(
-        StoreMismatch, match=r"encode_batch_size: cached \d+, wanted 5\n.*latent_size: cached 64"
+        StoreMismatch,
+        match=r"encode_batch_size: cached \d+, wanted 5\n.*latent_shape: .*\n.*latent_size: cached 64",
     ):
         list(extraction(replace(config, latent_size=80, encode_batch_size=5), cache, False, False, None))
     with pytest.raises(StoreMismatch, match=r"shard_size: cached \d+, wanted 7"):
@@ -298,9 +298,9 @@ def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, t
             "split": "test",
             "conditions": ["world"],
             "output": tmp_path / "r",
+            "overrides": {},
         }
-        cache_, folder, split, conditions, output = (values | changes).values()
-        return lambda: list(evaluation([run], cache_, folder, split, conditions, output, {}))  # type: ignore[arg-type]
+        return lambda: list(evaluation([run], *(values | changes).values()))  # type: ignore[arg-type]
 
     with pytest.raises(ValueError, match=r"2 of 2 photographs cannot be read:\n  .*no file in "):
         plan(cache=None, folder=tmp_path)()
@@ -309,14 +309,15 @@ def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, t
     with pytest.raises(IsADirectoryError, match="is a folder, and a file is wanted"):
         plan(output=tmp_path)()
     (cache / "gemma_vision").rename(tmp_path / "elsewhere")
-    settings = json.loads((run / "checkpoint-1" / "config.json").read_text())
-    (run / "checkpoint-1" / "config.json").write_text(json.dumps(settings | {"image_folder": None}))
     with pytest.raises(ValueError, match="has no vision features; extract them"):
-        plan()()
+        plan(overrides={"image_folder": None})()
     other = tmp_path / "other"
     extract(replace(config, latent_size=80), other, with_vision=False, allow_missing=False)
     with pytest.raises(StoreMismatch, match="latent_size: cached 80, wanted 64"):
         plan(cache=other)()
+    flip(run / "checkpoint-1" / "projection.safetensors")
+    with pytest.raises(ValueError, match=r"projection\.safetensors is damaged"):
+        plan()()
 
 
 @pytest.mark.usefixtures("no_weights")

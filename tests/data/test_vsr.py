@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from constants import ROOT
 from theworld.data.vsr import (
     META_CATEGORIES,
     OWN,
+    PUBLISHED_SHA256,
     QUOTED,
     RELATIONS,
     Statement,
@@ -28,6 +30,7 @@ from theworld.data.vsr import (
     relation_note,
     relation_span,
     seen_images,
+    statements_sha256,
 )
 
 REAL = ROOT.parent / "shared" / "vsr"
@@ -301,10 +304,18 @@ def test_every_relation_of_vsr_stands_once_in_its_statement(release: str, count:
     )
 
 
-def test_a_data_set_of_ones_own_is_not_called_vsr() -> None:
-    assert dataset_label("vsr", "test", 2195) == "vsr_random"
-    assert dataset_label("vsr_zeroshot", "validation", 340) == "vsr_zeroshot"
-    assert dataset_label("vsr", "test", 1222) == OWN
+def test_a_data_set_is_called_vsr_for_its_statements_and_not_for_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = [Statement(f"{i}.jpg", "The cat is on the mat.", 1, "on", i) for i in range(2195)]
+    assert dataset_label("folder", "vsr", "test", own) == OWN
+    assert dataset_label(None, "vsr", "test", own) == "vsr_random"  # from the hub
+    published = statements_sha256((s.image, s.caption, s.label) for s in own)
+    monkeypatch.setitem(PUBLISHED_SHA256, ("vsr_zeroshot", "dev"), published)
+    moved = [replace(s, image=f"train2017/{s.image}", caption=f"{s.caption} ") for s in reversed(own)]
+    assert dataset_label("folder", "vsr", "validation", moved) == "vsr_zeroshot"
+    assert dataset_label("folder", "vsr_zeroshot", "test", moved) == OWN
+    assert dataset_label("folder", "vsr_zeroshot", "dev", [replace(moved[0], label=0), *moved[1:]]) == OWN
 
 
 def test_published_results_belong_to_the_test_split_they_were_measured_on() -> None:

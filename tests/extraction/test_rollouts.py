@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from constants import ROOT
+from jobs import flip
 from PIL import Image
 from video2world import Guardrail, Refusing
 
@@ -27,13 +28,16 @@ from theworld.config.config import Config, save_config
 from theworld.data.images import sha256
 from theworld.extraction import extract as extract_module
 from theworld.extraction import rollouts
-from theworld.extraction.encoders import RolloutEncoding, expected_latents
+from theworld.extraction.audit import audit
+from theworld.extraction.encoders import RolloutEncoder
 from theworld.extraction.extract import extract, verify
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.extraction.rollouts import FinishedRows, estimate, refusals
+from theworld.models.cosmos import CosmosLatents
 from theworld.store.format import LATENTS, StoreMismatch
 from theworld.store.reader import StoreReader
 from theworld.store.shard import ArraySpec
+from theworld.store.verify import SOUND
 from theworld.utils import files
 from theworld.utils.distributed import Part, part_of
 from theworld.utils.files import StoreError
@@ -64,7 +68,7 @@ def test_a_row_reads_back_as_it_was_written(tmp_path: Path, dtype: str) -> None:
     assert np.array_equal(found, row(dtype))
     assert finished.missing([A, B]) == [B]
     assert [p.name for p in (tmp_path / "finished").iterdir()] == [f"{A}.row"]
-    assert finished.notes == []
+    assert not (tmp_path / "quarantine").exists()
 
 
 def test_the_bytes_of_a_row(tmp_path: Path) -> None:
@@ -77,7 +81,9 @@ def test_the_bytes_of_a_row(tmp_path: Path) -> None:
     assert data == row().tobytes()
 
 
-def test_any_damaged_byte_is_found_and_the_row_set_aside(tmp_path: Path) -> None:
+def test_any_damaged_byte_is_found_and_the_row_goes_to_the_quarantine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     finished = rows_in(tmp_path)
     finished.write(A, row())
     path = tmp_path / "finished" / f"{A}.row"
@@ -91,13 +97,16 @@ def test_any_damaged_byte_is_found_and_the_row_set_aside(tmp_path: Path) -> None
     for damaged in (sound[:-1], sound + b"\0", b""):
         path.write_bytes(damaged)
         assert finished.read(A) is None
-    assert len(finished.notes) == len(list((tmp_path / "set-aside").iterdir())) == len(sound) + 3
-    assert "was moved to" in finished.notes[0]
+    assert len(caplog.messages) == len(list((tmp_path / "quarantine").iterdir())) == len(sound) + 3
+    assert "was moved to" in caplog.messages[0]
 
 
-def test_a_row_of_another_fingerprint_or_photograph_or_behind_a_link_is_not_used(tmp_path: Path) -> None:
+def test_a_row_of_another_fingerprint_or_photograph_or_behind_a_link_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows_in(tmp_path, G).write(A, row())
     assert rows_in(tmp_path).read(A) is None
+    caplog.clear()
     finished = rows_in(tmp_path)
     finished.write(A, row())
     folder = tmp_path / "finished"
@@ -106,7 +115,7 @@ def test_a_row_of_another_fingerprint_or_photograph_or_behind_a_link_is_not_used
     assert finished.read(B) is None
     assert finished.read(C) is None
     assert finished.read(A) is not None
-    assert len(finished.notes) == 2
+    assert len(caplog.messages) == 2
 
 
 def test_what_is_no_row_is_not_written(tmp_path: Path) -> None:
@@ -118,11 +127,11 @@ def test_what_is_no_row_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not finite for the photograph of SHA-256 aaaa"):
         finished.write(A, row() + np.float32("inf"))
     finished.write(A, row())
-    with pytest.raises(StoreError, match="already there with other content"):
+    with pytest.raises(FileExistsError, match="already there with other content"):
         finished.write(A, row() + 1)
 
 
-def test_a_refusal_stays_and_is_found_damaged(tmp_path: Path) -> None:
+def test_a_refusal_stays_and_is_found_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     finished = rows_in(tmp_path)
     finished.refuse(B, "a reason")
     assert (finished.refusal(A), finished.refusal(B)) == (None, "a reason")
@@ -133,7 +142,7 @@ def test_a_refusal_stays_and_is_found_damaged(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("a reason", "no reason"))
     assert refusals(tmp_path) == {}
     assert finished.refusal(B) is None
-    assert "damaged or was edited" in finished.notes[0]
+    assert "damaged or was edited" in caplog.messages[0]
     rows_in(tmp_path, G).refuse(B, "a reason")
     assert rows_in(tmp_path).refusal(B) is None
 
@@ -205,22 +214,22 @@ def finished_rows(cache: Path) -> dict[str, bytes]:
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], int]:
     """How many rollouts were begun so far, those of killed processes included."""
-    log, encode = tmp_path / "encoded", RolloutEncoding.encode
+    log, encode = tmp_path / "encoded", RolloutEncoder.encode
     log.touch()
 
-    def counting(self: RolloutEncoding, pixels: np.ndarray, image_sha256: str) -> torch.Tensor:
+    def counting(self: RolloutEncoder, pixels: np.ndarray, image_sha256: str) -> torch.Tensor:
         with log.open("ab") as file:
             file.write(b".")
         return encode(self, pixels, image_sha256)
 
-    monkeypatch.setattr(RolloutEncoding, "encode", counting)
+    monkeypatch.setattr(RolloutEncoder, "encode", counting)
     return lambda: log.stat().st_size
 
 
 def test_the_first_moment_is_what_no_rollout_would_store(job: Config, tmp_path: Path) -> None:
     assert run(job, tmp_path / "two")
     extract(replace(job, num_world_steps=0), tmp_path / "none", with_vision=False, allow_missing=False)
-    two, none = (Rows(tmp_path / name / LATENTS, LATENTS) for name in ("two", "none"))
+    two, none = (CachedFeatures(tmp_path / name / LATENTS) for name in ("two", "none"))
     names = [f"{i}.png" for i in range(NUM_PHOTOGRAPHS)]
     assert two(names).shape == (NUM_PHOTOGRAPHS, 2, 16, 4, 4)
     assert torch.equal(two(names)[:, 0], none(names))
@@ -244,7 +253,17 @@ def test_the_fingerprint_has_the_fields_of_the_photographs_and_those_of_the_roll
     assert {key for key in none if one[key] != none[key]} == {"num_world_steps"}
     assert (one["num_world_steps"], none["num_world_steps"]) == (1, 0)
     assert one["latent_shape"] == [16, 4, 4]
-    assert expected_latents(job).items() <= one.items()
+    spec = CosmosLatents.describe(job)
+    assert spec.fields.keys() == one.keys()
+    assert spec.unknown == {
+        "cosmos_weights_sha256",
+        "guardrail",
+        "rollout_scheduler",
+        "rollout_scheduler_config",
+        "rollout_text_encoder_sha256",
+        "rollout_transformer_sha256",
+    }
+    assert {key: spec.fields[key] for key in spec.fields if key not in spec.unknown}.items() <= one.items()
 
 
 def test_files_of_a_finished_store_are_those_of_any_other(job: Config, tmp_path: Path) -> None:
@@ -347,8 +366,9 @@ def test_killed_at_a_rename_and_resumed_gives_the_same_bytes(
 
 
 def test_what_is_finished_outlives_a_list_that_changes(
-    job: Config, tmp_path: Path, encoded: Callable[[], int], capsys: pytest.CaptureFixture[str]
+    job: Config, tmp_path: Path, encoded: Callable[[], int], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     cache = tmp_path / "cache"
     annotate(job, [f"{i}.png" for i in range(1, NUM_PHOTOGRAPHS)])
     assert not run(job, cache, part="1/2")
@@ -356,7 +376,7 @@ def test_what_is_finished_outlives_a_list_that_changes(
     assert not run(job, cache, part="1/2")
     assert run(job, cache, part="2/2")
     assert encoded() == NUM_PHOTOGRAPHS - 1
-    assert "the image list changed: 6 paths before, 7 now" in capsys.readouterr().out
+    assert "the image list changed: 6 paths before, 7 now" in caplog.messages
     run(job, tmp_path / "once")
     assert content(cache) == content(tmp_path / "once")
 
@@ -405,8 +425,8 @@ def test_where_all_is_refused_there_is_no_store(job: Config, tmp_path: Path) -> 
     assert len((tmp_path / "cache" / "failures.jsonl").read_text().splitlines()) == 7
 
 
-def test_a_damaged_row_is_set_aside_and_made_again(
-    job: Config, tmp_path: Path, encoded: Callable[[], int], capsys: pytest.CaptureFixture[str]
+def test_a_damaged_row_goes_to_the_quarantine_and_is_made_again(
+    job: Config, tmp_path: Path, encoded: Callable[[], int], caplog: pytest.LogCaptureFixture
 ) -> None:
     run(job, tmp_path / "once")
     cache = tmp_path / "cache"
@@ -418,14 +438,14 @@ def test_a_damaged_row_is_set_aside_and_made_again(
     before = encoded()
     run(job, cache, part="1/2")
     assert encoded() == before + 1
-    assert f"{path.name} was moved to {cache / 'latents' / 'set-aside'}" in capsys.readouterr().out
+    assert f"{path.name} was moved to {cache / 'latents' / 'quarantine'}" in caplog.text
     assert run(job, cache, part="2/2")
-    made = {name: data for name, data in content(cache).items() if "set-aside" not in name}
+    made = {name: data for name, data in content(cache).items() if "quarantine" not in name}
     assert made == content(tmp_path / "once")
 
 
 def test_a_row_that_is_damaged_before_it_is_gathered_stops_the_run(
-    job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     each = rollouts.roll_out_each
 
@@ -435,10 +455,9 @@ def test_a_row_that_is_damaged_before_it_is_gathered_stops_the_run(
         path.write_bytes(path.read_bytes()[:-1])
 
     monkeypatch.setattr(rollouts, "roll_out_each", damaging)
-    with pytest.raises(
-        StoreError, match=r"was moved to .*\na finished row is gone: run the same command again"
-    ):
+    with pytest.raises(StoreError, match=r"finished: a finished row is gone; run the same command again"):
         run(job, tmp_path / "cache")
+    assert ".row was moved to " in caplog.text
     monkeypatch.setattr(rollouts, "roll_out_each", each)
     assert run(job, tmp_path / "cache")
 
@@ -475,7 +494,7 @@ def test_a_changed_field_is_refused_before_any_model_loads(
     job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, shown: str
 ) -> None:
     assert not run(job, tmp_path / "cache", part="1/2")  # unfinished, too
-    monkeypatch.setattr(extract_module, "CosmosEncoder", None)
+    monkeypatch.setattr("theworld.models.cosmos.load_vae", None)
     monkeypatch.setattr(extract_module, "freeze", None)
     with pytest.raises(StoreMismatch) as error:
         run(replace(job, **{key: value}), tmp_path / "cache")
@@ -487,7 +506,7 @@ def test_a_cache_of_photographs_alone_is_no_cache_of_rollouts(job: Config, tmp_p
     with pytest.raises(StoreMismatch, match="num_world_steps: cached 0, wanted 1"):
         run(job, tmp_path)
     with pytest.raises(StoreMismatch, match="rollout_seed: cached \\(absent\\), wanted 0"):
-        Rows(tmp_path / LATENTS, LATENTS, expected_latents(job))
+        CachedFeatures(tmp_path / LATENTS, CosmosLatents.describe(job))
 
 
 def test_the_estimate_says_what_was_measured_and_what_sharing_makes_of_it() -> None:
@@ -505,19 +524,21 @@ def test_the_estimate_says_what_was_measured_and_what_sharing_makes_of_it() -> N
 
 
 def test_the_preflight_counts_what_is_left_and_the_room_for_it(
-    job: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    job: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level("INFO")
     run(job, tmp_path / "cache", part="1/2")
     own = sum(
         int(sha256((Path(str(job.image_folder)) / f"{i}.png").read_bytes())[:12], 16) % 2 == 0
         for i in range(6)
     )
-    out = capsys.readouterr().out
+    out = caplog.text
+    caplog.clear()
     assert f"latents: {own} photographs of part 1/2 to roll out, 6 in the store: 0.0 MiB, twice that" in out
     assert " denoising step, " in out
     assert f"{own} x (" in out
     run(job, tmp_path / "cache", part="1/2")
-    out = capsys.readouterr().out
+    out = caplog.text
     assert f"resuming: {own} of {own} photographs rolled out" in out
     assert "latents: 0 photographs of part 1/2 to roll out" in out
     assert "denoising" not in out
@@ -556,3 +577,19 @@ def test_processes_launched_together_make_the_files_of_a_single_run(job: Config,
     assert "latents: 6 photographs to roll out, 6 in the store" in done.stdout
     assert [Path(f"{arguments[2]}{rank}").read_text() for rank in (0, 1)] == ["True", "False"]
     assert content(tmp_path / "together") == content(tmp_path / "once")
+
+
+def test_damaged_rollouts_are_made_again_and_audited_by_their_photographs(
+    rolling: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extract(rolling, tmp_path, False, False, None, Guardrail())
+    before = content(tmp_path)
+    assert audit(rolling, tmp_path, 9) == SOUND
+    assert "3 of 3 images encoded again in float32" in capsys.readouterr().out
+    for name in ("shards/00001.h5", "store.json", "images.jsonl", "manifest.json"):
+        flip(tmp_path / "latents" / name)
+    extract(rolling, tmp_path, False, False, None, Guardrail())
+    assert {name: data for name, data in content(tmp_path).items() if "/quarantine/" not in name} == before
+    assert verify(tmp_path) == []
+    with pytest.raises(StoreMismatch, match="rollout_steps: cached 2, wanted 3"):
+        extract(replace(rolling, rollout_steps=3), tmp_path, False, False, None, Guardrail())

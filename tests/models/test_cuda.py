@@ -14,10 +14,9 @@ from theworld.data.vsr import Statement
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
-from theworld.models.cosmos import CosmosEncoder
+from theworld.models.cosmos import CosmosEncoder, CosmosLatents
 from theworld.models.gemma import Gemma
-from theworld.models.inference import SYSTEMS as SCORED
-from theworld.models.inference import ask
+from theworld.models.inference import CONDITIONS as ASKED
 from theworld.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -54,10 +53,10 @@ def test_statements_about_a_photograph_are_scored_as_on_a_cpu(
     for device, own in (("cpu", "sdpa"), ("cuda", attention)):
         gemma = Gemma(str(EMBEDDED_GEMMA), torch.float32, device, own)
         model = make_model(gemma, cosmos_model_name=str(EMBEDDED_VAE), latent_size=64, compile=False)
-        model.fingerprint = CosmosEncoder(str(EMBEDDED_VAE)).identity()
+        model.fingerprint = CosmosLatents(model.config).spec.fingerprint()
         images = [photographs / s.image for s in statements]
-        found.append(ask(model, images, [s.caption for s in statements], SCORED))
-    for system in SCORED:  # float32 on two devices: the kernels add in other orders
+        found.append(model.ask(images, [s.caption for s in statements], ASKED))
+    for system in ASKED:  # float32 on two devices: the kernels add in other orders
         assert found[1][system] == pytest.approx(found[0][system], abs=1e-3)
 
 

@@ -14,7 +14,7 @@ from theworld.data.images import read_image
 from theworld.data.vsr import Statement, images_of
 from theworld.models.attention import attention_masks
 from theworld.models.gemma import Gemma
-from theworld.models.packing import TEXT, ZERO
+from theworld.models.packing import Control, Packer
 from theworld.models.theworld import TheWorld
 
 
@@ -41,7 +41,7 @@ def test_without_the_photograph_the_logits_are_transformers_own_of_the_text(
 ) -> None:
     model = make_model(gemma)
     for packer in (model.packer(), model.packer(with_world=False)):
-        batch = packer.pack(statements, [TEXT] * 6)
+        batch = packer.pack(statements, [Control.TEXT] * 6)
         assert batch.images == batch.worlds == ()
         with torch.no_grad():
             ours = model(batch, None, None)
@@ -117,9 +117,7 @@ def test_how_images_are_laid_into_rows_does_not_change_the_logits(
     gemma: Gemma, photographs: Path, statements: list[Statement], row_tokens: int | None
 ) -> None:
     model = make_model(gemma)
-    packer = model.packer()
-    packer.row_tokens = row_tokens
-    batch = packer.pack(statements)
+    batch = Packer(gemma, QUESTION, 16, row_tokens=row_tokens).pack(statements)
     assert batch.token_ids.shape[0] == (3 if row_tokens is None else 2)
     with torch.no_grad():
         ours = model(batch, latents_of(batch.worlds), vision_of(gemma, photographs, batch.images))
@@ -135,9 +133,14 @@ def test_all_systems_in_one_batch_answer_as_each_in_its_own(
     model = make_model(any_gemma, world_position=position)
     packer = model.packer()
     other = {"a.png": "b.png", "b.png": "c.png", "c.png": "a.png"}
-    systems = [[s.image for s in statements], [other[s.image] for s in statements], [ZERO] * 6, [None] * 6]
+    systems = [
+        [s.image for s in statements],
+        [other[s.image] for s in statements],
+        [Control.ZERO] * 6,
+        [None] * 6,
+    ]
     if any_gemma.is_multimodal:
-        systems.append([TEXT] * 6)
+        systems.append([Control.TEXT] * 6)
 
     def answers(asked: list[Statement], worlds: list[str | None]) -> torch.Tensor:
         batch = packer.pack(asked, worlds)

@@ -15,7 +15,8 @@ from serving_models import STATEMENTS, save_model
 from theworld.config.config import Config
 from theworld.data.images import ImageError
 from theworld.evaluation.conditions import CONDITION_TYPES
-from theworld.models.inference import SYSTEMS
+from theworld.models.gemma import GemmaParts
+from theworld.models.inference import CONDITIONS
 from theworld.models.theworld import TheWorld
 from theworld.serving.ask import LABELS, answers, load_for_asking, plan, table
 from theworld.utils.console import NOTHING_WRITTEN
@@ -38,7 +39,7 @@ def test_the_tool_prints_what_score_gives(saved: Path, photographs: Path) -> Non
     assert [row["statement"] for row in said["answers"]] == STATEMENTS
     assert [row["p_true"]["world"] for row in said["answers"]] == pytest.approx(with_world, abs=1e-5)
     assert [row["p_true"]["baseline"] for row in said["answers"]] == pytest.approx(without, abs=1e-5)
-    assert all(list(row["p_true"]) == list(SYSTEMS) for row in said["answers"])
+    assert all(list(row["p_true"]) == list(CONDITIONS) for row in said["answers"])
     lines = table(answers(model, image, STATEMENTS)).splitlines()
     assert lines[0].split("  ") == ["P(true) with world tokens", "without world tokens", "zero latents"]
     for line, one, other, statement in zip(lines[1:], with_world, without, STATEMENTS, strict=True):
@@ -56,13 +57,13 @@ def test_a_table_has_a_column_for_each_condition() -> None:
         "                     7.5%        100.0%  So.",
         "                    50.0%          0.0%  Or so.",
     ]
-    assert set(LABELS) == {*SYSTEMS, "without"} < set(CONDITION_TYPES)
+    assert set(LABELS) == {*CONDITIONS, "without"} < set(CONDITION_TYPES)
 
 
 def test_a_gemma_that_was_trained_is_no_baseline(saved: Path, photographs: Path) -> None:
-    model = load_for_asking(str(saved), SYSTEMS, {})
+    model = load_for_asking(str(saved), CONDITIONS, {})
     plain = answers(model, photographs / "a.png", STATEMENTS)
-    model.gemma.changed = ("vision",)  # as `theworld.models.gemma` marks it
+    model.gemma.parts = GemmaParts(("vision",))
     trained = answers(model, photographs / "a.png", STATEMENTS)
     assert [list(row["p_true"]) for row in trained] == [["world", "without", "zero"]] * 2
     assert [r["p_true"]["without"] for r in trained] == [r["p_true"]["baseline"] for r in plain]
@@ -152,9 +153,9 @@ def test_predicted_frames_are_refused_before_weights_load(
     with monkeypatch.context() as patched:
         patched.setattr(TheWorld, "from_pretrained", None)
         with pytest.raises(ValueError, match=message):
-            load_for_asking(str(saved), SYSTEMS, {})
+            load_for_asking(str(saved), CONDITIONS, {})
         with pytest.raises(ValueError, match=message):
-            list(plan(str(saved), photographs / "a.png", STATEMENTS, SYSTEMS, {}))
+            list(plan(str(saved), photographs / "a.png", STATEMENTS, CONDITIONS, {}))
     rest = ["baseline", "zero"]
     assert list(plan(str(saved), photographs / "a.png", STATEMENTS, rest, {}))[-1][0] == "asks"
     model = load_for_asking(str(saved), rest, {})
@@ -163,7 +164,7 @@ def test_predicted_frames_are_refused_before_weights_load(
 
 
 def test_a_model_is_loaded_whole_before_it_is_asked(saved: Path, photographs: Path) -> None:
-    model = load_for_asking(str(saved), SYSTEMS, {"max_image_pixels": 100})
+    model = load_for_asking(str(saved), CONDITIONS, {"max_image_pixels": 100})
     assert "encoder" in model.__dict__
     assert model.config.compile is False
     with pytest.raises(ValueError, match=r"a\.png: 96 x 80 pixels; at most 100"):
@@ -181,7 +182,7 @@ def test_a_photograph_that_is_named_is_read_wherever_it_lies(
     saved: Path, photographs: Path, tmp_path: Path
 ) -> None:
     """Caches of the hub, DVC and git-annex hold links to files elsewhere."""
-    model = load_for_asking(str(saved), SYSTEMS, {})
+    model = load_for_asking(str(saved), CONDITIONS, {})
     wanted = answers(model, photographs / "a.png", STATEMENTS)
     folder, other = tmp_path / "links", tmp_path / "other"
     folder.mkdir()

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 
 from theworld.config.config import load_config
 from theworld.data.scenes import write_scenes
-from theworld.evaluation.metrics import SYSTEMS, read_jsonl, write_summary
+from theworld.evaluation.conditions import CONDITIONS
+from theworld.evaluation.metrics import write_summary
+from theworld.evaluation.records import read_jsonl
 from theworld.evaluation.score import score_to_file
 from theworld.extraction.extract import extract
 from theworld.store.reader import verify_store
@@ -74,7 +76,7 @@ def test_an_old_checkpoint_is_resumed_to_the_same_weights_and_losses(old: Path) 
 def test_an_old_checkpoint_is_scored_to_the_same_numbers(old: Path) -> None:
     wanted = read_jsonl(OLD / "records.jsonl")
     output, _ = score_to_file(
-        [old / "run/checkpoint-3"], "test", old / "cache", None, SYSTEMS, {}, ["eval"], old / "new.jsonl"
+        [old / "run/checkpoint-3"], "test", old / "cache", None, CONDITIONS, {}, ["eval"], old / "new.jsonl"
     )
     have = read_jsonl(output)
     assert len(have) == len(wanted) == 4

@@ -20,8 +20,8 @@ from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
-from theworld.extraction.features import LiveLatents, LiveVision, Rows
-from theworld.models.cosmos import CosmosEncoder, load_vae
+from theworld.extraction.features import CachedFeatures, OnTheFlyLatents, OnTheFlyVision
+from theworld.models.cosmos import CosmosLatents, load_vae
 from theworld.models.gemma import Gemma
 from theworld.models.serialization import CheckpointError, list_checkpoints
 from theworld.store.format import LATENTS, VISION, StoreMismatch
@@ -56,7 +56,7 @@ def test_extraction_writes_exactly_these_files_and_they_verify(cache: Path) -> N
 
 def test_cached_latents_equal_diffusers_own_encoding(cache: Path, config: Config) -> None:
     vae = load_vae(str(EMBEDDED_VAE))
-    rows = Rows(cache / LATENTS, LATENTS)
+    rows = CachedFeatures(cache / LATENTS)
     for image in ("a.png", "b.png", "c.png"):
         pixels = to_unit_range(square(read_image(Path(str(config.image_folder)), image), 64))
         assert pixels.min() >= -1
@@ -106,7 +106,10 @@ def test_a_damaged_image_list_is_named(cache: Path, config: Config) -> None:
 
 
 def test_allow_missing_goes_on_and_every_later_step_says_so(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = tmp_path / "photographs"
     shutil.copytree(str(config.image_folder), folder)
@@ -117,8 +120,9 @@ def test_allow_missing_goes_on_and_every_later_step_says_so(
     checkpoint = Trainer(config, cache).run()
     note = "5 of 6 statements, 2 of 3 images (1 left out by --allow_missing)"
     assert f"train: {note}" in capsys.readouterr().out
+    caplog.set_level("INFO", "theworld")
     score(checkpoint, cache, None, "train", ["baseline"], {})
-    assert f"scoring {note}" in capsys.readouterr().out
+    assert f"scoring {note}" in caplog.text
     # Missing without having been left out is another matter.
     (cache / "failures.jsonl").unlink()
     with pytest.raises(StoreError, match=r"1 of 3 images .* such as b\.png; run tools/extract_latents\.py"):
@@ -254,7 +258,7 @@ def test_a_run_on_captions_is_resumed_bitwise_and_not_on_others(
     config = replace(config, save_total_limit=None)
     trainer = Trainer(config, cache)
     assert "captions: 4 for 2 of 3 training photographs" in trainer.plan.lines
-    read = [one.batch for step in range(6) for one in trainer.prepare(step)]
+    read = [one.batch for step in range(6) for one in trainer.microbatches(step)]
     assert all(batch is not None and len(batch.words) > 0 for batch in read if "a.png" in batch.images)
     plain = replace(config, captions=None, output_dir=str(tmp_path / "statements"))
     first = Plan(replace(config, statement_loss_weight=0.0), cache)  # captions in the phase of words alone
@@ -299,7 +303,7 @@ def test_a_run_says_where_relations_have_no_words(
 class VaeInTheLoop:
     """Latents encoded afresh at every step, by diffusers' own 3-D path."""
 
-    def __init__(self, rows: Rows, config: Config) -> None:
+    def __init__(self, rows: CachedFeatures, config: Config) -> None:
         self.reader = rows.reader
         self.vae = load_vae(config.cosmos_model_name)
         self.folder = Path(str(config.image_folder))
@@ -315,7 +319,7 @@ def test_training_from_the_cache_equals_training_with_the_vae_in_the_loop(
 ) -> None:
     cached, live = Trainer(config, cache), Trainer(config, cache)
     live.data.latents = VaeInTheLoop(cached.data.latents, config)  # type: ignore[assignment]
-    live.data.vision = LiveVision(live.model.gemma, str(config.image_folder), 10**8)
+    live.data.vision = OnTheFlyVision(live.model.gemma, str(config.image_folder), 10**8)
     live.data.vision.gemma = Gemma(config.model_name)  # a run from the cache has dropped its vision tower
     for _ in range(4):
         cached.train_step()
@@ -346,7 +350,7 @@ def test_training_never_loads_the_vae(cache: Path, config: Config, tmp_path: Pat
         f"sys.argv = {arguments!r}\n"
         "try:\n    runpy.run_path('tools/train.py', run_name='__main__')\n"
         "except SystemExit as stop:\n    assert stop.code == 0, stop.code\n"
-        "assert 'theworld.models.cosmos' not in sys.modules and 'diffusers' not in sys.modules\n"
+        "assert 'diffusers' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=120)
     assert (Path(config.output_dir) / "checkpoint-1").is_dir()
@@ -450,8 +454,7 @@ def test_a_projection_for_other_latents_is_refused_at_evaluation(
 
 
 def test_live_latents_are_those_of_the_encoder(config: Config) -> None:
-    encoder = CosmosEncoder(config.cosmos_model_name)
-    live = LiveLatents(encoder, str(config.image_folder), 64, 10**8)
+    live = OnTheFlyLatents(CosmosLatents(config), str(config.image_folder), 10**8)
     assert live(["a.png", "b.png"]).shape == (2, 16, 8, 8)
 
 

@@ -13,7 +13,7 @@ from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.store.format import LATENTS
 from theworld.training.trainer import Trainer
 
@@ -36,7 +36,7 @@ def test_all_96_photographs_are_extracted(config: Config, tmp_path: Path) -> Non
     )
     extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
     assert verify(tmp_path / "cache") == []
-    rows = Rows(tmp_path / "cache" / LATENTS, LATENTS)
+    rows = CachedFeatures(tmp_path / "cache" / LATENTS)
     assert len(rows.reader) == 96
     assert rows(photographs).shape == (96, 16, 8, 8)
     assert len({bytes(row.numpy().tobytes()) for row in rows(photographs)}) == 96

@@ -47,6 +47,11 @@ class Config:
     model_name: str = setting(
         "google/gemma-3-4b-it", "Gemma 3 model: a name on the hub or a local folder.", path=True
     )
+    world_encoder: Literal["cosmos", "pixels"] = setting(
+        "cosmos",
+        "Encoder whose rows the world tokens are made of: the Cosmos VAE's latents, or the photograph's own pixels on "
+        "the same grid.",
+    )
     cosmos_model_name: str = setting(
         "nvidia/Cosmos-Predict2-2B-Video2World",
         "Cosmos model whose VAE encodes the photographs: a name on the hub or a local folder.",
@@ -337,6 +342,9 @@ class Config:
             raise refused(
                 "projection", "conv", "another, as world_mode is channel: there is no grid of patches"
             )
+        if self.world_encoder != "cosmos" and self.num_world_steps:
+            allowed = f"0, as world_encoder is {self.world_encoder}: only cosmos predicts frames"
+            raise refused("num_world_steps", self.num_world_steps, allowed)
         if self.latent_size % 16:
             raise refused("latent_size", self.latent_size, "a multiple of 16 pixels")
         if self.max_world_steps is not None and self.num_world_steps > self.max_world_steps:
@@ -426,7 +434,14 @@ def load_config(path: str | Path | None, overrides: Mapping[str, object] | None 
     Raises ValueError for a syntax error (file:line:column), an unknown key (with the nearest known key) or a value that
     is not allowed, each with its source, the file or "override"; OSError for a file that cannot be read.
     """
-    from_file = {} if path is None else _known_keys(read_json_with_comments(Path(path)), str(path))
+    return config_from({} if path is None else read_json_with_comments(Path(path)), path, overrides)
+
+
+def config_from(
+    values: dict[str, Any], path: str | Path | None, overrides: Mapping[str, object] | None = None
+) -> Config:
+    """Return the settings in the content of the file `path` with `overrides` on top. Raises as `load_config` does."""
+    from_file = _known_keys(values, str(path))
     from_overrides = _known_keys(dict(overrides or {}), "override")
     try:
         return Config(**{**from_file, **from_overrides})

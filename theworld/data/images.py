@@ -17,11 +17,14 @@ import random
 import re
 import stat
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
@@ -118,19 +121,23 @@ def _inside(root: str | Path, relative_path: str) -> str:
 def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Return the pixels of a photograph, uint8[H, W, 3], as in `PREPROCESSING`; `path` is for messages only.
 
-    Raises ImageError for another format, too many pixels (before any is decoded), more than one frame, and data that
-    PIL cannot decode to the end. PIL only warns about sizes and metadata; damaged pixels raise while loading.
+    A JPEG may have further pictures (a preview, a gain map, the other eye): the first one is read. Raises ImageError
+    for another format, too many pixels (before any is decoded), an animation, a JPEG that `check_jpeg` refuses, and
+    data that PIL cannot decode to the end. PIL only warns about sizes and metadata, never about damaged pixels.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so damaged photographs would be accepted; set it to False"
         )
     try:
+        data = without_large_texts(data)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(path, f"{width} x {height} pixels; at most {max_pixels} are decoded")
-            if getattr(image, "n_frames", 1) != 1:
+            if image.format in ("JPEG", "MPO"):  # MPO: with further pictures
+                check_jpeg(data, path)
+            elif getattr(image, "n_frames", 1) != 1:
                 raise ImageError(path, "holds more than one picture (animated)")
             image.load()
             if image.size != (width, height):
@@ -150,6 +157,64 @@ def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise ImageError(path, _describe(data)) from error
     except Exception as error:  # PIL's decoders raise nearly everything on damaged bytes
         raise ImageError(path, f"damaged or not complete: {error}") from error
+
+
+def check_jpeg(data: bytes, path: str) -> None:
+    """Raise ImageError for a JPEG whose compressed pixels are damaged or end too early.
+
+    PIL ignores what libjpeg only warns about, such as a scan that ends in the middle: the rest of the picture is then
+    grey or repeated. simplejpeg treats these warnings as errors. It decodes to an eighth of the size, which reads the
+    whole scan in a third of the time. No decoder notices bytes that changed into other valid codes: of 300 single bits
+    flipped in the scan of a photograph, 55 were noticed.
+    """
+    try:
+        _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
+        colours = "RGB" if colours == "RGB" else "GRAY"
+        simplejpeg.decode_jpeg(data, colours, min_height=1, min_width=1, min_factor=8, strict=True)
+    except ValueError as error:
+        raise ImageError(path, f"damaged or not complete: {error}") from error
+
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+# PIL refuses a picture for one compressed text or profile of more bytes, and for texts of more bytes together.
+MAX_COMPRESSED_TEXT, MAX_TEXTS = 2**20, 2**26
+
+
+def without_large_texts(data: bytes) -> bytes:
+    """Return a PNG without the texts and colour profiles for which PIL would refuse it; its pixels stay the same.
+
+    Other bytes are returned as they are, and so is everything from the first chunk that is not whole.
+    """
+    if not data.startswith(PNG_SIGNATURE):
+        return data
+    kept, start, total = [PNG_SIGNATURE], len(PNG_SIGNATURE), 0
+    while start + 12 <= len(data):
+        length, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
+        end = start + 12 + length
+        if end > len(data):
+            break
+        size = _text_bytes(kind, data[start + 8 : end - 4]) if kind in PNG_TEXTS else 0
+        if size is not None and total + size <= MAX_TEXTS:
+            kept.append(data[start:end])
+            total += size
+        start = end
+    return b"".join([*kept, data[start:]])
+
+
+def _text_bytes(kind: bytes, content: bytes) -> int | None:
+    """Return the size of a PNG's text or profile, decompressed; None if it is compressed and more than PIL takes."""
+    _, _, rest = content.partition(
+        b"\0"
+    )  # after the name: the method, in iTXt a flag, the method and two texts
+    if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
+        return len(content)
+    packed = rest[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else rest[1:]
+    try:
+        size = len(zlib.decompressobj().decompress(packed, MAX_COMPRESSED_TEXT + 1))
+    except zlib.error:
+        return len(content)
+    return size if size <= MAX_COMPRESSED_TEXT else None
 
 
 def _describe(data: bytes) -> str:
@@ -334,6 +399,17 @@ def _hash_now(folder: Path, path: str) -> str:
 def missing_photographs(names: Sequence[str], folder: Path) -> list[str]:
     """Return the names without a file in the folder. Does not open the files, so damaged ones are not found."""
     return [name for name in names if not (folder / name).is_file()]
+
+
+@dataclass(frozen=True)
+class Square:
+    """A photograph as the input of a world encoder: the whole picture, stretched to a square."""
+
+    size: int  # side in pixels
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """Return uint8[S, S, 3] for uint8[H, W, 3]: a quarter of the bytes of float32 pixels."""
+        return torch.from_numpy(square(pixels, self.size))
 
 
 def latent_pixels(pixels: np.ndarray, size: int) -> Tensor:

@@ -7,9 +7,10 @@ the same files, with the fields image, statement and label on each line.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -287,26 +288,39 @@ QUOTED = (
     Reference("ViLT", 69.3, 63.0, VSR_PAPER),
     Reference("CLIP, frozen", 56.0, 54.5, VSR_PAPER),
 )
-# Number of statements in each published split; a split with another number is not the published one.
-SIZES = {
-    ("random", "train"): 7680,
-    ("random", "dev"): 1097,
-    ("random", "test"): 2195,
-    ("zeroshot", "train"): 3489,
-    ("zeroshot", "dev"): 340,
-    ("zeroshot", "test"): 1222,
+# `statements_sha256` of each split as published.
+PUBLISHED_SHA256 = {
+    ("vsr_random", "train"): "df98cf639068035178480aa54b63947b936f3fa5c6857a275705c161720e9b12",
+    ("vsr_random", "dev"): "649c159aab7b241b385d77fa9ced19beac162628d18752e57d1c3827e45117aa",
+    ("vsr_random", "test"): "2c6570dab7a0d479c71a8b44109839f596012abc68d804d523b7d51817f28627",
+    ("vsr_zeroshot", "train"): "e03e487790ce97d09b880f97535b1df64b5eca9cb5c4dd10bfc507f838a952e8",
+    ("vsr_zeroshot", "dev"): "c166e861df96ba65c8228b30dc1fa99819aa88b2ce3329578cc496be3ff52edb",
+    ("vsr_zeroshot", "test"): "a08e465a7056861f3c4cee53bbc5cf05666a3719ac3e9ce4c33f0d0ab7e18e28",
 }
 OWN = "own data"
 
 
-def dataset_label(dataset_name: str, split: str, num_statements: int) -> str:
-    """Return "vsr_random" or "vsr_zeroshot" for a split of the published size, else "own data".
+def statements_sha256(statements: Iterable[tuple[str, str, int]]) -> str:
+    """Return the SHA-256 of statements as (image, caption, label), in any order and image folder."""
+    rows = sorted([PurePosixPath(image).name, caption.strip(), label] for image, caption, label in statements)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
-    The setting alone does not tell them apart, since a folder of your own data has the same files.
-    """
-    release = RELEASES[dataset_name]
-    split = "dev" if split == "validation" else split
-    return f"vsr_{release}" if SIZES[release, split] == num_statements else OWN
+
+def release_of(statements: Iterable[tuple[str, str, int]], split: str) -> str:
+    """Return "vsr_random" or "vsr_zeroshot" if these are the statements of that release's split, else ""."""
+    sha256, split = statements_sha256(statements), "dev" if split == "validation" else split
+    return next(
+        (name for (name, own), wanted in PUBLISHED_SHA256.items() if (own, wanted) == (split, sha256)), ""
+    )
+
+
+def dataset_label(
+    annotations: str | Path | None, dataset_name: str, split: str, statements: Sequence[Statement]
+) -> str:
+    """Return "vsr_random" or "vsr_zeroshot" for statements of that release, else "own data"."""
+    if annotations is None:
+        return f"vsr_{RELEASES[dataset_name]}"
+    return release_of(((s.image, s.caption, s.label) for s in statements), split) or OWN
 
 
 def quoted(dataset: str, split: str) -> list[tuple[Reference, float]]:

@@ -31,12 +31,13 @@ from torch import Tensor
 
 from theworld.config.config import Config
 from theworld.data.vsr import Statement, images_of, load_statements
-from theworld.extraction.batches import Fetch
-from theworld.extraction.features import Rows, cached_vision, in_cache, vision_for
+from theworld.extraction.batches import FeatureSource
+from theworld.extraction.features import CachedFeatures, cached_vision, in_cache, latents_for, vision_source
 from theworld.models.gemma import Gemma
 from theworld.models.projection import ProjectionShape, WorldProjection
+from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
-from theworld.store.format import LATENTS, check_meaning
+from theworld.utils.device import set_up_torch
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class Sample:
 class ImageTokens(Sequence[Tensor]):
     """The image tokens of images, float32[M, D] each, on the CPU, computed when one is indexed."""
 
-    def __init__(self, gemma: Gemma, vision: Fetch, images: Sequence[str]) -> None:
+    def __init__(self, gemma: Gemma, vision: FeatureSource, images: Sequence[str]) -> None:
         self.gemma, self.vision, self.images = gemma, vision, images
 
     def __len__(self) -> int:
@@ -120,7 +121,7 @@ class Measured:
 
 
 def align(
-    checkpoint: Path, cache: Path, split: str, num_samples: int, overrides: dict[str, Any]
+    checkpoint: Path | SavedModel, cache: Path, split: str, num_samples: int, overrides: dict[str, Any]
 ) -> tuple[dict[str, Measured], dict[str, Any]]:
     """Measure the projection of a checkpoint, "trained", and one as its run started with, "untrained".
 
@@ -128,7 +129,9 @@ def align(
     cache without vision features, StoreMismatch for a cache that was made with other settings than the checkpoint's.
     """
     # Gemma's layers are not computed, so they need no copy in 8 bits.
-    model = TheWorld.from_pretrained(checkpoint, **overrides | {"fp8": False})
+    saved = SavedModel.open_folder(checkpoint)
+    model = TheWorld.from_pretrained(saved, **overrides | {"fp8": False})
+    set_up_torch(model.gemma.dtype)
     start = TheWorld.from_config(model.config, model.gemma, model.fingerprint)
     sample = load_sample(model, cache, split, num_samples)
     kind = comparison(model.projection.shape, model.gemma.num_image_tokens)
@@ -137,10 +140,10 @@ def align(
         "trained": measure(project(model.projection, sample.latents), sample, kind),
     }
     result = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(saved.folder),
         "split": split,
         "images": len(sample.images),
-        "world_tokens": model.projection.shape.tokens_per_moment,
+        "world_tokens": model.projection.shape.tokens_per_frame,
         "image_tokens": model.gemma.num_image_tokens,
         "comparison": kind,
         **(
@@ -158,9 +161,8 @@ def load_sample(model: TheWorld, cache: Path, split: str, num_samples: int) -> S
 
     Raises the errors of `align`.
     """
-    latents = Rows(cache / LATENTS, LATENTS)
-    check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
     config = model.config
+    latents = latents_for(model.fingerprint, config, cache)
     statements = load_statements(config.annotations, split, config.dataset_name)
     statements, note = in_cache(statements, latents, cache)
     logger.info("%s: %s", split, note)
@@ -181,7 +183,7 @@ def chosen_images(statements: Sequence[Statement], split: str, num_samples: int)
     return [every[i] for i in np.random.default_rng(0).permutation(len(every))[:count]]
 
 
-def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Rows | None:
+def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> CachedFeatures | None:
     """Return the vision features in the cache, or None if they are not those of this Gemma, parts of which `changed`.
 
     Raises ValueError if the cache has none and should have them.
@@ -195,8 +197,8 @@ def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Ro
 
 
 def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> ImageTokens:
-    cached = vision_to_compare(model.config, cache, model.gemma.changed)
-    vision = vision_for(model.gemma, model.config, cached, [])
+    cached = vision_to_compare(model.config, cache, model.gemma.modified_parts)
+    vision = vision_source(model.gemma, model.config, cached)
     assert vision is not None
     return ImageTokens(model.gemma, vision, images)
 
@@ -224,7 +226,7 @@ def comparison(shape: ProjectionShape, num_image_tokens: int) -> str:
     """
     if num_image_tokens == 0:
         return NEAREST_TEXT
-    same = shape.mode == "patch" and shape.tokens_per_moment == num_image_tokens
+    same = shape.mode == "patch" and shape.tokens_per_frame == num_image_tokens
     return SAME_PLACE if same else NEAREST_IMAGE
 
 
@@ -234,7 +236,7 @@ def project(projection: WorldProjection, latents: Tensor) -> Iterator[Tensor]:
 
     World tokens of predicted frames have no place in the photograph and are left out.
     """
-    device, num_own = projection.brackets.device, projection.shape.tokens_per_moment
+    device, num_own = projection.brackets.device, projection.shape.tokens_per_frame
     for row in latents:
         yield projection(row[None].to(device))[0, :num_own].cpu()
 

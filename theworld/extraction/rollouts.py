@@ -17,44 +17,44 @@ list. The bytes are specified in cache/README.md.
 """
 
 import contextlib
+import logging
 import math
 import os
-import secrets
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from theworld.config.config import Config
-from theworld.extraction.encoders import RolloutEncoding, full_fingerprint, open_store
+from theworld.extraction.encoders import RolloutEncoder, open_store
 from theworld.extraction.features import to_numpy
-from theworld.extraction.pipeline import Source, read_photograph
+from theworld.extraction.reading import Source, read_photograph
 from theworld.models.rollout import FramesRefused
 from theworld.store.format import LATENTS, read_failures
 from theworld.store.shard import ArraySpec, ImageEntry
-from theworld.store.writer import Store
+from theworld.store.writer import Store, quarantine
 from theworld.utils import files
 from theworld.utils.console import duration, progress
 from theworld.utils.distributed import Part
 from theworld.utils.files import FAILURES, SCHEMA_VERSION, StoreError, canonical_sha256, write_failures
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "finished"
 REFUSAL_KEYS = {"schema_version": int, "fingerprint_sha256": str, "source_sha256": str, "reason": str}
 
 
 class FinishedRows:
-    """The finished rows beside one store. `notes` says what was found damaged: it is moved aside, never used."""
+    """The finished rows beside one store. A damaged file goes to the store's quarantine and is never used."""
 
     def __init__(self, root: Path, fingerprint_sha256: str, spec: ArraySpec) -> None:
         """`root`: the store's folder."""
         self.root, self.folder = root, root / FOLDER
         self.fingerprint_sha256, self.spec = fingerprint_sha256, spec
-        self.notes: list[str] = []
 
     def write(self, source_sha256: str, row: np.ndarray) -> None:
         """Publishes the row, [*shape] of the stored dtype, of the photograph with this hash; durable on return.
@@ -87,11 +87,11 @@ class FinishedRows:
         try:
             whole = files.read_plain(path)
         except StoreError as error:
-            self._set_aside(path, str(error))
+            quarantine(self.root, path, str(error))
             return None
         header, data = whole[:header_size], whole[header_size:]
         if len(data) != self.spec.row_nbytes or header != self._header(source_sha256, data):
-            self._set_aside(path, "damaged, or not a row of this photograph and fingerprint")
+            quarantine(self.root, path, "damaged, or not a row of this photograph and fingerprint")
             return None
         return np.frombuffer(data, self.spec.storage).reshape(self.spec.shape)
 
@@ -103,13 +103,13 @@ class FinishedRows:
         try:
             fields, _ = files.read_sealed(path, REFUSAL_KEYS)
         except StoreError as error:
-            self._set_aside(path, str(error))
+            quarantine(self.root, path, str(error))
             return None
         if (fields["fingerprint_sha256"], fields["source_sha256"]) != (
             self.fingerprint_sha256,
             source_sha256,
         ):
-            self._set_aside(path, "not of this photograph and fingerprint")
+            quarantine(self.root, path, "not of this photograph and fingerprint")
             return None
         return fields["reason"]
 
@@ -151,13 +151,6 @@ class FinishedRows:
             files.sync_folder(self.root)
         files.publish_bytes(self.folder / name, data)
 
-    def _set_aside(self, path: Path, reason: str) -> None:
-        target = self.root / "set-aside" / f"{path.name}.{secrets.token_hex(4)}"
-        target.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            os.rename(path, target)
-            self.notes.append(f"{path.name} was moved to {target}: {reason}")
-
 
 def _is_old(path: Path) -> bool:
     return time.time() - path.lstat().st_mtime > files.STALE_SECONDS
@@ -178,7 +171,7 @@ DAY = 24 * 3600  # seconds; what takes longer is better shared
 
 
 def roll_out(
-    encoding: RolloutEncoding,
+    encoding: RolloutEncoder,
     cache: Path,
     images: list[ImageEntry],
     source: Source,
@@ -195,21 +188,20 @@ def roll_out(
     """
     job = Job(encoding, cache, images, config, part)
     todo = job.begin()
-    roll_out_each(encoding, job.finished, todo, source, quiet=not part.speaks)
-    part.wait()
-    return part.from_first(lambda: job.complete(allow_missing))
+    roll_out_each(encoding, job.finished, todo, source, quiet=not part.is_main_process)
+    part.barrier()
+    return part.broadcast_from_main(lambda: job.complete(allow_missing))
 
 
 class Job:
     """All photographs of a store on their way into it, of which this process has a part."""
 
     def __init__(
-        self, encoding: RolloutEncoding, cache: Path, images: list[ImageEntry], config: Config, part: Part
+        self, encoding: RolloutEncoder, cache: Path, images: list[ImageEntry], config: Config, part: Part
     ) -> None:
         self.encoding, self.cache, self.images, self.config, self.part = encoding, cache, images, config, part
-        self.say: Callable[[str], None] = tqdm.write if part.speaks else _say_nothing
-        fingerprint_sha256 = canonical_sha256(full_fingerprint(encoding, config.encode_batch_size))
-        self.finished = FinishedRows(cache / LATENTS, fingerprint_sha256, encoding.arrays[0])
+        fingerprint_sha256 = canonical_sha256(encoding.spec.fingerprint())
+        self.finished = FinishedRows(cache / LATENTS, fingerprint_sha256, encoding.spec.array)
 
     def open(self) -> tuple[Store, list[ImageEntry]]:
         """The store of all that is not refused, and the rows of it that no valid shard holds."""
@@ -219,26 +211,24 @@ class Job:
                 f"the guardrail refuses what was predicted from all {len(self.images)} photographs"
             )
         config = self.config
-        store = open_store(self.cache, self.encoding, kept, config.shard_size, config.encode_batch_size)
-        for note in store.notes:
-            self.say(note)
+        store = open_store(self.cache, self.encoding.spec, kept, config.shard_size)
         return store, [row for shard in store.pending() for row in store.shard_rows(shard)]
 
     def begin(self) -> list[ImageEntry]:
         """What this part has to roll out, after a preflight of it."""
         part, finished = self.part, self.finished
-        with part.first_goes_first():
+        with part.main_process_first():
             store, rows = self.open()
         own = [row for row in rows if int(row.sha256[:12], 16) % part.count == part.index]
         todo = [row for row in own if finished.read(row.sha256) is None]
-        for note in finished.notes:
-            self.say(note)
         if len(todo) < len(own):
-            self.say(f"resuming: {len(own) - len(todo):,} of {len(own):,} photographs rolled out")
-        if part.speaks:
+            logger.log(
+                part.log_level, f"resuming: {len(own) - len(todo):,} of {len(own):,} photographs rolled out"
+            )
+        if part.is_main_process:
             missing = len(finished.missing(row.sha256 for row in rows))
             num_todo = missing if part.together else len(todo)
-            self.say(preflight(self.encoding, store, len(rows) + missing, num_todo, part))
+            logger.info(preflight(self.encoding, store, len(rows) + missing, num_todo, part))
         return todo
 
     def complete(self, allow_missing: bool) -> bool:
@@ -249,9 +239,10 @@ class Job:
         store, rows = self.open()
         missing = self.finished.missing(row.sha256 for row in rows)
         if missing:
-            self.say(
+            logger.log(
+                self.part.log_level,
                 f"{LATENTS}: {len(missing):,} of {store.plan.num_rows:,} photographs are still missing: those of other "
-                "parts. Whichever part finishes last completes the store"
+                "parts. Whichever part finishes last completes the store",
             )
             return False
         if refused and not allow_missing:
@@ -265,7 +256,7 @@ class Job:
 
 
 def roll_out_each(
-    encoding: RolloutEncoding, finished: FinishedRows, todo: Sequence[ImageEntry], source: Source, quiet: bool
+    encoding: RolloutEncoder, finished: FinishedRows, todo: Sequence[ImageEntry], source: Source, quiet: bool
 ) -> None:
     """Publishes a row, or the guardrail's refusal, for each of these photographs."""
     for row in progress(todo, total=len(todo), desc="roll out", unit=" images", disable=quiet or not todo):
@@ -291,20 +282,18 @@ def gather(store: Store, finished: FinishedRows) -> None:
         if len(values) == len(rows):
             store.write_shard(shard, {finished.spec.name: np.stack(values)})
         elif store.pending([shard]):  # else another part has written it, and removed its rows
-            raise StoreError(
-                "\n".join([*finished.notes, "a finished row is gone: run the same command again"])
-            )
+            raise StoreError(f"{finished.folder}: a finished row is gone; run the same command again")
     if not store.is_complete:
         store.publish()
     finished.remove(row.sha256 for row in store.rows)
 
 
-def preflight(encoding: RolloutEncoding, store: Store, room_for: int, num_todo: int, part: Part) -> str:
+def preflight(encoding: RolloutEncoder, store: Store, room_for: int, num_todo: int, part: Part) -> str:
     """What is about to be done, how large it is and how long it takes, of which a denoising step is measured.
 
     Raises ValueError where the disk has no room for `room_for` rows: finished ones and those in shards.
     """
-    a_row = encoding.arrays[0].row_nbytes
+    a_row = encoding.spec.array.row_nbytes
     needed, free = a_row * room_for, shutil.disk_usage(store.root).free
     if needed > free:
         raise ValueError(
@@ -320,7 +309,7 @@ def preflight(encoding: RolloutEncoding, store: Store, room_for: int, num_todo: 
     if not num_todo:
         return line
     steps = encoding.rollout.config.rollout_steps
-    step, before = encoding.rollout.measure(encoding.latents.size)
+    step, before = encoding.rollout.measure(encoding.latents.prepare.size)
     seconds = num_todo * (before + steps * step)
     return f"{line}\n{estimate(seconds, num_todo, steps, step, before, encoding.latents.device.type, part)}"
 
@@ -342,7 +331,3 @@ def estimate(
         f"{line}\nshared by {devices} GPUs it is about {duration(seconds / devices)}: accelerate launch --multi_gpu, "
         f"or --part 1/{devices} to {devices}/{devices} on one each"
     )
-
-
-def _say_nothing(_: str) -> None:
-    pass

@@ -1,7 +1,8 @@
-"""What a token of a packed row may see, for each of Gemma's two kinds of layers, dense or in blocks.
+"""The attention masks of packed rows, for each of Gemma's two kinds of layers, dense or in blocks.
 
-    q sees k    if  place[k] <= place[q] < end[k]   k's segment is q's own or one of those that lead to it
-                or  block[q] == block[k] >= 0       both are tokens of one image, or world tokens of one world
+    q sees k    if  preorder[k] <= preorder[q] < subtree_end[k]   k's segment is q's own or leads to it
+                or  group[q] == group[k] >= 0                     both are in one bidirectional group: tokens of one
+                                                                  image, or world tokens of one world
                 and, on sliding layers, position[k] > position[q] - window
 
 Dimensions: R rows of L tokens, Q of them queries and K keys; B blocks of 64 tokens.
@@ -24,24 +25,30 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of 
 def attention_masks(
     batch: Batch, sliding_window: int, attention: str, queries: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """By kind of layer the mask of these queries, columns from where to where (None: all), on the keys up to them:
-    bool[R, 1, Q, K] (True: may see), as `Gemma3TextModel.forward` takes it, or flex attention's BlockMask."""
+    """Return by kind of layer the mask of some queries on the keys up to them.
+
+    `queries` are the columns from start to end; None is all of them. A mask is bool[R, 1, Q, K] (True: may see), as
+    `Gemma3TextModel.forward` takes it, or flex attention's BlockMask.
+    """
     start, stop = queries or (0, batch.token_ids.shape[1])
     make = _block_mask if attention == "flex_attention" else _dense_mask
     return {FULL: make(batch, None, start, stop), SLIDING: make(batch, sliding_window, start, stop)}
 
 
 def _rule(batch: Batch, window: int | None, start: int) -> Callable[[Any, Any, Any, Any], Tensor]:
-    """The rule as flex attention takes it, with queries counted from `start`; the same code for both kinds of layers,
-    so that it compiles once."""
+    """Return the rule as flex attention takes it, with queries counted from `start`.
+
+    It is the same code for both kinds of layers, so that it compiles once.
+    """
     # 32 bits, of which a kernel's registers hold twice as many
-    place, end, block, position = (x.int() for x in (batch.place, batch.end, batch.block, batch.position_ids))
+    fields = (batch.preorder, batch.subtree_end, batch.bidirectional_group, batch.position_ids)
+    preorder, end, group, position = (x.int() for x in fields)
     horizon = torch.full_like(position, -1) if window is None else position - window
-    own_place, own_block, horizon = place[:, start:], block[:, start:], horizon[:, start:]
+    own_preorder, own_group, horizon = preorder[:, start:], group[:, start:], horizon[:, start:]
 
     def may_see(r: Any, head: Any, q: Any, k: Any) -> Tensor:
-        on_path = (place[r, k] <= own_place[r, q]) & (own_place[r, q] < end[r, k])
-        seen = on_path | ((own_block[r, q] >= 0) & (own_block[r, q] == block[r, k]))
+        on_path = (preorder[r, k] <= own_preorder[r, q]) & (own_preorder[r, q] < end[r, k])
+        seen = on_path | ((own_group[r, q] >= 0) & (own_group[r, q] == group[r, k]))
         return seen & (position[r, k] > horizon[r, q])
 
     return may_see
@@ -56,8 +63,10 @@ def _dense_mask(batch: Batch, window: int | None, start: int, stop: int) -> Tens
 
 
 def _block_mask(batch: Batch, window: int | None, start: int, stop: int) -> BlockMask:
-    """Which blocks of keys a block of queries has to look at, from the smallest and largest numbers in each: L / 64
-    squared comparisons, where flex attention's own way makes L squared of them at every step."""
+    """Return flex attention's mask, made from the smallest and largest numbers in each block.
+
+    That takes (L / 64)^2 comparisons; flex attention's own way takes L^2 at every step.
+    """
     some, every = visible_blocks(batch, window, start, stop)
     return BlockMask.from_kv_blocks(
         *_ordered(some & ~every),
@@ -69,9 +78,11 @@ def _block_mask(batch: Batch, window: int | None, start: int, stop: int) -> Bloc
 
 
 def visible_blocks(batch: Batch, window: int | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """(some, every), bool[R, B of the queries, B of the keys] each: whether a block of queries may see anything of a
-    block of keys (True more often than need be: the rule itself then decides token by token), and whether it sees
-    all of it (never True wrongly)."""
+    """Return (some, every), bool[R, B of the queries, B of the keys] each.
+
+    `some`: whether a block of queries may see anything of a block of keys; it may be True needlessly, since the rule
+    itself then decides token by token. `every`: whether all of it is seen; it is never True wrongly.
+    """
     assert start % BLOCK == 0, f"queries from {start} on do not begin with a block of {BLOCK}"
     assert stop % BLOCK == 0, f"rows of {stop} tokens are no whole blocks of {BLOCK}"
 
@@ -80,15 +91,14 @@ def visible_blocks(batch: Batch, window: int | None, start: int, stop: int) -> t
         own = slice(start // BLOCK, None)
         return least[:, own, None], most[:, own, None], least[:, None], most[:, None]
 
-    least_q, last_q, _, last_k = least_and_most(batch.place)
-    first_q, _, first_k, _ = least_and_most(_without(batch.place))
-    _, _, end_k, last_end_k = least_and_most(batch.end)
+    least_q, last_q, _, last_k = least_and_most(batch.preorder)
+    first_q, _, first_k, _ = least_and_most(_without_negative(batch.preorder))
+    _, _, end_k, last_end_k = least_and_most(batch.subtree_end)
     some = (first_k <= last_q) & (first_q < last_end_k)
     every = (last_k <= least_q) & (last_q < end_k)
-    number_q, high_q, number_k, high_k = least_and_most(batch.block)
-    low_q, _, low_k, _ = least_and_most(
-        _without(batch.block)
-    )  # numbers grow along a row, with -1 between them
+    number_q, high_q, number_k, high_k = least_and_most(batch.bidirectional_group)
+    # Groups have growing numbers along a row, with -1 between them.
+    low_q, _, low_k, _ = least_and_most(_without_negative(batch.bidirectional_group))
     some |= (low_q <= high_k) & (low_k <= high_q)
     every |= (number_q >= 0) & (number_q == high_q) & (number_q == number_k) & (number_k == high_k)
     if window is not None:
@@ -99,13 +109,13 @@ def visible_blocks(batch: Batch, window: int | None, start: int, stop: int) -> t
     return some | (first[start // BLOCK :, None] == first[None]), every
 
 
-def _without(values: Tensor) -> Tensor:
-    """The same without negative numbers, which stand for padding and for no block, where the least is looked for."""
+def _without_negative(values: Tensor) -> Tensor:
+    """Return the values with the largest number in place of negative ones, which mean padding or no group."""
     return values.masked_fill(values < 0, 1 << 62)
 
 
 def _ordered(wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """bool[R, B, B] -> for each block of queries, how many blocks of keys are wanted, int32[R, 1, B], and which, those
-    first, int32[R, 1, B, B]."""
+    """bool[R, B, B] -> the number of wanted blocks of keys for each block of queries, int32[R, 1, B], and the indices
+    of all blocks, wanted ones first, int32[R, 1, B, B]."""
     order = wanted.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return wanted.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]

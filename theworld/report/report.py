@@ -371,7 +371,7 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
 def _conditions(summary: Summary, data: str) -> dict[str, Any]:
     """Return accuracies with their intervals beside published ones, all metrics of each condition, and each pair."""
     scores = summary["systems"]
-    published = [(r, value) for dataset, split in summary["data"] for r, value in quoted(dataset, split)]
+    published = [(r, value) for dataset, split in summary["releases"] for r, value in quoted(dataset, split)]
     majority = summary["majority_class"]
     ends = [x for s in scores.values() for x in (s["low"], s["high"])]
     scale = scale_of([*ends, majority, *(value for _, value in published)], high=1.0)

@@ -15,6 +15,7 @@ from theworld.utils import files
 from theworld.utils.files import FAILURES, SCHEMA_VERSION, StoreError, canonical_json
 
 ABSENT = "(absent)"
+MANIFEST, QUARANTINE = "manifest.json", "quarantine"
 STORE_KEYS = {"schema_version": int, "fingerprint": dict, "arrays": list, "shard_size": int}
 STORE_KEYS |= {"num_images": int, "num_rows": int, "images_sha256": str}
 ARRAY_KEYS = {"name": str, "shape": list, "dtype": str}
@@ -215,6 +216,11 @@ def paths(root: Path, shard: int) -> tuple[Path, Path]:
     return root / "shards" / f"{shard:05}.h5", root / "shards" / f"{shard:05}.json"
 
 
+def extraction_command(root: Path) -> str:
+    """Return the command that goes on with an extraction or mends a store, as far as a store can know it."""
+    return f"python tools/extract_latents.py --config FILE --image_folder FOLDER --cache {root.parent}"
+
+
 def surplus(root: Path, num_shards: int) -> list[Path]:
     """Files named like shards that are none of this store's."""
     known = {path for shard in range(num_shards) for path in paths(root, shard)}
@@ -269,33 +275,6 @@ def check_entry(manifest: dict, shard: int, record: Record, record_sha256: str, 
 
 
 LATENTS, VISION = "latents", "gemma_vision"
-
-
-# Fields of a fingerprint that say how exactly a number was computed, not what it means.
-_PRECISION = {
-    "arithmetic",
-    "compute_dtype",
-    "compiled",
-    "storage_dtype",
-    "encode_batch_size",
-    "torch",
-    "diffusers",
-    "transformers",
-    "cosmos_guardrail",
-    "pillow",
-}
-
-
-def meaning(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The part of a fingerprint in which two caches must agree to serve one projection."""
-    return {key: value for key, value in fingerprint.items() if key not in _PRECISION}
-
-
-def check_meaning(root: Path, cached: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """StoreMismatch, field by field, unless two fingerprints of latents can serve one projection."""
-    differences = fingerprint_differences(meaning(cached), meaning(wanted))
-    if differences:
-        raise StoreMismatch(root, differences)
 
 
 def read_failures(cache: str | Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from theworld.store.format import (
     StoreMismatch,
     check_entry,
     check_fingerprint,
+    extraction_command,
     fingerprint_differences,
     paths,
     read_manifest,
@@ -41,7 +42,11 @@ class StoreReader:
         """`expected`: fields that the fingerprint must have; others may be there. Raises StoreMismatch if
         one differs, StoreError if the store is unfinished or its JSON damaged. Reads no shard."""
         self.root = Path(root)
-        self._plan = plan = Plan.load(self.root)
+        try:
+            self._plan = plan = Plan.load(self.root)
+            manifest = read_manifest(self.root)
+        except StoreError as error:
+            raise _with_command(error, self.root) from None
         self.fingerprint, self.images, self.num_rows = plan.fingerprint, plan.images, plan.num_rows
         self.arrays = {spec.name: spec for spec in plan.arrays}
         self._shards: dict[int, shards.ShardFile] = {}  # small: offsets and CRCs
@@ -52,12 +57,12 @@ class StoreReader:
         differences = fingerprint_differences(cached, expected)
         if differences:
             raise StoreMismatch(self.root, differences)
-        manifest = read_manifest(self.root)
         if manifest is None:
             there = sum(os.path.lexists(paths(self.root, shard)[1]) for shard in range(plan.num_shards))
-            command = f"python tools/extract_latents.py --cache {self.root.parent}"
             state = f"{there} of {plan.num_shards} shards are there"
-            raise StoreError(f"{self.root} is unfinished: {state}. Go on with: {command}")
+            raise StoreError(
+                f"{self.root} is unfinished: {state}. Go on with: {extraction_command(self.root)}"
+            )
         self._manifest = manifest
 
     def __contains__(self, path: object) -> bool:
@@ -88,20 +93,22 @@ class StoreReader:
     def read_row(self, row: int, array: str, out: np.ndarray | None = None) -> np.ndarray:
         """As `read`, by row number; into `out` where it is given, whose values mean nothing after an error."""
         shard, position = divmod(row, self._plan.shard_size)
+        try:
+            return self._opened(shard).read(position, array, out)
+        except StoreError as error:
+            raise _with_command(error, self.root) from None
+
+    def _opened(self, shard: int) -> shards.ShardFile:
+        """Return the file of a shard, as the one used last."""
         opened = self._shards.get(shard)
         if opened is None:
             opened = self._shards[shard] = self._open_shard(shard)
-        try:
-            return opened.read(position, array, out)
-        except StoreError as error:
-            command = f"python tools/extract_latents.py --verify --cache {self.root.parent}"
-            raise StoreError(f"{error}; look for more with: {command}") from None
-        finally:
-            # Without a lock: each call is atomic, and a file closes only with the last reference to it.
-            self._recent.pop(shard, None)
-            self._recent[shard] = opened
-            if len(self._recent) > self.max_open_files:
-                self._recent.popitem(last=False)[1].file = None
+        # Without a lock: each call is atomic, and a file closes only with the last reference to it.
+        self._recent.pop(shard, None)
+        self._recent[shard] = opened
+        if len(self._recent) > self.max_open_files:
+            self._recent.popitem(last=False)[1].file = None
+        return opened
 
     def nbytes(self, array: str) -> int:
         """Bytes of all rows of an array."""
@@ -130,6 +137,11 @@ class StoreReader:
     def verify(self) -> list[str]:
         """Reads everything again from disk, and changes nothing. What is wrong, in words; [] if sound."""
         return verify_store(self.root)
+
+
+def _with_command(error: StoreError, root: Path) -> StoreError:
+    """Return the error with the command that mends the store."""
+    return StoreError(f"{error}; mend it with: {extraction_command(root)}")
 
 
 def _nearest(name: str, known: Collection[str]) -> str:

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from theworld.store import shard as shards
-from theworld.store.format import STORE_KEYS, Plan, entry, manifest_fields, parse_manifest, paths, surplus
+from theworld.store.format import (
+    STORE_KEYS,
+    Plan,
+    entry,
+    extraction_command,
+    manifest_fields,
+    parse_manifest,
+    paths,
+    surplus,
+)
 from theworld.utils import files
 from theworld.utils.files import StoreError
 
@@ -25,7 +34,7 @@ class Problem:
     """One thing that is wrong: a file, or a shard with its record."""
 
     says: str
-    paths: tuple[Path, ...]  # what a repair replaces
+    paths: tuple[Path, ...]  # the files that are missing or damaged
     shard: int | None = None
     damaged: bool = True  # False: nothing is known to be damaged, and nothing can be said for sure
 
@@ -164,10 +173,9 @@ class Examination:
 
     def _unfinished(self, entries: list[dict[str, Any] | None]) -> None:
         there = sum(os.path.lexists(paths(self.root, shard)[1]) for shard in range(len(entries)))
-        command = f"python tools/extract_latents.py --cache {self.root.parent}"
         self._note(
             f"{self.root} is unfinished: manifest.json is missing, {there} of {len(entries)} shards are there. "
-            f"Go on with: {command}",
+            f"Go on with: {extraction_command(self.root)}",
             self.root / "manifest.json",
         )
 

@@ -21,7 +21,7 @@ TIMEOUT = 10.0  # seconds to wait for an answer of the hub
 
 
 class Fault(ValueError):
-    """An obstacle to a run: a `message` that describes it and a `hint` that removes it."""
+    """An obstacle to a run: a `message`, and a `hint` that says what to do."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(f"{message}; {hint}")

@@ -1,5 +1,4 @@
-"""A run that is asked to stop: by SIGTERM or SIGUSR1, as clusters ask, by the sweep that it is part of, or because its
-launcher is gone.
+"""A run that is asked to stop: by SIGTERM or SIGUSR1, as clusters ask, or because its launcher is gone.
 
 The first request waits for the optimizer step under way; the run then saves, and ends with STATUS. A second one, and
 any while no step is under way, ends the process at once: nothing that was published is touched. Ctrl-C is Python's own.
@@ -10,8 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -27,11 +25,10 @@ ONE_REQUEST = (
 class StopRequest:
     """Whether this process was asked to stop. As a context manager it listens to SIGNALS; else only to `ask`."""
 
-    def __init__(self, tool: str = "train", told: Connection | None = None) -> None:
-        """`tool`: whose words these are. `told`: a pipe whose other end is closed to ask, too."""
+    def __init__(self, tool: str = "train") -> None:
+        """`tool`: the name before its messages."""
         self.reason = ""  # of the request; empty: there was none
-        self.then: Callable[[], None] | None = None  # what is done at once when it comes
-        self._tool, self._told = tool, told
+        self._tool = tool
         self._at = 0.0
         self._working = False
         self._before: dict[int, Any] = {}
@@ -43,15 +40,11 @@ class StopRequest:
         """Whether the run should save and end."""
         if not self.reason and self._parent is not None and os.getppid() != self._parent:
             self.ask("its launcher is gone")
-        if not self.reason and self._told is not None and self._told.poll():
-            self.ask("told so")
         return bool(self.reason)
 
     def ask(self, reason: str) -> None:
         """Asks the run to stop."""
         self.reason, self._at = reason, time.monotonic()
-        if self.then is not None:
-            self.then()
 
     def end(self) -> None:
         """The run has ended and its process is going to: to be asked to stop changes nothing any more, not even the

@@ -137,10 +137,10 @@ def work_of(batch: Batch, sliding_window: int) -> Work:
     tokens = after = 0
     counts: list[Pairs] = [dict.fromkeys(windows, 0) for _ in range(5)]
     for tree in _trees(batch):
-        place, end = tree["place"], tree["end"]
-        world, world_end = place[tree["opens"]], end[tree["opens"]]
-        trained = ((world <= place[:, None]) & (place[:, None] < world_end)).any(1)
-        tokens += len(place)
+        preorder, end = tree["preorder"], tree["subtree_end"]
+        world, world_end = preorder[tree["opens"]], end[tree["opens"]]
+        trained = ((world <= preorder[:, None]) & (preorder[:, None] < world_end)).any(1)
+        tokens += len(preorder)
         after += int(trained.sum())
         for name, window in windows.items():
             seen = _may_see(tree, window)
@@ -158,28 +158,29 @@ def work_of(batch: Batch, sliding_window: int) -> Work:
 
 
 def _trees(batch: Batch) -> Iterator[dict[str, Tensor]]:
-    """The tokens of each tree in the order of their places, with marks: `opens` a world, is a `label` row. A row's
-    places count from 0 without gaps, and a tree ends where the subtree of its first token does."""
-    fields = {name: getattr(batch, name) for name in ("place", "end", "block", "position_ids")}
+    """The tokens of each tree in preorder, with marks: `opens` a world, is a `label` row. A row's preorder indices
+    count from 0 without gaps, and a tree ends where the subtree of its first token does."""
+    names = ("preorder", "subtree_end", "bidirectional_group", "position_ids")
+    fields = {name: getattr(batch, name) for name in names}
     for name, indices in (("opens", batch.world_slots[:, :1]), ("label", batch.label_rows)):
         marks = torch.zeros(batch.token_ids.numel(), dtype=torch.bool, device=indices.device)
         marks[indices.flatten()] = True
         fields[name] = marks.view_as(batch.token_ids)
     for row in range(len(batch.token_ids)):
-        order = batch.place[row].argsort()
-        order = order[batch.place[row][order] >= 0]
+        order = batch.preorder[row].argsort()
+        order = order[batch.preorder[row][order] >= 0]
         start = 0
         while start < len(order):
-            stop = int(batch.end[row][order[start]])
+            stop = int(batch.subtree_end[row][order[start]])
             yield {name: values[row][order[start:stop]] for name, values in fields.items()}
             start = stop
 
 
 def _may_see(tree: dict[str, Tensor], window: int | None) -> Tensor:
     """bool[n, n] over the tokens of one tree: may query see key? The rule of `theworld.models.attention`."""
-    place, block, position = tree["place"], tree["block"], tree["position_ids"]
-    seen = (place[None] <= place[:, None]) & (place[:, None] < tree["end"][None])
-    seen |= (block[:, None] >= 0) & (block[:, None] == block[None])
+    preorder, group, position = tree["preorder"], tree["bidirectional_group"], tree["position_ids"]
+    seen = (preorder[None] <= preorder[:, None]) & (preorder[:, None] < tree["subtree_end"][None])
+    seen |= (group[:, None] >= 0) & (group[:, None] == group[None])
     return seen if window is None else seen & (position[:, None] - position[None] < window)
 
 
@@ -234,5 +235,5 @@ def projection_flops(shape: Any) -> int:
     if shape.architecture == "conv":
         weights += shape.depth * 9 * inner**2
     if shape.architecture == "transformer":  # of attention 4 h^2 and of the feed-forward layer 8 h^2
-        weights += shape.depth * (12 * inner**2 + 2 * shape.tokens_per_moment * inner)
+        weights += shape.depth * (12 * inner**2 + 2 * shape.tokens_per_frame * inner)
     return 2 * shape.num_tokens * weights

@@ -39,7 +39,7 @@ from benchmark.results import Results, Row, spread
 import theworld
 from theworld.config.config import Config, load_config, save_config
 from theworld.data.vsr import Statement, load_statements
-from theworld.extraction.batches import ahead
+from theworld.extraction.batches import prefetch
 from theworld.extraction.extract import extract
 from theworld.models.packing import Batch, Packer
 from theworld.models.theworld import TheWorld
@@ -258,7 +258,9 @@ class Workbench:
         row = spread([statements / s for s in seconds]) | {
             "unit": "statements/s",
             # Of what trains of Gemma there are weight gradients too, which are not counted.
-            "mfu": None if trainer.model.gemma.trained else self.mfu(trainer, statistics.median(seconds)),
+            "mfu": None
+            if trainer.model.gemma.trainable_parts
+            else self.mfu(trainer, statistics.median(seconds)),
             "memory_gib": self.peak_gib(),
             "estimated_gib": trainer.plan.memory.total / 2**30,
             "load_s": loaded,
@@ -272,7 +274,7 @@ class Workbench:
     def step_flops(self, trainer: Trainer, steps: int = 4) -> dict[str, float]:
         """FLOPs that a mean optimizer step needs (see `benchmark.chip.language_flops`), and its mean tokens."""
         batches = [
-            one.batch for step in range(steps) for one in trainer.prepare(step) if one.batch is not None
+            one.batch for step in range(steps) for one in trainer.microbatches(step) if one.batch is not None
         ]
         works = [work_of(batch, trainer.model.gemma.sliding_window) for batch in batches]
         projection = projection_flops(trainer.model.projection.shape)
@@ -291,8 +293,8 @@ class Workbench:
 
 def stepper(trainer: Trainer) -> Callable[[], Any]:
     """A call that takes the next optimizer step; what it reads is put together by a thread, as in a whole run."""
-    passes = ahead(trainer.prepare(step) for step in count(trainer.step))
-    return lambda: trainer.train_step(next(passes))
+    microbatches = prefetch(trainer.microbatches(step) for step in count(trainer.step))
+    return lambda: trainer.train_step(next(microbatches))
 
 
 def statements_a_step(config: Config) -> int:
@@ -304,7 +306,7 @@ def branch_tokens(packer: Packer, config: Config) -> Row:
     """Mean tokens of a statement's own part and of what the statements of an image share, over 500 statements."""
 
     def tokens(*statements: Statement) -> int:
-        return int((packer.pack(statements).place >= 0).sum())
+        return int((packer.pack(statements).preorder >= 0).sum())
 
     statements = load_statements(config.annotations, "train", config.dataset_name)[:500]
     own = [tokens(s, s) - tokens(s) for s in statements]
