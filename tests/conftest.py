@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import forks  # noqa: F401 - before any process is started
 import numpy as np
 import pytest
 import torch

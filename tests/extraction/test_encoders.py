@@ -19,7 +19,7 @@ from theworld.evaluation.score import score
 from theworld.extraction import extract as phase_1
 from theworld.extraction.encoders import VisionEncoder, check_stores, encoder_of, specs_of
 from theworld.extraction.extract import extract
-from theworld.extraction.pipeline import Batches, Source, in_processes
+from theworld.extraction.reading import ReadBatch, Source, in_processes
 from theworld.models import cosmos
 from theworld.models.cosmos import CosmosEncoder, CosmosLatents
 from theworld.models.encoder import PRECISION, UNTIL_DOWNLOADED, UNTIL_LOADED
@@ -53,7 +53,7 @@ def test_a_compiled_encoder_is_part_of_the_fingerprint() -> None:
 def test_gemmas_image_processor_works_in_another_process(tiny: Config, photographs: Path) -> None:
     encoder = VisionEncoder(tiny)
     row = ImageEntry("a.png", sha256((photographs / "a.png").read_bytes()))
-    with in_processes(Batches([[row]], Source(photographs, 10**6, 1), encoder.prepare, 1), 1) as items:
+    with in_processes(ReadBatch(Source(photographs, 10**6, 1), encoder.prepare, 1), [[row]], 1) as items:
         (batch,) = items
     wanted = encoder.gemma.pixel_values([read_image(photographs, "a.png")])
     assert torch.equal(batch.pixels, wanted)

@@ -19,10 +19,9 @@ from constants import ROOT
 from jobs import config_of, content, flip, make_photographs
 
 from theworld.data.images import sha256
-from theworld.extraction import extract as listing
-from theworld.extraction import pipeline
+from theworld.extraction import reading
 from theworld.extraction.extract import _seconds_an_image, extract, freeze, known_hashes, preflight, verify
-from theworld.extraction.pipeline import Source
+from theworld.extraction.reading import Source, Spool
 from theworld.models.encoder import EncoderSpec
 from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store
@@ -62,7 +61,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def test_processes_that_read_change_no_byte(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "FEW", 1)
+    monkeypatch.setattr(reading, "FEW", 1)
     extract(replace(config_of(job), num_workers=2), tmp_path, with_vision=False, allow_missing=False)
     assert content(tmp_path) == content(job / "cache")
     assert len(content(tmp_path)) == 3 + 2 * 9
@@ -222,11 +221,11 @@ def test_the_estimate_is_quick_and_leaves_out_what_happens_once(
     rows = [ImageEntry(p.name, sha256(p.read_bytes())) for p in sorted((job / "photographs").iterdir())]
     timed = Timed(compiled, seconds)
     store = Store.create(tmp_path, {}, rows, [timed.spec.array], 8)
-    source = Source(job / "photographs", 10**6, 0)
-    found = _seconds_an_image(store, timed, [3, 4], source, 4)
+    source, spool = Source(job / "photographs", 10**6, 0), Spool(timed.prepare)
+    found = _seconds_an_image(store, timed, [3, 4], source, 4, spool)
     assert timed.sizes == sizes
     assert found == pytest.approx(an_image, rel=0.4)  # on a machine that does other things too
-    assert preflight(store, timed, [], source, 4).endswith("about 0 s")
+    assert preflight(store, timed, [], source, 4, spool).endswith("about 0 s")
 
 
 @pytest.fixture
@@ -243,7 +242,7 @@ def folder(photographs: Path, tmp_path: Path) -> Path:
 def test_listing_is_sorted_and_names_what_cannot_be_read(
     folder: Path, photographs: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "FEW", 1)  # so that processes read
+    monkeypatch.setattr(reading, "FEW", 1)  # so that processes read
     names = [f"{i:02}.png" for i in range(40)]
     entries, failures = freeze(names[::-1], Source(folder, 10**6, workers), {})
     digest = sha256((photographs / "b.png").read_bytes())
@@ -255,7 +254,7 @@ def test_listing_is_sorted_and_names_what_cannot_be_read(
 
 def test_known_bytes_are_not_decoded_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    monkeypatch.setattr(listing, "decode", lambda data, path, max_pixels: decoded.append(path))
+    monkeypatch.setattr(reading, "decode", lambda data, path, max_pixels: decoded.append(path))
     digest = sha256((folder / "01.png").read_bytes())
     freeze(["01.png", "02.png", "03.png"], Source(folder, 10**6, 0), {"01.png": digest, "02.png": "0" * 64})
     assert decoded == ["02.png", "03.png"]

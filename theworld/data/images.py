@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -404,6 +405,17 @@ def _hash_now(folder: Path, path: str) -> str:
 def missing_photographs(names: Sequence[str], folder: Path) -> list[str]:
     """Those of the names that are no file in the folder. Opens none of them: a damaged one is not found here."""
     return [name for name in names if not (folder / name).is_file()]
+
+
+@dataclass(frozen=True)
+class Square:
+    """Photographs as the world encoders take them: the whole picture, stretched to a square."""
+
+    size: int  # side in pixels
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """uint8[H, W, 3] -> uint8[S, S, 3]: a quarter of the bytes of pixels in [-1, 1]."""
+        return torch.from_numpy(square(pixels, self.size))
 
 
 def latent_pixels(pixels: np.ndarray, size: int) -> Tensor:

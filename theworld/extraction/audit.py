@@ -15,7 +15,7 @@ from theworld.config.config import Config
 from theworld.extraction.encoders import VisionEncoder, encoder_of, specs_of
 from theworld.extraction.extract import source_of, stores_of
 from theworld.extraction.features import CachedFeatures
-from theworld.extraction.pipeline import Source, read_photograph
+from theworld.extraction.reading import Source, read_photograph
 from theworld.models.encoder import Encoder, check_compatible
 from theworld.models.serialization import weights_sha256
 from theworld.store.shard import ImageEntry

@@ -5,7 +5,7 @@ refused by it in a second, before any model loads; only what is known once weigh
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,17 @@ class RolloutEncoder:
         return torch.cat([photograph, predicted.to(torch_dtype(self.spec.dtype)).cpu()])
 
 
+@dataclass(frozen=True)
+class GemmaPixels:
+    """Photographs as Gemma's vision tower takes them."""
+
+    image_processor: Any  # of transformers
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
+        return self.image_processor(images=[pixels], return_tensors="pt")["pixel_values"][0]
+
+
 class VisionEncoder:
     """Photographs to Gemma's own pooled vision features, so that training never loads the vision tower."""
 
@@ -83,6 +94,8 @@ class VisionEncoder:
         dtype, revision = resolve_dtype(config.dtype, self.device), (like or {}).get("model_revision")
         self.gemma = Gemma(config.model_name, dtype, self.device, revision=revision)
         self.spec = vision_spec(config, self.gemma)
+        assert self.gemma.processor is not None
+        self.prepare = GemmaPixels(self.gemma.processor.image_processor)
         if wants_compile(config.compile, self.device):
             self.gemma.compile_vision()
 
@@ -100,10 +113,6 @@ class VisionEncoder:
         }
         weights = Weights("Gemma's vision tower", config.model_name, GEMMA_FILE)
         return EncoderSpec(VISION, shape, dtype, weights, fields)
-
-    def prepare(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
-        return self.gemma.pixel_values([pixels])[0]
 
     def encode(self, prepared: Tensor) -> Tensor:
         """float32[B, 3, S, S] -> storage dtype[B, N, V]."""

@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from theworld.config.config import Config
-from theworld.data.images import ImageError, decode, read_bytes, sha256
+from theworld.data.images import Square
 from theworld.data.vsr import images_of, load_all
 from theworld.extraction.encoders import (
     RolloutEncoder,
@@ -29,11 +29,13 @@ from theworld.extraction.encoders import (
     open_store,
     specs_of,
 )
-from theworld.extraction.pipeline import (
-    Batches,
+from theworld.extraction.pipeline import batches_of, encode_shards
+from theworld.extraction.reading import (
+    SPOOL_MEMORY,
+    ListPhotographs,
+    ReadBatch,
     Source,
-    batches_of,
-    encode_shards,
+    Spool,
     in_processes,
     num_workers,
     workers_for,
@@ -49,59 +51,47 @@ from theworld.store.writer import Store
 from theworld.utils.console import duration, progress
 from theworld.utils.device import resolve_device
 from theworld.utils.distributed import Part, this_part
-from theworld.utils.files import FAILURES, StoreError, check_room, make_folder, write_failures
+from theworld.utils.files import FAILURES, StoreError, check_room, free_bytes, make_folder, write_failures
 from theworld.utils.hub import locate
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 16  # photographs that a process looks at before it answers
-
-Look = ImageEntry | tuple[str, str]  # a readable photograph, or the path and reason of another
-
-
-class Looks(Dataset[list[Look]]):
-    """Item n is what was found at the n-th `CHUNK` paths."""
-
-    def __init__(self, paths: Sequence[str], source: Source, known: dict[str, str]) -> None:
-        self.paths = paths
-        self.source = source
-        self.known = known
-
-    def __len__(self) -> int:
-        return -(-len(self.paths) // CHUNK)
-
-    def __getitem__(self, number: int) -> list[Look]:
-        return [self._look(path) for path in self.paths[number * CHUNK : (number + 1) * CHUNK]]
-
-    def _look(self, path: str) -> Look:
-        try:
-            data = read_bytes(self.source.folder, path)
-            digest = sha256(data)
-            if self.known.get(path) != digest:
-                decode(data, path, max_pixels=self.source.max_image_pixels)
-        except ImageError as error:
-            return path, error.reason
-        return ImageEntry(path, digest)
+CHUNK, SPOOLED = 16, 4  # photographs in a task of the listing; with a spool, for which they are sent back
 
 
 def freeze(
-    paths: Sequence[str], source: Source, known: dict[str, str]
+    paths: Sequence[str], source: Source, known: dict[str, str], spool: Spool | None = None
 ) -> tuple[list[ImageEntry], list[tuple[str, str]]]:
-    """Reads every photograph: (the readable ones with their hashes, sorted; the others with the reason).
+    """Read every photograph and return those that decode with their hashes, sorted, and the others with the reason.
 
-    A photograph is decoded before it counts, except where `known` (path -> SHA-256) has seen the same bytes.
+    A photograph of the same bytes as in `known` (path -> SHA-256) is not decoded again; what is decoded goes into the
+    spool.
     """
-    looks = Looks(sorted(paths), source, known)
+    ordered = sorted(paths)
+    chunk, blank = (
+        (CHUNK, None) if spool is None else (SPOOLED, spool.prepare(np.zeros((16, 16, 3), np.uint8)))
+    )
+    tasks = [
+        {path: known.get(path) for path in ordered[i : i + chunk]} for i in range(0, len(ordered), chunk)
+    ]
+    size = 0 if blank is None else blank.nbytes * chunk
     # One process beside this one, which only waits, would gain nothing.
-    workers = workers_for(len(paths), len(looks), source.num_workers)[0] if source.num_workers > 1 else 0
-    looked: list[Look] = []
-    bar = progress(total=len(paths), desc="reading photographs", unit=" images", leave=False)
-    with bar, in_processes(looks, workers) as chunks:
-        for found in chunks:
-            looked += found
-            bar.update(len(found))
-    entries = [x for x in looked if isinstance(x, ImageEntry)]
-    return entries, [x for x in looked if not isinstance(x, ImageEntry)]
+    wanted = source.num_workers if source.num_workers > 1 else 0
+    workers, note = workers_for(len(ordered), len(tasks), wanted, size)
+    if note:
+        logger.info("reading photographs: %s", note)
+    images, failures = list[ImageEntry](), list[tuple[str, str]]()
+    bar = progress(total=len(ordered), desc="reading photographs", unit=" images", leave=False)
+    work = ListPhotographs(source, None if spool is None else spool.prepare)
+    with bar, in_processes(work, tasks, workers) as results:
+        for found in results:
+            images += found.images
+            failures += found.failures
+            if spool is not None and found.prepared is not None:
+                for digest, prepared in zip(found.decoded, found.prepared, strict=True):
+                    spool.put(digest, prepared)
+            bar.update(len(found.images) + len(found.failures))
+    return images, failures
 
 
 def known_hashes(cache: Path) -> dict[str, str]:
@@ -116,15 +106,19 @@ def known_hashes(cache: Path) -> dict[str, str]:
     return known
 
 
-def preflight(store: Store, encoder: Encoder, pending: list[int], source: Source, batch_size: int) -> str:
-    """One line before the start: how many images, how large, how much room, about how long.
+def preflight(
+    store: Store, encoder: Encoder, pending: list[int], source: Source, batch_size: int, spool: Spool
+) -> str:
+    """Return one line before the start: how many images, how large, how much room, about how long.
 
-    Raises ValueError where the disk has not the room.
+    Raises ValueError if the disk has not the room.
     """
     rows = [row for shard in pending for row in store.shard_rows(shard)]
     size = encoder.spec.array.row_nbytes * len(rows)
     work = amount(store.root, len(rows), len(store.rows), len(pending), store.num_shards, size)
-    seconds = _seconds_an_image(store, encoder, pending, source, batch_size) * len(rows) if rows else 0.0
+    seconds = (
+        _seconds_an_image(store, encoder, pending, source, batch_size, spool) * len(rows) if rows else 0.0
+    )
     return f"{work}, about {duration(seconds)}"
 
 
@@ -138,23 +132,28 @@ def amount(root: Path, num_rows: int, all_rows: int, pending: int, all_shards: i
 
 
 def _seconds_an_image(
-    store: Store, encoder: Encoder, pending: list[int], source: Source, batch_size: int
+    store: Store, encoder: Encoder, pending: list[int], source: Source, batch_size: int, spool: Spool
 ) -> float:
-    """Of the slower of the two that go on at the same time: reading, measured on the first photograph, and encoding,
-    measured on a blank batch. An encoder that starts slowly is started first, on a batch as it will get them, so
-    nothing is compiled twice. On a CPU one blank photograph is enough where a batch would take more than a second.
+    """Return the seconds per image of reading (timed on the first photograph) or encoding, whichever takes longer.
+
+    The first photograph goes into the spool, and blank batches are encoded. An encoder that starts slowly is started
+    first, on a batch as it will get them, so nothing is compiled twice. On a CPU one blank photograph is enough if a
+    batch would take over a second.
     """
-    batch = Batches([batches_of(store, pending, 1)[0]], source, encoder.prepare, 1)[0]
-    if batch.pixels is None:
-        return 0.0  # the run is about to say why
-    reading = sum(batch.seconds.values()) / max(1, source.num_workers)
+    first, reading = batches_of(store, pending, 1)[0][0], 0.0
+    if first.sha256 not in spool:
+        batch = ReadBatch(source, encoder.prepare, 1)([first])
+        if batch.pixels is None:
+            return 0.0  # the run is about to say why
+        spool.put(first.sha256, batch.pixels[0])
+        reading = sum(batch.seconds.values()) / max(1, source.num_workers)
 
     def encoding_seconds(size: int) -> float:
         start = time.perf_counter()
         encoder.encode(blank.expand(size, *blank.shape[1:]).contiguous()).cpu()
         return (time.perf_counter() - start) / size
 
-    blank = torch.zeros_like(batch.pixels)
+    blank = encoder.prepare(np.zeros((16, 16, 3), np.uint8))[None].zero_()
     starts_slowly = "compiled" in encoder.spec.fields or encoder.device.type == "cuda"
     if not starts_slowly:
         alone = encoding_seconds(1)
@@ -207,12 +206,14 @@ def extract(
     part = this_part(part)
     config = replace(config, device=part.device(config.device))
 
+    spool = Spool(Square(config.latent_size), cache)
+
     def look() -> list[ImageEntry]:
         source = source_of(config, part)
         check_stores(config, cache, with_vision)
         if config.num_world_steps:
             check_rollout(config, guardrail)
-        return list_images(config, cache, source, allow_missing)
+        return list_images(config, cache, source, allow_missing, spool if part.count == 1 else None)
 
     images = part.broadcast_from_main(look)
     part.broadcast_from_main(lambda: check_models(config, with_vision))
@@ -224,9 +225,12 @@ def extract(
         complete = roll_out(rollouts, cache, images, source, config, part, allow_missing)
         del rollouts  # the largest models of all
     else:
-        complete = run(world_encoder.encoder_class(config)(config), cache, images, source, config, part)
+        encoder = world_encoder.encoder_class(config)(config)
+        complete = run(encoder, cache, images, source, config, part, spool)
+    spool.close()
     if with_vision:
-        complete = run(VisionEncoder(config), cache, images, source, config, part) and complete
+        vision = VisionEncoder(config)
+        complete = run(vision, cache, images, source, config, part, Spool(vision.prepare)) and complete
     part.close()
     return complete and part.is_main_process
 
@@ -252,14 +256,18 @@ def source_of(config: Config, part: Part) -> Source:
     return source
 
 
-def list_images(config: Config, cache: Path, source: Source, allow_missing: bool) -> list[ImageEntry]:
-    """The readable photographs that statements name; the others are in `failures.jsonl`. Raises as `extract`."""
+def list_images(
+    config: Config, cache: Path, source: Source, allow_missing: bool, spool: Spool | None = None
+) -> list[ImageEntry]:
+    """Return the readable photographs that statements name; the others are in `failures.jsonl`. Raises as `extract`."""
     splits = load_all(config.annotations, config.dataset_name)
     names = images_of([statement for own in splits.values() for statement in own])
     if len(splits) < 3:
         logger.info("%s: no other statements than those of %s", config.annotations, " and ".join(splits))
     make_folder(cache)
-    images, failures = freeze(names, source, known_hashes(cache))
+    if spool is not None and not has_room(spool, config, cache, len(names)):
+        spool = None
+    images, failures = freeze(names, source, known_hashes(cache), spool)
     refused = refusals(cache / LATENTS)
     predicted = [(image.path, refused[image.sha256]) for image in images if image.sha256 in refused]
     write_failures(cache, sorted(failures + predicted))
@@ -267,6 +275,12 @@ def list_images(config: Config, cache: Path, source: Source, allow_missing: bool
     if note:
         logger.info(note)
     return images
+
+
+def has_room(spool: Spool, config: Config, cache: Path, num_images: int) -> bool:
+    """Whether a spool serves this extraction, and the disk has room for it beside as much again for the store."""
+    size = spool.prepare(np.zeros((16, 16, 3), np.uint8)).nbytes * num_images
+    return not config.num_world_steps and 2 * size < max(free_bytes(cache), SPOOL_MEMORY)
 
 
 def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: bool, listed: str = "") -> str:
@@ -287,10 +301,19 @@ def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: b
 
 
 def run(
-    encoder: Encoder, cache: Path, images: list[ImageEntry], source: Source, config: Config, part: Part
+    encoder: Encoder,
+    cache: Path,
+    images: list[ImageEntry],
+    source: Source,
+    config: Config,
+    part: Part,
+    spool: Spool,
 ) -> bool:
-    """Brings this part's shards of one encoding's store from whatever state they are in to commitment, and the
-    store to its manifest if all shards are there. Returns whether they are."""
+    """Commit this part's shards of one store, whatever state they are in, and publish the store if all are there.
+
+    Returns whether all shards are there. `spool`: photographs that need not be read again.
+    """
+    assert spool.prepare == encoder.prepare
     with part.main_process_first():
         store = open_store(cache, encoder.spec, images, config.shard_size)
     own = [shard for shard in range(store.num_shards) if part.owns(shard)]
@@ -298,9 +321,11 @@ def run(
     level = part.log_level
     if pending and len(pending) < len(own):
         logger.log(level, "resuming: %d of %d shards valid", len(own) - len(pending), len(own))
-    logger.log(level, preflight(store, encoder, pending, source, config.encode_batch_size))
+    logger.log(level, preflight(store, encoder, pending, source, config.encode_batch_size, spool))
     if pending:
-        encode_shards(store, encoder, pending, source, config.encode_batch_size, not part.is_main_process)
+        encode_shards(
+            store, encoder, pending, source, config.encode_batch_size, spool, not part.is_main_process
+        )
     part.barrier()
     missing = store.missing()
     if missing:

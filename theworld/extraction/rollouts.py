@@ -32,7 +32,7 @@ import numpy as np
 from theworld.config.config import Config
 from theworld.extraction.encoders import RolloutEncoder, open_store
 from theworld.extraction.features import to_numpy
-from theworld.extraction.pipeline import Source, read_photograph
+from theworld.extraction.reading import Source, read_photograph
 from theworld.models.rollout import FramesRefused
 from theworld.store.format import LATENTS, read_failures
 from theworld.store.shard import ArraySpec, ImageEntry
@@ -309,7 +309,7 @@ def preflight(encoding: RolloutEncoder, store: Store, room_for: int, num_todo: i
     if not num_todo:
         return line
     steps = encoding.rollout.config.rollout_steps
-    step, before = encoding.rollout.measure(encoding.latents.size)
+    step, before = encoding.rollout.measure(encoding.latents.prepare.size)
     seconds = num_todo * (before + steps * step)
     return f"{line}\n{estimate(seconds, num_todo, steps, step, before, encoding.latents.device.type, part)}"
 

@@ -17,13 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from theworld.config.config import Config
-from theworld.data.images import square
+from theworld.data.images import Square
 from theworld.models.encoder import (
     UNTIL_DOWNLOADED,
     UNTIL_LOADED,
@@ -226,7 +225,7 @@ class CosmosLatents:
         compiled = wants_compile(config.compile, self.device)
         revision = (like or {}).get("cosmos_revision")
         self.encoder = CosmosEncoder(config.cosmos_model_name, dtype, self.device, compiled, revision)
-        self.size = config.latent_size
+        self.prepare = Square(config.latent_size)
         self.spec = self.describe(config, like).having(cosmos_weights_sha256=self.encoder.weights_sha256)
 
     @staticmethod
@@ -253,10 +252,6 @@ class CosmosLatents:
         weights = Weights("Cosmos VAE", config.cosmos_model_name, VAE_FILE)
         demanded = frozenset({"storage_dtype"} if config.latent_dtype else ())
         return EncoderSpec(LATENTS, shape, dtype, weights, fields, demanded)
-
-    def prepare(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> uint8[S, S, 3]: a quarter of the bytes of pixels in [-1, 1]."""
-        return torch.from_numpy(square(pixels, self.size))
 
     def encode(self, prepared: Tensor) -> Tensor:
         """uint8[B, S, S, 3] -> storage dtype[B, C, H, W]."""

@@ -8,7 +8,7 @@ Rows are a grid, [C, H, W], or tokens, [N, C]; with n predicted frames after the
 """
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -154,8 +154,12 @@ class Encoder(Protocol):
         """Return what the encoder of these settings stores. Loads no weights and downloads nothing."""
         ...
 
-    def prepare(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> what `encode` takes of one photograph, on the CPU. Runs in worker processes."""
+    @property
+    def prepare(self) -> Callable[[np.ndarray], Tensor]:
+        """uint8[H, W, 3] -> what `encode` takes of one photograph, on the CPU.
+
+        It is pickled and runs in worker processes, so it holds nothing of the model.
+        """
         ...
 
     def encode(self, prepared: Tensor) -> Tensor:
