@@ -106,9 +106,9 @@ def test_language_flops_by_hand() -> None:
     batch: Any = SimpleNamespace(
         worlds=("a",),
         token_ids=torch.zeros(1, 3),
-        place=torch.arange(3)[None],
-        end=torch.full((1, 3), 3),
-        block=torch.full((1, 3), -1),
+        preorder=torch.arange(3)[None],
+        subtree_end=torch.full((1, 3), 3),
+        bidirectional_group=torch.full((1, 3), -1),
         position_ids=torch.arange(3)[None],
         world_slots=torch.tensor([[1]]),
         label_rows=torch.tensor([2]),
