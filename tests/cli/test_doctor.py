@@ -44,7 +44,7 @@ def test_where_all_is_well_nothing_is_in_the_way(config: Config, cache: Path) ->
     assert page["statements"].message == "6 train, 1 dev, 4 test, about 3 photographs"
     assert page["photographs"].message.endswith("; 3 of 3 looked at can be read")
     assert page["latents"].message == "3 images, every byte as it was written"
-    assert page["compared"].message == "photographs: all 3 are those that were extracted"
+    assert page["compared"].message == "photographs: all 3 are as they were extracted"
 
 
 def test_a_text_only_gemma_is_not_asked_for_vision_features(
