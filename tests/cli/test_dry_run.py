@@ -161,8 +161,10 @@ def test_the_size_of_rows_of_a_model_that_is_not_downloaded_is_not_guessed_at(
     config = replace(config, cosmos_model_name="somebody/vae")
     *_, model, cache = extraction(config, tmp_path / "cache", False, False, None)
     assert model == "model        Cosmos VAE, somebody/vae: on the hub"
-    size = "the size of a row is known once the model's config file is on this machine"
-    assert cache == f"cache        {tmp_path / 'cache' / 'latents'}: new; {size}"
+    assert cache == (
+        f"cache        {tmp_path / 'cache' / 'latents'}: new; the size of a row is known once the model's config "
+        "file is on this machine"
+    )
 
 
 def test_an_unfinished_cache_goes_on_with_what_is_missing(config: Config, tmp_path: Path) -> None:
