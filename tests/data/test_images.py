@@ -588,7 +588,7 @@ def test_training_says_what_was_compared(
     own: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    assert "photographs: all 3 are those that were extracted" in Trainer(own, cache).data.notes
+    assert "photographs: all 3 are as they were extracted" in Trainer(own, cache).data.notes
     moved = replace(own, image_folder=str(tmp_path / "nowhere"))
     assert f"photographs: not in {tmp_path / 'nowhere'}, so they were not compared with the cache" in (
         Trainer(moved, cache).data.notes
@@ -617,8 +617,8 @@ def test_with_too_little_time_all_that_are_newer_and_some_others_are_compared(tm
 
     line = check_photographs(images, tmp_path, newest, 5.0, clock)
     assert line == (
-        "photographs: 129 of 300 compared in 5 s (1 with newer time stamps, the others at random): they are those that "
-        "were extracted; tools/doctor.py compares all"
+        "photographs: 129 of 300 compared in 5 s (1 with newer time stamps, the others at random): all are as they "
+        "were extracted; tools/doctor.py compares every one"
     )
     (tmp_path / "008.jpg").write_bytes(b"other")
     with pytest.raises(PhotographsChanged, match=r"008\.jpg: SHA-256 was "):

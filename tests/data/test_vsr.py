@@ -94,7 +94,7 @@ def test_a_split_that_is_there_twice_or_not_at_all_is_refused(tmp_path: Path) ->
 
 def test_a_file_of_another_split_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", ROW)
-    with pytest.raises(ValueError, match=r"train\.jsonl is asked for the split test"):
+    with pytest.raises(ValueError, match=r"train\.jsonl is not a file of the split test"):
         load_statements(path, "test")
 
 
@@ -286,11 +286,11 @@ def test_statements_without_the_words_of_their_relation_are_counted() -> None:
     found, lost, false = make("It is on it."), make("It is under it."), make("It is under it.", label=0)
     assert relation_note([found, found, false]) == "relation words: in 2 of 2 true statements"
     assert relation_note([found, lost]) == (
-        "relation words: in 1 of 2 true statements; nowhere or more than once in the others, such as 'It is under it.' "
+        "relation words: in 1 of 2 true statements; not exactly once in the others, such as 'It is under it.' "
         "with 'on'"
     )
     with pytest.raises(
-        ValueError, match=r"none of 1 true statements .* such as 'It is under it\.' with 'on'; give"
+        ValueError, match=r"none of 1 true statements .* such as 'It is under it\.' with 'on'; write"
     ):
         relation_note([lost, false])
 

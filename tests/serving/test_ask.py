@@ -86,7 +86,7 @@ def test_a_gemma_that_was_trained_is_no_baseline(saved: Path, photographs: Path)
         (
             ["--image", "https://example.org/a.jpg", "--statement", "So."],
             1,
-            "ask: https://example.org/a.jpg: an address, but only files are read: download the photograph first",
+            "ask: https://example.org/a.jpg: an address; only files are read, so download the photograph first",
         ),
         (["--image", "a.png", "--statement", "So.", "--device", "tpu"], 1, 'device is "tpu"; allowed: auto'),
     ],
@@ -142,7 +142,7 @@ def test_a_dry_run_says_what_it_would_ask_and_leaves_no_trace(
     assert (trace(tmp_path), trace(photographs)) == before
 
 
-def test_predicted_moments_are_refused_before_weights_load(
+def test_predicted_frames_are_refused_before_weights_load(
     config: Config, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moving = replace(config, num_world_steps=2)
@@ -226,7 +226,7 @@ def test_an_address_is_refused_before_a_model_loads(
     status, out, err = run_ask(arguments, monkeypatch, capsys)
     assert (status, out) == (1, "")
     assert err == (
-        "ask: https://example.org/a.jpg: an address, but only files are read: download the photograph first\n"
+        "ask: https://example.org/a.jpg: an address; only files are read, so download the photograph first\n"
     )
 
 
