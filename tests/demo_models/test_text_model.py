@@ -81,7 +81,7 @@ def test_what_stands_in_the_way_is_said_before_anything_is_read(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     for act in (make_text_model, lambda *given: list(plan_text_model(*given, None))):
-        with pytest.raises(ValueError, match="is not empty; name another --output"):
+        with pytest.raises(ValueError, match="is not empty; give another --output"):
             act(str(EMBEDDED_GEMMA), tmp_path / "full")
         with pytest.raises(ValueError, match=r"wanted 270m, a \.gguf file or a folder"):
             act("somewhere", tmp_path / "new")
