@@ -53,8 +53,7 @@ class Trainer:
     def __init__(self, config: Config, cache: str | Path, stop: StopRequest | None = None) -> None:
         """`stop` receives requests to stop; all processes then stop after the same step, and save.
 
-        This sets torch's process-wide state for training (`set_up_torch`, and the seed of its generator, which nothing
-        in a step draws from).
+        Sets torch's process-wide precision (`set_up_torch`).
         """
         self.stop = stop or StopRequest()
         self.stopping = False  # all processes know that one of them was asked
@@ -79,7 +78,6 @@ class Trainer:
             check_trackers(config)
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
         set_up_torch(plan.gemma.dtype)
-        torch.manual_seed(config.seed)
         self.model, self.data = load_model(plan.gemma, config, plan.data, plan.start)
         self.packer: Packer = self.model.packer()
         self.sharded = plan.sharded
@@ -145,6 +143,7 @@ class Trainer:
         figures = dict(zip(sums, values, strict=True))
         if not (math.isfinite(figures["total"]) and math.isfinite(gradient_norm)):
             raise not_finite(step + 1, figures["total"], gradient_norm, rate, microbatches)
+        self.stopping = figures["stop_requests"] > 0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -161,7 +160,6 @@ class Trainer:
 
     def _count(self, figures: dict[str, float], phase: Phase) -> None:
         """Add the sums of a step, over all processes, to the window since the last log."""
-        self.stopping = figures["stop_requests"] > 0
         step = {
             "loss": figures["label"],
             "statement_loss": figures["statement"],

@@ -3,6 +3,8 @@
 Runs, `--dry_run` and tools/doctor.py all call `locate`, so they give the same answers.
 """
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +47,7 @@ def locate(name: str, file: str) -> Place:
     if Path(name).is_dir():
         for own in (Path(name) / file, Path(name) / Path(file).name):
             if own.is_file():
+                check_weight_files(own.parent)
                 return Place(own, "a local folder")
         raise Fault(
             f"{name}: a local folder without {file}", "give a folder with a model, or a name on the hub"
@@ -52,6 +55,8 @@ def locate(name: str, file: str) -> Place:
     try:
         held = try_to_load_from_cache(name, file)
         config = Path(held) if isinstance(held, str) else None
+        if config is not None:
+            check_weight_files(config.parent)
         ask_hub(name, file)
     except HFValidationError:
         raise Fault(
@@ -95,6 +100,46 @@ def ask_hub(name: str, file: str, kind: str = "model") -> None:
         raise OSError("the hub is not asked, as HF_HUB_OFFLINE is set") from None
     except Exception:  # noqa: BLE001 - errors of the HTTP library, which changes between releases of huggingface_hub
         raise OSError("the hub cannot be reached") from None
+
+
+def file_at_hand(model: str, *names: str, revision: str | None = None) -> Path | None:
+    """Return the first of these files of a model, a local folder or a name on the hub, that is on this machine."""
+    for name in names:
+        if Path(model).is_dir():
+            path = Path(model) / name
+            if path.is_file():
+                return path
+            continue
+        try:
+            cached = try_to_load_from_cache(model, name, revision=revision)
+        except HFValidationError:  # a local folder that is not on this machine
+            return None
+        if isinstance(cached, str):
+            return Path(cached)
+    return None
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise Fault for a *.safetensors of a model's folder that cannot be one: its header and size are looked at."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            start, size = file.read(8), file.seek(0, os.SEEK_END)
+            file.seek(8)
+            length = int.from_bytes(start, "little")
+            header = file.read(length) if length <= size else b""
+        if start == b"version ":
+            raise Fault(f"{path}: a Git LFS pointer, not the weights", "get the file with `git lfs pull`")
+        try:
+            tensors = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
+            wanted = 8 + length + max(value["data_offsets"][1] for value in tensors.values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Fault(
+                f"{path}: no header of a safetensors file", "download or copy the file again"
+            ) from None
+        if size != wanted:
+            raise Fault(
+                f"{path}: {size:,} bytes; its header says {wanted:,}", "download or copy the file again"
+            )
 
 
 def model_id(name_or_path: str) -> str:
