@@ -50,7 +50,7 @@ def test_vision_flops_by_hand(gemma: Gemma) -> None:
     assert vision_flops(config) == embedding + config.num_hidden_layers * layer
 
 
-def test_decoder_parameters_are_those_of_the_linear_layers(gemma: Gemma) -> None:
+def test_decoder_parameters_count_the_linear_layers(gemma: Gemma) -> None:
     layer = gemma.text_model.layers[0]
     linear = [m for m in layer.modules() if isinstance(m, nn.Linear)]
     assert decoder_parameters(gemma.text_config) == sum(m.weight.numel() for m in linear)
