@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from theworld.data.vsr import Statement
+from theworld.models.attention import prepare_masks
 from theworld.models.packing import Batch, Packer
 from theworld.models.theworld import TheWorld
 
@@ -63,6 +64,8 @@ def make_pass(
 ) -> Pass:
     """Packs statements (see `Packer.pack`) and fetches what their images have."""
     batch = packer.pack(statements, worlds, captions)
+    if model.gemma.attention == "flex_attention":
+        batch = prepare_masks(batch, model.gemma.sliding_window)
     seen = vision(batch.images) if vision is not None and batch.images else None
     return Pass(batch.statements, batch, model.latents(batch, latents), seen).pin(model.gemma.device)
 

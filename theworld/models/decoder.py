@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from theworld.models.attention import attention_masks
+from theworld.models.attention import attention_masks, block_mask, prepare_masks
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 
@@ -147,6 +147,7 @@ class Decoder:
         self.functions: dict[Any, Any] = {
             f: f for f in (decoder_layer, last_layer, two_part_layer, two_part_last_layer)
         }
+        self.compiled = compiled
         if compiled:
             # As a whole or not at all: outside of compiled code flex attention writes out every score.
             self.functions = {f: torch.compile(f, fullgraph=True) for f in self.functions}
@@ -162,7 +163,11 @@ class Decoder:
                 x = self._run(decoder_layer, x, layer, *mask[kind])
             x = self._run(last_layer, x, self.layers[-1], *mask[self.kinds[-1]], wanted)
         else:
-            still, x = x[:, :frozen].detach(), x[:, frozen:]
+            # Whole tensors, as the layers return them: views would compile for their strides.
+            still, x = (
+                part.clone(memory_format=torch.contiguous_format)
+                for part in (x[:, :frozen].detach(), x[:, frozen:])
+            )
             wanted = wanted - (wanted // length + 1) * frozen  # counted without the frozen columns
             masks = self._masks(still, batch, (0, frozen)), self._masks(x, batch, (frozen, length))
             for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
@@ -177,13 +182,18 @@ class Decoder:
         """By kind of layer cos, sin and mask of some columns, which `x` holds; dense masks are added to the scores."""
         rotary = self.gemma.text_model.rotary_emb
         positions = batch.position_ids[:, slice(*queries)]
-        masks = attention_masks(batch, self.gemma.sliding_window, self.gemma.attention, queries)
-        for kind, mask in masks.items():
-            if isinstance(mask, Tensor):
-                masks[kind] = x.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        if self.gemma.attention == "flex_attention":
+            if batch.masks is None:
+                batch = prepare_masks(batch, self.gemma.sliding_window)
+            masks = batch.masks[queries]
+        else:
+            seen = attention_masks(batch, self.gemma.sliding_window, "sdpa", queries)
+            masks = {k: x.new_zeros(m.shape).masked_fill(~m, -torch.inf) for k, m in seen.items()}
         return {kind: (*rotary(x, positions, kind), masks[kind]) for kind in sorted(set(self.kinds))}
 
     def _run(self, function: Any, *arguments: Any) -> Any:
+        if self.compiled:
+            let_lengths_vary(*arguments)
         function = self.functions[function]
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(function, *arguments, self.shape, use_reentrant=False)
@@ -210,6 +220,21 @@ class TrainedDecoder:
         with self.gemma.computing():
             output = self.gemma.text_model(inputs_embeds=x, attention_mask=masks, **options)
         return output.last_hidden_state.flatten(0, 1)[wanted].to(self.gemma.dtype)
+
+
+def let_lengths_vary(*arguments: Any) -> None:
+    """Tells torch.compile which sizes of a layer's arguments differ from batch to batch: all of those of rows, rotary
+    tables, masks and wanted tokens, but for widths. Without it the first batch compiles for its own length alone, and
+    the second once more for all."""
+    for value in arguments:
+        if isinstance(value, Layer | Shape):
+            continue
+        if not isinstance(value, Tensor):
+            let_lengths_vary(*value)
+        elif not hasattr(value, "_dynamo_weak_dynamic_indices"):  # masks come once a layer
+            has_width = value.is_floating_point() and value.ndim == 3
+            lengths = range(value.ndim - has_width)
+            torch._dynamo.maybe_mark_dynamic(value, [d for d in lengths if value.shape[d] > 1])
 
 
 def checkpoint_layers(module: Any) -> None:
@@ -275,6 +300,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=shape.scale)
     else:
         options: Any = dict(shape.kernel_options)
+        mask = block_mask(mask, query.shape[2], key.shape[2])
         attended = flex_attention(
             query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True, kernel_options=options
         )
@@ -308,9 +334,12 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...]:
     """Where nothing better is known, flex attention chooses for itself. In float32 these would not fit."""
-    hopper = gemma.device.type == "cuda" and torch.cuda.get_device_capability(gemma.device)[0] == 9
+    if gemma.device.type != "cuda":
+        return ()
+    hopper = torch.cuda.get_device_capability(gemma.device)[0] == 9
     known = hopper and head_width == 256 and gemma.dtype == torch.bfloat16
-    return tuple(HOPPER_KERNELS.items()) if known else ()
+    # Rows are whole blocks (`ROW_MULTIPLE`), which code for lengths that vary cannot know: it would check every load.
+    return (("IS_DIVISIBLE", True), *(HOPPER_KERNELS.items() if known else ()))
 
 
 def _merged(layer: Any, fp8: bool) -> Layer:
@@ -320,6 +349,10 @@ def _merged(layer: Any, fp8: bool) -> Layer:
     which costs more than one large product saves over two.
     """
     attention, mlp = layer.self_attn, layer.mlp
+    if isinstance(attention.o_proj, Fp8Linear):
+        raise ValueError(
+            "another model has this Gemma's linear layers in 8 bits already: load a Gemma for each"
+        )
     qkv = _one_matrix([attention.q_proj, attention.k_proj, attention.v_proj])
     others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     matrices: Sequence[Any] = (qkv, *(module.weight for module in others))

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from theworld.data.vsr import Statement, relation_span
 from theworld.models.gemma import Gemma, Prompt
@@ -152,10 +153,11 @@ class Batch:
     relations: Tensor  # int64[U]
     relation_counts: Tensor  # int64[U]: how many tokens the relation of each has
     num_frozen: int  # columns of each row that nothing trained has part in
+    masks: Any = None  # see `theworld.models.attention.prepare_masks`; None: made where they are needed
 
     def _map(self, change: Any) -> "Batch":
         moved: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved, masks=tree_map_only(Tensor, change, self.masks))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device; the copy overlaps with other work if the batch is pinned."""
