@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -61,6 +61,24 @@ def to_fp8(weight: Tensor) -> Fp8Weight:
 def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
     """bfloat16[..., I] -> bfloat16[..., O]."""
     return _Fp8Linear.apply(x.flatten(0, -2), *weight).unflatten(0, x.shape[:-1])
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer in 8 bits, in the place of one of transformers'."""
+
+    def __init__(self, weight: Fp8Weight) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bfloat16[..., I] -> bfloat16[..., O]."""
+        return fp8_linear(x, self.weight)
+
+    def split(self, sizes: Sequence[int]) -> "list[Fp8Linear]":
+        """Layers of the same memory that have so many of the outputs each."""
+        weight, scale, turned, turned_scale = self.weight
+        parts = zip(weight.split(sizes), scale.split(sizes, 1), turned.split(sizes, 1), strict=True)
+        return [Fp8Linear(Fp8Weight(*part, turned_scale)) for part in parts]
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -122,7 +140,8 @@ class Shape(NamedTuple):
 
 class Decoder:
     """Calls the decoder of one Gemma. Its weights stay Gemma's own: views of merged matrices take their place, so
-    transformers' own forward goes on working, and there is one copy of them; with `fp8` two more in 8 bits."""
+    transformers' own forward goes on working, and there is one copy of them; with `fp8` two in 8 bits, which take the
+    place of the others for transformers too."""
 
     def __init__(self, gemma: Gemma, compiled: bool = False, fp8: bool = False, checkpointed: bool = False):
         """`compiled`: with torch.compile. `checkpointed`: keep only each layer's input for the backward pass.
@@ -356,6 +375,9 @@ def _merged(layer: Any, fp8: bool) -> Layer:
     qkv = _one_matrix([attention.q_proj, attention.k_proj, attention.v_proj])
     others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     matrices: Sequence[Any] = (qkv, *(module.weight for module in others))
+    if fp8:
+        matrices = [to_fp8(matrix) for matrix in matrices]
+        _put_in_place(attention, mlp, matrices)
     return Layer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
@@ -363,8 +385,16 @@ def _merged(layer: Any, fp8: bool) -> Layer:
         layer.post_feedforward_layernorm.weight,
         attention.q_norm.weight,
         attention.k_norm.weight,
-        *(to_fp8(m) if fp8 else m for m in matrices),
+        *matrices,
     )
+
+
+def _put_in_place(attention: Any, mlp: Any, matrices: Sequence[Fp8Weight]) -> None:
+    """Puts the 8 bits where transformers has its linear layers, whose weights are freed by that."""
+    qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj = map(Fp8Linear, matrices)
+    names = ("q_proj", "k_proj", "v_proj")
+    for name, part in zip(names, qkv.split([getattr(attention, n).out_features for n in names]), strict=True):
+        setattr(attention, name, part)
 
 
 @torch.no_grad()
