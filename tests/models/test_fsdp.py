@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from theworld.config.config import Config
 from theworld.extraction.extract import extract
+from theworld.models.fsdp import load_state, whole_state
 from theworld.training.trainer import Trainer
 
 # As `accelerate launch --use_fsdp` sets them by itself.
@@ -28,6 +29,20 @@ FSDP = {
     "FSDP_ACTIVATION_CHECKPOINTING": "false",
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
 }
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizers_state_is_taken_and_its_kernels_are_not(fused: bool) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    theirs, own = (torch.optim.AdamW([weight], lr=0.1, fused=f) for f in (not fused, fused))
+    weight.grad = torch.full((3,), 2.0)
+    theirs.step()
+    load_state(own, whole_state(theirs.state_dict()))
+    assert own.param_groups[0]["fused"] is fused
+    assert torch.equal(own.state[weight]["exp_avg"], theirs.state[weight]["exp_avg"])
+    assert float(own.state[weight]["step"]) == 1
+    own.step()
+    assert float(own.state[weight]["step"]) == 2
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])

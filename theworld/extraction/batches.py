@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import Any, TypeVar
 
 import torch
@@ -62,22 +63,40 @@ def make_pass(
     worlds: Sequence[str | None] | None = None,
     captions: Mapping[str, str] | None = None,
 ) -> Pass:
-    """Packs statements (see `Packer.pack`) and fetches what their images have."""
+    """Packs statements (see `Packer.pack`) and fetches what their images have, all of it on the model's device: a
+    thread that runs ahead copies while the device computes."""
     batch = packer.pack(statements, worlds, captions)
     if model.gemma.attention == "flex_attention":
         batch = prepare_masks(batch, model.gemma.sliding_window)
     seen = vision(batch.images) if vision is not None and batch.images else None
-    return Pass(batch.statements, batch, model.latents(batch, latents), seen).pin(model.gemma.device)
+    device = model.gemma.device
+    return Pass(batch.statements, batch, model.latents(batch, latents), seen).pin(device).to(device)
 
 
-def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """The same items, made by a thread up to `depth` ahead. What making one raises is raised in its place."""
+def ahead(items: Iterable[T], depth: int = 2, gate: Event | None = None) -> Iterator[T]:
+    """The same items, made by a thread up to `depth` ahead. What making one raises is raised in its place.
+
+    `gate`: an item is begun only while this is set, or once it is waited for. A thread that packs holds Python's lock,
+    so a caller that launches kernels meanwhile falls behind its GPU; it opens the gate while it waits for the GPU.
+    """
     iterator, end = iter(items), object()
+
+    def make() -> Any:
+        if gate is not None:
+            gate.wait()
+        return next(iterator, end)
+
     with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(next, iterator, end) for _ in range(depth))
+        waiting = deque(thread.submit(make) for _ in range(depth))
         try:
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(thread.submit(next, iterator, end))
-                yield item  # type: ignore[misc]
+            while True:
+                if gate is not None and not waiting[0].done():
+                    gate.set()
+                if (item := waiting.popleft().result()) is end:
+                    break
+                waiting.append(thread.submit(make))
+                yield item
         finally:
+            if gate is not None:
+                gate.set()
             thread.shutdown(wait=True, cancel_futures=True)

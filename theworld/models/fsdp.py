@@ -90,13 +90,16 @@ def whole_state(state: Any) -> Any:
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The inverse of `whole_state`: each process takes its shares of an optimiser's whole state."""
+    """The inverse of `whole_state`: each process takes its shares of an optimiser's whole state. Whether the update is
+    fused is a matter of this optimiser's device, not of the one that the state is from."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shares = {
         number: {name: _share(value, parameters[number]) for name, value in own.items()}
         for number, own in state["state"].items()
     }
-    optimizer.load_state_dict(state | {"state": shares})
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [theirs | {"fused": own["fused"]} for theirs, own in pairs]
+    optimizer.load_state_dict(state | {"state": shares, "param_groups": groups})
 
 
 def _share(value: Any, parameter: Tensor) -> Any:

@@ -27,8 +27,8 @@ def make_optimizer(model: TheWorld, config: Config) -> torch.optim.AdamW:
         if named:
             groups.append({"params": matrices, "weight_decay": config.weight_decay, "share": share})
             groups.append({"params": vectors, "weight_decay": 0.0, "share": share})
-    # Fused, a step needs no room beside the weights, which a whole Gemma would feel.
-    fused = model.gemma.device.type == "cuda" and bool(model.gemma.trained)
+    # Fused, a step is one launch and needs no room beside the weights.
+    fused = model.gemma.device.type == "cuda"
     betas = (0.9, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
 

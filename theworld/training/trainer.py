@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ class Trainer:
         self.processes, self.per_step, self.num_steps = plan.processes, plan.per_step, plan.num_steps
         self.output_dir = plan.output_dir
         self.step = 0
+        self.packing = Event()  # set while a thread may pack: see `ahead`
+        self.packing.set()
         sums = ("loss", "statement_loss", "relation_loss", "correct", "statements")
         self.window = dict.fromkeys(sums, 0.0)
         main_steps = self.num_steps - config.align_steps - config.statement_steps
@@ -88,6 +91,7 @@ class Trainer:
         if self.sharded:
             self.model.shard()
         self.optimizer = make_optimizer(self.model, config)
+        self.fused = self.model.gemma.device.type == "cuda" and not self.sharded
         if plan.resumed is not None:
             self._resume(plan.resumed)
 
@@ -130,15 +134,20 @@ class Trainer:
         sums = torch.zeros(len(FIGURES) + 1, device=self.model.gemma.device)  # and who was asked to stop
         for one in passes:
             sums[:-1] += self._backward(one, phase)
-        sums[-1] = float(self.stop.asked)
+        sums[-1:].fill_(self.stop.asked)  # an assignment would wait for the device
         parameters = list(self.model.trainable().values())
         sums = sum_over(self.processes, parameters, sums, self.scale)
         norm = clip(parameters, config.max_grad_norm)
-        total, *figures, asked, norm = torch.cat([sums, norm[None]]).tolist()  # waits for the device
+        if self.fused:
+            # The kernel leaves out a step that is not finite, so that it need not wait until the host has looked.
+            self.optimizer.found_inf = 1 - torch.stack([sums[0], norm]).isfinite().all().float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        total, *figures, asked, norm = self._read(torch.cat([sums, norm[None]]))
         if not (math.isfinite(total) and math.isfinite(norm)):
             raise not_finite(step + 1, total, norm, rate, passes)
         self.stopping = asked > 0
-        self.optimizer.step()
+        if not self.fused:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         for key, value in zip(self.window, (*figures, self.per_step), strict=True):
@@ -146,6 +155,14 @@ class Trainer:
         if phase.name == "train":
             self.at_chance = self.watch.add(self.step - phase.start, figures[0] / self.per_step)
         return {"learning_rate": rate, "gradient_norm": norm}
+
+    def _read(self, figures: Tensor) -> list[float]:
+        """The only wait for the device in a step, and the time to pack further ones: see `ahead`."""
+        self.packing.set()
+        read = figures.tolist()
+        if figures.is_cuda:
+            self.packing.clear()
+        return read
 
     def _backward(self, one: Pass, phase: Phase) -> Tensor:
         """Adds the gradients of a pass; its FIGURES."""
@@ -223,7 +240,8 @@ class Trainer:
 
     def _steps(self) -> Generator[dict[str, float], None, None]:
         with self.data.reading_ahead():
-            for passes in ahead(self.prepare(step) for step in range(self.step, self.num_steps)):
+            coming = (self.prepare(step) for step in range(self.step, self.num_steps))
+            for passes in ahead(coming, gate=self.packing):
                 yield self.train_step(passes)
 
     def _phase(self) -> str:

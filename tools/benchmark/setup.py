@@ -291,7 +291,7 @@ class Workbench:
 
 def stepper(trainer: Trainer) -> Callable[[], Any]:
     """A call that takes the next optimizer step; what it reads is put together by a thread, as in a whole run."""
-    passes = ahead(trainer.prepare(step) for step in count(trainer.step))
+    passes = ahead((trainer.prepare(step) for step in count(trainer.step)), gate=trainer.packing)
     return lambda: trainer.train_step(next(passes))
 
 
