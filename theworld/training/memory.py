@@ -103,14 +103,32 @@ def training_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
     world = 16 if config.world_mode == "channel" else (side // config.world_patch) ** 2
     world *= 1 + config.num_world_steps
     tokens = config.batch_size * (world + sizes.image_tokens + TEXT_TOKENS)
-    layer = layer_values(sizes.hidden, sizes.feed_forward, sizes.heads * sizes.head_dim)
-    return sizes.parameters * width, tokens * width * kept_values(config, sizes.layers, sizes.hidden, layer)
+    heads = sizes.heads * sizes.head_dim
+    kept = decoder_values(config, sizes.layers, sizes.hidden, sizes.feed_forward, heads)
+    return sizes.parameters * width, tokens * width * kept
 
 
 def layer_values(hidden: int, feed_forward: int, heads: int) -> int:
     """Values that a decoder layer of ours keeps of a token for the backward pass: its input and two products of that
-    width, gate and up, and the width of all heads of queries, keys, values and outputs together."""
-    return 3 * hidden + 2 * feed_forward + heads
+    width, gate and up, queries, keys and values, queries and keys once more after norm and rotation, and the output of
+    attention. `heads`: the width of all heads of queries, keys, values and outputs together."""
+    return 3 * hidden + 2 * feed_forward + heads * 3 // 2
+
+
+def decoder_values(config: Config, layers: int, hidden: int, feed_forward: int, heads: int) -> float:
+    """Values a token that our decoder holds where a backward pass needs most, at its beginning: what all layers keep but
+    the last, which goes on with few tokens, and gradients of gate and up; in 8 bits what is made of them, too."""
+    layer = layer_values(hidden, feed_forward, heads)
+    if config.use_gradient_checkpointing:
+        return kept_values(config, layers, hidden, layer)
+    return (layers - 1) * layer + (4 if config.fp8 else 2) * feed_forward
+
+
+def projection_bytes(shape: ProjectionShape) -> int:
+    """Bytes that the projection keeps of an image for the backward pass, in float32: its inner values before and after
+    GELU, its tokens before and after their norm, and between brackets."""
+    inner = 0 if shape.architecture == "linear" else shape.inner
+    return 4 * shape.num_tokens * (2 * inner + 3 * shape.width)
 
 
 def kept_values(config: Config, layers: int, hidden: int, layer: float) -> float:
@@ -122,7 +140,7 @@ def kept_values(config: Config, layers: int, hidden: int, layer: float) -> float
 TRAINED_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments, in float32
 # What transformers' own layers keep for the backward pass, in multiples of what is counted here, which is what ours
 # keep. Fitted to what was measured: RESULTS.md.
-PLAIN, PLAIN_UNCOMPILED = 2.1, 3.0
+PLAIN, PLAIN_UNCOMPILED = 1.93, 2.75
 
 
 @dataclass(frozen=True)
@@ -181,6 +199,7 @@ class Plan:
         )
         self.facts = self._facts(own)
         self.sizes = own, shape
+        self.heaviest = self._heaviest()
         self.memory = self.estimate(config)
         check_memory(self.memory, self.sharded)
         self.lines = self._lines(own, shape)
@@ -214,9 +233,14 @@ class Plan:
             lines.append(f"resumed after step {self.resumed.progress['step']:,}, from {self.resumed.path}")
         return lines
 
-    def estimate(self, config: Config, start: int = 0) -> Memory:
+    def _heaviest(self) -> int:
+        """The place in the order of the first statement of the step with the most images."""
+        starts = range(0, self.num_steps * self.per_step, self.per_step)
+        return max(starts, key=lambda start: len({s.image for s in self.order.take(start, self.per_step)}))
+
+    def estimate(self, config: Config, start: int | None = None) -> Memory:
         """What settings take that differ from the run's in how a step is divided; for the step of the main phase whose
-        first statement is the `start`-th of the order."""
+        first statement is the `start`-th of the order, by default the heaviest."""
         (projection, shape), gemma = self.sizes, self.gemma
         share = self.processes.count if self.sharded else 1
         trained = [p for part in gemma.trained for p in parameters_of(gemma, part).values()]
@@ -225,6 +249,7 @@ class Plan:
         packer = Packer(
             gemma, config.question_template, shape.num_tokens, world_position=config.world_position
         )
+        start = self.heaviest if start is None else start
         parts = parts_of_step(config, packer, self.order, start, self.processes.count)
         phase = (
             "words" if config.statement_steps else "train"
@@ -236,23 +261,28 @@ class Plan:
         ]
         text = gemma.text_config
         heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
-        layer: float = layer_values(text.hidden_size, text.intermediate_size, heads)
+        sizes = text.num_hidden_layers, text.hidden_size, text.intermediate_size
         if gemma.plain_decoder:
             compiled = wants_compile(config.compile, gemma.device) and not self.sharded
-            layer *= PLAIN if compiled else PLAIN_UNCOMPILED
+            layer = (PLAIN if compiled else PLAIN_UNCOMPILED) * layer_values(*sizes[1:], heads)
+            values = kept_values(config, *sizes[:2], layer)
+        else:
+            values = decoder_values(config, *sizes, heads)
         tokens = max(batch.token_ids.numel() for batch in batches)
-        kept = tokens * kept_values(config, text.num_hidden_layers, text.hidden_size, layer)
+        kept = tokens * values
         if VISION in gemma.trained:
             eyes = gemma.model.config.vision_config
             patches = (eyes.image_size // eyes.patch_size) ** 2
             layer = PLAIN * (8 * eyes.hidden_size + 2 * eyes.intermediate_size)
             images = max(len(batch.images) for batch in batches)
             kept += images * patches * kept_values(config, eyes.num_hidden_layers, eyes.hidden_size, layer)
+        worlds = max(len(batch.worlds) for batch in batches)
         held = TRAINED_BYTES * (_number(trained) / share + projection)
         width = gemma.dtype.itemsize
         if gemma.dtype != torch.float32 and not self.sharded:
             held += width * _number(trained)  # copies to compute with, for the time of a pass
-        return Memory(frozen / share, held, kept * width, memory_of(gemma.device).total)
+        activations = kept * width + worlds * projection_bytes(shape)
+        return Memory(frozen / share, held, activations, memory_of(gemma.device).total)
 
 
 def _number(parameters: Iterable[nn.Parameter]) -> int:
