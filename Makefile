@@ -18,7 +18,7 @@ bench: $(VENV)/.installed  ## how fast each phase is here, at small shapes, besi
 	$(BIN)/python tools/bench.py --shapes small --variants "batch 8 x 2" checkpointing
 
 test: $(VENV)/.installed  ## the tests, without the heavy ones
-	$(BIN)/python -m pytest -m "not heavy"
+	$(BIN)/python -m pytest -m "not heavy" -n auto --maxprocesses 8 --dist worksteal
 
 test-heavy: $(VENV)/.installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m heavy

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import records
+from theworld.evaluation.records import records
 
 
 def statement(index: int, image: str, label: int, relation: str = "left of") -> Statement:

@@ -1,4 +1,4 @@
-"""The order of the packages: each imports only from packages in the lines above its own, and no modules form a cycle."""
+"""The order of the packages: each imports only from packages in lines above its own, and no import is a cycle."""
 
 import ast
 from collections.abc import Iterator

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """`python -m theworld.demo`: see `theworld.cli.demo`."""
 
 import sys

@@ -23,10 +23,7 @@ KEYS = (
 def main() -> int:
     """Parse the flags, evaluate, write the records, and print the table; return the exit status."""
     from theworld.config.cli import ArgumentParser, add_config_arguments, add_dry_run, add_split, path
-
-    with loading("eval"):
-        from theworld.evaluation.metrics import SYSTEMS, read_jsonl, write_summary
-        from theworld.evaluation.tables import table
+    from theworld.evaluation.conditions import CONDITIONS
 
     parser = ArgumentParser(description=__doc__)
     text = "Checkpoint, or run of which the newest checkpoint is taken; several are compared on the same statements."
@@ -41,7 +38,9 @@ def main() -> int:
     text = "File for the records. (default: a file in the folder evaluation of the run)"
     parser.add_argument("--output", type=path, metavar="FILE", help=text)
     text = "Conditions under which the model answers. (default: all)"
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help=text)
+    parser.add_argument(
+        *("--conditions", "--systems"), nargs="+", choices=CONDITIONS, default=list(CONDITIONS), help=text
+    )
     text = "Folder of the training statements, if it has moved. (default: the one of the checkpoint)"
     parser.add_argument("--train_annotations", type=path, metavar="PATH", help=text)
     text = "Evaluate on one release of VSR a model trained on the other, although they share statements."
@@ -61,6 +60,11 @@ def main() -> int:
         arguments["image_folder"] = Path(overrides.pop("image_folder"))
     if arguments["train_annotations"]:
         arguments["train_annotations"] = str(arguments["train_annotations"])
+
+    with loading("eval"):
+        from theworld.evaluation.metrics import write_summary
+        from theworld.evaluation.records import read_jsonl
+        from theworld.evaluation.tables import table
 
     if records and not dry_run:
         output, summary = records, write_summary(read_jsonl(records), records)

@@ -12,13 +12,14 @@ Exit status: 0 done or sound, 1 failed or damaged, 2 wrong usage or (--verify) u
 
 import signal
 import sys
+from typing import Any
 
 from theworld.utils.console import loading, rehearse, run_tool
 
 KEYS = (
-    "cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels latent_size latent_dtype "
-    "encode_batch_size shard_size dtype device compile num_workers num_world_steps rollout_prompt rollout_frames "
-    "rollout_steps rollout_guidance rollout_seed"
+    "world_encoder cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels latent_size "
+    "latent_dtype encode_batch_size shard_size dtype device compile num_workers num_world_steps rollout_prompt "
+    "rollout_frames rollout_steps rollout_guidance rollout_seed"
 ).split()
 
 
@@ -31,7 +32,11 @@ def main() -> int:
         add_dry_run,
         config_from_arguments,
     )
-    from theworld.utils.distributed import part_of
+
+    def part(text: str) -> Any:
+        from theworld.utils.distributed import part_of  # here: it loads torch, and --help should not
+
+        return part_of(text)
 
     parser = ArgumentParser(description=__doc__)
     add_cache(parser)
@@ -40,7 +45,7 @@ def main() -> int:
     text = "Leave out photographs that are missing or cannot be read. (default: false)"
     parser.add_argument("--allow_missing", action="store_true", help=text)
     text = "Extract only the I-th of N parts, such as 3/8. (default: everything)"
-    parser.add_argument("--part", type=part_of, metavar="I/N", help=text)
+    parser.add_argument("--part", type=part, metavar="I/N", help=text)
     instead = parser.add_mutually_exclusive_group()
     text = "Only read the cache and check it; exit status 0 if sound, 1 if damaged, 2 if unknown."
     instead.add_argument("--verify", action="store_true", help=text)

@@ -24,7 +24,6 @@ def main() -> int:
         config_from_arguments,
         path,
     )
-    from theworld.data.download import COCO_HOST
 
     parser = ArgumentParser(description=__doc__)
     text = "Folder for the photographs. (default: images)"
@@ -33,7 +32,7 @@ def main() -> int:
         "Copy from this COCO folder or zip file instead of downloading; may be repeated. (default: download)"
     )
     parser.add_argument("--coco", type=path, action="append", metavar="FOLDER_OR_ZIP", help=text)
-    text = f"Host to download from; may be repeated. (default: {COCO_HOST})"
+    text = "Host to download from; may be repeated. (default: images.cocodataset.org)"
     parser.add_argument("--allowed_host", action="append", metavar="HOST", help=text)
     text = "Number of simultaneous downloads or copies. (default: 8)"
     parser.add_argument("--num_workers", type=int, default=8, metavar="INTEGER", help=text)
@@ -43,7 +42,7 @@ def main() -> int:
     if arguments.num_workers < 1:
         parser.error(f"--num_workers is {arguments.num_workers}; give 1 or more")
     with loading("get_images"):
-        from theworld.data.download import get_images, plan_images
+        from theworld.data.download import COCO_HOST, get_images, plan_images
 
     hosts = arguments.allowed_host or [COCO_HOST]
     options = (arguments.output, arguments.coco or [], hosts, arguments.num_workers)

@@ -43,9 +43,9 @@ def main() -> int:
         trainer = Trainer(config, arguments.cache, stop)
         checkpoint = trainer.run()
         stop.end()
-    if trainer.processes.is_main and trainer.stopped:
+    if trainer.processes.is_main_process and trainer.stopped:
         print(f"stopped as asked: {checkpoint}. Go on with --resume_from {config.output_dir}")
-    elif trainer.processes.is_main:
+    elif trainer.processes.is_main_process:
         next_step = f"python tools/eval.py --model {checkpoint} --cache {arguments.cache}"
         print(f"done: {checkpoint}. Next: {next_step}")
     return STATUS if trainer.stopped else 0

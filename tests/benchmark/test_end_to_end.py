@@ -11,8 +11,8 @@ from constants import EMBEDDED_GEMMA, EMBEDDED_VAE, QUESTION
 from theworld.config.config import Config
 from theworld.data.vsr import Statement
 from theworld.extraction.extract import extract
-from theworld.extraction.features import Rows
-from theworld.models.cosmos import CosmosEncoder
+from theworld.extraction.features import CachedFeatures
+from theworld.models.cosmos import CosmosEncoder, CosmosLatents
 from theworld.models.gemma import Gemma
 from theworld.models.theworld import TheWorld
 from theworld.store.format import LATENTS
@@ -25,7 +25,7 @@ def test_loss_and_gradient_are_those_of_theworld(
     patch: int, config: Config, gemma: Gemma, statements: list[Statement], photographs: Path
 ) -> None:
     encoder = CosmosEncoder(str(EMBEDDED_VAE))
-    fingerprint = encoder.identity() | {"latent_shape": [16, 8, 8]}
+    fingerprint = CosmosLatents(config).spec.fingerprint()
     ours = TheWorld.from_config(replace(config, world_patch=patch), gemma, fingerprint)
     copied = TheWorld.from_config(replace(config, world_patch=patch), gemma, fingerprint)
     baseline = EndToEnd(
@@ -54,7 +54,7 @@ def test_loss_and_gradient_are_those_of_theworld(
 def test_a_step_changes_the_projection_and_nothing_else(
     config: Config, gemma: Gemma, statements: list[Statement], photographs: Path
 ) -> None:
-    fingerprint = CosmosEncoder(str(EMBEDDED_VAE)).identity() | {"latent_shape": [16, 8, 8]}
+    fingerprint = CosmosLatents(config).spec.fingerprint()
     model = TheWorld.from_config(config, gemma, fingerprint)
     baseline = EndToEnd(
         str(EMBEDDED_GEMMA), str(EMBEDDED_VAE), model.projection, QUESTION, torch.float32, CPU
@@ -74,7 +74,7 @@ def test_a_plain_extraction_stores_the_same_latents(config: Config, tmp_path: Pa
     photographs = VaePixels(images, str(config.image_folder), 64)
     extract_plainly(str(EMBEDDED_VAE), photographs, plain, 2, 0, torch.float32, CPU)
     extract(config, tmp_path / "cache", with_vision=False, allow_missing=False)
-    ours = Rows(tmp_path / "cache" / LATENTS, LATENTS)(images)
+    ours = CachedFeatures(tmp_path / "cache" / LATENTS)(images)
     stored = torch.stack([torch.load(plain / f"{name[0]}.pt") for name in images])
     # 3-D and 2-D convolutions add in other orders
     torch.testing.assert_close(stored, ours, rtol=1e-4, atol=1e-4)

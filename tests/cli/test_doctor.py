@@ -41,17 +41,17 @@ def test_where_all_is_well_nothing_is_in_the_way(config: Config, cache: Path) ->
     assert states == dict.fromkeys(
         "memory,Gemma,Cosmos VAE,statements,photographs,latents,vision,compared,output_dir".split(","), OK
     )
-    assert page["statements"].says == "6 train, 1 dev, 4 test, about 3 photographs"
-    assert page["photographs"].says.endswith("; 3 of 3 looked at can be read")
-    assert page["latents"].says == "3 images, every byte as it was written"
-    assert page["compared"].says == "photographs: all 3 are those that were extracted"
+    assert page["statements"].message == "6 train, 1 dev, 4 test, about 3 photographs"
+    assert page["photographs"].message.endswith("; 3 of 3 looked at can be read")
+    assert page["latents"].message == "3 images, every byte as it was written"
+    assert page["compared"].message == "photographs: all 3 are those that were extracted"
 
 
 def test_what_is_not_there_yet_is_a_note_with_the_command(config: Config, tmp_path: Path) -> None:
     page = by_topic(look_over(replace(config, image_folder=None), tmp_path / "none"))
     assert (page["photographs"].state, page["latents"].state, page["vision"].state) == (NOTE, NOTE, NOTE)
     assert (
-        page["vision"].cure == f"python tools/extract_latents.py --cache {tmp_path / 'none'} --gemma_vision"
+        page["vision"].hint == f"python tools/extract_latents.py --cache {tmp_path / 'none'} --gemma_vision"
     )
 
 
@@ -63,22 +63,22 @@ def test_photographs_that_are_missing_or_damaged_are_faults(
     config = replace(config, image_folder=str(folder))
     (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:400])
     found = by_topic(look_over(config, cache))["photographs"]
-    assert (found.state, found.says.split("; ")[1]) == (FAULT, "2 of 3 looked at can be read")
-    assert found.cure.startswith("b.png: damaged")
+    assert (found.state, found.message.split("; ")[1]) == (FAULT, "2 of 3 looked at can be read")
+    assert found.hint.startswith("b.png: damaged")
     (folder / "b.png").unlink()
     found = by_topic(look_over(config, cache))["photographs"]
-    assert (found.state, found.says) == (FAULT, f"1 of 3 are not in {folder}, such as b.png")
+    assert (found.state, found.message) == (FAULT, f"1 of 3 are not in {folder}, such as b.png")
 
 
 def test_a_damaged_cache_and_one_of_other_settings_are_faults(config: Config, cache: Path) -> None:
     found = by_topic(look_over(replace(config, latent_size=80), cache))["latents"]
     assert found.state == FAULT
-    assert "latent_size: cached 64, wanted 80" in found.says
+    assert "latent_size: cached 64, wanted 80" in found.message
     shard = cache / "gemma_vision" / "shards" / "00000.h5"
     shard.write_bytes(shard.read_bytes()[:-1])
     page = by_topic(look_over(config, cache))
     assert (page["latents"].state, page["vision"].state) == (OK, FAULT)
-    assert page["vision"].says.startswith("shard 0: ")
+    assert page["vision"].message.startswith("shard 0: ")
 
 
 @pytest.mark.parametrize(
@@ -112,8 +112,8 @@ def test_models_on_the_hub_are_asked_for_by_their_config(
     page = by_topic(look_over(replace(config, **names), cache))
     assert asked == [(names["model_name"], "config.json"), (names["cosmos_model_name"], "vae/config.json")]
     for topic, name in (("Gemma", names["model_name"]), ("Cosmos VAE", names["cosmos_model_name"])):
-        assert (page[topic].state, page[topic].says) == (FAULT, f"{name}: {words}")
-        assert page[topic].cure
+        assert (page[topic].state, page[topic].message) == (FAULT, f"{name}: {words}")
+        assert page[topic].hint
 
 
 def test_a_photograph_that_changed_since_it_was_extracted_is_a_fault(
@@ -124,7 +124,7 @@ def test_a_photograph_that_changed_since_it_was_extracted_is_a_fault(
     shutil.copy(folder / "a.png", folder / "c.png")
     found = by_topic(look_over(replace(config, image_folder=str(folder)), cache))["compared"]
     assert found.state == FAULT
-    assert "c.png: SHA-256 was " in found.says
+    assert "c.png: SHA-256 was " in found.message
 
 
 def test_a_rollout_takes_a_pipeline_and_its_guardrail(
@@ -133,18 +133,18 @@ def test_a_rollout_takes_a_pipeline_and_its_guardrail(
     monkeypatch.setattr(rollout, "is_cosmos_guardrail_available", lambda: False)
     found = by_topic(look_over(rolling, tmp_path))["rollout"]
     assert found.state == FAULT
-    assert found.says.endswith("pip install cosmos_guardrail")
+    assert found.message.endswith("pip install cosmos_guardrail")
     monkeypatch.setattr(rollout, "is_cosmos_guardrail_available", lambda: True)
     assert by_topic(look_over(rolling, tmp_path))["rollout"].state == OK
     found = by_topic(look_over(replace(config, num_world_steps=2), tmp_path))["rollout"]
-    assert (found.state, "no model_index.json" in found.says) == (FAULT, True)
+    assert (found.state, "no model_index.json" in found.message) == (FAULT, True)
 
 
 def test_cures_carry_the_settings_that_were_given(config: Config, tmp_path: Path) -> None:
     page = by_topic(look_over(config, tmp_path / "c", "--config my.json"))
     command = f"python tools/extract_latents.py --config my.json --cache {tmp_path / 'c'}"
-    assert (page["latents"].cure, page["vision"].cure) == (command, f"{command} --gemma_vision")
-    assert "it takes 0.0 MiB, " in page["latents"].says
+    assert (page["latents"].hint, page["vision"].hint) == (command, f"{command} --gemma_vision")
+    assert "it takes 0.0 MiB, " in page["latents"].message
 
 
 def test_a_disk_without_room_for_the_cache_is_a_fault(
@@ -153,8 +153,8 @@ def test_a_disk_without_room_for_the_cache_is_a_fault(
     monkeypatch.setattr("theworld.utils.files.free_bytes", lambda path: 100)
     found = by_topic(look_over(config, tmp_path / "c"))["latents"]
     assert found.state == FAULT
-    assert "12,288 bytes are needed and 100 are free" in found.says
-    assert "move --cache" in found.says
+    assert "12,288 bytes are needed and 100 are free" in found.message
+    assert "move --cache" in found.message
 
 
 def test_checkpoints_in_the_way_are_a_fault_unless_they_are_resumed(
@@ -162,13 +162,13 @@ def test_checkpoints_in_the_way_are_a_fault_unless_they_are_resumed(
 ) -> None:
     checkpoint = Trainer(replace(config, max_steps=1), cache).run()
     found = by_topic(look_over(config, cache))["output_dir"]
-    assert (found.state, found.cure.split(" to ")[0]) == (FAULT, f"--resume_from {config.output_dir}")
-    assert f"{config.output_dir} holds checkpoint-1, " in found.says
+    assert (found.state, found.hint.split(" to ")[0]) == (FAULT, f"--resume_from {config.output_dir}")
+    assert f"{config.output_dir} holds checkpoint-1, " in found.message
     resumed = replace(config, resume_from=str(checkpoint))
     assert by_topic(look_over(resumed, cache))["output_dir"].state == OK
     (tmp_path / "file").write_text("")
     blocked = by_topic(look_over(replace(config, output_dir=str(tmp_path / "file")), cache))["output_dir"]
-    assert (blocked.state, "is a file, and a folder is wanted" in blocked.says) == (FAULT, True)
+    assert (blocked.state, "is a file, and a folder is wanted" in blocked.message) == (FAULT, True)
 
 
 GPU = Memory("NVIDIA A100", free=70 * GIB, total=80 * GIB, capability=(8, 0))
@@ -201,7 +201,7 @@ def test_a_gpu_is_held_against_what_a_training_takes(
     config = replace(config, fp8=fp8, batch_size=batch_size, latent_size=512, world_patch=4)
     found = by_topic(list(doctor._device(config)))
     assert {topic: finding.state for topic, finding in found.items()} == states
-    assert all(finding.cure for finding in found.values() if finding.state != OK)
+    assert all(finding.hint for finding in found.values() if finding.state != OK)
 
 
 def test_a_library_that_is_missing_and_a_package_that_is_not_installed(
@@ -209,12 +209,12 @@ def test_a_library_that_is_missing_and_a_package_that_is_not_installed(
 ) -> None:
     monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=99", "nowhere>=1.0", "wandb; extra == 'x'"])
     page = by_topic(look_over(config, cache))
-    assert (page["torch"].state, page["torch"].cure) == (NOTE, "pip install 'torch>=99'")
-    assert (page["nowhere"].state, page["nowhere"].says) == (FAULT, "not installed")
-    assert page["nowhere"].cure == "pip install 'nowhere>=1.0'"
+    assert (page["torch"].state, page["torch"].hint) == (NOTE, "pip install 'torch>=99'")
+    assert (page["nowhere"].state, page["nowhere"].message) == (FAULT, "not installed")
+    assert page["nowhere"].hint == "pip install 'nowhere>=1.0'"
 
     def missing(name: str) -> list[str]:
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(doctor, "requires", missing)
-    assert by_topic(look_over(config, cache))["libraries"].cure == "pip install -e ."
+    assert by_topic(look_over(config, cache))["libraries"].hint == "pip install -e ."

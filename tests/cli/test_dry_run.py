@@ -14,8 +14,9 @@ from records import four_rows
 from theworld.cli import dry_run
 from theworld.cli.dry_run import alignment, evaluation, extraction, recomputation
 from theworld.config.config import Config, save_config
-from theworld.evaluation.metrics import SYSTEMS, write_jsonl
-from theworld.extraction.encoders import plan_latents, plan_vision
+from theworld.evaluation.conditions import CONDITIONS
+from theworld.evaluation.records import write_jsonl
+from theworld.extraction.encoders import specs_of
 from theworld.extraction.extract import extract
 from theworld.report.report import plan_report
 from theworld.store.format import StoreMismatch
@@ -129,10 +130,8 @@ def test_of_processes_launched_together_the_first_alone_speaks(
 
 
 def test_what_is_planned_is_what_extraction_makes(config: Config, cache: Path) -> None:
-    for plan in (plan_latents, plan_vision):
-        planned = plan(config, cache)
-        reader = StoreReader(planned.root, {k: v for k, v in planned.fields.items() if v != "(absent)"})
-        assert [*reader.arrays.values()] == [planned.spec]
+    for spec in specs_of(config, with_vision=True):
+        assert [*StoreReader(cache / spec.name).arrays.values()] == [spec.array]
 
 
 def test_a_new_cache_then_a_finished_one(config: Config, tmp_path: Path) -> None:
@@ -243,7 +242,7 @@ def test_an_evaluation_in_numbers(config: Config, run: Path, cache: Path, tmp_pa
         f"projection   {run / 'checkpoint-1'}, for gemma",
         f"Gemma        {config.model_name}: a local folder; cpu, torch.float32",
         f"reads        4 of 4 statements, 2 of 2 images, from {cache}: latents and vision features",
-        "asks         2 systems (world, zero) about 4 statements, 2 batches",
+        "asks         2 conditions (world, zero) about 4 statements, 2 batches",
         "trained on   6 statements of own data train, which shows 2 of the 2 images of test",
         f"writes       {output}, 4 lines, and {output.with_suffix('.summary.json')}",
     ]
@@ -263,7 +262,7 @@ def test_an_evaluation_of_several_and_one_again(run: Path, cache: Path, tmp_path
     shutil.copytree(run, other)
     with pytest.raises(ValueError, match="several models belong to no single run; name an --output"):
         list(evaluation([run, other], cache, None, "test", ["world"], None, {}))
-    lines = list(evaluation([run, other], cache, None, "test", SYSTEMS, tmp_path / "r.jsonl", {}))
+    lines = list(evaluation([run, other], cache, None, "test", CONDITIONS, tmp_path / "r.jsonl", {}))
     assert [line.split()[0] for line in lines] == [
         *["projection", "Gemma"] * 2,
         *["reads", "asks"] * 2,
@@ -271,7 +270,7 @@ def test_an_evaluation_of_several_and_one_again(run: Path, cache: Path, tmp_path
         "writes",
     ]
     assert (
-        "asks         5 systems (world, baseline, zero, shuffled, text) about 4 statements, 1 batches"
+        "asks         5 conditions (world, baseline, zero, shuffled, text) about 4 statements, 1 batches"
         in lines
     )
     lines = list(evaluation([run], cache, None, "test", ["world"], None, {}))
@@ -295,16 +294,16 @@ def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, t
             "cache": cache,
             "folder": None,
             "split": "test",
-            "systems": ["world"],
+            "conditions": ["world"],
             "output": tmp_path / "r",
         }
-        cache_, folder, split, systems, output = (values | changes).values()
-        return lambda: list(evaluation([run], cache_, folder, split, systems, output, {}))  # type: ignore[arg-type]
+        cache_, folder, split, conditions, output = (values | changes).values()
+        return lambda: list(evaluation([run], cache_, folder, split, conditions, output, {}))  # type: ignore[arg-type]
 
     with pytest.raises(ValueError, match=r"2 of 2 photographs cannot be read:\n  .*no file in "):
         plan(cache=None, folder=tmp_path)()
-    with pytest.raises(ValueError, match="at least two images; leave 'shuffled' out"):
-        plan(split="dev", systems=["shuffled"])()
+    with pytest.raises(ValueError, match="at least two images; leave it out of --conditions"):
+        plan(split="dev", conditions=["shuffled"])()
     with pytest.raises(IsADirectoryError, match="is a folder, and a file is wanted"):
         plan(output=tmp_path)()
     (cache / "gemma_vision").rename(tmp_path / "elsewhere")
@@ -327,7 +326,7 @@ def test_an_alignment_in_numbers(run: Path, cache: Path, tmp_path: Path) -> None
         "measures     16 world tokens of each, untrained and trained",
         f"writes       {output} and {tmp_path / 'a.json'}",
     ]
-    with pytest.raises(ValueError, match=r"--num_samples 100, 1 images in dev: .* at least two images"):
+    with pytest.raises(ValueError, match=r"--num_samples 100, 1 images in dev; .* at least two images"):
         list(alignment(run, cache, "dev", 100, output, {}))
     (cache / "gemma_vision").rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="no vision features to compare with"):
@@ -348,6 +347,6 @@ def test_a_folder_that_is_not_ones_own_stops_it(
 ) -> None:
     (tmp_path / "theirs").mkdir()
     # Nothing is forbidden to root, as whom tests may run.
-    monkeypatch.setattr("theworld.utils.hub.os.access", lambda path, mode: path != tmp_path / "theirs")
+    monkeypatch.setattr("theworld.utils.files.os.access", lambda path, mode: path != tmp_path / "theirs")
     with pytest.raises(PermissionError, match=r"--cache .* is not yours to write to; choose another --cache"):
         list(extraction(config, tmp_path / "theirs" / "cache", False, False, None))

@@ -37,7 +37,7 @@ from theworld.data.images import (
     to_unit_range,
 )
 from theworld.extraction.extract import extract
-from theworld.extraction.features import LiveVision, Rows
+from theworld.extraction.features import CachedFeatures, OnTheFlyVision
 from theworld.models.gemma import Gemma
 from theworld.store.format import VISION
 from theworld.training import data as loading
@@ -534,7 +534,7 @@ def test_training_says_what_was_compared(
     )
     monkeypatch.setenv("RANK", "1")  # the first process looks
     edited(Path(str(own.image_folder)) / "a.png")
-    assert loading.compared(own, Rows(cache / "latents", "latents"), ["a.png"]) == []
+    assert loading.compared(own, CachedFeatures(cache / "latents"), ["a.png"]) == []
 
 
 def test_with_too_little_time_all_that_are_newer_and_some_others_are_compared(tmp_path: Path) -> None:
@@ -575,7 +575,7 @@ def test_the_first_few_of_many_are_shown(tmp_path: Path) -> None:
 def test_a_photograph_that_changes_while_training_stops_it(own: Config, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "cache" / VISION)
     trainer = Trainer(own, tmp_path / "cache")  # reads the photographs at every step
-    assert isinstance(trainer.data.vision, LiveVision)
+    assert isinstance(trainer.data.vision, OnTheFlyVision)
     trainer.output_dir.mkdir()
     trainer.train_step()
     saved = trainer.save()

@@ -1,4 +1,4 @@
-"""Where world tokens lie: numbers by hand, what they are taken from, and the tool."""
+"""Alignment: measurements by hand, the sample, and the tool."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_tokens_of_the_same_place_are_compared_pairwise() -> None:
 
 
 @pytest.mark.parametrize("kind", [NEAREST_IMAGE, NEAREST_TEXT])
-def test_the_nearest_token_is_that_of_the_highest_cosine_not_of_the_smallest_distance(kind: str) -> None:
+def test_the_nearest_token_has_the_highest_cosine_not_the_smallest_distance(kind: str) -> None:
     world = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     target = torch.tensor([[0.0, 1.0], [1.0, 1.0], [5.0, 0.0]])
     cosine, distance = compare(world, target, kind)
@@ -69,7 +69,7 @@ def test_the_nearest_token_is_that_of_the_highest_cosine_not_of_the_smallest_dis
     assert distance.tolist() == pytest.approx([4, 1])
 
 
-def test_the_control_is_the_same_place_of_the_image_before_and_never_the_own_one() -> None:
+def test_the_control_is_the_same_place_in_the_image_before() -> None:
     image = torch.tensor(
         [[[1.0, 0], [0, 1]], [[0, 1], [0, 1]], [[-1, 0], [0, -1]]]
     )  # 3 images, 2 tokens each
@@ -118,7 +118,7 @@ def test_figures_by_hand() -> None:
     }
 
 
-def test_of_many_tokens_some_are_kept_and_all_are_counted() -> None:
+def test_norms_and_mean_are_of_all_tokens_and_a_fixed_sample_is_kept() -> None:
     torch.manual_seed(0)
     every = [torch.randn(700, 3) for _ in range(4)]
     tokens, again = Tokens(), Tokens()
@@ -134,8 +134,8 @@ def test_of_many_tokens_some_are_kept_and_all_are_counted() -> None:
     assert len(tokens.some.unique(dim=0)) == 20
 
 
-def test_memory_does_not_grow_with_tokens_times_images() -> None:
-    """Of 64 images of 1,000 tokens at most as many stay as of two."""
+def test_the_number_of_kept_tokens_does_not_grow_with_the_images() -> None:
+    """Of 64 images with 1,000 tokens each as many tokens stay in memory as of two."""
     held = []
     for count in (2, 64):
         image = [torch.ones(4, 2)] * count
@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_tokens_times_images() -> None:
     assert KEPT <= held[1] < KEPT + 64
 
 
-def test_only_as_many_patches_as_image_tokens_lie_on_the_same_places() -> None:
+def test_only_as_many_patches_as_image_tokens_lie_at_the_same_places() -> None:
     shape = ProjectionShape((16, 8, 8), 64, patch=2)  # 16 tokens
     assert comparison(shape, 16) == SAME_PLACE
     assert comparison(shape, 256) == NEAREST_IMAGE
@@ -156,10 +156,10 @@ def test_only_as_many_patches_as_image_tokens_lie_on_the_same_places() -> None:
     assert comparison(shape, 0) == NEAREST_TEXT
 
 
-# ---- what they are taken from
+# ---- the sample
 
 
-def test_both_projections_and_all_tokens_are_those_of_the_run(
+def test_align_measures_the_projections_and_tokens_of_the_run(
     cache: Path, config: Config, gemma: Gemma
 ) -> None:
     trainer = Trainer(config, cache)
@@ -204,12 +204,12 @@ def test_fewer_samples_are_some_of_the_split(cache: Path, config: Config, gemma:
     assert [tokens.shape for tokens in some.image] == [(16, 64), (16, 64)]
 
 
-def test_world_tokens_without_a_place_are_compared_with_the_nearest(cache: Path, config: Config) -> None:
+def test_without_equal_grids_world_tokens_are_compared_with_the_nearest(cache: Path, config: Config) -> None:
     checkpoint = Trainer(replace(config, world_patch=4, max_steps=1), cache).run()
     _, result = align(checkpoint, cache, "test", 100, {})
     assert (result["world_tokens"], result["image_tokens"], result["comparison"]) == (4, 16, NEAREST_IMAGE)
     assert result["trained"]["cosine"]["n"] == 2 * 4
-    assert "do not lie on the same places" in report(result)
+    assert "do not lie at the same places" in report(result)
 
 
 def test_a_text_only_gemma_is_measured_against_text_alone(
@@ -221,12 +221,14 @@ def test_a_text_only_gemma_is_measured_against_text_alone(
     assert list(result["trained"]["norm"]) == ["world", "text"]
     assert list(result["trained"]["norm_ratio"]) == ["world_text"]
     assert list(result["trained"]["mean_vector_cosine"]) == ["world_text"]
-    assert "The guide's reading" not in report(result)  # it is about image tokens
+    assert "rule of thumb" not in report(result)  # it is about image tokens
 
 
-def test_what_cannot_be_compared_is_refused(cache: Path, config: Config, tmp_path: Path) -> None:
+def test_too_few_images_and_a_cache_of_other_settings_are_refused(
+    cache: Path, config: Config, tmp_path: Path
+) -> None:
     checkpoint = Trainer(replace(config, max_steps=1), cache).run()
-    with pytest.raises(ValueError, match=r"--num_samples 100, 1 images in dev: .* at least two images"):
+    with pytest.raises(ValueError, match=r"--num_samples 100, 1 images in dev; .* at least two images"):
         align(checkpoint, cache, "dev", 100, {})
     with pytest.raises(ValueError, match=r"--num_samples -3, 2 images in test"):
         align(checkpoint, cache, "test", -3, {})
@@ -240,9 +242,7 @@ def test_what_cannot_be_compared_is_refused(cache: Path, config: Config, tmp_pat
 
 
 @pytest.mark.parametrize(("mean", "word"), [(0.51, "good"), (0.4, "in between"), (0.29, "poor")])
-def test_the_guides_reading_comes_with_the_control_and_with_what_it_does_not_show(
-    mean: float, word: str
-) -> None:
+def test_the_rule_of_thumb_stands_beside_the_control_and_the_caution(mean: float, word: str) -> None:
     def some(cosine: float) -> dict[str, Any]:
         values = {kind: Tokens().add(torch.ones(2, 2), 2) for kind in ("world", "image", "text")}
         return figures(Measured(torch.full((2,), cosine), torch.full((2,), 0.25), torch.ones(2), values))
@@ -250,8 +250,7 @@ def test_the_guides_reading_comes_with_the_control_and_with_what_it_does_not_sho
     result = dict(zip(KEYS, ["c", "test", 2, 1, 1, SAME_PLACE, some(0), some(mean)], strict=True))
     text = report(result)
     assert (
-        f"mean cosine {mean:.2f}, {mean - 0.25:+.2f} against the control. The guide's reading: {word} "
-        in text
+        f"mean cosine {mean:.2f}, {mean - 0.25:+.2f} against the control. By a rule of thumb: {word} " in text
     )
     assert text.endswith(CAUTION)
 
@@ -285,7 +284,7 @@ def test_the_tool_draws_a_picture_and_writes_its_figures(cache: Path, config: Co
                 assert len(set(panel.convert("RGB").get_flattened_data())) > 5
 
 
-def test_the_same_tokens_are_drawn_the_same(cache: Path, config: Config, tmp_path: Path) -> None:
+def test_drawing_is_deterministic(cache: Path, config: Config, tmp_path: Path) -> None:
     measured, result = align(Trainer(config, cache).run(), cache, "test", 2, {})
     for name in "ab":
         draw(measured, result, tmp_path / f"{name}.png")
@@ -321,7 +320,7 @@ def test_few_tokens_and_no_image_tokens_can_be_drawn(
         (["--help"], 0, "Number of images whose tokens are compared. (default: 100)"),
     ],
 )
-def test_wrong_usage_is_answered_in_words(arguments: list[str], status: int, message: str) -> None:
+def test_the_tool_answers_wrong_usage_with_one_line(arguments: list[str], status: int, message: str) -> None:
     done = tool("visualize_alignment", *arguments, check=False)
     assert done.returncode == status
     assert message in " ".join((done.stdout + done.stderr).split())

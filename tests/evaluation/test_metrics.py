@@ -1,7 +1,4 @@
-"""Records, and metrics from them, against values worked out by hand.
-
-Figures against values worked out by hand.
-"""
+"""Records, and metrics from them, against values worked out by hand."""
 
 import json
 import math
@@ -11,24 +8,19 @@ import numpy as np
 import pytest
 from records import four_rows, statement, with_rest
 
+from theworld.evaluation.conditions import checkpoint_of, checkpoints_in, condition_type, find_condition
 from theworld.evaluation.metrics import (
     accuracy,
-    calibration,
-    kind_of,
+    calibration_bins,
+    cluster_bootstrap,
+    find_pair,
     label_loss,
     mcnemar,
-    model_of,
-    models_in,
-    over_images,
-    pair_of,
-    probabilities,
-    read_jsonl,
-    records,
+    probability_metrics,
     summarise,
-    system_of,
-    write_jsonl,
     write_summary,
 )
+from theworld.evaluation.records import read_jsonl, records, write_jsonl
 from theworld.evaluation.tables import table
 
 
@@ -49,11 +41,11 @@ def test_exact_mcnemar_of_8_against_2() -> None:
     assert mcnemar(first, first) == {"only_first": 0, "only_second": 0, "p_value": 1.0}
 
 
-def test_what_four_probabilities_are_worth() -> None:
+def test_the_metrics_of_four_probabilities() -> None:
     labels = np.array([1, 0, 1, 0])
     margin = np.array([3.0, 2.0, 1.0, -1.0])
     p_true = np.array([0.9, 0.8, 0.6, 0.3])
-    found = probabilities(labels, p_true, margin)
+    found = probability_metrics(labels, p_true, margin)
     assert found["says_true"] == 0.75
     assert found["balanced_accuracy"] == 0.75  # 2 of 2 true statements, 1 of 2 false ones
     assert (
@@ -64,64 +56,64 @@ def test_what_four_probabilities_are_worth() -> None:
     assert found["calibration_error"] == pytest.approx((0.1 + 0.8 + 0.4 + 0.3) / 4)
 
 
-def test_of_one_kind_of_statements_no_balance_is_told() -> None:
-    found = probabilities(np.array([1, 1]), np.array([0.9, 0.2]), np.array([2.0, -1.5]))
+def test_balanced_accuracy_and_auroc_are_none_if_all_labels_are_equal() -> None:
+    found = probability_metrics(np.array([1, 1]), np.array([0.9, 0.2]), np.array([2.0, -1.5]))
     assert found["balanced_accuracy"] is None
     assert found["auroc"] is None
     assert found["brier"] == pytest.approx((0.01 + 0.64) / 2)
 
 
-def test_the_order_survives_probabilities_that_round_to_one() -> None:
-    found = probabilities(np.array([1, 0]), np.array([1.0, 1.0]), np.array([60.0, 50.0]))
+def test_auroc_ranks_by_logits_where_probabilities_round_to_one() -> None:
+    found = probability_metrics(np.array([1, 0]), np.array([1.0, 1.0]), np.array([60.0, 50.0]))
     assert found["auroc"] == 1.0
 
 
-def test_the_bins_of_a_calibration() -> None:
-    bins = calibration(np.array([0, 1, 1, 1]), np.array([0.05, 0.07, 0.95, 1.0]))
+def test_the_calibration_bins_of_four_probabilities() -> None:
+    bins = calibration_bins(np.array([0, 1, 1, 1]), np.array([0.05, 0.07, 0.95, 1.0]))
     assert [(b["from"], b["to"], b["n"]) for b in bins] == [(0.0, 0.1, 2), (0.9, 1.0, 2)]
     assert [b["p_true"] for b in bins] == pytest.approx([0.06, 0.975])
     assert [b["true"] for b in bins] == [0.5, 1.0]
     # Wilson of 1 of 2: (0.5 + z²/4) / (1 + z²/2) ± ..., which is 0.0945 to 0.9055
     assert (bins[0]["low"], bins[0]["high"]) == pytest.approx((0.094529, 0.905471), abs=1e-5)
-    found = probabilities(
+    found = probability_metrics(
         np.array([0, 1, 1, 1]), np.array([0.05, 0.07, 0.95, 1.0]), np.array([-3, -2, 3, 9.0])
     )
     assert found["calibration_error"] == pytest.approx(0.5 * 0.44 + 0.5 * 0.025)
 
 
-def test_two_images_come_whole_or_not_at_all() -> None:
+def test_the_bootstrap_draws_all_statements_of_an_image_together() -> None:
     # Drawn twice with replacement: a and a (all right), b and b (all wrong), or one of each; a quarter is more than
     # 2.5 %, so the interval is all there is.
     images = ["a", "a", "a", "b"]
     right = np.array([[1, 1, 1, 0.0]])
-    assert over_images(images, right) == [(0.0, 1.0)]
-    assert over_images(images, np.array([[1, 1, 1, 1.0]])) == [(1.0, 1.0)]
+    assert cluster_bootstrap(images, right) == [(0.0, 1.0)]
+    assert cluster_bootstrap(images, np.array([[1, 1, 1, 1.0]])) == [(1.0, 1.0)]
 
 
-def test_saying_the_same_twice_of_each_image_narrows_nothing() -> None:
+def test_repeating_the_statements_of_each_image_does_not_narrow_the_bootstrap_interval() -> None:
     right = np.random.default_rng(1).integers(0, 2, 60).astype(float)
     images = [f"{i}.jpg" for i in range(60)]
-    once, *_ = over_images(images, right[None])
-    twice, *_ = over_images(images * 2, np.tile(right, 2)[None])
+    once, *_ = cluster_bootstrap(images, right[None])
+    twice, *_ = cluster_bootstrap(images * 2, np.tile(right, 2)[None])
     assert once == twice
-    other, *_ = over_images([f"{i}.jpg" for i in range(120)], np.tile(right, 2)[None])
+    other, *_ = cluster_bootstrap([f"{i}.jpg" for i in range(120)], np.tile(right, 2)[None])
     assert other is not None
     assert once is not None
     assert other[1] - other[0] < 0.8 * (once[1] - once[0])
 
 
-def test_quantities_beside_each_other_have_the_intervals_that_they_have_alone() -> None:
+def test_the_bootstrap_of_several_quantities_equals_that_of_each_alone() -> None:
     values = np.random.default_rng(2).integers(-1, 2, (3, 40)).astype(float)
     images = [str(i % 25) for i in range(40)]
-    assert over_images(images, values) == [over_images(images, row[None])[0] for row in values]
+    assert cluster_bootstrap(images, values) == [cluster_bootstrap(images, row[None])[0] for row in values]
 
 
-def test_one_image_has_no_interval() -> None:
-    assert over_images(["a", "a"], np.array([[1.0, 0.0], [1.0, 1.0]])) == [None, None]
-    assert over_images(["a", "b"], np.zeros((0, 2))) == []
+def test_the_bootstrap_of_one_image_has_no_interval() -> None:
+    assert cluster_bootstrap(["a", "a"], np.array([[1.0, 0.0], [1.0, 1.0]])) == [None, None]
+    assert cluster_bootstrap(["a", "b"], np.zeros((0, 2))) == []
 
 
-def test_a_record_holds_the_answer_of_each_system_and_what_follows_from_it() -> None:
+def test_a_record_holds_the_answer_under_each_condition() -> None:
     logits = {"world": np.array([[1.0, 3.0, 3.5], [0.5, 0.5, 0.5 + math.log(2)]])}
     asked = [statement(0, "a", 1), statement(7, "b", 0, "near")]
     rows = records(asked, logits, {"b"}, {("b", "caption 7")}, "vsr_random", "test")
@@ -147,7 +139,7 @@ def test_a_record_holds_the_answer_of_each_system_and_what_follows_from_it() -> 
             },
         },
     }
-    # A tie is an answer too: not true. And nothing lies outside of two tokens that have it all.
+    # Equal logits mean false. Two tokens with all of the probability leave none to other tokens.
     assert rows[1]["systems"]["world"]["p_true"] == 0.5
     assert rows[1]["systems"]["world"]["correct"] is True
     assert rows[1]["systems"]["world"]["outside"] == pytest.approx(0, abs=1e-12)
@@ -158,7 +150,7 @@ def test_a_record_holds_the_answer_of_each_system_and_what_follows_from_it() -> 
 @pytest.mark.parametrize(
     ("answer", "shown"), [([np.nan, 1, 2], "nan, 1.0"), ([1, 2, np.inf], "a logsumexp of inf")]
 )
-def test_an_answer_that_is_no_number_is_an_error_and_not_an_answer(answer: list[float], shown: str) -> None:
+def test_logits_that_are_not_finite_are_refused(answer: list[float], shown: str) -> None:
     with pytest.raises(ValueError, match=rf"world: statement 3 \(a\) has logits .*{shown}"):
         records([statement(3, "a", 1)], {"world": np.array([answer])}, set())
 
@@ -184,7 +176,7 @@ def test_the_summary_of_four_statements() -> None:
     assert {k: v["world"]["n"] for k, v in summary["by_seen"].items()} == {"False": 2, "True": 2}
 
 
-def test_every_pair_has_its_difference_its_interval_and_its_discordant_counts() -> None:
+def test_each_pair_has_its_difference_interval_and_discordant_counts() -> None:
     summary = summarise(four_rows())
     (pair,) = summary["pairs"]
     # Image 0: world 2 of 2, baseline 1 of 2; image 1: 1 of 2 each. So 0.5, 0.25 or 0 when images are drawn again.
@@ -204,14 +196,14 @@ def test_every_pair_has_its_difference_its_interval_and_its_discordant_counts() 
     assert (baseline["image_low"], baseline["image_high"]) == (0.5, 0.5)
     seen, unseen = summary["gain_by_seen"]["True"], summary["gain_by_seen"]["False"]
     assert [(p["n"], p["difference"], p["low"]) for p in (*seen, *unseen)] == [(2, 0.0, None), (2, 0.5, None)]
-    turned = pair_of(summary["pairs"], "baseline", "world")
+    turned = find_pair(summary["pairs"], "baseline", "world")
     assert turned is not None
     assert (turned["difference"], turned["low"], turned["high"]) == (-0.25, -0.5, 0.0)
     assert (turned["only_first"], turned["only_second"]) == (1, 2)
-    assert pair_of(summary["pairs"], "world", "zero") is None
+    assert find_pair(summary["pairs"], "world", "zero") is None
 
 
-def test_probability_outside_the_answers_is_told() -> None:
+def test_the_summary_has_the_other_token_probability() -> None:
     world = summarise(four_rows())["systems"]["world"]
     assert world["outside_mean"] == pytest.approx(0.5)
     assert world["outside_max"] == pytest.approx(0.5)
@@ -219,15 +211,15 @@ def test_probability_outside_the_answers_is_told() -> None:
     assert world["says_true"] == 0.5
 
 
-def test_systems_of_several_checkpoints_have_its_name_before_theirs() -> None:
-    systems = ["a:world", "baseline", "a/b:world", "a/b:zero"]
-    assert models_in(systems) == ["a", "a/b"]
-    assert models_in(["world", "baseline"]) == [""]
-    assert (model_of("a/b:zero"), kind_of("a/b:zero")) == ("a/b", "zero")
-    assert (model_of("zero"), kind_of("zero")) == ("", "zero")
-    assert system_of(systems, "a", "world") == "a:world"
-    assert system_of(systems, "a", "baseline") == "baseline"
-    assert system_of(systems, "a", "zero") is None
+def test_the_checkpoint_stands_before_the_condition() -> None:
+    conditions = ["a:world", "baseline", "a/b:world", "a/b:zero"]
+    assert checkpoints_in(conditions) == ["a", "a/b"]
+    assert checkpoints_in(["world", "baseline"]) == [""]
+    assert (checkpoint_of("a/b:zero"), condition_type("a/b:zero")) == ("a/b", "zero")
+    assert (checkpoint_of("zero"), condition_type("zero")) == ("", "zero")
+    assert find_condition(conditions, "a", "world") == "a:world"
+    assert find_condition(conditions, "a", "baseline") == "baseline"
+    assert find_condition(conditions, "a", "zero") is None
 
 
 def three_seeds() -> list[dict]:
@@ -238,9 +230,9 @@ def three_seeds() -> list[dict]:
     return records(statements, answers, set())
 
 
-def test_over_seeds_stand_mean_sample_deviation_and_each() -> None:
+def test_the_spread_over_checkpoints_is_mean_sample_deviation_and_each() -> None:
     found = summarise(three_seeds())["checkpoints"]
-    assert set(found) == {"world", "gain"}  # what all share has no spread
+    assert set(found) == {"world", "gain"}  # a shared condition has no spread
     assert found["world"] == {
         "each": {"s0": 1.0, "s1": 0.75, "s2": 0.5},
         "mean": 0.75,
@@ -257,7 +249,7 @@ def test_over_seeds_stand_mean_sample_deviation_and_each() -> None:
     )
 
 
-def test_what_is_written_is_read_and_gives_the_same_figures(tmp_path: Path) -> None:
+def test_records_read_back_equal_and_give_the_same_summary(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.jsonl"
     rows = four_rows()
     rows[0]["statement"] = "a line separator \u2028 and a\rreturn"
@@ -275,8 +267,8 @@ def test_what_is_written_is_read_and_gives_the_same_figures(tmp_path: Path) -> N
         (lambda r: r.pop("label"), "results.jsonl:2: label is None; wanted int"),
         (lambda r: r.update(label=2), "results.jsonl:2: label is 2; wanted 0 or 1"),
         (lambda r: r.update(image_seen_in_train="no"), "image_seen_in_train is 'no'; wanted bool"),
-        (lambda r: r.pop("systems"), "results.jsonl:2: has no systems"),
-        (lambda r: r["systems"].pop("world"), "has the systems baseline, line 1 has world, baseline"),
+        (lambda r: r.pop("systems"), "results.jsonl:2: has no answers under 'systems'"),
+        (lambda r: r["systems"].pop("world"), "has the conditions baseline; line 1 has world, baseline"),
         (lambda r: r["systems"]["world"].update(logit_1="x"), "world has logit_0, logit_1, logsumexp"),
         (
             lambda r: r["systems"]["world"].update(correct=False),
@@ -286,7 +278,7 @@ def test_what_is_written_is_read_and_gives_the_same_figures(tmp_path: Path) -> N
         (lambda r: r.update(index=0), "results.jsonl:2: is statement 0, as line 1 is; remove one"),
     ],
 )
-def test_records_that_do_not_hold_are_refused_by_line_and_field(
+def test_a_damaged_record_is_refused_naming_line_and_field(
     tmp_path: Path, change: object, message: str
 ) -> None:
     rows = four_rows()
@@ -296,7 +288,7 @@ def test_records_that_do_not_hold_are_refused_by_line_and_field(
         read_jsonl(tmp_path / "results.jsonl")
 
 
-def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
+def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text("{}x\n")
     with pytest.raises(ValueError, match=r"r\.jsonl:1: Extra data"):
         read_jsonl(tmp_path / "r.jsonl")
@@ -305,13 +297,13 @@ def test_a_line_that_is_no_json_is_named(tmp_path: Path) -> None:
         read_jsonl(tmp_path / "r.jsonl")
 
 
-def test_the_table_names_every_system_and_marks_small_numbers() -> None:
+def test_the_table_marks_groups_of_few_statements() -> None:
     text = table(summarise(four_rows()))
     assert "majority class" in text
-    assert "2 right only with it, 1 only without, p = 1" in text
+    assert "2 right only with world tokens, 1 only without, p = 1" in text
     assert "  on                         2  100.0% / 50.0%  (few)" in text
 
 
-def test_no_statements_is_an_error() -> None:
+def test_no_statements_are_refused() -> None:
     with pytest.raises(ValueError, match="no statements"):
         summarise([])

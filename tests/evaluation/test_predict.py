@@ -1,4 +1,4 @@
-"""What the controls are given to see."""
+"""The answers of a model under each condition."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ import torch
 from tiny_model import latents_of, make_model, vision_of
 
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import SYSTEMS
+from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.predict import predict, shuffled_images, word_losses
 from theworld.models.gemma import Gemma
 
 
-def test_shuffled_gives_every_image_another_one_and_each_once() -> None:
+def test_shuffled_gives_each_image_another_one_and_uses_each_once() -> None:
     images = [f"{i}.jpg" for i in range(20)]
     other = shuffled_images(images)
     assert sorted(other) == sorted(other.values()) == sorted(images)
@@ -23,7 +23,7 @@ def test_shuffled_gives_every_image_another_one_and_each_once() -> None:
         shuffled_images(["a.jpg"])
 
 
-def test_beside_the_two_answers_stands_what_the_whole_vocabulary_has(
+def test_answers_are_two_logits_and_the_logsumexp_over_the_vocabulary(
     gemma: Gemma, photographs: Path, statements: list[Statement]
 ) -> None:
     model = make_model(gemma)
@@ -33,8 +33,8 @@ def test_beside_the_two_answers_stands_what_the_whole_vocabulary_has(
         seen[images] = True
         return vision_of(gemma, photographs, images)
 
-    found = predict(model, statements, latents_of, vision, SYSTEMS, batch_size=4)
-    assert list(found) == list(SYSTEMS)
+    found = predict(model, statements, latents_of, vision, CONDITIONS, batch_size=4)
+    assert list(found) == list(CONDITIONS)
     batch = model.packer().pack(statements, [None] * 6)
     with torch.no_grad():
         logits = model(batch, None, vision_of(gemma, photographs, batch.images)).double()
@@ -48,7 +48,7 @@ def test_beside_the_two_answers_stands_what_the_whole_vocabulary_has(
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6])
-def test_losses_of_words_are_those_of_training_whatever_the_batches(
+def test_word_losses_equal_those_of_training_for_any_batch_size(
     gemma: Gemma, photographs: Path, statements: list[Statement], batch_size: int
 ) -> None:
     model = make_model(gemma)
@@ -69,7 +69,7 @@ def test_losses_of_words_are_those_of_training_whatever_the_batches(
     assert word_losses(model, false, latents_of, vision, ["relation"], batch_size) == {"relation": 0.0}
 
 
-def test_text_alone_needs_no_photograph(gemma: Gemma, statements: list[Statement]) -> None:
+def test_the_condition_text_needs_no_photograph(gemma: Gemma, statements: list[Statement]) -> None:
     def nothing(images: tuple[str, ...]) -> torch.Tensor:
         raise AssertionError(f"asked for {images}")
 
@@ -77,9 +77,9 @@ def test_text_alone_needs_no_photograph(gemma: Gemma, statements: list[Statement
     assert found["text"].shape == (6, 3)
 
 
-def test_text_alone_is_no_system_of_a_gemma_that_sees_nothing(
+def test_the_condition_text_is_refused_for_a_text_only_gemma(
     text_gemma_folder: Path, statements: list[Statement]
 ) -> None:
     model = make_model(Gemma(str(text_gemma_folder)))
-    with pytest.raises(ValueError, match="sees no photograph, so it is 'baseline'; leave it out"):
+    with pytest.raises(ValueError, match="sees no photograph, so it is the same as 'baseline'; leave it out"):
         predict(model, statements, latents_of, None, ("baseline", "text"))

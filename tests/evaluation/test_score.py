@@ -13,7 +13,9 @@ from constants import ROOT
 
 from theworld.config.config import Config, save_config
 from theworld.data.vsr import OWN, SIZES, load_statements
-from theworld.evaluation.metrics import SYSTEMS, read_jsonl, summarise
+from theworld.evaluation.conditions import CONDITIONS
+from theworld.evaluation.metrics import summarise
+from theworld.evaluation.records import read_jsonl
 from theworld.evaluation.score import default_output, held_out, read_source, score, score_to_file, short_names
 from theworld.extraction.extract import extract
 from theworld.models import theworld
@@ -50,18 +52,18 @@ def test_checkpoints_together_answer_as_each_by_itself_with_one_gemma(
         loaded.append(model.gemma)
         return model
 
-    alone = [score(path / "checkpoint-1", cache, None, "test", SYSTEMS, {}) for path in seeds]
+    alone = [score(path / "checkpoint-1", cache, None, "test", CONDITIONS, {}) for path in seeds]
     monkeypatch.setattr(theworld.TheWorld, "from_pretrained", watched)
     output = tmp_path / "both.jsonl"
     command = ["python", "tools/eval.py", "--annotations", "my data"]
-    path, summary = score_to_file(seeds, "test", cache, None, SYSTEMS, {}, command, output)
+    path, summary = score_to_file(seeds, "test", cache, None, CONDITIONS, {}, command, output)
     assert path == output
     rows = read_jsonl(output)
     own = [f"{name}:{kind}" for name in ("s0", "s1") for kind in ("world", "zero", "shuffled")]
     assert list(rows[0]["systems"]) == ["baseline", "text", *own]
     for name, wanted in zip(("s0", "s1"), alone, strict=True):
         for row, one in zip(rows, wanted, strict=True):
-            for kind in SYSTEMS:
+            for kind in CONDITIONS:
                 found = row["systems"][kind if kind in ("baseline", "text") else f"{name}:{kind}"]
                 assert found == pytest.approx(one["systems"][kind], abs=1e-4)
     assert loaded[0] is loaded[1]
@@ -110,13 +112,13 @@ def test_baseline_is_the_published_gemma_and_a_trained_one_stands_beside_it(
     )
     second = Trainer(stage, cache).run()
     assert read_world(second)["parts"] == ["language"]
-    alone = score(seeds[0] / "checkpoint-1", cache, None, "test", SYSTEMS, {})
-    score_to_file([seeds[0], second.parent], "test", cache, None, SYSTEMS, {}, [], tmp_path / "r.jsonl")
+    alone = score(seeds[0] / "checkpoint-1", cache, None, "test", CONDITIONS, {})
+    score_to_file([seeds[0], second.parent], "test", cache, None, CONDITIONS, {}, [], tmp_path / "r.jsonl")
     rows = read_jsonl(tmp_path / "r.jsonl")
     own = ["world", "zero", "shuffled", "text"]
     wanted = ["baseline", *(f"s0:{k}" for k in own), "stage-2:world", "stage-2:without"]
     assert list(rows[0]["systems"]) == [*wanted, *(f"stage-2:{k}" for k in own[1:])]
-    single = score(second, cache, None, "test", SYSTEMS, {})
+    single = score(second, cache, None, "test", CONDITIONS, {})
     assert list(single[0]["systems"]) == ["world", "without", "zero", "shuffled", "text", "baseline"]
     for row, one, published in zip(rows, single, alone, strict=True):
         plain = published["systems"]["baseline"]
@@ -174,7 +176,7 @@ def test_a_text_only_gemma_is_not_asked_without_the_photograph(
     rows = score(checkpoint, cache, None, "test", ("baseline", "text"), {})
     assert list(rows[0]["systems"]) == ["baseline"]
     assert "without 'text': this Gemma sees no photograph, so it is 'baseline'" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="so it is 'baseline'; ask for that"):
+    with pytest.raises(ValueError, match="so it is the same as 'baseline'; give that"):
         score(checkpoint, cache, None, "test", ("text",), {})
 
 

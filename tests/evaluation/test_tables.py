@@ -1,23 +1,24 @@
-"""What a terminal shows, line by line."""
+"""The table of an evaluation, line by line."""
 
 from dataclasses import replace
 
 import numpy as np
 from records import statement, with_rest
 
-from theworld.evaluation.metrics import records, summarise
+from theworld.evaluation.metrics import summarise
+from theworld.evaluation.records import records
 from theworld.evaluation.tables import table
 
 
 def shown(dataset: str, split: str = "test") -> list[str]:
-    """The table of four true statements about four images, of which world has 3 right and baseline 1."""
+    """Return the table of four true statements about four images: world has 3 right, baseline 1."""
     asked = [replace(statement(i, f"{i}.jpg", 1), relation="left of") for i in range(4)]
     hits = {"world": 3, "baseline": 1}
     answers = {s: with_rest(np.array([[0.0, 1.0]] * n + [[1.0, 0.0]] * (4 - n))) for s, n in hits.items()}
     return table(summarise(records(asked, answers, {"0.jpg"}, set(), dataset, split))).splitlines()
 
 
-def test_published_systems_stand_below_ours_and_are_called_quoted() -> None:
+def test_published_accuracies_stand_below_and_are_marked_as_quoted() -> None:
     lines = shown("vsr_random")
     assert lines[0] == "4 statements, 4 images of vsr_random test"
     found = [line for line in lines if "quoted: " in line]
@@ -34,7 +35,7 @@ def test_published_systems_stand_below_ours_and_are_called_quoted() -> None:
     assert not any("quoted" in line for line in [*shown("own data"), *shown("vsr_random", "dev")])
 
 
-def test_systems_pairs_and_groups_have_their_intervals() -> None:
+def test_conditions_pairs_and_groups_have_intervals() -> None:
     lines = shown("own data")
     # Wilson of 3 of 4; images drawn again have 3 of 4 right as well, from 1 to 4 of them in 95 % of the cases.
     assert "world                        4     75.0%  30.1%–95.4%      25.0%–100.0%" in lines
@@ -50,7 +51,7 @@ def test_systems_pairs_and_groups_have_their_intervals() -> None:
     ]
 
 
-def test_the_last_lines_are_the_verdict_and_what_belongs_to_it() -> None:
+def test_the_last_lines_are_the_verdict_and_its_notes() -> None:
     lines = shown("own data")
     (place,) = [
         i for i, line in enumerate(lines) if line.startswith("No evidence that world tokens help: 75.0 %")

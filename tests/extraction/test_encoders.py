@@ -1,9 +1,7 @@
-"""Each field of a fingerprint, changed alone, is refused before any model loads, with both values and what to do.
-
-What is prepared in a worker and what the encoder makes of it.
-"""
+"""An encoder says what its rows mean before any model loads, and everybody who asks refuses other rows alike."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,62 +11,97 @@ import pytest
 import torch
 from constants import EMBEDDED_VAE
 
+from theworld.cli import dry_run
+from theworld.cli.doctor import FAULT, look_over
 from theworld.config.config import Config
 from theworld.data.images import latent_pixels, read_image, sha256, square
 from theworld.evaluation.score import score
 from theworld.extraction import extract as phase_1
-from theworld.extraction.encoders import LatentEncoding, VisionEncoding, check_settings, foreseen
+from theworld.extraction.encoders import VisionEncoder, check_stores, encoder_of, specs_of
 from theworld.extraction.extract import extract
 from theworld.extraction.pipeline import Batches, Source, in_processes
-from theworld.models.cosmos import CosmosEncoder
+from theworld.models import cosmos
+from theworld.models.cosmos import CosmosEncoder, CosmosLatents
+from theworld.models.encoder import PRECISION, UNTIL_DOWNLOADED, UNTIL_LOADED
 from theworld.models.gemma import Gemma
 from theworld.store.format import LATENTS, VISION, StoreMismatch
 from theworld.store.shard import ImageEntry
+from theworld.store.writer import Store
 from theworld.training.trainer import Trainer
 from theworld.utils import files
 
+SETTINGS = Config(cosmos_model_name=str(EMBEDDED_VAE), latent_size=64, device="cpu", encode_batch_size=2)
+
 
 def test_latents_of_bytes_are_those_of_pixels_in_the_unit_range(photographs: Path) -> None:
-    encoder = CosmosEncoder(str(EMBEDDED_VAE))
-    encoding = LatentEncoding(encoder, 64, None)
+    encoder = CosmosLatents(SETTINGS)
     pixels = read_image(photographs, "a.png")
-    prepared = encoding.prepare(pixels)
+    prepared = encoder.prepare(pixels)
     assert prepared.dtype == torch.uint8
     assert np.array_equal(prepared.numpy(), square(pixels, 64))
-    assert torch.equal(encoding.encode(prepared[None]), encoder.encode(latent_pixels(pixels, 64)[None]))
-    half = LatentEncoding(encoder, 64, "float16").encode(prepared[None])
-    assert torch.equal(half, encoding.encode(prepared[None]).half())
+    wanted = CosmosEncoder(str(EMBEDDED_VAE)).encode(latent_pixels(pixels, 64)[None])
+    assert torch.equal(encoder.encode(prepared[None]), wanted)
+    half = CosmosLatents(replace(SETTINGS, latent_dtype="float16")).encode(prepared[None])
+    assert torch.equal(half, wanted.half())
 
 
 def test_a_compiled_encoder_is_part_of_the_fingerprint() -> None:
-    encoder = CosmosEncoder(str(EMBEDDED_VAE))
-    plain = LatentEncoding(encoder, 64, None).fingerprint()
-    encoder.compiled = True
-    assert LatentEncoding(encoder, 64, None).fingerprint() == plain | {"compiled": True}
+    plain, compiled = (CosmosLatents.describe(replace(SETTINGS, compile=c)).fields for c in (None, True))
+    assert compiled == {**plain, "compiled": True}
 
 
-def test_gemmas_image_processor_works_in_another_process(gemma: Gemma, photographs: Path) -> None:
-    encoding = VisionEncoding(gemma)
+def test_gemmas_image_processor_works_in_another_process(tiny: Config, photographs: Path) -> None:
+    encoder = VisionEncoder(tiny)
     row = ImageEntry("a.png", sha256((photographs / "a.png").read_bytes()))
-    with in_processes(Batches([[row]], Source(photographs, 10**6, 1), encoding.prepare, 1), 1) as items:
+    with in_processes(Batches([[row]], Source(photographs, 10**6, 1), encoder.prepare, 1), 1) as items:
         (batch,) = items
-    wanted = gemma.pixel_values([read_image(photographs, "a.png")])
+    wanted = encoder.gemma.pixel_values([read_image(photographs, "a.png")])
     assert torch.equal(batch.pixels, wanted)
-    assert torch.equal(encoding.encode(batch.pixels), gemma.vision_features(wanted))
+    assert torch.equal(encoder.encode(batch.pixels), encoder.gemma.vision_features(wanted))
 
 
-LATENT_FIELDS = """arithmetic compute_dtype cosmos_model_name cosmos_revision cosmos_weights_sha256 diffusers
-encode_batch_size latent_shape latent_size latents_mean latents_std num_world_steps pillow posterior preprocessing_alpha
-preprocessing_colour preprocessing_depth preprocessing_orientation preprocessing_range preprocessing_resize
-storage_dtype torch""".split()
-VISION_FIELDS = """compute_dtype encode_batch_size image_processor image_size model_name model_revision pillow
-preprocessing_alpha preprocessing_colour preprocessing_depth preprocessing_orientation preprocessing_range
-preprocessing_resize storage_dtype torch transformers vision_weights_sha256""".split()
-FIELDS = [(LATENTS, field) for field in LATENT_FIELDS] + [(VISION, field) for field in VISION_FIELDS]
-# What training knows by itself, and what a checkpoint or an evaluation has to agree with; the rest says how exactly a
-# number was computed, which is as good for training on any machine.
-TRAINING = {"cosmos_model_name", "latent_size", "num_world_steps", "posterior", "model_name"}
-RESUMING = {"cosmos_revision", "cosmos_weights_sha256", "latent_shape", "latents_mean", "latents_std"}
+PIXELS = {
+    "preprocessing_alpha": "composited over white",
+    "preprocessing_colour": "ICC profiles ignored; CMYK, palette and grey to RGB as PIL converts them",
+    "preprocessing_depth": "16-bit grey / 257, rounded; of 16-bit colour the high byte",
+    "preprocessing_orientation": "EXIF orientation applied; EXIF that cannot be parsed counts as none",
+    "preprocessing_range": "x / 127.5 - 1, float32 in [-1, 1]",
+    "preprocessing_resize": "PIL bicubic with antialiasing, the whole picture stretched to the square",
+}
+# Of stores that the commit 2116c0f made of the embedded models, without the versions of libraries, and the first and
+# last of the sixteen channels' numbers.
+MADE_BEFORE: dict[str, dict[str, Any]] = {
+    LATENTS: PIXELS
+    | {
+        "arithmetic": 2,
+        "compute_dtype": "float32",
+        "cosmos_model_name": "vae",
+        "cosmos_revision": None,
+        "cosmos_weights_sha256": "616961278924fcc8bf1ccc757de1c2dee817981c2225f522ab47fd384b1ca23d",
+        "encode_batch_size": 2,
+        "latent_shape": [16, 8, 8],
+        "latent_size": 64,
+        "latents_mean": [0.3520629405975342, -0.4520651400089264],
+        "latents_std": [0.8045006394386292, 0.5705806612968445],
+        "num_world_steps": 0,
+        "posterior": "mean",
+        "storage_dtype": "float32",
+    },
+    VISION: PIXELS
+    | {
+        "compute_dtype": "float32",
+        "encode_batch_size": 2,
+        "image_processor": "Gemma3ImageProcessorPil",
+        "image_size": 4,
+        "model_name": "gemma",
+        "model_revision": None,
+        "storage_dtype": "float32",
+        "vision_weights_sha256": "0456b4c01f2263c7953100e0f86f764beda979f6c8ae7e063deae5327fb61f4b",
+    },
+}
+LIBRARIES = {LATENTS: {"torch", "pillow", "diffusers"}, VISION: {"torch", "pillow", "transformers"}}
+FIELDS = [(s, f) for s, own in MADE_BEFORE.items() for f in sorted(own.keys() | LIBRARIES[s])]
+WEIGHTS = {"cosmos_weights_sha256", "vision_weights_sha256"}
 
 
 @pytest.fixture(scope="module")
@@ -133,36 +166,138 @@ class Changed:
 
 def check_message(error: StoreMismatch, root: Path, field: str, changed: Changed) -> None:
     assert error.differences == [(field, changed.cached, changed.wanted)]
-    assert str(error) == (
+    assert str(error) == words(root, field, changed)
+
+
+def words(root: Path, field: str, changed: Changed) -> str:
+    return (
         f"{root} holds something else than what is wanted:\n"
         f"  {field}: cached {json.dumps(changed.cached)}, wanted {json.dumps(changed.wanted)}\n"
         "Use another --cache folder, or change the setting back."
     )
 
 
-def test_these_are_all_the_fields(tiny: Config) -> None:
-    for store, fields in ((LATENTS, LATENT_FIELDS), (VISION, VISION_FIELDS)):
-        fingerprint = json.loads((cache_of(tiny) / store / "store.json").read_text())["fingerprint"]
-        assert sorted(fingerprint) == sorted(fields)
-        wanted, later = foreseen(store, tiny, "cpu")
-        assert wanted == {key: value for key, value in fingerprint.items() if key not in later}
-        assert later == {"cosmos_weights_sha256" if store == LATENTS else "vision_weights_sha256"}
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights fails."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    for name in ("transformers.PreTrainedModel.from_pretrained", "theworld.models.cosmos.load_vae"):
+        monkeypatch.setattr(name, refuse)
+
+
+def test_a_store_has_the_fields_that_it_always_had(tiny: Config) -> None:
+    for name, wanted in MADE_BEFORE.items():
+        found = json.loads((cache_of(tiny) / name / "store.json").read_text())["fingerprint"]
+        for key in ("latents_mean", "latents_std"):
+            if key in found:
+                assert len(found[key]) == 16
+                found[key] = [found[key][0], found[key][-1]]
+        assert {key: found[key] for key in found if key not in LIBRARIES[name]} == wanted
+        assert LIBRARIES[name] <= found.keys()
+
+
+def test_all_but_the_hash_of_the_weights_is_known_before_they_load(tiny: Config, no_models: None) -> None:
+    for spec in specs_of(tiny, with_vision=True):
+        reader = json.loads((cache_of(tiny) / spec.name / "store.json").read_text())
+        assert spec.unknown == {"cosmos_weights_sha256" if spec.name == LATENTS else "vision_weights_sha256"}
+        known = {key: value for key, value in spec.fields.items() if key not in spec.unknown}
+        assert known == {key: reader["fingerprint"][key] for key in known}
+        assert reader["fingerprint"].keys() == spec.fields.keys()
+        array = {"name": spec.name, "shape": list(spec.array.shape), "dtype": spec.dtype}
+        assert reader["arrays"] == [array]
+
+
+def test_a_model_that_is_not_downloaded_yet_is_not_guessed_at(tiny: Config) -> None:
+    config = replace(tiny, cosmos_model_name="somebody/vae", model_name="somebody/gemma")
+    latents, vision = specs_of(config, with_vision=True)
+    assert latents.row_shape is vision.row_shape is UNTIL_DOWNLOADED
+    assert {key: value for key, value in latents.fields.items() if key in latents.unknown} == {
+        "cosmos_weights_sha256": UNTIL_LOADED,
+        "cosmos_revision": UNTIL_DOWNLOADED,
+        "latent_shape": UNTIL_DOWNLOADED,
+        "latents_mean": UNTIL_DOWNLOADED,
+        "latents_std": UNTIL_DOWNLOADED,
+    }
+    assert vision.unknown == {"vision_weights_sha256", "model_revision", "image_processor", "image_size"}
+    with pytest.raises(StoreMismatch) as caught:
+        check_stores(config, cache_of(tiny), with_vision=False)
+    assert caught.value.differences == [("cosmos_model_name", "vae", "somebody/vae")]
+    with pytest.raises(AssertionError, match="are not known yet"):
+        latents.fingerprint()
+
+
+def test_a_vae_whose_config_lacks_a_field_is_named(tmp_path: Path) -> None:
+    values = json.loads((EMBEDDED_VAE / "config.json").read_text())
+    del values["latents_std"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ValueError, match=r"config\.json: no latents_std in it; wanted the config of a Wan 2\.1"
+    ):
+        CosmosLatents.describe(replace(SETTINGS, cosmos_model_name=str(tmp_path)))
+
+
+def test_a_store_of_another_world_encoder_is_no_store_of_this_one(tiny: Config) -> None:
+    assert encoder_of(LATENTS, tiny) is CosmosLatents
+    assert encoder_of(VISION, tiny) is VisionEncoder
+    with pytest.raises(
+        ValueError, match=r"pixels: not the store of world_encoder 'cosmos', which is latents"
+    ):
+        encoder_of("pixels", tiny)
+
+
+# ---- each field of a fingerprint, changed alone, is refused by all who ask, with the same words
 
 
 @pytest.mark.parametrize(("store", "field"), FIELDS)
 @pytest.mark.torture("cache", "each fingerprint field changed alone: extraction refuses")
 def test_extraction_refuses_each_field_before_any_model_loads(
-    tiny: Config, store: str, field: str, monkeypatch: pytest.MonkeyPatch
+    tiny: Config, store: str, field: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     root = cache_of(tiny) / store
-    if "weights" not in field:  # whose hash is known when they are read, before anything is encoded
-        monkeypatch.setattr(phase_1, "CosmosEncoder", None)
-        monkeypatch.setattr(phase_1, "Gemma", None)
+    if field not in WEIGHTS:  # whose hash is known when they are read, before anything is encoded
+        request.getfixturevalue("no_models")
     monkeypatch.setattr(phase_1, "encode_shards", None)
     with Changed(root, field) as changed, pytest.raises(StoreMismatch) as caught:
         extract(tiny, cache_of(tiny), with_vision=True, allow_missing=False)
     check_message(caught.value, root, field, changed)
-    check_settings(tiny, cache_of(tiny), "cpu", with_vision=True)
+    check_stores(tiny, cache_of(tiny), with_vision=True)
+
+
+@pytest.mark.parametrize(("store", "field"), FIELDS)
+@pytest.mark.usefixtures("no_models")
+def test_the_dry_run_refuses_what_the_run_refuses(tiny: Config, store: str, field: str) -> None:
+    root = cache_of(tiny) / store
+
+    def dry() -> list[str]:
+        return list(dry_run.extraction(tiny, cache_of(tiny), True, False, None))
+
+    with Changed(root, field) as changed:
+        if field in WEIGHTS:  # known once they are read
+            assert f"{root}: complete, 3 images" in "".join(dry())
+            return
+        with pytest.raises(StoreMismatch) as caught:
+            dry()
+    check_message(caught.value, root, field, changed)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(("store", "field"), FIELDS)
+@pytest.mark.usefixtures("no_models")
+def test_the_doctor_refuses_what_the_next_run_on_this_store_refuses(
+    tiny: Config, store: str, field: str, finished: bool
+) -> None:
+    """That is training where the store is finished, and extraction where it is not."""
+    root, topic = cache_of(tiny) / store, {LATENTS: "latents", VISION: "vision"}[store]
+    with Changed(root, field) as changed:
+        if not finished:
+            changed.manifest.unlink()
+        (found,) = [one for one in look_over(tiny, cache_of(tiny)) if one.topic == topic]
+    refused = field not in WEIGHTS and (not finished or field not in PRECISION)
+    assert found.state == FAULT  # in any case: the records of shards name the fingerprint
+    assert (found.message == words(root, field, changed)) is refused
 
 
 @pytest.mark.parametrize(("store", "field"), FIELDS)
@@ -171,36 +306,72 @@ def test_training_refuses_each_field_that_changes_the_meaning(
     tiny: Config, store: str, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, config = cache_of(tiny) / store, replace(tiny, output_dir=tiny.output_dir + "-fields")
-    if not (Path(config.output_dir) / "checkpoint-1").exists():
-        Trainer(config, cache_of(tiny)).run()
     checkpoint = Path(config.output_dir) / "checkpoint-1"
-    monkeypatch.setattr(Gemma, "load_weights", None)
-    monkeypatch.setattr("theworld.evaluation.score.TheWorld", None)
+    if not checkpoint.exists():
+        Trainer(config, cache_of(tiny)).run()
     again = replace(config, output_dir=tiny.output_dir + "-again")
-    with Changed(root, field) as changed:
-        if field in TRAINING or field.startswith("preprocessing"):
+
+    def refused(*calls: Callable[[], object]) -> None:
+        for call in calls:
             with pytest.raises(StoreMismatch) as caught:
-                Trainer(again, cache_of(tiny))
+                call()
             check_message(caught.value, root, field, changed)
-        elif field in RESUMING:
-            for call in (
-                lambda: Trainer(replace(config, resume_from=str(checkpoint)), cache_of(tiny)),
-                lambda: score(checkpoint, cache_of(tiny), None, "test", ["world"], {}),
-            ):
-                with pytest.raises(StoreMismatch) as caught:
-                    call()
-                check_message(caught.value, root, field, changed)
-        else:
-            with pytest.raises(TypeError):  # it goes on to the model, which is None here
-                Trainer(again, cache_of(tiny))
+
+    def train() -> object:
+        return Trainer(again, cache_of(tiny))
+
+    def resume() -> object:
+        return Trainer(replace(config, resume_from=str(checkpoint)), cache_of(tiny))
+
+    def evaluate() -> object:
+        return score(checkpoint, cache_of(tiny), None, "test", ["world"], {})
+
+    def dry() -> object:
+        models, path = [Path(config.output_dir)], Path(tiny.output_dir).parent / "records.jsonl"
+        return list(dry_run.evaluation(models, cache_of(tiny), None, "test", ["world"], path, {}))
+
+    with Changed(root, field) as changed:
+        if field == "vision_weights_sha256":
+            return refused(train)
+        monkeypatch.setattr(Gemma, "load_weights", None)
+        monkeypatch.setattr("theworld.evaluation.score.TheWorld", None)
+        if field == "cosmos_weights_sha256":
+            return refused(resume, evaluate, dry)
+        if field not in PRECISION:
+            return refused(train, *((evaluate, dry) if store == LATENTS else ()))
+        with pytest.raises(TypeError):  # it goes on to the model, which is None here
+            train()
 
 
-def test_a_model_that_is_not_downloaded_yet_is_not_guessed_at(tiny: Config) -> None:
-    config = replace(tiny, cosmos_model_name="somebody/not-downloaded")
-    wanted, later = foreseen(LATENTS, config, "cpu")
-    assert later == RESUMING
-    assert not wanted.keys() & later
-    with pytest.raises(
-        StoreMismatch, match='cosmos_model_name: cached "vae", wanted "somebody/not-downloaded"'
-    ):
-        check_settings(config, cache_of(tiny), "cpu", with_vision=False)
+def test_training_asks_for_the_storage_dtype_only_where_the_settings_name_one(tiny: Config) -> None:
+    spec, root = CosmosLatents.describe(tiny), cache_of(tiny) / LATENTS
+    cached = dict(spec.having(cosmos_weights_sha256="x", storage_dtype="bfloat16", torch="1.0").fields)
+    spec.check_compatible(root, cached)
+    with pytest.raises(StoreMismatch) as caught:
+        CosmosLatents.describe(replace(tiny, latent_dtype="float32")).check_compatible(root, cached)
+    assert caught.value.differences == [("storage_dtype", "bfloat16", "float32")]
+
+
+def test_a_store_of_other_shards_or_rows_is_refused_before_any_model_loads(
+    tiny: Config, tmp_path: Path, no_models: None
+) -> None:
+    spec = CosmosLatents.describe(tiny).having(cosmos_weights_sha256="x")
+    image = [ImageEntry("a.png", "0" * 64)]
+    Store.create(tmp_path / "shards", spec.fingerprint(), image, [spec.array], 7)
+    with pytest.raises(StoreMismatch) as caught:
+        spec.check_store(tmp_path / "shards", 512)
+    assert caught.value.differences == [("shard_size", 7, 512)]
+    other = replace(spec, row_shape=(16, 8, 4))
+    Store.create(tmp_path / "rows", spec.fingerprint(), image, [other.array], 512)
+    with pytest.raises(StoreMismatch, match=r"arrays: cached .*\[16, 8, 4\].*, wanted .*\[16, 8, 8\]"):
+        spec.check_store(tmp_path / "rows", 512)
+
+
+def test_an_encoder_that_a_checkpoint_was_not_trained_on_is_refused_before_it_loads(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = CosmosLatents.describe(tiny).having(cosmos_weights_sha256="x").fingerprint()
+    monkeypatch.setattr(cosmos, "load_vae", None)
+    with pytest.raises(StoreMismatch, match=r"latent_size: cached 80, wanted 64"):
+        CosmosLatents.describe(replace(tiny, latent_size=80)).check_serves(trained)
+    CosmosLatents.describe(tiny).check_serves(trained)

@@ -12,7 +12,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +24,8 @@ from theworld.extraction import extract as listing
 from theworld.extraction import pipeline
 from theworld.extraction.extract import _seconds_an_image, extract, freeze, known_hashes, preflight, verify
 from theworld.extraction.pipeline import Source
-from theworld.store.shard import ArraySpec, ImageEntry
+from theworld.models.encoder import EncoderSpec
+from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store
 from theworld.utils import files
 from theworld.utils.distributed import part_of
@@ -188,14 +188,13 @@ def test_the_same_bytes_may_be_published_by_two_parts_at_the_same_moment(
 class Timed:
     """An encoder of which every batch takes so long, and the first one half a second if it is compiled."""
 
-    name, arrays, device = "latents", [ArraySpec("latents", (3,), "float32")], torch.device("cpu")
+    name, device = "latents", torch.device("cpu")
 
     def __init__(self, compiled: bool, seconds: float) -> None:
         self.compiled, self.seconds = compiled, seconds
+        fields = {"compiled": True} if compiled else {}
+        self.spec = EncoderSpec("latents", (3,), "float32", None, fields)
         self.sizes: list[int] = []
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {}
 
     def prepare(self, pixels: np.ndarray) -> torch.Tensor:
         return torch.zeros(3, dtype=torch.uint8)
@@ -219,7 +218,7 @@ def test_the_estimate_is_quick_and_leaves_out_what_happens_once(
 ) -> None:
     rows = [ImageEntry(p.name, sha256(p.read_bytes())) for p in sorted((job / "photographs").iterdir())]
     timed = Timed(compiled, seconds)
-    store = Store.create(tmp_path, {}, rows, timed.arrays, 8)
+    store = Store.create(tmp_path, {}, rows, [timed.spec.array], 8)
     source = Source(job / "photographs", 10**6, 0)
     found = _seconds_an_image(store, timed, [3, 4], source, 4)
     assert timed.sizes == sizes

@@ -1,16 +1,19 @@
-"""Rows in memory: read ahead, beside the steps that need them, or not at all."""
+"""Rows of a cache as they were written, for any number of threads and processes, in the memory of none of them."""
 
 import hashlib
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from constants import ROOT
 
 from theworld.data.vsr import Statement
 from theworld.extraction import features
-from theworld.extraction.features import Rows, as_tensor, in_cache, to_numpy
+from theworld.extraction.features import CachedFeatures, KeptRows, in_cache, to_numpy
 from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store
 from theworld.utils import files
@@ -52,90 +55,31 @@ def flip(root: Path, shard: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("num_threads", [1, 4])
 @pytest.mark.parametrize(
     ("dtype", "shape"), [("bfloat16", (4, 3)), ("float32", (2,)), ("float16", ()), ("float32", (1, 4000))]
 )
-def test_rows_are_the_same_with_and_without_reading_ahead(
-    tmp_path: Path, dtype: str, shape: tuple[int, ...], num_threads: int
-) -> None:
+def test_rows_are_those_that_were_written(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
     values = build(tmp_path, dtype, shape)
-    ahead, behind = Rows(tmp_path, "latents"), Rows(tmp_path, "latents")
-    assert ahead.preload(map(name, range(NUM_IMAGES)), num_threads) == NUM_IMAGES - 1
+    rows = CachedFeatures(tmp_path)
     for chosen in (range(NUM_IMAGES), [11, 10, 11], [2999], np.random.default_rng(0).integers(0, 3000, 500)):
         chosen = list(map(int, chosen))
-        for rows in (ahead, behind):
-            found = rows([name(number) for number in chosen])
-            assert found.dtype == values.dtype
-            assert torch.equal(found, values[chosen])
+        found = rows([name(number) for number in chosen])
+        assert found.dtype == values.dtype
+        assert torch.equal(found, values[chosen])
+    assert rows([]).shape == (0, *shape)
 
 
-def test_what_is_in_memory_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_the_callers_own(tmp_path: Path) -> None:
     values = build(tmp_path, "bfloat16", (3,), 100)
-    rows, read = Rows(tmp_path, "latents"), []
-    real = rows.reader.read_row
-    monkeypatch.setattr(rows.reader, "read_row", lambda row, *rest: (read.append(row), real(row, *rest))[1])
-    rows([name(5), name(3), name(5)])
-    assert read == [5, 3]
-    assert rows.preload([name(7), name(3), name(10), name(11), name(6)], num_threads=1) == 4
-    assert read == [5, 3, 6, 7, 10]  # in file order; 10 and 11 are one row
-    found = rows([name(11), name(3)])
-    assert read == [5, 3, 6, 7, 10]
-    found += 1  # the caller's own
+    rows = CachedFeatures(tmp_path)
+    found = rows([name(11), name(3), name(11)])
+    found += 1
     assert torch.equal(rows([name(11), name(3)]), values[[10, 3]])
 
 
-def test_rows_that_do_not_fit_are_read_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = build(tmp_path, "float32", (4,), 200)
-    monkeypatch.setattr(features, "room_for_rows", lambda: 16 * 50)
-    rows = Rows(tmp_path, "latents")
-    assert rows.preload(map(name, range(100, 152))) == 0
-    assert torch.equal(rows([name(100), name(1)]), values[[100, 1]])
-    assert rows.preload(map(name, range(100, 150))) == 50
-    assert torch.equal(rows([name(149), name(100)]), values[[149, 100]])
-    assert torch.equal(rows([name(99), name(100)]), values[[99, 100]])
-    assert rows.preload([name(100), name(1)]) == 1
-    flip(tmp_path, 2)  # the row of image 192, which has no place
-    with pytest.raises(StoreError, match=r"00002.h5 is damaged: latents of image '0192.jpg' has CRC-32"):
-        rows([name(192)])
-
-
-def test_steps_go_on_while_rows_are_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = build(tmp_path, "float32", (4,), 200)
-    rows, go_on, waiting = Rows(tmp_path, "latents"), threading.Event(), threading.Semaphore(0)
-    real, main = rows.reader.read_row, threading.current_thread()
-
-    def read_row(row: int, array: str, out: np.ndarray | None = None) -> np.ndarray:
-        if threading.current_thread() is not main:
-            waiting.release()
-            assert go_on.wait(30)
-        return real(row, array, out)
-
-    monkeypatch.setattr(rows.reader, "read_row", read_row)
-    read: list[int] = []
-    thread = threading.Thread(target=lambda: read.append(rows.preload(map(name, range(200)), 2)))
-    thread.start()
-    waiting.acquire()
-    waiting.acquire()  # both threads are in the middle of a row
-    everything = [name(number) for number in range(200)]
-    assert torch.equal(rows(everything), values)
-    assert read == []
-    go_on.set()
-    thread.join(30)
-    assert read == [199]
-    assert torch.equal(rows(everything), values)
-
-
-def test_reading_ahead_ends_after_the_row_under_way(tmp_path: Path) -> None:
-    build(tmp_path, "float32", (4,), 200)
-    rows, stop = Rows(tmp_path, "latents"), threading.Event()
-    stop.set()
-    assert rows.preload(map(name, range(200)), 3, stop) == 3  # one for each thread
-
-
-def test_many_threads_ask_for_rows_that_others_read_ahead(tmp_path: Path) -> None:
+def test_many_threads_read_at_the_same_time(tmp_path: Path) -> None:
     values = build(tmp_path, "bfloat16", (512,))
-    rows, wrong = Rows(tmp_path, "latents"), []
+    rows, wrong = CachedFeatures(tmp_path), []
 
     def step(seed: int) -> None:
         generator = np.random.default_rng(seed)
@@ -144,31 +88,56 @@ def test_many_threads_ask_for_rows_that_others_read_ahead(tmp_path: Path) -> Non
             if not torch.equal(rows([name(number) for number in chosen]), values[chosen]):
                 wrong.append(chosen)
 
-    threads = [threading.Thread(target=step, args=(seed,)) for seed in range(3)]
-    threads += [
-        threading.Thread(target=rows.preload, args=(list(map(name, range(NUM_IMAGES))), 2)) for _ in (0, 1)
-    ]
+    threads = [threading.Thread(target=step, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert wrong == []
-    assert rows.preload(map(name, range(NUM_IMAGES))) == NUM_IMAGES - 1
 
 
-def test_a_damaged_row_is_found_with_the_same_words_and_never_kept(tmp_path: Path) -> None:
+READER = """
+import hashlib, sys
+from pathlib import Path
+from theworld.extraction.features import CachedFeatures
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+rows = CachedFeatures(Path(sys.argv[1]))
+images = sorted(rows.reader.images)
+rows(images[:64])
+before, digest = anonymous(), hashlib.sha256()
+for _ in range(2):
+    for start in range(0, len(images), 16):
+        digest.update(rows(images[start : start + 16]).numpy())
+print(digest.hexdigest(), anonymous() - before)
+"""
+
+
+def test_processes_that_read_at_the_same_time_hold_no_copy_of_the_store(tmp_path: Path) -> None:
+    values = build(tmp_path, "float32", (8192,))  # 94 MiB
+    command = [sys.executable, "-c", READER, str(tmp_path)]
+    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    wanted = hashlib.sha256(values.numpy().tobytes() * 2).hexdigest()
+    for process in processes:
+        digest, grown = process.communicate(timeout=120)[0].split()
+        assert digest == wanted
+        assert int(grown) < 8 * 1024  # KiB: batches of half a MiB, and what the allocator keeps of them
+
+
+def test_a_damaged_row_is_found_with_the_same_words_by_each_call(tmp_path: Path) -> None:
     values = build(tmp_path, "bfloat16", (8,))
     flip(tmp_path, 7)
     last, shard = 7 * SHARD_SIZE + SHARD_SIZE, [name(n) for n in range(7 * SHARD_SIZE, 8 * SHARD_SIZE + 1)]
-    rows, messages = Rows(tmp_path, "latents"), []
-    calls = [
+    rows, messages = CachedFeatures(tmp_path), []
+    for call in (
         lambda: rows.reader.read(name(last), "latents"),
         lambda: rows([name(last)]),
-        lambda: rows.preload(shard),
-        lambda: rows.preload(map(name, range(NUM_IMAGES)), 1),
         lambda: rows(shard),
-    ]
-    for call in calls:
+        lambda: rows([name(last)]),
+    ):
         with pytest.raises(StoreError) as caught:
             call()
         messages.append(str(caught.value))
@@ -180,39 +149,46 @@ def test_a_damaged_row_is_found_with_the_same_words_and_never_kept(tmp_path: Pat
 
 def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
     build(tmp_path, "float32", (1,), 20)
-    rows = Rows(tmp_path, "latents")
-    for call in (lambda: rows([name(3), "0004.jpeg"]), lambda: rows.preload([name(3), "0004.jpeg"])):
-        with pytest.raises(StoreError, match=r"'0004.jpeg' is not one of the 20 in .*; nearest: '0004.jpg'"):
-            call()
-    assert rows.preload([]) == 0
+    rows = CachedFeatures(tmp_path)
+    with pytest.raises(StoreError, match=r"'0004.jpeg' is not one of the 20 in .*; nearest: '0004.jpg'"):
+        rows([name(3), "0004.jpeg"])
+    with pytest.raises(
+        StoreError, match=r"none is not there; make it with tools/extract_latents.py --cache "
+    ):
+        CachedFeatures(tmp_path / "none")
 
 
-def test_rows_for_a_gpu_lie_in_locked_memory_and_only_there(tmp_path: Path) -> None:
-    values = build(tmp_path, "bfloat16", (4,), 20)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="pin is True, but there is no CUDA device"):
-            Rows(tmp_path, "latents", pin=True)
-        return
-    rows = Rows(tmp_path, "latents", pin=True)
-    for _ in range(2):
-        found = rows([name(3), name(1)])
-        assert found.is_pinned()
-        assert torch.equal(found, values[[3, 1]])
-
-
-def test_arrays_and_tensors_are_the_same_memory() -> None:
-    bits = np.array([0x3F80, 0xC000], np.uint16)
-    tensor = as_tensor(bits)
-    assert tensor.dtype == torch.bfloat16
-    assert tensor.tolist() == [1.0, -2.0]
+def test_bfloat16_goes_to_the_store_as_its_bits_in_the_same_memory() -> None:
+    tensor = torch.tensor([1.0, -2.0], dtype=torch.bfloat16)
+    bits = to_numpy(tensor)
+    assert bits.tolist() == [0x3F80, 0xC000]
     bits[0] = 0x4040
     assert tensor.tolist() == [3.0, -2.0]
-    assert np.array_equal(to_numpy(tensor), bits)
+
+
+def test_rows_on_the_fly_are_computed_once_and_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "KEPT_BYTES", 3 * 8)  # three rows
+    computed: list[str] = []
+
+    def compute(image: str) -> torch.Tensor:
+        computed.append(image)
+        return torch.full((2,), float(image))
+
+    rows = KeptRows(compute)
+    assert rows(["1", "2", "1"]).tolist() == [[1.0, 1.0], [2.0, 2.0], [1.0, 1.0]]
+    rows(["3", "2", "1"])
+    assert computed == ["1", "2", "3"]
+    rows(["4"])  # in place of 3, which was used longest ago
+    rows(["1", "2", "4"])
+    assert computed == ["1", "2", "3", "4"]
+    rows(["3"])
+    assert computed == ["1", "2", "3", "4", "3"]
+    assert (len(rows.rows), rows.num_bytes) == (3, 24)
 
 
 def test_statements_about_images_that_were_left_out_are_counted(tmp_path: Path) -> None:
     build(tmp_path / "latents", "float32", (1,), 20)
-    rows = Rows(tmp_path / "latents", "latents")
+    rows = CachedFeatures(tmp_path / "latents")
     images = [name(1), name(1), "lost.jpg", name(2)]
     statements = [Statement(image, "caption", 1, "on", index) for index, image in enumerate(images)]
     with pytest.raises(StoreError, match=r"1 of 3 images that the statements name .* such as lost.jpg"):

@@ -27,10 +27,11 @@ from theworld.config.config import Config, save_config
 from theworld.data.images import sha256
 from theworld.extraction import extract as extract_module
 from theworld.extraction import rollouts
-from theworld.extraction.encoders import RolloutEncoding, expected_latents
+from theworld.extraction.encoders import RolloutEncoder
 from theworld.extraction.extract import extract, verify
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.extraction.rollouts import FinishedRows, estimate, refusals
+from theworld.models.cosmos import CosmosLatents
 from theworld.store.format import LATENTS, StoreMismatch
 from theworld.store.reader import StoreReader
 from theworld.store.shard import ArraySpec
@@ -205,22 +206,22 @@ def finished_rows(cache: Path) -> dict[str, bytes]:
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], int]:
     """How many rollouts were begun so far, those of killed processes included."""
-    log, encode = tmp_path / "encoded", RolloutEncoding.encode
+    log, encode = tmp_path / "encoded", RolloutEncoder.encode
     log.touch()
 
-    def counting(self: RolloutEncoding, pixels: np.ndarray, image_sha256: str) -> torch.Tensor:
+    def counting(self: RolloutEncoder, pixels: np.ndarray, image_sha256: str) -> torch.Tensor:
         with log.open("ab") as file:
             file.write(b".")
         return encode(self, pixels, image_sha256)
 
-    monkeypatch.setattr(RolloutEncoding, "encode", counting)
+    monkeypatch.setattr(RolloutEncoder, "encode", counting)
     return lambda: log.stat().st_size
 
 
 def test_the_first_moment_is_what_no_rollout_would_store(job: Config, tmp_path: Path) -> None:
     assert run(job, tmp_path / "two")
     extract(replace(job, num_world_steps=0), tmp_path / "none", with_vision=False, allow_missing=False)
-    two, none = (Rows(tmp_path / name / LATENTS, LATENTS) for name in ("two", "none"))
+    two, none = (CachedFeatures(tmp_path / name / LATENTS) for name in ("two", "none"))
     names = [f"{i}.png" for i in range(NUM_PHOTOGRAPHS)]
     assert two(names).shape == (NUM_PHOTOGRAPHS, 2, 16, 4, 4)
     assert torch.equal(two(names)[:, 0], none(names))
@@ -244,7 +245,17 @@ def test_the_fingerprint_has_the_fields_of_the_photographs_and_those_of_the_roll
     assert {key for key in none if one[key] != none[key]} == {"num_world_steps"}
     assert (one["num_world_steps"], none["num_world_steps"]) == (1, 0)
     assert one["latent_shape"] == [16, 4, 4]
-    assert expected_latents(job).items() <= one.items()
+    spec = CosmosLatents.describe(job)
+    assert spec.fields.keys() == one.keys()
+    assert spec.unknown == {
+        "cosmos_weights_sha256",
+        "guardrail",
+        "rollout_scheduler",
+        "rollout_scheduler_config",
+        "rollout_text_encoder_sha256",
+        "rollout_transformer_sha256",
+    }
+    assert {key: spec.fields[key] for key in spec.fields if key not in spec.unknown}.items() <= one.items()
 
 
 def test_files_of_a_finished_store_are_those_of_any_other(job: Config, tmp_path: Path) -> None:
@@ -475,7 +486,7 @@ def test_a_changed_field_is_refused_before_any_model_loads(
     job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, shown: str
 ) -> None:
     assert not run(job, tmp_path / "cache", part="1/2")  # unfinished, too
-    monkeypatch.setattr(extract_module, "CosmosEncoder", None)
+    monkeypatch.setattr("theworld.models.cosmos.load_vae", None)
     monkeypatch.setattr(extract_module, "freeze", None)
     with pytest.raises(StoreMismatch) as error:
         run(replace(job, **{key: value}), tmp_path / "cache")
@@ -487,7 +498,7 @@ def test_a_cache_of_photographs_alone_is_no_cache_of_rollouts(job: Config, tmp_p
     with pytest.raises(StoreMismatch, match="num_world_steps: cached 0, wanted 1"):
         run(job, tmp_path)
     with pytest.raises(StoreMismatch, match="rollout_seed: cached \\(absent\\), wanted 0"):
-        Rows(tmp_path / LATENTS, LATENTS, expected_latents(job))
+        CachedFeatures(tmp_path / LATENTS, CosmosLatents.describe(job))
 
 
 def test_the_estimate_says_what_was_measured_and_what_sharing_makes_of_it() -> None:

@@ -21,7 +21,7 @@ from locks import FLOCK
 from torture import Tally
 
 from theworld.extraction.extract import extract, verify
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.store.format import LATENTS
 from theworld.store.reader import StoreReader
 
@@ -116,7 +116,7 @@ def test_a_read_only_cache_is_read_and_verified_and_only_extraction_fails(
         assert in_child(lambda: (cache / "x").touch()).startswith("PermissionError")
         assert in_child(lambda: verify(cache)) == "[]"
         assert (
-            in_child(lambda: Rows(cache / LATENTS, LATENTS)(["0007.png"]).shape)
+            in_child(lambda: CachedFeatures(cache / LATENTS)(["0007.png"]).shape)
             == "torch.Size([1, 16, 4, 4])"
         )
         assert in_child(lambda: extract(config, cache, False, False)) == "True"  # there is nothing to do
@@ -144,12 +144,12 @@ refuse_locks()
 assert locks_are_refused(Path(sys.argv[2]))
 from jobs import config_of, published
 from theworld.extraction.extract import extract, verify
-from theworld.store.format import LATENTS; from theworld.extraction.features import Rows
+from theworld.store.format import LATENTS; from theworld.extraction.features import CachedFeatures
 job, cache = Path(sys.argv[1]), Path(sys.argv[2]) / "cache"
 assert extract(config_of(job), cache, False, False)
 assert published(cache) == published(job / "cache")
 assert verify(cache) == []
-assert Rows(cache / LATENTS, LATENTS)(["0007.png"]).shape == (1, 16, 4, 4)
+assert CachedFeatures(cache / LATENTS)(["0007.png"]).shape == (1, 16, 4, 4)
 """
 
 

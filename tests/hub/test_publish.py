@@ -19,7 +19,8 @@ from small_checkpoint import FACTS, NAME, checkpoint_of
 
 from theworld.config.config import Config, save_config
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import records, summarise
+from theworld.evaluation.metrics import summarise
+from theworld.evaluation.records import records
 from theworld.extraction.extract import extract
 from theworld.hub.card import read_results
 from theworld.hub.publish import Publisher, check_hub, check_staged, connect, stage
@@ -161,7 +162,7 @@ def test_only_the_main_process_uploads(
     cache: Path, pushing: Config, hub: Callable[..., Uploads], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploads = hub()
-    monkeypatch.setattr("theworld.utils.distributed.Processes.is_main", False)
+    monkeypatch.setattr("theworld.utils.distributed.Processes.is_main_process", False)
     Trainer(pushing, cache).run()
     assert uploads.commits == []
     assert not uploads.exists

@@ -1,6 +1,7 @@
 """One frame through 2-D convolutions is exactly what diffusers' 3-D encoder gives."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +11,17 @@ import torch
 from constants import EMBEDDED_VAE
 from diffusers import AutoencoderKLWan
 
+from theworld.config.config import Config
 from theworld.data.images import to_unit_range
-from theworld.models.cosmos import CosmosEncoder, FrameConv, attend, by_products, load_vae, unit_range
+from theworld.models.cosmos import (
+    CosmosEncoder,
+    CosmosLatents,
+    FrameConv,
+    attend,
+    by_products,
+    load_vae,
+    unit_range,
+)
 
 
 @pytest.mark.parametrize("downsample", [[False, True, True], [True, True, False]])
@@ -85,25 +95,16 @@ def test_every_byte_becomes_the_same_number_on_the_device() -> None:
     assert torch.equal(encoder.encode(levels), encoder.encode(found[None]))
 
 
-def test_identity_names_weights_and_normalisation_and_holds_no_path(tmp_path: Path) -> None:
-    identity = CosmosEncoder(str(EMBEDDED_VAE)).identity()
+def test_the_fingerprint_depends_on_the_weights_and_on_no_path(tmp_path: Path) -> None:
+    config = Config(cosmos_model_name=str(EMBEDDED_VAE), latent_size=64, device="cpu")
+    fingerprint = CosmosLatents(config).spec.fingerprint()
     shutil.copytree(EMBEDDED_VAE, tmp_path / "vae")
-    assert CosmosEncoder(str(tmp_path / "vae")).identity() == identity
-    assert set(identity) == {
-        "cosmos_model_name",
-        "cosmos_revision",
-        "cosmos_weights_sha256",
-        "latents_mean",
-        "latents_std",
-        "posterior",
-        "arithmetic",
-        "compute_dtype",
-    }
-    assert identity["cosmos_model_name"] == "vae"
-    assert (
-        CosmosEncoder(str(EMBEDDED_VAE), torch.bfloat16).identity()["cosmos_weights_sha256"]
-        == (identity["cosmos_weights_sha256"])
-    )
+    elsewhere = replace(config, cosmos_model_name=str(tmp_path / "vae"))
+    assert CosmosLatents(elsewhere).spec.fingerprint() == fingerprint
+    assert fingerprint["cosmos_model_name"] == "vae"
+    rounded = CosmosLatents(replace(config, dtype="bfloat16")).spec.fingerprint()
+    differing = {key for key in fingerprint if rounded[key] != fingerprint[key]}
+    assert differing == {"compute_dtype", "storage_dtype"}
 
 
 def test_pixels_outside_the_range_are_refused() -> None:

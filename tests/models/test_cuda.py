@@ -11,10 +11,10 @@ from tiny_model import gradients, latents_of, make_model, vision_of
 
 from theworld.config.config import Config
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import SYSTEMS
+from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
-from theworld.models.cosmos import CosmosEncoder
+from theworld.models.cosmos import CosmosEncoder, CosmosLatents
 from theworld.models.gemma import Gemma
 from theworld.models.inference import SYSTEMS as SCORED
 from theworld.models.inference import ask
@@ -54,7 +54,7 @@ def test_statements_about_a_photograph_are_scored_as_on_a_cpu(
     for device, own in (("cpu", "sdpa"), ("cuda", attention)):
         gemma = Gemma(str(EMBEDDED_GEMMA), torch.float32, device, own)
         model = make_model(gemma, cosmos_model_name=str(EMBEDDED_VAE), latent_size=64, compile=False)
-        model.fingerprint = CosmosEncoder(str(EMBEDDED_VAE)).identity()
+        model.fingerprint = CosmosLatents(model.config).spec.fingerprint()
         images = [photographs / s.image for s in statements]
         found.append(ask(model, images, [s.caption for s in statements], SCORED))
     for system in SCORED:  # float32 on two devices: the kernels add in other orders
@@ -135,5 +135,5 @@ def test_the_three_phases_on_the_gpu(config: Config, tmp_path: Path) -> None:
         losses.append(trainer.window["loss"])
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     trainer.output_dir.mkdir()
-    rows = score(trainer.save(), cache, None, "test", SYSTEMS, {})
+    rows = score(trainer.save(), cache, None, "test", CONDITIONS, {})
     assert len(rows) == 4

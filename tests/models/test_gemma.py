@@ -18,10 +18,10 @@ from torch import Tensor
 from theworld.config.config import Config
 from theworld.data.images import read_image
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import SYSTEMS
+from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract
-from theworld.extraction.features import LivePixels
+from theworld.extraction.features import OnTheFlyPixels
 from theworld.hub.card import model_card
 from theworld.hub.publish import stage
 from theworld.models.gemma import Gemma, load_gemma, parameters_of, prepare_parts, trained_parts
@@ -235,12 +235,12 @@ def test_a_saved_stage_answers_as_the_one_that_was_trained(
     assert not torch.allclose(
         plain(one.batch, one.latents, trainer_vision(plain, config, one)), wanted, atol=1e-3
     )
-    rows = score(checkpoint, cache, None, "test", SYSTEMS, {})
+    rows = score(checkpoint, cache, None, "test", CONDITIONS, {})
     assert len(rows) == 4
 
 
 def trainer_vision(model: TheWorld, config: Config, one: object) -> Tensor:
-    return LivePixels(model.gemma, str(config.image_folder), 10**8)(one.batch.images)  # type: ignore[attr-defined]
+    return OnTheFlyPixels(model.gemma, str(config.image_folder), 10**8)(one.batch.images)  # type: ignore[attr-defined]
 
 
 def test_a_language_model_that_trains_has_the_losses_and_gradients_of_the_frozen_one(
@@ -340,7 +340,7 @@ def test_a_vision_tower_that_trains_looks_at_photographs_and_says_so(
 ) -> None:
     settings = replace(config, init_from=str(first), **STAGES["vision"])
     trainer = Trainer(settings, cache)
-    assert isinstance(trainer.data.vision, LivePixels)
+    assert isinstance(trainer.data.vision, OnTheFlyPixels)
     assert any("photographs are read" in note for note in trainer.data.notes)
     with pytest.raises(ValueError, match=r"looks at the photographs: .*; give --image_folder"):
         Trainer(replace(settings, image_folder=None), cache)

@@ -12,7 +12,7 @@ from tiny_model import make_model
 
 from theworld.data.images import ImageError, read_image
 from theworld.data.vsr import Statement
-from theworld.models.cosmos import CosmosEncoder
+from theworld.models.cosmos import CosmosLatents
 from theworld.models.gemma import Gemma
 from theworld.models.inference import generate_ids
 from theworld.models.theworld import TheWorld
@@ -29,7 +29,7 @@ def model(request: pytest.FixtureRequest, text_gemma_folder: Path) -> TheWorld:
         head = torch.randn(gemma.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
         gemma.model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
     made = make_model(gemma, cosmos_model_name=str(EMBEDDED_VAE), latent_size=64)
-    made.fingerprint = CosmosEncoder(str(EMBEDDED_VAE)).identity()
+    made.fingerprint = CosmosLatents(made.config).spec.fingerprint()
     return made
 
 
@@ -40,7 +40,7 @@ def without_cache(model: TheWorld, pixels: np.ndarray, question: str, with_world
     packer.question_template = "{caption}"
     asked = Statement(image="a", caption=question, label=0, relation="", index=0)
     prompt = packer.prompt(question, with_world)
-    latents = model.encoder.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None]) if with_world else None
+    latents = model.encoder.encode(torch.from_numpy(pixels)[None]) if with_world else None
     vision = gemma.vision_features(gemma.pixel_values([pixels])) if gemma.is_multimodal else None
     found: list[int] = []
     for _ in range(20):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,21 +15,21 @@ from tiny_model import make_model
 from video2world import Guardrail
 
 from theworld.config.config import Config
-from theworld.models.cosmos import CosmosEncoder
+from theworld.models.cosmos import CosmosLatents
 from theworld.models.gemma import Gemma
 from theworld.models.rollout import Rollout
 
 SCRIPT = """
 import json
-from theworld.models.gemma import Gemma
-from theworld.models.cosmos import CosmosEncoder
+from theworld.config.config import Config
+from theworld.extraction.encoders import VisionEncoder
+from theworld.models.cosmos import CosmosLatents
 from theworld.data.vsr import load_statements
 
-gemma = Gemma("google/gemma-3-4b-it")
-encoder = CosmosEncoder("nvidia/Cosmos-Predict2-2B-Video2World")
+latents, vision = (kind(Config(device="cpu")).spec.fingerprint() for kind in (CosmosLatents, VisionEncoder))
 statements = {split: len(load_statements(None, split, "vsr")) for split in ("train", "dev", "test")}
 zeroshot = [s.caption for s in load_statements(None, "test", "vsr_zeroshot")]
-print(json.dumps([gemma.vision_identity(), encoder.identity(), statements, zeroshot]))
+print(json.dumps([vision, latents, statements, zeroshot]))
 """
 
 ANSWER = """
@@ -36,7 +37,7 @@ import json
 from theworld.models.theworld import TheWorld
 
 model = TheWorld.from_pretrained("you/world", dtype="float32", device_map="cpu", enable_world=False)
-revisions = [model.gemma.revision, model.encoder.revision]
+revisions = [model.gemma.revision, model.encoder.spec.fields["cosmos_revision"]]
 print(json.dumps([revisions, model.enable_world, len(model.trainable())]))
 """
 
@@ -84,7 +85,6 @@ def test_a_projection_loads_by_hub_name_with_its_models_in_the_revisions_it_was_
 ) -> None:
     cosmos, world = tmp_path / "cosmos", tmp_path / "world"
     shutil.copytree(EMBEDDED_VAE, cosmos / "vae")
-    fingerprint = CosmosEncoder(str(EMBEDDED_VAE)).identity()
     gemma = Gemma(str(EMBEDDED_GEMMA))
     names = {
         "model_name": "google/gemma-3-4b-it",
@@ -92,7 +92,8 @@ def test_a_projection_loads_by_hub_name_with_its_models_in_the_revisions_it_was_
     }
     model = make_model(gemma, **names)
     old = "89abcdef0123456789abcdef0123456789abcdef"
-    model.fingerprint = fingerprint | {
+    encoder = CosmosLatents(replace(model.config, cosmos_model_name=str(EMBEDDED_VAE)))
+    model.fingerprint = encoder.spec.fingerprint() | {
         "cosmos_model_name": names["cosmos_model_name"],
         "cosmos_revision": old,
     }

@@ -18,10 +18,10 @@ from tiny_model import make_model, transformers_logits
 
 from theworld.data.images import ImageError, read_image
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import records
 from theworld.evaluation.predict import predict
-from theworld.extraction.features import LiveLatents, LiveVision
-from theworld.models.cosmos import CosmosEncoder
+from theworld.evaluation.records import records
+from theworld.extraction.features import OnTheFlyLatents, OnTheFlyVision
+from theworld.models.cosmos import CosmosLatents
 from theworld.models.gemma import Gemma
 from theworld.models.inference import SYSTEMS, ask, p_true, paired
 from theworld.models.projection import ProjectionShape
@@ -76,15 +76,15 @@ def test_others_do_not(images: int, texts: int) -> None:
 def model(request: pytest.FixtureRequest, text_gemma_folder: Path) -> TheWorld:
     gemma = Gemma(str(EMBEDDED_GEMMA if request.param == "multimodal" else text_gemma_folder))
     made = make_model(gemma, cosmos_model_name=str(EMBEDDED_VAE), latent_size=64)
-    made.fingerprint = CosmosEncoder(str(EMBEDDED_VAE)).identity()
+    made.fingerprint = CosmosLatents(made.config).spec.fingerprint()
     return made
 
 
 def evaluated(model: TheWorld, statements: list[Statement], photographs: Path) -> dict[str, list[float]]:
     """P(true) of each system as the records of an evaluation from photographs have it."""
     limit = model.config.max_image_pixels
-    latents = LiveLatents(model.encoder, photographs, model.config.latent_size, limit)
-    vision = LiveVision(model.gemma, photographs, limit) if model.gemma.is_multimodal else None
+    latents = OnTheFlyLatents(model.encoder, photographs, limit)
+    vision = OnTheFlyVision(model.gemma, photographs, limit) if model.gemma.is_multimodal else None
     logits = predict(model, statements, latents, vision, SYSTEMS, batch_size=8)
     rows = records(statements, logits, set())
     return {system: [row["systems"][system]["p_true"] for row in rows] for system in SYSTEMS}

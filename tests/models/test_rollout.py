@@ -68,14 +68,14 @@ def test_moments_are_the_pipelines_own_without_its_normalisation(
 ) -> None:
     config = replace(rolling, **changes)
     roll = load(config)
-    moments = roll.moments(pixels, 7)
-    assert moments.dtype == torch.float32
-    assert moments.shape == (config.num_world_steps, 16, 8, 8)
+    predicted = roll.predicted_frames(pixels, 7)
+    assert predicted.dtype == torch.float32
+    assert predicted.shape == (config.num_world_steps, 16, 8, 8)
     frames = directly(config, pixels, Guardrail(), "latent")
     assert frames.shape == (1, 16, 1 + (config.video_frames - 1) // 4, 8, 8)
     wanted = frames[0, :, 1 : 1 + config.num_world_steps].transpose(0, 1)
-    torch.testing.assert_close(normalised(moments, roll.pipe.vae.config), wanted, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(moments, wanted, atol=0.1)  # the embedded VAE's mean and std are not 0 and 1
+    torch.testing.assert_close(normalised(predicted, roll.pipe.vae.config), wanted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(predicted, wanted, atol=0.1)  # the embedded VAE's mean and std are not 0 and 1
 
 
 def test_the_projection_normalises_a_moment_to_what_the_diffusion_model_had(
@@ -83,7 +83,7 @@ def test_the_projection_normalises_a_moment_to_what_the_diffusion_model_had(
 ) -> None:
     roll = load(rolling)
     frames = directly(rolling, pixels, Guardrail(), "latent")[0].transpose(0, 1)
-    stored = torch.cat([torch.zeros(1, 16, 8, 8), roll.moments(pixels, 7)])
+    stored = torch.cat([torch.zeros(1, 16, 8, 8), roll.predicted_frames(pixels, 7)])
     vae = roll.pipe.vae.config
     shape = ProjectionShape((16, 8, 8), width=16, mode="channel", steps=2)
     projection = WorldProjection(shape, list(vae.latents_mean), list(vae.latents_std))
@@ -97,12 +97,16 @@ def test_other_settings_give_other_moments_and_equal_ones_the_same(
     rolling: Config, pixels: np.ndarray
 ) -> None:
     roll = load(rolling)
-    moments = roll.moments(pixels, 7)
-    assert not torch.equal(roll.moments(pixels, 8), moments)
-    assert not torch.equal(roll.moments(255 - pixels, 7), moments)
-    assert torch.equal(roll.moments(pixels, 7), moments)  # nothing is left over from the two calls before
+    predicted = roll.predicted_frames(pixels, 7)
+    assert not torch.equal(roll.predicted_frames(pixels, 8), predicted)
+    assert not torch.equal(roll.predicted_frames(255 - pixels, 7), predicted)
+    assert torch.equal(
+        roll.predicted_frames(pixels, 7), predicted
+    )  # nothing is left over from the two calls before
     for changes in ({"rollout_steps": 3}, {"rollout_guidance": 2.0}, {"rollout_prompt": "A ball rolls."}):
-        assert not torch.equal(load(replace(rolling, **changes)).moments(pixels, 7), moments), changes
+        assert not torch.equal(load(replace(rolling, **changes)).predicted_frames(pixels, 7), predicted), (
+            changes
+        )
 
 
 def test_a_photographs_seed_is_a_function_of_the_setting_and_its_bytes() -> None:
@@ -116,8 +120,8 @@ def test_a_photographs_seed_is_a_function_of_the_setting_and_its_bytes() -> None
 def test_the_prompt_is_checked_and_read_once(rolling: Config, pixels: np.ndarray) -> None:
     guardrail = Guardrail()
     roll = load(rolling, guardrail)
-    roll.moments(pixels, 1)
-    roll.moments(pixels, 2)
+    roll.predicted_frames(pixels, 1)
+    roll.predicted_frames(pixels, 2)
     assert guardrail.prompts == [rolling.rollout_prompt]
     assert len(guardrail.videos) == 2
     assert roll.pipe.text_encoder is None
@@ -133,7 +137,7 @@ def test_the_guardrail_sees_the_frames_that_the_pipeline_would_show_it(
 ) -> None:
     ours, theirs = Guardrail(), Guardrail()
     config = replace(rolling, rollout_frames=13)  # more than are kept
-    load(config, ours).moments(pixels, 7)
+    load(config, ours).predicted_frames(pixels, 7)
     directly(config, pixels, theirs, "np")
     assert ours.videos[0].dtype == np.uint8
     assert ours.videos[0].shape == theirs.videos[0].shape == (13, 64, 64, 3)
@@ -145,21 +149,21 @@ def test_of_frames_that_the_guardrail_changes_the_changed_ones_are_kept(
 ) -> None:
     guardrail = Blurring()
     roll = load(rolling, guardrail)
-    moments = roll.moments(pixels, 7)
-    assert not torch.allclose(moments, load(rolling).moments(pixels, 7), atol=1e-2)
+    predicted = roll.predicted_frames(pixels, 7)
+    assert not torch.allclose(predicted, load(rolling).predicted_frames(pixels, 7), atol=1e-2)
     changed = guardrail.videos[0]
     changed[:, :16, :16] = 128
     video = torch.from_numpy(changed).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     with torch.no_grad():
         wanted = roll.pipe.vae.encode(video).latent_dist.mode()
-    assert torch.equal(moments, wanted[0, :, 1:].transpose(0, 1))
+    assert torch.equal(predicted, wanted[0, :, 1:].transpose(0, 1))
 
 
 def test_frames_that_the_guardrail_refuses_are_an_error(rolling: Config, pixels: np.ndarray) -> None:
     roll = load(rolling, Refusing([1]))
-    roll.moments(pixels, 0)
+    roll.predicted_frames(pixels, 0)
     with pytest.raises(FramesRefused, match="the guardrail refuses the frames that were predicted from it"):
-        roll.moments(pixels, 1)
+        roll.predicted_frames(pixels, 1)
 
 
 def test_there_is_no_rollout_without_a_guardrail(rolling: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +205,7 @@ def test_the_identity_names_everything_that_changes_numbers(rolling: Config, tmp
         "rollout_steps",
         "rollout_text_encoder_sha256",
         "rollout_transformer_sha256",
+        "transformers",
     ]
     assert (identity["rollout_pipeline"], identity["rollout_fps"]) == ("Cosmos2VideoToWorldPipeline", 16)
     assert (identity["rollout_frames"], identity["guardrail"]) == (9, "Guardrail")

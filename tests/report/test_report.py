@@ -17,7 +17,8 @@ from browser import CONTRAST, SMALL, Browser, needs_browser
 from PIL import Image
 
 from theworld.data.vsr import RELATIONS, Statement
-from theworld.evaluation.metrics import read_jsonl, records, summarise, write_jsonl
+from theworld.evaluation.metrics import summarise
+from theworld.evaluation.records import read_jsonl, records, write_jsonl
 from theworld.evaluation.score import write_results
 from theworld.evaluation.verdict import verdict
 from theworld.report.report import (

@@ -14,7 +14,7 @@ from serving_models import STATEMENTS, save_model
 
 from theworld.config.config import Config
 from theworld.data.images import ImageError
-from theworld.evaluation.metrics import KINDS
+from theworld.evaluation.conditions import CONDITION_TYPES
 from theworld.models.inference import SYSTEMS
 from theworld.models.theworld import TheWorld
 from theworld.serving.ask import LABELS, answers, load_for_asking, plan, table
@@ -56,7 +56,7 @@ def test_a_table_has_a_column_for_each_condition() -> None:
         "                     7.5%        100.0%  So.",
         "                    50.0%          0.0%  Or so.",
     ]
-    assert set(LABELS) == {*SYSTEMS, "without"} < set(KINDS)
+    assert set(LABELS) == {*SYSTEMS, "without"} < set(CONDITION_TYPES)
 
 
 def test_a_gemma_that_was_trained_is_no_baseline(saved: Path, photographs: Path) -> None:

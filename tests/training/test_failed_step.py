@@ -17,7 +17,7 @@ from torture import Tally
 
 from theworld.config.config import Config
 from theworld.extraction.batches import Pass
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.models.packing import Batch
 from theworld.models.serialization import list_checkpoints
 from theworld.models.theworld import TheWorld
@@ -54,15 +54,15 @@ def spoil(where: str, value: float) -> None:
 
     Trainer.train_step = counted  # type: ignore[method-assign]
     if where in ("latents", "vision"):
-        call = Rows.__call__
+        call = CachedFeatures.__call__
 
-        def rows(self: Rows, images: list[str]) -> torch.Tensor:
+        def rows(self: CachedFeatures, images: list[str]) -> torch.Tensor:
             found = call(self, images)
             if (self.array == "latents") == (where == "latents"):
                 found[[image == "b.png" for image in images], ..., 0] = value
             return found
 
-        Rows.__call__ = rows  # type: ignore[method-assign]
+        CachedFeatures.__call__ = rows  # type: ignore[method-assign]
     elif where == "loss":
         losses = TheWorld.losses
 

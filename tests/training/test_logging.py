@@ -127,7 +127,7 @@ def test_a_missing_login_is_named_before_any_model_loads(
 def test_only_the_main_process_logs(
     cache: Path, config: Config, wandb: StubWandb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("theworld.utils.distributed.Processes.is_main", False)
+    monkeypatch.setattr("theworld.utils.distributed.Processes.is_main_process", False)
     Trainer(replace(config, log_to_wandb=True, log_to_tensorboard=True), cache).run()
     assert wandb.runs == []
     assert not (Path(config.output_dir) / "logs").exists()

@@ -19,10 +19,10 @@ from theworld.utils.distributed import Processes
 def test_alone_a_process_is_the_main_one_and_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     alone = Processes("cpu")
-    assert (alone.rank, alone.count, alone.is_main, alone.device.type) == (0, 1, True, "cpu")
+    assert (alone.rank, alone.count, alone.is_main_process, alone.device.type) == (0, 1, True, "cpu")
     values = [torch.ones(2, 3), torch.zeros(1)]
     assert all(torch.equal(a, b) for a, b in zip(alone.sum(values), values, strict=True))
-    alone.wait()
+    alone.barrier()
 
 
 def test_sums_go_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +30,7 @@ def test_sums_go_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) ->
     processes.count = 2
     sent: list[Tensor] = []
     monkeypatch.setattr("theworld.utils.distributed.MESSAGE", 6)
-    monkeypatch.setattr("theworld.utils.distributed.reduce", lambda flat, how: sent.append(flat) or 2 * flat)
+    monkeypatch.setattr("accelerate.utils.reduce", lambda flat, how: sent.append(flat) or 2 * flat)
     values = [torch.full((n,), float(n)) for n in (2, 4, 1, 9, 3)]
     assert [t.tolist() for t in processes.sum(values)] == [(2 * v).tolist() for v in values]
     assert [len(message) for message in sent] == [6, 1, 9, 3]

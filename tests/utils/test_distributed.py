@@ -47,7 +47,7 @@ def test_processes_launched_together_have_a_gpu_each(monkeypatch: pytest.MonkeyP
         third.device("cuda")
 
 
-def test_only_the_first_of_those_launched_together_speaks() -> None:
-    assert Part(0, 2, together=True).speaks
-    assert not Part(1, 2, together=True).speaks
-    assert Part(1, 2).speaks
+def test_only_the_first_of_processes_launched_together_is_the_main_process() -> None:
+    assert Part(0, 2, together=True).is_main_process
+    assert not Part(1, 2, together=True).is_main_process
+    assert Part(1, 2).is_main_process

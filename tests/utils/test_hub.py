@@ -67,8 +67,8 @@ def test_a_folder_has_its_config_in_one_of_two_places(tmp_path: Path) -> None:
     assert locate(str(tmp_path), VAE_FILE).config == tmp_path / "vae" / "config.json"
     with pytest.raises(Fault) as caught:
         locate(str(tmp_path), GEMMA_FILE)
-    assert caught.value.says == f"{tmp_path}: a local folder without config.json"
-    assert caught.value.cure == "name a folder with a model, or its name on the hub"
+    assert caught.value.message == f"{tmp_path}: a local folder without config.json"
+    assert caught.value.hint == "name a folder with a model, or its name on the hub"
 
 
 def test_the_hub_is_asked_once_and_nothing_is_downloaded(hub: list[str], fresh: Path) -> None:
@@ -103,8 +103,8 @@ def test_offline_what_was_downloaded_before_is_enough(fresh: Path, monkeypatch: 
 def test_a_name_that_is_neither(hub: list[str], name: str, says: str) -> None:
     with pytest.raises(Fault) as caught:
         locate(name, GEMMA_FILE)
-    assert caught.value.says == says
-    assert caught.value.cure
+    assert caught.value.message == says
+    assert caught.value.hint
 
 
 def test_a_model_on_the_hub_without_the_file(hub: list[str]) -> None:
@@ -123,9 +123,9 @@ def test_a_licence_has_its_page_as_the_cure(
     monkeypatch.setattr(places, "get_token", lambda: token)
     with pytest.raises(Fault) as caught:
         locate("google/gemma-3-4b-it", GEMMA_FILE)
-    assert caught.value.says == "google/gemma-3-4b-it: the licence is not accepted, or no token is set"
-    assert "https://huggingface.co/google/gemma-3-4b-it" in caught.value.cure
-    assert words in caught.value.cure
+    assert caught.value.message == "google/gemma-3-4b-it: the licence is not accepted, or no token is set"
+    assert "https://huggingface.co/google/gemma-3-4b-it" in caught.value.hint
+    assert words in caught.value.hint
 
 
 def test_an_answer_without_a_rule_is_shown(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_hub_that_never_answers_is_left(fresh: Path, monkeypatch: pytest.Monke
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
         thread.join(60)
-    assert [fault.says for fault in caught] == [f"{NAME}: the hub cannot be reached"]
+    assert [fault.message for fault in caught] == [f"{NAME}: the hub cannot be reached"]
 
 
 # ---- statements

@@ -20,7 +20,7 @@ from torture import Tally
 
 from theworld.config.config import Config, save_config
 from theworld.extraction.extract import extract
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.store.format import LATENTS
 from theworld.store.reader import StoreReader
 from theworld.store.shard import ArraySpec, ImageEntry, payload
@@ -128,7 +128,7 @@ def test_every_payload_flip_is_caught_on_read(root: Path, tally: Tally) -> None:
         with pytest.raises(StoreError, match=words):
             opened.read(image, LATENTS)
         with pytest.raises(StoreError, match=words):
-            Rows(root, LATENTS)([image])
+            CachedFeatures(root)([image])
         with path.open("r+b") as file:
             file.seek(byte)
             file.write(sound[byte : byte + 1])
@@ -163,7 +163,6 @@ def test_training_stops_at_a_flip_and_goes_on_from_its_checkpoint(
     saved = trainer.save()
     content = {path: path.read_bytes() for path in saved.iterdir()}
     before = damage_rows(cache / LATENTS)
-    trainer.data.latents = Rows(cache / LATENTS, LATENTS)  # as where the rows do not fit in memory
     weights = {name: p.detach().clone() for name, p in trainer.model.trainable().items()}
     words = r"shards/0000\d\.h5 is damaged: latents of image '[abc]\.png' has CRC-32 .*--verify --cache "
     with pytest.raises(StoreError, match=words):

@@ -9,10 +9,11 @@ from constants import ROOT
 
 from theworld.config.config import Config
 from theworld.data.vsr import load_statements
-from theworld.evaluation.metrics import SYSTEMS, summarise
+from theworld.evaluation.conditions import CONDITIONS
+from theworld.evaluation.metrics import summarise
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract, verify
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.store.format import LATENTS
 from theworld.training.trainer import Trainer
 
@@ -35,7 +36,7 @@ def test_all_96_photographs_are_extracted(config: Config, tmp_path: Path) -> Non
     )
     extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
     assert verify(tmp_path / "cache") == []
-    rows = Rows(tmp_path / "cache" / LATENTS, LATENTS)
+    rows = CachedFeatures(tmp_path / "cache" / LATENTS)
     assert len(rows.reader) == 96
     assert rows(photographs).shape == (96, 16, 8, 8)
     assert len({bytes(row.numpy().tobytes()) for row in rows(photographs)}) == 96
@@ -59,7 +60,7 @@ def test_the_three_phases_on_the_real_statements_whose_photograph_is_there(
         "000000512183.jpg",
         "000000574315.jpg",
     }
-    systems = SYSTEMS if len({s.image for s in wanted}) > 1 else ("world", "baseline", "zero")
+    systems = CONDITIONS if len({s.image for s in wanted}) > 1 else ("world", "baseline", "zero")
     summary = summarise(score(checkpoint, tmp_path / "cache", None, "train", systems, {}))
     assert summary["statements"] == len(wanted)
     assert set(summary["systems"]) == set(systems)

@@ -14,10 +14,10 @@ from video2world import Guardrail
 from theworld.cli.dry_run import evaluation
 from theworld.config.config import Config
 from theworld.evaluation.alignment import SAME_PLACE, align, report
-from theworld.evaluation.metrics import SYSTEMS
+from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.score import score
 from theworld.extraction.extract import extract
-from theworld.extraction.features import Rows
+from theworld.extraction.features import CachedFeatures
 from theworld.hub.card import Facts, model_card
 from theworld.models.packing import ZERO
 from theworld.models.theworld import TheWorld
@@ -65,16 +65,16 @@ def test_it_trains_with_a_vector_for_each_moment(checkpoint: Path, rolling: Conf
 
 
 def test_it_is_evaluated_with_every_control(checkpoint: Path, cache: Path) -> None:
-    rows = score(checkpoint, cache, None, "test", SYSTEMS, {})
+    rows = score(checkpoint, cache, None, "test", CONDITIONS, {})
     assert len(rows) == 4
-    p_true = {system: [row["systems"][system]["p_true"] for row in rows] for system in SYSTEMS}
-    assert len({tuple(values) for values in p_true.values()}) == len(SYSTEMS)
+    p_true = {system: [row["systems"][system]["p_true"] for row in rows] for system in CONDITIONS}
+    assert len({tuple(values) for values in p_true.values()}) == len(CONDITIONS)
 
 
 def test_the_later_moments_reach_the_answer_and_zero_stands_for_all_of_them(
     checkpoint: Path, cache: Path
 ) -> None:
-    model, rows = TheWorld.from_pretrained(checkpoint), Rows(cache / LATENTS, LATENTS)
+    model, rows = TheWorld.from_pretrained(checkpoint), CachedFeatures(cache / LATENTS)
     batch = model.packer().pack(load_data(model.config, cache).train[:1], [ZERO])
     assert batch.world_slots.shape == (1, 3 * 16 + 2)
     zero = model.latents(batch, rows)

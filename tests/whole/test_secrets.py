@@ -80,7 +80,7 @@ def test_a_run_leaks_no_token(
     with serve({}, uploads) as (address, _):
         save_config(config, tmp_path / "settings.json")
         # Not forked: the hub's client reads its settings when it is imported.
-        program = "import sys; sys.path.insert(0, 'tests'); import test_secrets, runpy\n"
+        program = "import sys; sys.path[:0] = ['tests', 'tests/whole']; import test_secrets, runpy\n"
         program += "test_secrets.broken()\n" if end == "traceback" else ""
         program += f"sys.argv = ['train', '--config', {str(tmp_path / 'settings.json')!r}, "
         program += (

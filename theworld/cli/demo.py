@@ -54,7 +54,8 @@ def run_demo(
     """
     # Here and not above: torch takes seconds to load, and --help should not.
     from theworld.evaluation.alignment import align, draw
-    from theworld.evaluation.metrics import SYSTEMS, publish_json, read_jsonl
+    from theworld.evaluation.conditions import CONDITIONS
+    from theworld.evaluation.records import publish_json, read_jsonl
     from theworld.evaluation.score import score_to_file
     from theworld.evaluation.tables import table
     from theworld.extraction.extract import extract
@@ -73,7 +74,7 @@ def run_demo(
     print("4/4 phase 3: held-out scenes, with controls", flush=True)
     run, cache, results = output / "run", output / "cache", output / "results.jsonl"
     command = f"python tools/eval.py --model_name {run} --cache {cache} --output {results}".split(" ")
-    _, summary = score_to_file([run], "test", cache, None, SYSTEMS, {}, command, results)
+    _, summary = score_to_file([run], "test", cache, None, CONDITIONS, {}, command, results)
     print("\n" + table(summary) + "\n")
     draw_result(summary, run / "metrics.jsonl", output / "result.png")
     draw_scenes(read_jsonl(results), output / "scenes" / "images", output / "scenes.png")

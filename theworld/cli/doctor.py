@@ -1,4 +1,4 @@
-"""Looks over everything that a run needs before it starts, and says the cure of each fault, in one page."""
+"""Check everything that a run needs before it starts, on one page, with a hint for each fault."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,15 +12,18 @@ from packaging.requirements import Requirement
 from theworld.config.config import Config
 from theworld.data.images import ImageError, check_photographs, missing_photographs, read_image
 from theworld.data.vsr import Statement, images_of, load_all, statements_at_hand
-from theworld.extraction.encoders import expected_latents, expected_vision, plan_latents, plan_vision
+from theworld.extraction.encoders import VisionEncoder
+from theworld.models import world_encoder
+from theworld.models.encoder import EncoderSpec, NotYetKnown, file_at_hand
+from theworld.models.gemma import is_multimodal
 from theworld.models.serialization import checkpoint_step, list_checkpoints
-from theworld.store.format import LATENTS, VISION, read_failures
+from theworld.store.format import read_failures, read_manifest
 from theworld.store.reader import StoreReader, verify_store
 from theworld.training.checkpoint import find_sound
 from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
 from theworld.utils.device import GIB, memory_of, resolve_device
 from theworld.utils.files import check_folder, check_room, free_bytes
-from theworld.utils.hub import GEMMA_FILE, VAE_FILE, Fault, locate
+from theworld.utils.hub import GEMMA_FILE, Fault, locate
 
 SAMPLE = 100  # photographs that are decoded; extraction decodes all
 OK, NOTE, FAULT = "ok", "note", "FAULT"
@@ -32,30 +35,30 @@ class Finding:
 
     topic: str
     state: str  # OK, NOTE or FAULT
-    says: str
-    cure: str = ""
+    message: str
+    hint: str = ""
 
     def __str__(self) -> str:
-        cure = f"\n{'':<20}cure: {self.cure}" if self.cure else ""
-        return f"{self.state:<6} {self.topic:<12} {self.says}{cure}"
+        hint = f"\n{'':<20}hint: {self.hint}" if self.hint else ""
+        return f"{self.state:<6} {self.topic:<12} {self.message}{hint}"
 
 
 def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
-    """What is well and what is not. Loads no model, changes nothing, and raises nothing that a check is for.
+    """Return what is in order and what is not. Loads no model, changes nothing, and raises no error that a check finds.
 
-    `flags`: of this run's settings, for the commands among the cures.
+    `flags`: the flags of these settings, for the commands in the hints.
     """
     extract = " ".join(["python tools/extract_latents.py", *([flags] if flags else []), f"--cache {cache}"])
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("libraries", lambda: _libraries()),
         ("device", lambda: _device(config)),
         ("Gemma", lambda: _model("Gemma", config.model_name, GEMMA_FILE)),
-        ("Cosmos VAE", lambda: _model("Cosmos VAE", config.cosmos_model_name, VAE_FILE)),
+        ("encoder", lambda: _world_encoder(config)),
         ("rollout", lambda: _rollout(config)),
         ("photographs", lambda: _photographs(config)),
-        ("latents", lambda: _store("latents", cache / LATENTS, extract, config)),
-        ("vision", lambda: _store("vision", cache / VISION, f"{extract} --gemma_vision", config)),
-        ("compared", lambda: _compared(config, cache / LATENTS)),
+        ("latents", lambda: _store("latents", _world(config), cache, extract, config)),
+        ("vision", lambda: _vision(cache, f"{extract} --gemma_vision", config)),
+        ("compared", lambda: _compared(config, cache / _world(config).name)),
         ("output_dir", lambda: _output(config)),
     ]
     found: list[Finding] = []
@@ -63,10 +66,14 @@ def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
         try:
             found += check()
         except Fault as fault:
-            found.append(Finding(topic, FAULT, fault.says, fault.cure))
+            found.append(Finding(topic, FAULT, fault.message, fault.hint))
         except (ValueError, OSError) as error:
             found.append(Finding(topic, FAULT, str(error)))
     return found
+
+
+def _world(config: Config) -> EncoderSpec:
+    return world_encoder.encoder_class(config).describe(config)
 
 
 def _libraries() -> Iterator[Finding]:
@@ -83,15 +90,15 @@ def _libraries() -> Iterator[Finding]:
         return
     wrong = False
     for requirement in (r for r in wanted if r.marker is None):
-        cure = f"pip install '{requirement}'"
+        hint = f"pip install '{requirement}'"
         try:
             have = version(requirement.name)
         except PackageNotFoundError:
-            yield Finding(requirement.name, FAULT, "not installed", cure)
+            yield Finding(requirement.name, FAULT, "not installed", hint)
             wrong = True
             continue
         if not requirement.specifier.contains(have, prereleases=True):
-            yield Finding(requirement.name, NOTE, f"{have}; tested with {requirement.specifier}", cure)
+            yield Finding(requirement.name, NOTE, f"{have}; tested with {requirement.specifier}", hint)
             wrong = True
     if not wrong:
         versions = ", ".join(f"{n} {version(n)}" for n in ("torch", "transformers", "diffusers"))
@@ -103,34 +110,42 @@ def _device(config: Config) -> Iterator[Finding]:
     have = memory_of(device)
     room = f"{have.free / GIB:.1f} of {have.total / GIB:.1f} GiB free"
     if device.type == "cpu":
-        cure = "a machine with a CUDA GPU, for models of the real size"
-        yield Finding("device", NOTE, f"{have.name}, in float32, {room}: for the small models", cure)
+        hint = "a machine with a CUDA GPU, for models of the real size"
+        yield Finding("device", NOTE, f"{have.name}, in float32, {room}: for the small models", hint)
     else:
         yield Finding("device", OK, f"{have.name}, {room}")
     if config.fp8 and (have.capability or (0, 0)) < FP8_CAPABILITY:
-        says = f"fp8 is true, and {device.type} here has no 8-bit products; a Hopper GPU or newer has"
-        yield Finding("fp8", FAULT, says, "--no-fp8")
+        message = f"fp8 is true, and {device.type} here has no 8-bit products; a Hopper GPU or newer has"
+        yield Finding("fp8", FAULT, message, "--no-fp8")
     sizes = sizes_of(config.model_name)
     if sizes is None:
         return
     weights, kept = training_bytes(config, sizes)
     parts = f"weights {weights / GIB:.1f}, a pass {kept / GIB:.1f}"
     need = f"with Gemma frozen training takes about {(weights + kept) / GIB:.1f} GiB: {parts}"
-    cure = "halve --batch_size and double --gradient_accumulation_steps; or --use_gradient_checkpointing"
+    hint = "halve --batch_size and double --gradient_accumulation_steps; or --use_gradient_checkpointing"
     if weights > have.total:
         yield Finding("memory", FAULT, need, "a larger GPU, or a smaller Gemma")
     elif weights + kept > have.total:
-        yield Finding("memory", FAULT, f"{need}, at most", cure)
+        yield Finding("memory", FAULT, f"{need}, at most", hint)
     elif weights + kept > have.free:
         yield Finding(
-            "memory", NOTE, f"{need}; other programs hold part of the memory", "end them, or " + cure
+            "memory", NOTE, f"{need}; other programs hold part of the memory", "end them, or " + hint
         )
     else:
         yield Finding("memory", OK, need)
 
 
 def _model(topic: str, name: str, file: str) -> Iterator[Finding]:
-    yield Finding(topic, OK, f"{name}: {locate(name, file).words}")
+    try:
+        yield Finding(topic, OK, f"{name}: {locate(name, file).words}")
+    except Fault as fault:
+        yield Finding(topic, FAULT, fault.message, fault.hint)
+
+
+def _world_encoder(config: Config) -> Iterator[Finding]:
+    weights = _world(config).weights
+    return iter(()) if weights is None else _model(*weights)
 
 
 def _statements(config: Config) -> dict[str, list[Statement]]:
@@ -138,13 +153,13 @@ def _statements(config: Config) -> dict[str, list[Statement]]:
 
 
 def _rollout(config: Config) -> Iterator[Finding]:
-    """What phase 1 takes beside the VAE where moments are predicted."""
+    """Check what phase 1 needs beside the VAE where frames are predicted."""
     if config.num_world_steps:
         from theworld.models.rollout import check_rollout
 
         check_rollout(config)
-        says = f"{config.cosmos_model_name}: a Video2World pipeline, and its guardrail is installed"
-        yield Finding("rollout", OK, says)
+        message = f"{config.cosmos_model_name}: a Video2World pipeline, and its guardrail is installed"
+        yield Finding("rollout", OK, message)
 
 
 def _photographs(config: Config) -> Iterator[Finding]:
@@ -158,11 +173,9 @@ def _photographs(config: Config) -> Iterator[Finding]:
     folder = Path(config.image_folder)
     missing = missing_photographs(names, folder)
     if missing:
-        says = f"{len(missing):,} of {len(names):,} are not in {folder}, such as {missing[0]}"
-        cure = (
-            f"python tools/get_images.py --output {folder} (README, step 3), or extract with --allow_missing"
-        )
-        yield Finding("photographs", FAULT, says, cure)
+        message = f"{len(missing):,} of {len(names):,} are not in {folder}, such as {missing[0]}"
+        hint = f"python tools/get_images.py --output {folder} (GUIDE.md, Photographs), or extract with --allow_missing"
+        yield Finding("photographs", FAULT, message, hint)
         return
     sample = np.random.default_rng(0).permutation(names)[:SAMPLE]
     bad = []
@@ -171,56 +184,60 @@ def _photographs(config: Config) -> Iterator[Finding]:
             read_image(folder, name, config.max_image_pixels)
         except ImageError as error:
             bad.append(str(error))
-    says = f"{len(names):,} in {folder}; {len(sample) - len(bad)} of {len(sample)} looked at can be read"
-    cure = f"{bad[0]}: get it again" if bad else ""
-    yield Finding("photographs", FAULT if bad else OK, says, cure)
+    message = f"{len(names):,} in {folder}; {len(sample) - len(bad)} of {len(sample)} looked at can be read"
+    hint = f"{bad[0]}: get it again" if bad else ""
+    yield Finding("photographs", FAULT if bad else OK, message, hint)
 
 
-def _store(topic: str, root: Path, command: str, config: Config) -> Iterator[Finding]:
+def _vision(cache: Path, command: str, config: Config) -> Iterator[Finding]:
+    """Check the store of vision features, which a text-only Gemma has none of."""
+    path = file_at_hand(config.model_name, GEMMA_FILE)
+    if path is None or is_multimodal(str(path.parent)):
+        yield from _store("vision", VisionEncoder.describe(config), cache, command, config)
+
+
+def _store(topic: str, spec: EncoderSpec, cache: Path, command: str, config: Config) -> Iterator[Finding]:
+    root = cache / spec.name
     if not root.exists():
-        yield Finding(topic, NOTE, f"{root} is not there yet; {_room(root, config)}", command)
+        yield Finding(topic, NOTE, f"{root} is not there yet; {_room(root, spec, config)}", command)
         return
-    reader = StoreReader(root, expected_latents(config) if topic == "latents" else expected_vision(config))
+    if read_manifest(root) is None:  # extraction goes on with it
+        spec.check_store(root, config.shard_size)
+    reader = StoreReader(root)
+    spec.check_compatible(root, reader.fingerprint)
     problems = verify_store(root)
     if problems:
         yield Finding(topic, FAULT, problems[0], f"{command} --repair")
         return
-    left_out = read_failures(root.parent)
+    left_out = read_failures(cache)
     names = images_of([s for own in _statements(config).values() for s in own])
     missing = [name for name in names if name not in reader and name not in left_out]
-    says = f"{len(reader):,} images, every byte as it was written" + (
-        f"; {len(left_out):,} left out" if left_out else ""
-    )
-    cure = f"{len(missing):,} of the statements' images are not in it: extract again" if missing else ""
-    yield Finding(topic, FAULT if missing else OK, says, cure)
+    message = f"{len(reader):,} images, every byte as it was written"
+    message += f"; {len(left_out):,} left out" if left_out else ""
+    hint = f"{len(missing):,} of the statements' images are not in it: extract again" if missing else ""
+    yield Finding(topic, FAULT if missing else OK, message, hint)
 
 
 def _compared(config: Config, root: Path) -> Iterator[Finding]:
-    """Every photograph that is at hand with what was extracted."""
+    """Compare every photograph that is on this machine with the hash it was extracted with."""
     folder = Path(config.image_folder or "")
     if config.image_folder is None or not folder.is_dir() or not (root / "manifest.json").exists():
         return
     yield Finding("compared", OK, check_photographs(StoreReader(root).images, folder))
 
 
-def _room(root: Path, config: Config) -> str:
-    """What a new store takes and what is free. ValueError where that is not enough."""
+def _room(root: Path, spec: EncoderSpec, config: Config) -> str:
+    """Return the size of a new store and the free room in words. Raises ValueError where that is not enough."""
     splits = statements_at_hand(config.annotations, config.dataset_name)
-    try:
-        planned = (
-            plan_latents(config, root.parent) if root.name == LATENTS else plan_vision(config, root.parent)
-        )
-    except ValueError:  # of the model, which has a line of its own
-        planned = None
-    if splits is None or planned is None:
+    if splits is None or isinstance(spec.row_shape, NotYetKnown):
         return f"{free_bytes(root) / GIB:.0f} GiB free"
     names = images_of([s for own in splits.values() for s in own])
-    size = len(names) * planned.spec.row_nbytes
+    size = len(names) * spec.array.row_nbytes
     return f"it takes {size / 2**20:,.1f} MiB, {check_room(root, size, '--cache') / GIB:.0f} GiB free"
 
 
 def _output(config: Config) -> Iterator[Finding]:
-    """Whether a training could write its checkpoints."""
+    """Check whether a training could write its checkpoints."""
     folder = Path(config.output_dir)
     check_folder(folder, "--output_dir")
     found = find_sound(config.resume_from) if config.resume_from else None
@@ -229,11 +246,11 @@ def _output(config: Config) -> Iterator[Finding]:
     for reason in skipped.values():
         yield Finding("output_dir", NOTE, f"skipped: {reason}", "")
     if there:
-        says = (
+        message = (
             f"{folder} holds {', '.join(path.name for path in there)}, which a training would not overwrite"
         )
-        cure = f"--resume_from {folder} to go on with it, or another --output_dir"
-        yield Finding("output_dir", FAULT, says, cure)
+        hint = f"--resume_from {folder} to go on with it, or another --output_dir"
+        yield Finding("output_dir", FAULT, message, hint)
     else:
         yield Finding(
             "output_dir", OK, f"{folder}: {'resumed there' if resumed >= 0 else 'free for a training'}"

@@ -1,12 +1,13 @@
-"""What phases 1 and 3 would do, found out by their own checks: nothing is loaded, downloaded or written.
+"""What phases 1 and 3 would do, found out by the runs' own checks: no model is loaded, nothing downloaded or written.
 
-Each function gives lines for a terminal, one after the other, and raises ValueError or OSError where the run itself
-would stop, with its message. What takes longer than seconds is left to the run: to decode photographs, to read every
-byte of a cache, to hash weights.
+Each function yields lines for a terminal and raises ValueError or OSError where the run itself would stop, with its
+message. Checks that take longer than seconds are left to the run: decoding photographs, reading every byte of a cache,
+hashing weights.
 """
 
 import os
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,21 @@ from theworld.config.config import Config, load_config
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import Elsewhere, Statement, images_of, split_at_hand, statements_at_hand
 from theworld.evaluation.alignment import chosen_images, vision_to_compare
-from theworld.evaluation.metrics import read_jsonl
-from theworld.evaluation.predict import possible_systems, shuffled_images
+from theworld.evaluation.predict import possible_conditions, shuffled_images
+from theworld.evaluation.records import read_jsonl
 from theworld.evaluation.score import NOT_ALONE, default_output, held_out, short_names
-from theworld.extraction.encoders import Planned, common_fields, plan_latents, plan_vision
+from theworld.extraction.encoders import specs_of
 from theworld.extraction.extract import amount, check_models, check_readable, source_of
-from theworld.extraction.features import Rows, cached_vision, in_cache
+from theworld.extraction.features import cached_vision, in_cache, latents_for
+from theworld.models import world_encoder
+from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
 from theworld.models.projection import ProjectionShape
 from theworld.models.serialization import CONFIG_FILE, find_checkpoint, find_model, read_world
 from theworld.models.serialization import VISION as VISION_PART
 from theworld.store.format import (
-    ABSENT,
-    LATENTS,
     Plan,
     StoreMismatch,
-    check_meaning,
-    fingerprint_differences,
     image_differences,
     paths,
     read_failures,
@@ -40,7 +39,7 @@ from theworld.utils.console import line
 from theworld.utils.device import resolve_device, resolve_dtype, wants_compile
 from theworld.utils.distributed import Part, num_launched
 from theworld.utils.files import check_folder, check_output
-from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
+from theworld.utils.hub import GEMMA_FILE, locate
 
 Split = dict[str, list[Statement]]
 
@@ -51,7 +50,7 @@ Split = dict[str, list[Statement]]
 def extraction(
     config: Config, cache: Path, with_vision: bool, allow_missing: bool, part: Part | None
 ) -> Iterator[str]:
-    """What `theworld.extraction.extract.extract` would do with the same arguments."""
+    """Yield what `theworld.extraction.extract.extract` would do with the same arguments."""
     part = part or Part(count=num_launched())
     source = source_of(config, part)
     splits = statements_at_hand(config.annotations, config.dataset_name)
@@ -61,22 +60,23 @@ def extraction(
     compiled = ", compiled" if wants_compile(config.compile, device) else ""
     yield line("device", f"{device}, {resolve_dtype(config.dtype, device)}{compiled}")
     check_models(config, with_vision)
-    for plan in (plan_latents, plan_vision) if with_vision else (plan_latents,):
-        planned = plan(config, cache)
-        yield line("model", planned.model)
+    for spec in specs_of(config, with_vision):
+        if spec.weights is not None:
+            place = locate(spec.weights.model, spec.weights.file)
+            yield line("model", f"{spec.weights.topic}, {spec.weights.model}: {place.words}")
         check_folder(cache, "--cache")
-        yield from store_lines(planned, config, names, splits is not None, part)
+        yield from store_lines(spec, cache / spec.name, config, names, splits is not None, part)
 
 
 def _photographs(
     config: Config, splits: Split | None, folder: Path, allow_missing: bool
 ) -> tuple[list[str], list[str]]:
-    """Names of the photographs that would be encoded, and lines about them."""
+    """Return the names of the photographs that would be encoded, and lines about them."""
     if splits is None:
         names = sorted(path.name for path in folder.iterdir() if path.suffix == ".jpg")
-        says = f"{config.dataset_name}, from the hub when the run starts; not counted here"
+        message = f"{config.dataset_name}, from the hub when the run starts; not counted here"
         return names, [
-            line("statements", says),
+            line("statements", message),
             line("photographs", f"{len(names):,} .jpg files in {folder}"),
         ]
     said = [statement_line(splits)]
@@ -89,30 +89,23 @@ def _photographs(
 
 
 def statement_line(splits: Split) -> str:
-    """How many statements of each split, about how many photographs."""
+    """Return a line with the number of statements of each split, and of their photographs."""
     counts = ", ".join(f"{len(own):,} {split}" for split, own in splits.items())
     names = images_of([statement for own in splits.values() for statement in own])
     return line("statements", f"{counts}, about {len(names):,} photographs")
 
 
 def store_lines(
-    planned: Planned, config: Config, names: Sequence[str], all_known: bool, part: Part
+    spec: EncoderSpec, root: Path, config: Config, names: Sequence[str], all_known: bool, part: Part
 ) -> Iterator[str]:
-    """What would be written into one store. `all_known`: whether `names` are those that statements name.
+    """Yield what would be written into one store. `all_known`: whether `names` are all that the statements name.
 
     Raises StoreMismatch where the store holds something else, StoreError if it is damaged, ValueError without room.
     """
-    root, spec = planned.root, planned.spec
     num_shards = -(-len(names) // config.shard_size)
+    spec.check_store(root, config.shard_size)
     if (root / "store.json").exists():
         plan = Plan.load(root)
-        wanted = planned.fields | common_fields(spec.dtype, config.encode_batch_size)
-        cached = {key: plan.fingerprint.get(key, ABSENT) for key in wanted}
-        differences = fingerprint_differences(cached, wanted)
-        if plan.shard_size != config.shard_size:
-            differences.append(("shard_size", plan.shard_size, config.shard_size))
-        if differences:
-            raise StoreMismatch(root, differences)
         left_out = read_failures(root.parent)
         listed = {name: plan.images.get(name, "not read yet") for name in names if name not in left_out}
         same = not all_known or listed.keys() == plan.images.keys()
@@ -125,10 +118,14 @@ def store_lines(
     own = [shard for shard in range(num_shards) if part.owns(shard) or part.count == num_launched()]
     pending = [shard for shard in own if not os.path.lexists(paths(root, shard)[1])]
     rows = sum(min(config.shard_size, len(names) - shard * config.shard_size) for shard in pending)
-    work = amount(root, rows, len(names), len(pending), num_shards, rows * spec.row_nbytes)
-    shape = " x ".join(map(str, spec.shape))
-    yield line("cache", f"{root}: {'goes on' if root.exists() else 'new'}, {shape} {spec.dtype} an image")
-    yield line("", work)
+    state = f"{root}: {'goes on' if root.exists() else 'new'}"
+    if isinstance(spec.row_shape, NotYetKnown):
+        yield line("cache", f"{state}; the size of a row is {spec.row_shape.value}")
+        return
+    shape = " x ".join(map(str, spec.row_shape))
+    yield line("cache", f"{state}, {shape} {spec.dtype} an image")
+    size = rows * spec.array.row_nbytes
+    yield line("", amount(root, rows, len(names), len(pending), num_shards, size))
 
 
 # ---- phase 3
@@ -139,13 +136,13 @@ def evaluation(
     cache: Path | None,
     image_folder: Path | None,
     split: str,
-    systems: Sequence[str],
+    conditions: Sequence[str],
     output: Path | None,
     overrides: dict[str, Any],
     train_annotations: str | None = None,
     allow_trained: bool = False,
 ) -> Iterator[str]:
-    """What `theworld.evaluation.score.score_to_file` would do with the same arguments."""
+    """Yield what `theworld.evaluation.score.score_to_file` would do with the same arguments."""
     found = [find_model(model) for model in models]
     checkpoints = dict(zip(short_names(models, found), found, strict=True))
     saved = []
@@ -160,11 +157,11 @@ def evaluation(
         statements = yield from _reads(
             config, world, sees, cache, image_folder, [] if data is None else data.statements
         )
-        asked = possible_systems(systems, sees, config.model_name)
+        asked = possible_conditions(conditions, sees, config.model_name)
         if "shuffled" in asked and statements:
             shuffled_images(images_of(statements))
         batches = -(-len(statements) // config.eval_statements)
-        words = f"{len(asked)} systems ({', '.join(asked)})"
+        words = f"{len(asked)} conditions ({', '.join(asked)})"
         yield line("asks", f"{words} about {len(statements):,} statements, {batches:,} batches")
     if data is not None:
         seen, all_images = len(data.seen_images), len(images_of(data.statements))
@@ -186,9 +183,9 @@ def _reads(
     photographs: Path | None,
     statements: list[Statement],
 ) -> Generator[str, None, list[Statement]]:
-    """What a model would read to answer statements, and which of them can be answered."""
+    """Yield what a model would read to answer statements, and return those that it can answer."""
     if cache is not None:
-        statements, note = _cached(cache, world, statements)
+        statements, note = _cached(cache, config, world, statements)
         vision = sees and VISION_PART not in world["parts"] and cached_vision(config, cache) is not None
         if sees and not vision and config.image_folder is None:
             raise ValueError(
@@ -199,8 +196,12 @@ def _reads(
         photographs = Path(str(config.image_folder)) if sees and not vision else None
     else:
         ProjectionShape.from_dict(world["projection"]).check_no_steps(NOT_ALONE)
-        vae = locate(config.cosmos_model_name, VAE_FILE)
-        yield line("Cosmos VAE", f"{config.cosmos_model_name}: {vae.words}")
+        trained, alone = world["fingerprint"], replace(config, num_world_steps=0)
+        spec = world_encoder.encoder_class(alone).describe(alone, trained)
+        if spec.weights is not None:
+            place = locate(spec.weights.model, spec.weights.file)
+            yield line(spec.weights.topic, f"{spec.weights.model}: {place.words}")
+        spec.check_serves(trained)
     if photographs is not None:
         names = images_of(statements)
         missing = missing_photographs(names, photographs)
@@ -210,7 +211,7 @@ def _reads(
 
 
 def recomputation(records: Path) -> Iterator[str]:
-    """What `tools/eval.py --from` would do."""
+    """Yield what `tools/eval.py --from` would do."""
     rows = read_jsonl(records)
     yield line("reads", f"{records}: {len(rows):,} statements, {', '.join(rows[0]['systems'])}")
     summary = records.with_suffix(".summary.json")
@@ -220,9 +221,9 @@ def recomputation(records: Path) -> Iterator[str]:
 def alignment(
     model_name: Path, cache: Path, split: str, num_samples: int, output: Path, overrides: dict[str, Any]
 ) -> Iterator[str]:
-    """What `theworld.evaluation.alignment.align` would do with the same arguments, and what is written to `output`."""
+    """Yield what `theworld.evaluation.alignment.align` would do with the same arguments, and the files it writes."""
     config, world, sees = yield from _saved_model(find_checkpoint(model_name), overrides)
-    statements, note = _cached(cache, world, (yield from _split(config, split)))
+    statements, note = _cached(cache, config, world, (yield from _split(config, split)))
     if sees:
         vision_to_compare(config, cache, world["parts"])
     count = len(chosen_images(statements, split, num_samples)) if statements else num_samples
@@ -236,7 +237,7 @@ def alignment(
 def _saved_model(
     checkpoint: Path, overrides: dict[str, Any]
 ) -> Generator[str, None, tuple[Config, dict[str, Any], bool]]:
-    """Settings and world.json of a saved model, and whether its Gemma sees photographs; lines about both."""
+    """Yield lines about a saved model; return its settings, world.json and whether its Gemma sees photographs."""
     config = load_config(checkpoint / CONFIG_FILE, overrides)
     world = read_world(checkpoint)
     device = resolve_device(config.device)
@@ -249,15 +250,17 @@ def _saved_model(
     return config, world, sees
 
 
-def _cached(cache: Path, world: dict[str, Any], statements: list[Statement]) -> tuple[list[Statement], str]:
-    """The statements whose image is in the cache, and a line about them. Raises StoreError where it does not serve."""
-    latents = Rows(cache / LATENTS, LATENTS)
-    check_meaning(latents.reader.root, latents.reader.fingerprint, world["fingerprint"])
-    return in_cache(statements, latents, cache)
+def _cached(
+    cache: Path, config: Config, world: dict[str, Any], statements: list[Statement]
+) -> tuple[list[Statement], str]:
+    """Return the statements whose image is in the cache, and a line about them. Raises StoreError if it does not serve
+    the model."""
+    return in_cache(statements, latents_for(world["fingerprint"], config, cache), cache)
 
 
 def _split(config: Config, split: str) -> Generator[str, None, list[Statement]]:
-    """The statements of a split, as the alignment tool reads them, or nothing and a line if only the hub has them."""
+    """Return the statements of a split as the alignment tool reads them; if only the hub has them, none, and yield a
+    line."""
     try:
         return split_at_hand(config.annotations, split, config.dataset_name)
     except Elsewhere as error:

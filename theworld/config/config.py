@@ -47,6 +47,11 @@ class Config:
     model_name: str = setting(
         "google/gemma-3-4b-it", "Gemma 3 model: a name on the hub or a local folder.", path=True
     )
+    world_encoder: Literal["cosmos", "pixels"] = setting(
+        "cosmos",
+        "Encoder whose rows the world tokens are made of: the Cosmos VAE's latents, or the photograph's own pixels on "
+        "the same grid.",
+    )
     cosmos_model_name: str = setting(
         "nvidia/Cosmos-Predict2-2B-Video2World",
         "Cosmos model whose VAE encodes the photographs: a name on the hub or a local folder.",
@@ -337,6 +342,9 @@ class Config:
             raise refused(
                 "projection", "conv", "another, as world_mode is channel: there is no grid of patches"
             )
+        if self.world_encoder != "cosmos" and self.num_world_steps:
+            allowed = f"0, as world_encoder is {self.world_encoder}: only cosmos predicts frames"
+            raise refused("num_world_steps", self.num_world_steps, allowed)
         if self.latent_size % 16:
             raise refused("latent_size", self.latent_size, "a multiple of 16 pixels")
         if self.max_world_steps is not None and self.num_world_steps > self.max_world_steps:

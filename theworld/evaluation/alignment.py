@@ -1,21 +1,20 @@
-"""Where world tokens lie, compared with what Gemma's layers are used to: its own image tokens and text.
+"""Alignment: the world tokens of a projection compared with the image tokens and text tokens of its Gemma.
 
-Each world token has a partner, and what is measured of it has a control: the same with another image's tokens.
+Each world token is compared with one token, by cosine and L2 distance:
 
-    same place            the image token on the world token's place in the picture, where there is one for each
-    nearest image token   otherwise: the image token of the same image with the highest cosine
-    nearest text token    for a text-only Gemma: the token with the highest cosine in statements about that image
+    same place            the image token at the same place in the picture, if there are as many as world tokens
+    nearest image token   otherwise the image token of the same image with the highest cosine
+    nearest text token    for a text-only Gemma, the token with the highest cosine in the statements about the image
 
-Tokens are made and measured image by image, and of each image only some stay in memory to be drawn: 4,096 tokens of a
-hundred images would be 4 GB.
+The control is the same comparison with the tokens of another image. Tokens are computed and measured image by image,
+and only some of each image are kept to be drawn: 4,096 tokens of a hundred images would take 4 GB.
 
-Dimensions: I images, N world tokens and M image tokens an image, T text tokens, D the width of the language model.
+`align` measures, `report` returns the figures as text, and `draw` draws them: tokens by PCA and t-SNE, cosines, norms.
 
-What `theworld.evaluation.alignment` measures as text for a terminal.
-
-The picture of what `theworld.evaluation.alignment` measures: tokens by PCA and t-SNE, their cosines, their norms.
+Dimensions: I images; N world tokens and M image tokens of an image; T text tokens; D hidden size of the language model.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,35 +31,36 @@ from torch import Tensor
 
 from theworld.config.config import Config
 from theworld.data.vsr import Statement, images_of, load_statements
-from theworld.extraction.batches import Fetch
-from theworld.extraction.features import Rows, cached_vision, in_cache, vision_for
+from theworld.extraction.batches import FeatureSource
+from theworld.extraction.features import CachedFeatures, cached_vision, in_cache, latents_for, vision_source
 from theworld.models.gemma import Gemma
 from theworld.models.projection import ProjectionShape, WorldProjection
 from theworld.models.theworld import TheWorld
-from theworld.store.format import LATENTS, check_meaning
+
+logger = logging.getLogger(__name__)
 
 SAME_PLACE, NEAREST_IMAGE, NEAREST_TEXT = "same place", "nearest image token", "nearest text token"
-KEPT = 2000  # tokens of a kind that are kept to be drawn
+KEPT = 2000  # tokens of each kind that are kept to be drawn
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Some images of a split in random order, and the tokens that their world tokens are compared with."""
+    """Images of a split in random order, and the tokens that their world tokens are compared with."""
 
     images: list[str]
-    latents: Tensor  # float[I, *row_shape] as the VAE gives them
+    latents: Tensor  # float[I, *row_shape], as the VAE returns them
     image: (
         Sequence[Tensor] | None
-    )  # for each image float32[M, D], Gemma's own tokens; None for a text-only Gemma
-    text: Tensor  # float32[T, D], the different tokens of all statements, as the first layer sees them
-    text_of: list[Tensor]  # for each image float32[_, D], the different tokens of the statements about it
+    )  # float32[M, D] for each image, the image tokens; None for a text-only Gemma
+    text: Tensor  # float32[T, D], the embeddings of the distinct tokens of all statements
+    text_of: list[Tensor]  # float32[_, D] for each image, those of the statements about it
 
 
 class ImageTokens(Sequence[Tensor]):
-    """What Gemma puts into its own prompts for some images, made when asked for: float32[M, D] each, on the CPU."""
+    """The image tokens of images, float32[M, D] each, on the CPU, computed when one is indexed."""
 
-    def __init__(self, gemma: Gemma, vision: Fetch, images: Sequence[str]) -> None:
+    def __init__(self, gemma: Gemma, vision: FeatureSource, images: Sequence[str]) -> None:
         self.gemma, self.vision, self.images = gemma, vision, images
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class ImageTokens(Sequence[Tensor]):
 
 
 class Tokens:
-    """Tokens of one kind as they come: how many, the length of each, their mean, and some of them to be drawn."""
+    """Tokens of one kind, added in parts: the norm of each, their mean, and a sample to be drawn."""
 
     def __init__(self) -> None:
         self._norms: list[Tensor] = []
@@ -79,7 +79,7 @@ class Tokens:
         self._sum = torch.zeros(0, dtype=torch.float64)
 
     def add(self, tokens: Tensor, most: int) -> "Tokens":
-        """Counts float32[_, D], and keeps at most so many of them: those of the same places at every call."""
+        """Add tokens, float32[_, D], and keep a random sample of at most `most`, the same one for every such object."""
         total = tokens.sum(0, dtype=torch.float64)
         self._sum = total if not self._norms else self._sum + total
         self._norms.append(tokens.norm(dim=-1))
@@ -89,45 +89,44 @@ class Tokens:
 
     @property
     def norms(self) -> Tensor:
-        """float32[_], of every token."""
+        """Return the L2 norm of every token, float32[_]."""
         return torch.cat(self._norms)
 
     @property
     def mean(self) -> Tensor:
-        """float64[D], of all tokens."""
+        """Return the mean of all tokens, float64[D]."""
         return self._sum / len(self.norms)
 
     @property
     def some(self) -> Tensor:
-        """float32[_, D], those that were kept."""
+        """Return the sample that was kept, float32[_, D]."""
         return torch.cat(self._some)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What is measured of one projection, on the CPU."""
+    """The measurements of one projection, on the CPU."""
 
-    cosine: Tensor  # float32[I N], of each world token and its partner
+    cosine: Tensor  # float32[I N], of each world token and the token that it is compared with
     control: Tensor  # float32[I N], the same with the tokens of another image
-    distance: Tensor  # float32[I N], L2, to the partner
-    kinds: dict[str, Tokens]  # world, image (unless text-only), text
+    distance: Tensor  # float32[I N], the L2 distance of the two
+    kinds: dict[str, Tokens]  # world, image (unless Gemma is text-only), text
 
     @property
     def vectors(self) -> dict[str, Tensor]:
-        """kind -> float32[_, D], some tokens of it."""
+        """Return a sample of the tokens of each kind, float32[_, D]."""
         return {kind: tokens.some for kind, tokens in self.kinds.items()}
 
 
 def align(
     checkpoint: Path, cache: Path, split: str, num_samples: int, overrides: dict[str, Any]
 ) -> tuple[dict[str, Measured], dict[str, Any]]:
-    """A checkpoint, "trained", and a projection of the same settings and seed as a run starts with, "untrained":
-    what is measured of both, and all figures as JSON.
+    """Measure the projection of a checkpoint, "trained", and one as its run started with, "untrained".
 
-    Raises ValueError for fewer than two images or a cache without image features, StoreMismatch for a cache of other
-    settings than the checkpoint's.
+    Returns the measurements of both, and all figures as JSON. Raises ValueError for fewer than two images and for a
+    cache without vision features, StoreMismatch for a cache that was made with other settings than the checkpoint's.
     """
-    # Gemma's layers have no part in this, so they need no copy in 8 bits.
+    # Gemma's layers are not computed, so they need no copy in 8 bits.
     model = TheWorld.from_pretrained(checkpoint, **overrides | {"fp8": False})
     start = TheWorld.from_config(model.config, model.gemma, model.fingerprint)
     sample = load_sample(model, cache, split, num_samples)
@@ -154,14 +153,15 @@ def align(
 
 
 def load_sample(model: TheWorld, cache: Path, split: str, num_samples: int) -> Sample:
-    """`num_samples` images of the split (or all, if those are fewer) from the cache, the same at every call.
-    Prints what the cache holds of the split. Raises as `align` does."""
-    latents = Rows(cache / LATENTS, LATENTS)
-    check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
+    """Return `num_samples` images of the split (or all of them) from the cache, the same at every call.
+
+    Raises the errors of `align`.
+    """
     config = model.config
+    latents = latents_for(model.fingerprint, config, cache)
     statements = load_statements(config.annotations, split, config.dataset_name)
     statements, note = in_cache(statements, latents, cache)
-    print(f"{split}: {note}")
+    logger.info("%s: %s", split, note)
     images = chosen_images(statements, split, num_samples)
     image = _image_tokens(model, cache, images) if model.gemma.is_multimodal else None
     text, text_of = _text_tokens(model.gemma, statements, images)
@@ -169,19 +169,21 @@ def load_sample(model: TheWorld, cache: Path, split: str, num_samples: int) -> S
 
 
 def chosen_images(statements: Sequence[Statement], split: str, num_samples: int) -> list[str]:
-    """So many of the images, the same at every call. ValueError for fewer than two."""
+    """Return `num_samples` images of the statements, the same at every call. Raises ValueError for fewer than two."""
     every = images_of(statements)
     count = min(num_samples, len(every))
     if count < 2:
         raise ValueError(
-            f"--num_samples {num_samples}, {len(every)} images in {split}: the control needs at least two images"
+            f"--num_samples {num_samples}, {len(every)} images in {split}; the control needs at least two images"
         )
     return [every[i] for i in np.random.default_rng(0).permutation(len(every))[:count]]
 
 
-def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Rows | None:
-    """Gemma's vision features of the cache; None where they are another's, as parts of this Gemma are `changed`.
-    ValueError where the cache should have some and has none."""
+def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> CachedFeatures | None:
+    """Return the vision features in the cache, or None if they are not those of this Gemma, parts of which `changed`.
+
+    Raises ValueError if the cache has none and should have them.
+    """
     cached = cached_vision(config, cache)
     if cached is None and not changed:
         raise ValueError(
@@ -192,7 +194,7 @@ def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Ro
 
 def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> ImageTokens:
     cached = vision_to_compare(model.config, cache, model.gemma.changed)
-    vision = vision_for(model.gemma, model.config, cached, [])
+    vision = vision_source(model.gemma, model.config, cached)
     assert vision is not None
     return ImageTokens(model.gemma, vision, images)
 
@@ -201,20 +203,23 @@ def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> ImageT
 def _text_tokens(
     gemma: Gemma, statements: Sequence[Statement], images: Sequence[str]
 ) -> tuple[Tensor, list[Tensor]]:
-    """`Sample.text` and `Sample.text_of`."""
+    """Return `Sample.text` and `Sample.text_of`."""
     ids: dict[str, set[int]] = {image: set() for image in images}
     for statement in statements:
         if statement.image in ids:
             ids[statement.image] |= set(gemma.tokenizer.encode(statement.caption, add_special_tokens=False))
     every = sorted(set().union(*ids.values()))
     table = gemma.embed(torch.tensor(every, device=gemma.device)).float().cpu()
-    place = {token: row for row, token in enumerate(every)}
-    return table, [table[[place[token] for token in sorted(ids[image])]] for image in images]
+    row_of = {token: row for row, token in enumerate(every)}
+    return table, [table[[row_of[token] for token in sorted(ids[image])]] for image in images]
 
 
 def comparison(shape: ProjectionShape, num_image_tokens: int) -> str:
-    """What a world token's partner is. Equal numbers of patches lie on the same places, since both grids are square
-    and cover the whole picture; a latent channel has no place."""
+    """Return which token a world token is compared with.
+
+    Equal numbers of patches and image tokens lie at the same places, since both grids are square and cover the whole
+    picture. A latent channel has no place.
+    """
     if num_image_tokens == 0:
         return NEAREST_TEXT
     same = shape.mode == "patch" and shape.tokens_per_moment == num_image_tokens
@@ -223,8 +228,10 @@ def comparison(shape: ProjectionShape, num_image_tokens: int) -> str:
 
 @torch.no_grad()
 def project(projection: WorldProjection, latents: Tensor) -> Iterator[Tensor]:
-    """float[I, *row_shape] -> float32[N, D] on the CPU for each image: the photographs' own world tokens. Those of
-    moments that were predicted from them have no place in the photograph, and are left out."""
+    """Yield the world tokens of each image, float32[N, D] on the CPU, for latents, float[I, *row_shape].
+
+    World tokens of predicted frames have no place in the photograph and are left out.
+    """
     device, num_own = projection.brackets.device, projection.shape.tokens_per_moment
     for row in latents:
         yield projection(row[None].to(device))[0, :num_own].cpu()
@@ -232,8 +239,9 @@ def project(projection: WorldProjection, latents: Tensor) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def measure(world: Iterable[Tensor], sample: Sample, kind: str) -> Measured:
-    """World tokens, float32[N, D] of each of the sample's images, beside their partners; `kind` is that of
-    `comparison`. The control of an image is the one before it in the sample's random order.
+    """Compare the world tokens of each image of the sample, float32[N, D], with its tokens.
+
+    `kind` is what `comparison` returns. The control of an image is the one before it in the sample's random order.
     """
     targets = sample.text_of if sample.image is None else sample.image
     kinds = {"world": Tokens()} | ({} if sample.image is None else {"image": Tokens()})
@@ -257,8 +265,7 @@ def measure(world: Iterable[Tensor], sample: Sample, kind: str) -> Measured:
 
 
 def compare(world: Tensor, target: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """float32[N, D] and float32[M, D] -> float32[N] each: cosine and L2 distance of the world tokens and
-    their partners."""
+    """Return cosine and L2 distance, float32[N] each, of world tokens, float32[N, D], and tokens, float32[M, D]."""
     if kind != SAME_PLACE:
         cosines = F.normalize(world, dim=-1) @ F.normalize(target, dim=-1).T
         target = target[cosines.argmax(1)]
@@ -266,7 +273,7 @@ def compare(world: Tensor, target: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def figures(measured: Measured) -> dict[str, Any]:
-    """The JSON form: distributions, and the cosines between the mean vectors of two kinds of tokens."""
+    """Return the figures as JSON: distributions, and cosines between the mean vectors of two kinds of tokens."""
     kinds = measured.kinds
     norms = {kind: _distribution(tokens.norms) for kind, tokens in kinds.items()}
     pairs = [(a, b) for a, b in (("world", "image"), ("world", "text"), ("image", "text")) if a in kinds]
@@ -298,44 +305,47 @@ def _distribution(values: Tensor) -> dict[str, Any]:
     }
 
 
-GOOD, POOR = 0.5, 0.3  # the guide's reading of a mean cosine
+GOOD, POOR = 0.5, 0.3  # mean cosines above and below which an alignment is called so: a rule of thumb
 CAUTION = """\
-What this does not show: whether world tokens are of use. Tokens that resemble image tokens can hold nothing about the
-picture, and tokens that do not can be read well; accuracy beside its controls tells (tools/eval.py). Where all tokens
-point one way, unrelated ones have high cosines too: only what lies above the control depends on the picture."""
+Alignment does not show whether world tokens help. Tokens that resemble image tokens may carry no information about the
+image, and tokens that do not resemble them may be used well; accuracy beside its controls shows it (tools/eval.py). If
+all tokens point in similar directions, unrelated ones have high cosines too: only what exceeds the control depends on
+the image."""
 
-_PARTNER = {
-    SAME_PLACE: "each world token is compared with the image token of the same place",
-    NEAREST_IMAGE: "they do not lie on the same places: each world token is compared with the nearest image token of\n"
+_COMPARISONS = {
+    SAME_PLACE: "each world token is compared with the image token at the same place",
+    NEAREST_IMAGE: "they do not lie at the same places: each world token is compared with the nearest image token of\n"
     "the same image (the highest cosine of many, so higher than at the same place)",
-    NEAREST_TEXT: "a text-only Gemma: each world token is compared with the nearest token, by cosine, of the\n"
+    NEAREST_TEXT: "this Gemma is text-only: each world token is compared with the nearest token, by cosine, of the\n"
     "statements about its image",
 }
 
 
 def report(result: dict[str, Any]) -> str:
-    """The figures as text for a terminal, with the guide's reading and its limits."""
+    """Return the figures as text for a terminal, with a rule of thumb and its limits."""
     both, kind = [result["untrained"], result["trained"]], result["comparison"]
-    later = result.get("predicted_moments_left_out", 0)
-    left_out = [f"those of {later} predicted moments have no place in the photograph and are left out"]
+    num_predicted = result.get("predicted_moments_left_out", 0)
+    left_out = [
+        f"world tokens of {num_predicted} predicted frames have no place in the photograph and are left out"
+    ]
     lines = [
         f"{result['images']} images of {result['split']}: {result['world_tokens']} world tokens each, "
         f"{result['image_tokens']} image tokens",
-        *(left_out if later else []),
-        _PARTNER[kind],
+        *(left_out if num_predicted else []),
+        _COMPARISONS[kind],
         "",
         f"{'':<46}{'untrained':>11}{'trained':>11}{'n':>9}",
     ]
     for key, label in (
         ("cosine", f"cosine, {kind}"),
-        ("control_cosine", "control: the same of another image"),
+        ("control_cosine", "control: the same with another image"),
         ("distance", "distance (L2)"),
     ):
         lines.append(_row(label, [one[key]["mean"] for one in both], both[0][key]["n"]))
         if key != "distance":
             for q in (str(QUANTILES[0]), str(QUANTILES[-1])):
                 lines.append(
-                    _row(f"  {float(q):.0%} of them are below", [o[key]["quantiles"][q] for o in both])
+                    _row(f"  {float(q):.0%} of the tokens are below", [o[key]["quantiles"][q] for o in both])
                 )
     for name in both[0]["norm"]:
         lines.append(
@@ -362,20 +372,24 @@ def _reading(result: dict[str, Any]) -> str:
         return f"mean cosine {mean:.2f}, {above:+.2f} against the control."
     word = "good" if mean > GOOD else "poor" if mean < POOR else "in between"
     return (
-        f"mean cosine {mean:.2f}, {above:+.2f} against the control. The guide's reading: {word} "
+        f"mean cosine {mean:.2f}, {above:+.2f} against the control. By a rule of thumb: {word} "
         f"(above {GOOD} good, below {POOR} poor)."
     )
 
 
-MAX_POINTS = 1500  # of all kinds together in PCA and t-SNE, where more are slow and hide each other
-COLOURS = {"world": "#d55e00", "image": "#0072b2", "text": "#222222"}  # Okabe and Ito's, for all eyes
+MAX_POINTS = 1500  # points of all kinds together in PCA and t-SNE: more would be slow and hide each other
+COLOURS = {
+    "world": "#d55e00",
+    "image": "#0072b2",
+    "text": "#222222",
+}  # Okabe and Ito's, safe for colour blindness
 MARKERS = {"world": "o", "image": "s", "text": "^"}
 
 
 def draw(measured: dict[str, Measured], result: dict[str, Any], path: Path) -> None:
-    """Draw a row for each projection that `align` gives; the folder of `path` is made if it is missing.
+    """Draw a row of four panels for each projection that `align` returns, and make the folder of `path`.
 
-    Needs no screen. Raises ValueError for a picture of another kind than matplotlib writes.
+    Needs no screen. Raises ValueError for a suffix that matplotlib does not write.
     """
     figure = Figure(figsize=(18, 9), layout="constrained")
     rows = figure.subplots(len(measured), 4)
@@ -387,7 +401,7 @@ def draw(measured: dict[str, Measured], result: dict[str, Any], path: Path) -> N
         draw_norms(axes[3], one, result[name])
         for axis in axes:
             axis.spines[["top", "right"]].set_visible(False)
-    for column in (2, 3):  # one scale, so that the rows can be compared
+    for column in (2, 3):  # a common scale, so that the rows can be compared
         limits = [rows[row, column].get_ylim() for row in range(len(measured))]
         for axis in rows[:, column]:
             axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
@@ -400,7 +414,7 @@ def draw(measured: dict[str, Measured], result: dict[str, Any], path: Path) -> N
 
 
 def draw_tokens(left: Axes, right: Axes, measured: Measured, name: str) -> None:
-    """The same number of each kind of tokens, on their first two principal components and by t-SNE."""
+    """Draw the same number of tokens of each kind on their first two principal components and by t-SNE."""
     generator = np.random.default_rng(0)
     most = MAX_POINTS // len(measured.kinds)
     chosen = {
@@ -410,28 +424,28 @@ def draw_tokens(left: Axes, right: Axes, measured: Measured, name: str) -> None:
     points = np.concatenate(list(chosen.values()))
     pca = PCA(min(50, *points.shape), random_state=0)
     components = pca.fit_transform(points)
-    perplexity = min(30.0, (len(points) - 1) / 3)  # has to be below the number of points
-    # From fewer dimensions, as scikit-learn advises: faster, and less noise in the distances.
+    perplexity = min(30.0, (len(points) - 1) / 3)  # must be below the number of points
+    # From 50 dimensions, as scikit-learn advises: faster, with less noise in the distances.
     neighbours = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(components)
     kinds = np.repeat(list(chosen), [len(vectors) for vectors in chosen.values()])
     for axis, places in ((left, components), (right, neighbours)):
-        for kind in sorted(chosen, key=["image", "world", "text"].index):  # the last on top
+        for kind in sorted(chosen, key=["image", "world", "text"].index):  # the last one is on top
             x, y = places[kinds == kind, :2].T
-            size, alpha = (30, 0.9) if len(x) < 100 else (11, 0.5)  # few would not be seen among many
+            size, alpha = (30, 0.9) if len(x) < 100 else (11, 0.5)  # few small points would not be seen
             colour, marker = COLOURS[kind], MARKERS[kind]
             axis.scatter(x, y, s=size, c=colour, marker=marker, alpha=alpha, linewidths=0)
     shares = pca.explained_variance_ratio_
     left.set(title=f"{name}: PCA, {shares[:2].sum():.0%} of the variance")
     left.set(xlabel=f"first component, {shares[0]:.0%}", ylabel=f"second component, {shares[1]:.0%}")
     right.set(title=f"{name}: t-SNE, perplexity {perplexity:.0f}", xticks=[], yticks=[])
-    right.set(xlabel="neighbours mean something, distances do not")
+    right.set(xlabel="neighbours are meaningful, distances are not")
     for kind, vectors in chosen.items():
         left.scatter([], [], color=COLOURS[kind], marker=MARKERS[kind], label=f"{kind} ({len(vectors)})")
     left.legend(fontsize=9)
 
 
 def draw_cosines(axis: Axes, measured: Measured, edges: list[float], kind: str) -> None:
-    """How the cosines with the partner lie, and those with another image's tokens."""
+    """Draw histograms of the cosines and of those of the control."""
     share = np.full(len(measured.cosine), 1 / len(measured.cosine))
     own, control = measured.cosine.numpy(), measured.control.numpy()
     axis.hist(own, edges, weights=share, color=COLOURS["world"], alpha=0.65, label=kind)
@@ -446,7 +460,7 @@ def draw_cosines(axis: Axes, measured: Measured, edges: list[float], kind: str) 
 
 
 def draw_norms(axis: Axes, measured: Measured, numbers: dict[str, Any]) -> None:
-    """The lengths of the tokens of each kind: box from 25 to 75 %, whiskers from 5 to 95 %."""
+    """Draw the norms of the tokens of each kind: box from 25 to 75 %, whiskers from 5 to 95 %."""
     norms = {kind: tokens.norms.numpy() for kind, tokens in measured.kinds.items()}
     boxes = axis.boxplot(list(norms.values()), whis=(5, 95), showfliers=False, patch_artist=True, widths=0.5)
     for box, kind in zip(boxes["boxes"], norms, strict=True):

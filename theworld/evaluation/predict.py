@@ -1,9 +1,7 @@
-"""Phase 3, first half: what a model and its controls answer to each statement.
+"""The answers of a model to each statement, under every condition (see `theworld.evaluation.conditions`).
 
-Beside the model with its world tokens stand the controls that an accuracy means nothing without: Gemma without
-world tokens, zero latents, the latents of another image, and the text without the photograph. All of them are asked
-in the same batches, where they share what is the same: the world of an image serves its own statements and those of
-the image that is shown it.
+All conditions are answered in the same batches, so that they share prefixes: the latents of an image serve the
+statements about it and those of the image that it is shown for under "shuffled".
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +10,8 @@ import numpy as np
 import torch
 
 from theworld.data.vsr import Statement, images_of
-from theworld.evaluation.metrics import SYSTEMS
-from theworld.extraction.batches import Fetch, Pass, ahead, make_pass
+from theworld.evaluation.conditions import CONDITIONS
+from theworld.extraction.batches import FeatureSource, Pass, ahead, make_pass
 from theworld.models.packing import TEXT, ZERO
 from theworld.models.theworld import TheWorld
 from theworld.utils.console import progress
@@ -21,20 +19,23 @@ from theworld.utils.distributed import Processes
 
 
 def shuffled_images(images: Sequence[str], seed: int = 0) -> dict[str, str]:
-    """For each image another one: a random cycle through all of them. ValueError for fewer than two."""
+    """Return another image for each image, by a random cycle. Raises ValueError for fewer than two images."""
     if len(images) < 2:
-        raise ValueError(
-            "latents of another image need at least two images; leave 'shuffled' out of --systems"
-        )
+        raise ValueError("condition 'shuffled' needs at least two images; leave it out of --conditions")
     order = [sorted(images)[i] for i in np.random.default_rng(seed).permutation(len(images))]
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
-def possible_systems(systems: Sequence[str], sees: bool, name: str) -> list[str]:
-    """Those that a Gemma of that name has, which sees photographs or does not. ValueError if none is left."""
-    possible = [system for system in systems if system != "text" or sees]
+def possible_conditions(conditions: Sequence[str], is_multimodal: bool, model_name: str) -> list[str]:
+    """Return the conditions without "text" for a text-only Gemma, where it would be "baseline".
+
+    Raises ValueError if none is left; `model_name` is the Gemma in its message.
+    """
+    possible = [condition for condition in conditions if condition != "text" or is_multimodal]
     if not possible:
-        raise ValueError(f"system 'text': {name} sees no photograph, so it is 'baseline'; ask for that")
+        raise ValueError(
+            f"condition 'text': {model_name} sees no photograph, so it is the same as 'baseline'; give that"
+        )
     return possible
 
 
@@ -42,28 +43,28 @@ def possible_systems(systems: Sequence[str], sees: bool, name: str) -> list[str]
 def predict(
     model: TheWorld,
     statements: Sequence[Statement],
-    latents: Fetch,
-    vision: Fetch | None,
-    systems: Sequence[str] = ("world",),
+    latents: FeatureSource,
+    vision: FeatureSource | None,
+    conditions: Sequence[str] = ("world",),
     batch_size: int = 8,
     quiet: bool = True,
     processes: Processes | None = None,
 ) -> dict[str, np.ndarray]:
-    """For each system float32[len(statements), 3]: for each statement, in the order given, the logits of '0' and '1',
-    and the logarithm of the sum of exp over the logits of the whole vocabulary.
+    """Return the answers under each condition, float32[len(statements), 3], in the order of the statements.
 
-    `systems` are some of SYSTEMS; `vision` is None for a text-only Gemma, of which "text" is no system: it would be
-    "baseline" again. Several `processes` share the work, and each gets all of the answers.
+    Columns are the logits of "0" and "1" and the logsumexp over the vocabulary. `conditions` are some of CONDITIONS,
+    without "text" for a text-only Gemma, whose `vision` is None. Several `processes` share the work; each returns all
+    answers.
     """
-    for system in systems:
-        if system not in SYSTEMS:
-            raise ValueError(f"system {system!r}: wanted one of {', '.join(SYSTEMS)}")
-    if "text" in systems and not model.gemma.is_multimodal:
+    for condition in conditions:
+        if condition not in CONDITIONS:
+            raise ValueError(f"condition {condition!r}; wanted one of {', '.join(CONDITIONS)}")
+    if "text" in conditions and not model.gemma.is_multimodal:
         raise ValueError(
-            f"system 'text': {model.gemma.name} sees no photograph, so it is 'baseline'; leave it out"
+            f"condition 'text': {model.gemma.name} sees no photograph, so it is the same as 'baseline'; leave it out"
         )
     device = model.gemma.device
-    other = shuffled_images(images_of(statements)) if "shuffled" in systems else {}
+    other = shuffled_images(images_of(statements)) if "shuffled" in conditions else {}
     order = _order(statements, other)
     parts = _parts(model, order, batch_size, processes)
     packer = model.packer()
@@ -71,10 +72,10 @@ def predict(
     def passes() -> Iterator[tuple[list[int], Pass]]:
         for chosen in parts:
             asked = [statements[i] for i in chosen or order[:1]]
-            worlds = [_world(system, s.image, other) for system in systems for s in asked]
-            yield chosen, make_pass(model, packer, asked * len(systems), latents, vision, worlds)
+            worlds = [_world(condition, s.image, other) for condition in conditions for s in asked]
+            yield chosen, make_pass(model, packer, asked * len(conditions), latents, vision, worlds)
 
-    logits = torch.zeros(len(systems), len(statements), 3, device=device)
+    logits = torch.zeros(len(conditions), len(statements), 3, device=device)
     bar = progress(
         ahead(passes()), total=len(parts), desc="evaluate", unit=" batches", leave=False, disable=quiet
     )
@@ -85,25 +86,27 @@ def predict(
         two = every_token[:, list(model.gemma.answer_ids)]
         if chosen:
             answers = torch.cat([two, every_token.logsumexp(1, keepdim=True)], 1)
-            logits[:, chosen] = answers.view(len(systems), len(chosen), 3)
+            logits[:, chosen] = answers.view(len(conditions), len(chosen), 3)
     if processes is not None:
         (logits,) = processes.sum([logits])
-    return dict(zip(systems, logits.cpu().numpy(), strict=True))
+    return dict(zip(conditions, logits.cpu().numpy(), strict=True))
 
 
 @torch.no_grad()
 def word_losses(
     model: TheWorld,
     statements: Sequence[Statement],
-    latents: Fetch,
-    vision: Fetch | None,
+    latents: FeatureSource,
+    vision: FeatureSource | None,
     words: Sequence[str],
     batch_size: int = 8,
     processes: Processes | None = None,
 ) -> dict[str, float]:
-    """Next-word losses with world tokens, in nats a statement: "statement" on the words of true statements, "relation"
-    on those of their relations (`TheWorld.losses`), as far as `words` names them. False statements count 0, as in
-    training. Several `processes` share the work, and each gets all of it."""
+    """Return the mean language-modelling losses with world tokens, in nats a statement, of those that `words` names.
+
+    "statement" is the loss on the words of true statements, "relation" that on the words of their relations (see
+    `TheWorld.losses`); false statements count 0, as in training. Several `processes` share the work; each returns all.
+    """
     weights = {f"{name}_loss_weight": 1.0 for name in words}
     order = _order(statements, {})
     packer, sums = model.packer(), torch.zeros(len(words), device=model.gemma.device)
@@ -121,29 +124,29 @@ def word_losses(
 def _parts(
     model: TheWorld, order: Sequence[int], batch_size: int, processes: Processes | None
 ) -> list[list[int]]:
-    """What this process asks, batch by batch."""
+    """Return the batches of this process, as indices of statements."""
     every = [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
     if processes is None:
         return every
     own = every[processes.rank :: processes.count]
     if model.shell is not None and len(own) < len(every[:: processes.count]):
-        own.append([])  # sharded processes compute together: one with less to do goes along
+        own.append([])  # sharded processes compute together: an empty batch for one that has fewer
     return own
 
 
 def _order(statements: Sequence[Statement], other: dict[str, str]) -> list[int]:
-    """Indices such that statements of one image stand side by side, and images beside the one they are shown."""
+    """Return indices that put the statements of an image side by side, and an image beside the one shown for it."""
     images = images_of(statements)
     if other:
         images = images[:1]
         while other[images[-1]] != images[0]:
             images.append(other[images[-1]])
-    place = {image: number for number, image in enumerate(images)}
-    return sorted(range(len(statements)), key=lambda i: (place[statements[i].image], i))
+    rank = {image: number for number, image in enumerate(images)}
+    return sorted(range(len(statements)), key=lambda i: (rank[statements[i].image], i))
 
 
-def _world(system: str, image: str, other: dict[str, str]) -> str | None:
-    """What the packer is told for a statement about `image`."""
-    if system in ("world", "shuffled"):
-        return image if system == "world" else other[image]
-    return {"baseline": None, "zero": ZERO, "text": TEXT}[system]
+def _world(condition: str, image: str, other: dict[str, str]) -> str | None:
+    """Return the world that the packer puts before a statement about `image`."""
+    if condition in ("world", "shuffled"):
+        return image if condition == "world" else other[image]
+    return {"baseline": None, "zero": ZERO, "text": TEXT}[condition]

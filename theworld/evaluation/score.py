@@ -6,6 +6,7 @@ Where results come from: what stands beside a file of records, so that they can 
 """
 
 import json
+import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,19 +20,30 @@ import numpy as np
 import theworld
 from theworld.config.config import Config, load_config
 from theworld.data.vsr import RELEASES, Statement, dataset_label, load_statements, seen_images
-from theworld.evaluation.metrics import Row, model_of, publish_json, records, write_jsonl, write_summary
-from theworld.evaluation.predict import possible_systems, predict
-from theworld.extraction.batches import Fetch
-from theworld.extraction.features import LiveLatents, LiveVision, Rows, cached_vision, in_cache, vision_for
-from theworld.models.cosmos import CosmosEncoder
+from theworld.evaluation.conditions import checkpoint_of
+from theworld.evaluation.metrics import write_summary
+from theworld.evaluation.predict import possible_conditions, predict
+from theworld.evaluation.records import Row, publish_json, records, write_jsonl
+from theworld.extraction.batches import FeatureSource
+from theworld.extraction.extract import stores_of
+from theworld.extraction.features import (
+    OnTheFlyLatents,
+    OnTheFlyVision,
+    cached_vision,
+    in_cache,
+    latents_for,
+    vision_note,
+    vision_source,
+)
 from theworld.models.gemma import load_gemma
 from theworld.models.serialization import CONFIG_FILE, INDEX, checkpoint_step, find_model, read_world
 from theworld.models.theworld import TheWorld
-from theworld.store.format import LATENTS, VISION, check_meaning
 from theworld.store.reader import StoreReader
 from theworld.utils.device import count_parameters
 from theworld.utils.files import canonical_sha256, check_output, hash_file
 from theworld.utils.hub import model_id
+
+logger = logging.getLogger(__name__)
 
 Load = Callable[[str | None, str, str], list[Statement]]  # as `load_statements`
 
@@ -182,11 +194,10 @@ def of_results(
 def _cache(cache: Path) -> dict[str, Any]:
     """The fingerprints of what is in a cache."""
     found: dict[str, Any] = {"folder": str(cache)}
-    for name in (LATENTS, VISION):
-        if (cache / name).exists():
-            fingerprint = StoreReader(cache / name).fingerprint
-            shown = {k: v for k, v in fingerprint.items() if k not in _LONG}
-            found[name] = {"sha256": canonical_sha256(fingerprint), "fingerprint": shown}
+    for root in stores_of(cache):
+        fingerprint = StoreReader(root).fingerprint
+        shown = {k: v for k, v in fingerprint.items() if k not in _LONG}
+        found[root.name] = {"sha256": canonical_sha256(fingerprint), "fingerprint": shown}
     return found
 
 
@@ -251,7 +262,7 @@ def default_output(given: Sequence[Path], checkpoints: Sequence[Path], dataset: 
     return run / "evaluation" / f"{checkpoints[0].name}-{dataset.replace(' ', '-')}-{split}.jsonl"
 
 
-NOT_ALONE = "photographs alone, --image-dir, are not enough"
+NOT_ALONE = "photographs alone, --image_folder, are not enough"
 
 
 def score(
@@ -259,15 +270,15 @@ def score(
     cache: Path | None,
     image_folder: Path | None,
     split: str,
-    systems: Sequence[str],
+    conditions: Sequence[str],
     overrides: dict[str, Any],
 ) -> list[Row]:
-    """One record a statement of the split, with the answers of every system (see `theworld.evaluation.predict`).
+    """One record a statement of the split, with the answers under every condition (see `theworld.evaluation.predict`).
 
     Exactly one of `cache` and `image_folder` is given. Prints what is left out, if anything is.
     """
     data = held_out({"": checkpoint}, split, overrides)
-    return score_all({"": checkpoint}, data, cache, image_folder, systems, overrides)[0]
+    return score_all({"": checkpoint}, data, cache, image_folder, conditions, overrides)[0]
 
 
 def score_to_file(
@@ -275,7 +286,7 @@ def score_to_file(
     split: str,
     cache: Path | None,
     image_folder: Path | None,
-    systems: Sequence[str],
+    conditions: Sequence[str],
     overrides: dict[str, Any],
     command: Sequence[str],
     output: Path | None = None,
@@ -292,7 +303,7 @@ def score_to_file(
     data = held_out(checkpoints, split, overrides, train_annotations, allow_trained)
     output = output or default_output(models, found, data.dataset, split)
     check_output(output)
-    rows, source = score_all(checkpoints, data, cache, image_folder, systems, overrides)
+    rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
     return output, write_results(rows, source, output, command)
 
 
@@ -325,7 +336,7 @@ def score_all(
     data: HeldOut,
     cache: Path | None,
     image_folder: Path | None,
-    systems: Sequence[str],
+    conditions: Sequence[str],
     overrides: dict[str, Any],
 ) -> tuple[list[Row], dict[str, Any]]:
     """The records of several checkpoints on the same statements, and where they come from.
@@ -337,9 +348,8 @@ def score_all(
     """
     worlds = {name: read_world(path) for name, path in checkpoints.items()}
     if cache is not None:  # before any model loads
-        reader = StoreReader(cache / LATENTS)
-        for world in worlds.values():
-            check_meaning(reader.root, reader.fingerprint, world["fingerprint"])
+        for name, path in checkpoints.items():
+            latents_for(worlds[name]["fingerprint"], load_config(path / CONFIG_FILE, overrides), cache)
     keys = {name: _gemma_key(path, worlds[name], overrides) for name, path in checkpoints.items()}
     shared = _shared(worlds, keys)
     answers = _Answers(data, cache, image_folder, shared)
@@ -351,8 +361,8 @@ def score_all(
             gemma, loaded = None, None  # before another is loaded
         model = TheWorld.from_pretrained(path, gemma, **overrides)
         sources[name] = of_checkpoint(model, path, data.trained_on[name])
-        kinds = possible_systems(systems, model.gemma.is_multimodal, model.gemma.name)
-        if len(kinds) < len(systems):
+        kinds = possible_conditions(conditions, model.gemma.is_multimodal, model.gemma.name)
+        if len(kinds) < len(conditions):
             print("without 'text': this Gemma sees no photograph, so it is 'baseline'")
         called = {"without" if world["parts"] and kind == "baseline" else kind: kind for kind in kinds}
         answers.add(model, name, called)
@@ -366,7 +376,7 @@ def score_all(
             gemma, loaded = model.gemma, keys[name]
         del model  # before the next: it holds merged copies of Gemma's matrices
     # What all share first.
-    logits = dict(sorted(answers.logits.items(), key=lambda item: bool(model_of(item[0]))))
+    logits = dict(sorted(answers.logits.items(), key=lambda item: bool(checkpoint_of(item[0]))))
     rows = records(answers.statements, logits, data.seen_images, data.in_train, data.dataset, data.split)
     return rows, of_results(data, cache, image_folder, sources)
 
@@ -388,7 +398,7 @@ def _gemma_key(path: Path, world: dict[str, Any], overrides: dict[str, Any]) -> 
 
 def _sources(
     model: TheWorld, cache: Path | None, image_folder: Path | None, statements: list[Statement]
-) -> tuple[Fetch, Fetch | None, list[Statement]]:
+) -> tuple[FeatureSource, FeatureSource | None, list[Statement]]:
     if cache is not None:
         return _from_cache(model, cache, statements)
     assert image_folder is not None
@@ -397,23 +407,22 @@ def _sources(
 
 def _from_cache(
     model: TheWorld, cache: Path, statements: list[Statement]
-) -> tuple[Fetch, Fetch | None, list[Statement]]:
-    latents = Rows(cache / LATENTS, LATENTS)
-    check_meaning(latents.reader.root, latents.reader.fingerprint, model.fingerprint)
+) -> tuple[FeatureSource, FeatureSource | None, list[Statement]]:
+    latents = latents_for(model.fingerprint, model.config, cache)
     statements, note = in_cache(statements, latents, cache)
     print(f"scoring {note}")
-    notes: list[str] = []
     cached = cached_vision(model.config, cache)
-    vision = vision_for(model.gemma, model.config, cached, notes, latents.reader.images)
-    print("".join(f"{note}\n" for note in notes), end="")
+    vision = vision_source(model.gemma, model.config, cached, latents.reader.images)
+    for note in vision_note(model.gemma, cached):
+        logger.info("%s", note)
     return latents, vision, statements
 
 
-def _from_photographs(model: TheWorld, config: Config, folder: Path) -> tuple[Fetch, Fetch | None]:
+def _from_photographs(
+    model: TheWorld, config: Config, folder: Path
+) -> tuple[FeatureSource, FeatureSource | None]:
     model.check_no_steps(NOT_ALONE)
-    encoder = CosmosEncoder(config.cosmos_model_name, model.gemma.dtype, model.gemma.device)
-    model.check_encoder(encoder.identity())
-    latents = LiveLatents(encoder, folder, config.latent_size, config.max_image_pixels)
+    latents = OnTheFlyLatents(model.encoder, folder, config.max_image_pixels)
     if not model.gemma.is_multimodal:
         return latents, None
-    return latents, LiveVision(model.gemma, folder, config.max_image_pixels)
+    return latents, OnTheFlyVision(model.gemma, folder, config.max_image_pixels)

@@ -1,23 +1,23 @@
-"""Encodes some of a cache's photographs again, in float32, and compares: whether the numbers are what they claim to be.
+"""Encode some of a cache's photographs again, in float32, and compare them with the cache.
 
-Verification finds what changed after it was written. An audit finds what was wrong when it was written: another model,
-other pixels, rows of other photographs, a device that computes wrongly.
+Verification finds rows that changed after they were written. An audit finds rows that were wrong when they were
+written: of another model, other pixels or other photographs, or of a device that computes wrongly.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
 from theworld.config.config import Config
-from theworld.extraction.encoders import Encoding, VisionEncoding, full_fingerprint
-from theworld.extraction.extract import load_encoding, source_of, stores_of
-from theworld.extraction.features import Rows
+from theworld.extraction.encoders import VisionEncoder, encoder_of, specs_of
+from theworld.extraction.extract import source_of, stores_of
+from theworld.extraction.features import CachedFeatures
 from theworld.extraction.pipeline import Source, read_photograph
+from theworld.models.encoder import Encoder, check_compatible
 from theworld.models.serialization import weights_sha256
-from theworld.store.format import LATENTS, VISION, check_meaning
 from theworld.store.shard import ImageEntry
 from theworld.store.verify import DAMAGED, SOUND
 from theworld.utils.device import torch_dtype
@@ -33,17 +33,15 @@ TOLERANCE = {"float32": 5e-3, "float16": 5e-3, "bfloat16": 5e-2}
 
 @dataclass(frozen=True)
 class Audit:
-    """What came out for one store."""
+    """The result of one store."""
 
     root: Path
     num_images: int
     of: int
     tolerance: float
-    image: str
-    # the one that is furthest from its photograph
+    image: str  # the image that is furthest from its photograph
     distance: float
-    largest: float
-    # difference of a single value, anywhere
+    largest: float  # difference of a single value, anywhere
 
     @property
     def holds(self) -> bool:
@@ -59,15 +57,16 @@ class Audit:
 
 
 def audit(config: Config, cache: Path, num_images: int) -> int:
-    """Compares so many random images of each store and prints what came out; returns SOUND where all are within the
+    """Compare `num_images` random images of each store and print the results; return SOUND if all are within the
     tolerance, else DAMAGED.
 
     Raises StoreError for a damaged cache, StoreMismatch for other settings or weights than the cache's, ImageError for
-    a photograph that is not the one that was extracted.
+    a photograph that changed since it was extracted.
     """
     if num_images < 1:
         raise ValueError(f"--audit {num_images}: give 1 or more images")
-    roots = stores_of(cache)
+    named = {spec.name for spec in specs_of(config, with_vision=True)}
+    roots = [root for root in stores_of(cache) if root.name in named]
     if not roots:
         raise StoreError(f"{cache}: no store in it; run tools/extract_latents.py first")
     source = source_of(config, Part())
@@ -77,20 +76,20 @@ def audit(config: Config, cache: Path, num_images: int) -> int:
 
 
 def audit_store(root: Path, config: Config, source: Source, num_images: int) -> Audit:
-    """As `audit`, of one store."""
-    assert root.name in (LATENTS, VISION)
-    rows = Rows(root, root.name)
+    """Return the audit of one store. Raises as `audit`."""
+    rows = CachedFeatures(root)
     fingerprint = rows.reader.fingerprint
-    encoding = load_encoding(root.name, config, config.device, exact=True)
-    own = full_fingerprint(encoding, config.encode_batch_size)
-    if isinstance(encoding, VisionEncoding):
-        own["vision_weights_sha256"] = _tower_sha256(encoding, fingerprint["compute_dtype"])
-    moments = fingerprint.get("num_world_steps", 0)
-    if moments:  # only the first one, the photograph's own: the others were predicted from it
+    exact = replace(config, dtype="float32", compile=False, latent_dtype=None)
+    encoder = encoder_of(root.name, config)(exact)
+    own = encoder.spec.fingerprint()
+    if isinstance(encoder, VisionEncoder):
+        own["vision_weights_sha256"] = _tower_sha256(encoder, fingerprint["compute_dtype"])
+    steps = fingerprint.get("num_world_steps", 0)
+    if steps:  # only the photograph's own latent frame; the others were predicted from it
         own["num_world_steps"] = config.num_world_steps
-        check_meaning(root, {key: fingerprint.get(key) for key in own}, own)
+        check_compatible(root, {key: fingerprint.get(key) for key in own}, own)
     else:
-        check_meaning(root, fingerprint, own)
+        check_compatible(root, fingerprint, own)
     precision = {fingerprint["compute_dtype"], fingerprint["storage_dtype"]}
     tolerance = max(TOLERANCE[dtype] for dtype in precision)
     images = rows.reader.images
@@ -98,8 +97,8 @@ def audit_store(root: Path, config: Config, source: Source, num_images: int) -> 
     furthest, largest = ("", -1.0), 0.0
     for path in tqdm(chosen, desc="audit", unit=" images", leave=False):
         cached = rows([path])[0].double()
-        cached = cached[0] if moments else cached
-        again = _encode(encoding, ImageEntry(path, images[path]), source)
+        cached = cached[0] if steps else cached
+        again = _encode(encoder, ImageEntry(path, images[path]), source)
         difference = cached - again
         distance = float(difference.norm() / again.norm().clamp_min(1e-30))
         furthest = max(furthest, (path, distance), key=lambda pair: pair[1])
@@ -107,14 +106,15 @@ def audit_store(root: Path, config: Config, source: Source, num_images: int) -> 
     return Audit(root, len(chosen), len(images), tolerance, *furthest, largest)
 
 
-def _tower_sha256(encoding: VisionEncoding, dtype: str) -> str:
-    """What the tower's weights hash to in the dtype in which the cache was computed: cast weights have other bits."""
-    tower = encoding.gemma.model.model.vision_tower.state_dict()
+def _tower_sha256(encoder: VisionEncoder, dtype: str) -> str:
+    """Return the hash of the tower's weights in the dtype in which the cache was computed: cast weights have other
+    bits."""
+    tower = encoder.gemma.model.model.vision_tower.state_dict()
     cast = {k: v.to(torch_dtype(dtype)) if v.is_floating_point() else v for k, v in tower.items()}
     return weights_sha256(cast)
 
 
-def _encode(encoding: Encoding, row: ImageEntry, source: Source) -> Tensor:
-    """float64 on the host: one photograph by itself, read and checked as in extraction."""
+def _encode(encoder: Encoder, row: ImageEntry, source: Source) -> Tensor:
+    """float64[*row_shape] on the CPU: one photograph by itself, read and checked as in extraction."""
     pixels = read_photograph(row, source, {"read": 0.0, "decode": 0.0})
-    return encoding.encode(encoding.prepare(pixels)[None])[0].cpu().double()
+    return encoder.encode(encoder.prepare(pixels)[None])[0].cpu().double()

@@ -15,7 +15,7 @@ from theworld.models.attention import prepare_masks
 from theworld.models.packing import Batch, Packer
 from theworld.models.theworld import TheWorld
 
-Fetch = Callable[[Sequence[str]], Tensor]  # image paths -> one row an image
+FeatureSource = Callable[[Sequence[str]], Tensor]  # image paths -> one row an image
 T = TypeVar("T")
 
 
@@ -58,8 +58,8 @@ def make_pass(
     model: TheWorld,
     packer: Packer,
     statements: Sequence[Statement],
-    latents: Fetch,
-    vision: Fetch | None,
+    latents: FeatureSource,
+    vision: FeatureSource | None,
     worlds: Sequence[str | None] | None = None,
     captions: Mapping[str, str] | None = None,
 ) -> Pass:

@@ -10,6 +10,7 @@ Which photographs phase 1 encodes: those that statements name and that can be re
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,11 @@ from theworld.config.config import Config
 from theworld.data.images import ImageError, decode, read_bytes, sha256
 from theworld.data.vsr import images_of, load_all
 from theworld.extraction.encoders import (
-    Encoding,
-    LatentEncoding,
-    RolloutEncoding,
-    VisionEncoding,
-    check_settings,
+    RolloutEncoder,
+    VisionEncoder,
+    check_stores,
     open_store,
+    specs_of,
 )
 from theworld.extraction.pipeline import (
     Batches,
@@ -38,18 +38,18 @@ from theworld.extraction.pipeline import (
     workers_for,
 )
 from theworld.extraction.rollouts import refusals, roll_out
-from theworld.models.cosmos import CosmosEncoder
-from theworld.models.gemma import Gemma, is_multimodal
-from theworld.models.rollout import Rollout, check_rollout
+from theworld.models import world_encoder
+from theworld.models.encoder import Encoder
+from theworld.models.rollout import check_rollout
 from theworld.store.format import LATENTS, VISION
 from theworld.store.shard import ImageEntry
 from theworld.store.verify import Problem, examine
 from theworld.store.writer import Store
 from theworld.utils.console import duration, progress
-from theworld.utils.device import resolve_device, resolve_dtype, wants_compile
+from theworld.utils.device import resolve_device
 from theworld.utils.distributed import Part, this_part
 from theworld.utils.files import FAILURES, StoreError, check_room, make_folder, write_failures
-from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
+from theworld.utils.hub import locate
 
 CHUNK = 16  # photographs that a process looks at before it answers
 
@@ -104,8 +104,8 @@ def freeze(
 def known_hashes(cache: Path) -> dict[str, str]:
     """path -> SHA-256 of photographs that an earlier run on this cache has decoded. StoreError if damaged."""
     known: dict[str, str] = {}
-    for name in (LATENTS, VISION):
-        path = cache / name / "images.jsonl"
+    for root in stores_of(cache):
+        path = root / "images.jsonl"
         if path.is_file():
             try:
                 rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -118,15 +118,15 @@ def known_hashes(cache: Path) -> dict[str, str]:
     return known
 
 
-def preflight(store: Store, encoding: Encoding, pending: list[int], source: Source, batch_size: int) -> str:
+def preflight(store: Store, encoder: Encoder, pending: list[int], source: Source, batch_size: int) -> str:
     """One line before the start: how many images, how large, how much room, about how long.
 
     Raises ValueError where the disk has not the room.
     """
     rows = [row for shard in pending for row in store.shard_rows(shard)]
-    size = sum(spec.row_nbytes for spec in encoding.arrays) * len(rows)
+    size = encoder.spec.array.row_nbytes * len(rows)
     work = amount(store.root, len(rows), len(store.rows), len(pending), store.num_shards, size)
-    seconds = _seconds_an_image(store, encoding, pending, source, batch_size) * len(rows) if rows else 0.0
+    seconds = _seconds_an_image(store, encoder, pending, source, batch_size) * len(rows) if rows else 0.0
     return f"{work}, about {duration(seconds)}"
 
 
@@ -140,24 +140,24 @@ def amount(root: Path, num_rows: int, all_rows: int, pending: int, all_shards: i
 
 
 def _seconds_an_image(
-    store: Store, encoding: Encoding, pending: list[int], source: Source, batch_size: int
+    store: Store, encoder: Encoder, pending: list[int], source: Source, batch_size: int
 ) -> float:
     """Of the slower of the two that go on at the same time: reading, measured on the first photograph, and encoding,
     measured on a blank batch. An encoder that starts slowly is started first, on a batch as it will get them, so
     nothing is compiled twice. On a CPU one blank photograph is enough where a batch would take more than a second.
     """
-    batch = Batches([batches_of(store, pending, 1)[0]], source, encoding.prepare, 1)[0]
+    batch = Batches([batches_of(store, pending, 1)[0]], source, encoder.prepare, 1)[0]
     if batch.pixels is None:
         return 0.0  # the run is about to say why
     reading = sum(batch.seconds.values()) / max(1, source.num_workers)
 
     def encoding_seconds(size: int) -> float:
         start = time.perf_counter()
-        encoding.encode(blank.expand(size, *blank.shape[1:]).contiguous()).cpu()
+        encoder.encode(blank.expand(size, *blank.shape[1:]).contiguous()).cpu()
         return (time.perf_counter() - start) / size
 
     blank = torch.zeros_like(batch.pixels)
-    starts_slowly = encoding.compiled or encoding.device.type == "cuda"
+    starts_slowly = "compiled" in encoder.spec.fields or encoder.device.type == "cuda"
     if not starts_slowly:
         alone = encoding_seconds(1)
         if alone * 2 * batch_size > 1:
@@ -167,8 +167,10 @@ def _seconds_an_image(
 
 
 def stores_of(cache: Path) -> list[Path]:
-    """The folders of the stores that are in a cache."""
-    return [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
+    """Return the folders of the stores that are in a cache, that of the latents first."""
+    known = [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
+    others = sorted(path.parent for path in cache.glob("*/store.json"))
+    return known + [root for root in others if root not in known]
 
 
 def verify(cache: Path) -> list[Problem]:
@@ -195,54 +197,37 @@ def extract(
     unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded.
     """
     part = this_part(part)
-    device = part.device(config.device)
+    config = replace(config, device=part.device(config.device))
 
     def look() -> list[ImageEntry]:
         source = source_of(config, part)
-        check_settings(config, cache, device, with_vision)
+        check_stores(config, cache, with_vision)
         if config.num_world_steps:
             check_rollout(config, guardrail)
         return list_images(config, cache, source, allow_missing)
 
-    images = part.from_first(look)
-    part.from_first(lambda: check_models(config, with_vision))
-    source = source_of(config, part)
-    latents = load_encoding(LATENTS, config, device)
-    if config.num_world_steps:
-        assert isinstance(latents, LatentEncoding)
-        rollout = Rollout(config, latents.encoder.dtype, latents.device, latents.encoder.revision, guardrail)
-        moments = RolloutEncoding(latents, rollout, config.encode_batch_size)
-        complete = roll_out(moments, cache, images, source, config, part, allow_missing)
-        del rollout, moments  # the largest models of all
-    else:
-        complete = run(latents, cache, images, source, config, part)
-    if with_vision:
-        vision = load_encoding(VISION, config, device)
-        complete = run(vision, cache, images, source, config, part) and complete
-    part.leave()
-    return complete and part.speaks
-
-
-def load_encoding(name: str, config: Config, device_name: str, exact: bool = False) -> Encoding:
-    """The encoding of one store, with its model on the device. `exact`: in float32 whatever the settings say."""
-    device = resolve_device(device_name)
+    images = part.broadcast_from_main(look)
+    part.broadcast_from_main(lambda: check_models(config, with_vision))
+    source, device = source_of(config, part), resolve_device(config.device)
     if device.index is not None:
-        torch.cuda.set_device(device)  # pinned memory and events are of the current one
-    dtype = torch.float32 if exact else resolve_dtype(config.dtype, device)
-    compiled = not exact and wants_compile(config.compile, device)
-    if name == VISION:
-        return VisionEncoding(Gemma(config.model_name, dtype, device), compiled)
-    encoder = CosmosEncoder(config.cosmos_model_name, dtype, device, compiled)
-    return LatentEncoding(encoder, config.latent_size, None if exact else config.latent_dtype)
+        torch.cuda.set_device(device)  # pinned memory and events are those of the current one
+    if config.num_world_steps:
+        rollouts = RolloutEncoder(config, guardrail)
+        complete = roll_out(rollouts, cache, images, source, config, part, allow_missing)
+        del rollouts  # the largest models of all
+    else:
+        complete = run(world_encoder.encoder_class(config)(config), cache, images, source, config, part)
+    if with_vision:
+        complete = run(VisionEncoder(config), cache, images, source, config, part) and complete
+    part.close()
+    return complete and part.is_main_process
 
 
 def check_models(config: Config, with_vision: bool) -> None:
-    """Raises ValueError where one of the encoders cannot be loaded, before the first has worked for hours."""
-    locate(config.cosmos_model_name, VAE_FILE)
-    if with_vision:
-        config_file = locate(config.model_name, GEMMA_FILE).config
-        if config_file is not None and not is_multimodal(str(config_file.parent)):
-            raise ValueError(f"{config.model_name} is text-only: it has no vision features to cache")
+    """Raise ValueError where one of the encoders cannot be loaded, before the first has worked for hours."""
+    for spec in specs_of(config, with_vision):
+        if spec.weights is not None:
+            locate(spec.weights.model, spec.weights.file)
 
 
 def source_of(config: Config, part: Part) -> Source:
@@ -294,30 +279,30 @@ def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: b
 
 
 def run(
-    encoding: Encoding, cache: Path, images: list[ImageEntry], source: Source, config: Config, part: Part
+    encoder: Encoder, cache: Path, images: list[ImageEntry], source: Source, config: Config, part: Part
 ) -> bool:
     """Brings this part's shards of one encoding's store from whatever state they are in to commitment, and the
     store to its manifest if all shards are there. Returns whether they are."""
-    with part.first_goes_first():
-        store = open_store(cache, encoding, images, config.shard_size, config.encode_batch_size)
+    with part.main_process_first():
+        store = open_store(cache, encoder.spec, images, config.shard_size)
     own = [shard for shard in range(store.num_shards) if part.owns(shard)]
     pending = store.pending(own)
-    say = tqdm.write if part.speaks else _say_nothing
+    say = tqdm.write if part.is_main_process else _say_nothing
     for note in store.notes:
         say(note)
     if pending and len(pending) < len(own):
         say(f"resuming: {len(own) - len(pending)} of {len(own)} shards valid")
-    say(preflight(store, encoding, pending, source, config.encode_batch_size))
+    say(preflight(store, encoder, pending, source, config.encode_batch_size))
     if pending:
-        encode_shards(store, encoding, pending, source, config.encode_batch_size, not part.speaks)
-    part.wait()
+        encode_shards(store, encoder, pending, source, config.encode_batch_size, not part.is_main_process)
+    part.barrier()
     missing = store.missing()
     if missing:
         say(
-            f"{encoding.name}: {len(missing):,} of {store.num_shards:,} shards are still missing: those of other "
+            f"{encoder.spec.name}: {len(missing):,} of {store.num_shards:,} shards are still missing: those of other "
             "parts. Whichever part finishes last completes the store"
         )
-    elif part.speaks and not store.is_complete:
+    elif part.is_main_process and not store.is_complete:
         store.publish()  # which reads every byte of all of them
     return not missing
 

@@ -1,13 +1,16 @@
-"""A cache folder as the training and evaluation loops see it: images in, tensors out.
+"""What training and evaluation read of each image: from a cache, or computed on the fly from the photograph.
 
-cache/latents/         the Cosmos latents, one float[C, H, W] an image; float[1 + n, C, H, W] with n predicted moments
-cache/gemma_vision/    optional: Gemma's own pooled SigLIP features, one float[N, V] an image
+cache/latents/         Cosmos latents, one float[C, H, W] an image; float[1 + n, C, H, W] with n predicted latent frames
+cache/pixels/          the same of another world encoder, under its name
+cache/gemma_vision/    optional: Gemma's own pooled vision features, one float[N, V] an image
 cache/failures.jsonl   images that statements name but that could not be read, with the reason
+
+A feature source is called with image paths and returns one row an image, in their order. Rows of a cache are read from
+the files at each call: the operating system's page cache keeps them, once for all processes of a machine.
 """
 
-import os
-import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,150 +20,103 @@ import torch
 from torch import Tensor
 
 from theworld.config.config import Config
-from theworld.data.images import ImageError, decode, latent_pixels, read_bytes, read_image, sha256
+from theworld.data.images import ImageError, decode, read_bytes, read_image, sha256
 from theworld.data.vsr import Statement, images_of
-from theworld.extraction.batches import Fetch
-from theworld.extraction.encoders import expected_vision
-from theworld.models.cosmos import CosmosEncoder
+from theworld.extraction.batches import FeatureSource
+from theworld.extraction.encoders import VisionEncoder, vision_spec
+from theworld.models import world_encoder
+from theworld.models.encoder import Encoder, EncoderSpec, check_compatible
 from theworld.models.gemma import Gemma, is_multimodal
 from theworld.models.serialization import VISION as VISION_PART
-from theworld.store.format import VISION, check_meaning, read_failures
+from theworld.store.format import VISION, read_failures
 from theworld.store.reader import StoreReader
+from theworld.utils.device import torch_dtype
 from theworld.utils.files import StoreError
+
+KEPT_BYTES = 2**30  # of the rows that a source which computes them keeps
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A tensor as the store takes it: bfloat16, which NumPy does not have, as the uint16 of the same bits."""
+    """Return a tensor as the store takes it: bfloat16, which NumPy lacks, as the uint16 of the same bits."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
-def as_tensor(array: np.ndarray) -> Tensor:
-    """The inverse of `to_numpy`: the same memory, which has to be writable."""
-    tensor = torch.from_numpy(array)
-    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+class CachedFeatures:
+    """The rows of one finished store as tensors, by image path. Threads may share it, and processes may fork it."""
 
-
-_EMPTY, _BUSY, _THERE = range(3)  # a row of the memory: nobody reads it, somebody does, it is read and sound
-
-
-def room_for_rows() -> int:
-    """Bytes that the rows of one store may take: a quarter of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-
-
-class Rows:
-    """One array of one store as tensors by image path.
-
-    Rows stay in memory, in one tensor, where they fit (`room_for_rows`): all rows of the store, else those that
-    `preload` is asked for. Threads may share it.
-    """
-
-    def __init__(
-        self, root: Path, array: str, expected: dict[str, Any] | None = None, pin: bool = False
-    ) -> None:
-        """`pin`: what a call returns lies in page-locked memory, from which a copy to the GPU is faster and need
-        not be waited for. Raises StoreError as `StoreReader` does, ValueError to pin without CUDA."""
-        if pin and not torch.cuda.is_available():
-            raise ValueError(f"{root}: pin is True, but there is no CUDA device to copy to; leave pin out")
+    def __init__(self, root: Path, spec: EncoderSpec | None = None) -> None:
+        """`spec`: what the rows have to mean; None: not compared. Raises StoreError if there is no such store or it is
+        unfinished or damaged, StoreMismatch if it holds something else."""
         if not root.exists():
-            cure = f"make it with tools/extract_latents.py --cache {root.parent}, or name another --cache"
-            raise StoreError(f"{root} is not there; {cure}")
-        self.reader = StoreReader(root, expected)
-        self.array = array
-        self.pin = pin
-        self._lock = threading.Lock()  # of _memory and _state, and never held while a row is read
-        self._place = np.full(self.reader.num_rows, -1)  # of each row of the store in the memory; -1: none
-        self._memory: Tensor | None = None
-        self._raw = np.empty(0)  # the same bytes as NumPy has them
-        self._state = np.empty(0, np.int8)
-        self._allocate(np.arange(self.reader.num_rows))
+            raise StoreError(
+                f"{root} is not there; make it with tools/extract_latents.py --cache {root.parent}, or name another "
+                "--cache"
+            )
+        self.reader = StoreReader(root)
+        if spec is not None:
+            spec.check_compatible(root, self.reader.fingerprint)
+        (self.array,) = self.reader.arrays.values()
 
     def __call__(self, images: Sequence[str]) -> Tensor:
-        """[len(images), ...] in the stored dtype. Raises StoreError for an image that is not there."""
-        rows = np.array([self.reader.row(image) for image in images], np.int64)
-        places = self._place[rows]
-        if self._memory is not None and (places >= 0).all() and (self._state[places] == _THERE).all():
-            shape = (len(rows), *self._memory.shape[1:])
-            out = torch.empty(shape, dtype=self._memory.dtype, pin_memory=True) if self.pin else None
-            return torch.index_select(self._memory, 0, torch.from_numpy(places), out=out)
-        gathered = torch.stack([self._row(row) for row in rows.tolist()])
-        return gathered.pin_memory() if self.pin else gathered
+        """[len(images), *row_shape] in the stored dtype, on the CPU.
 
-    def preload(
-        self, images: Iterable[str], num_threads: int = 4, stop: threading.Event | None = None
-    ) -> int:
-        """Reads the rows of these images in file order, as fast as it goes, checked as ever: how many of them are in
-        memory then. 0 where they do not fit; rows without a place are read each time they are asked for.
-
-        Calls meanwhile, from other threads, read for themselves what is not there yet, so this can run in a daemon
-        thread beside the first steps. Ends after the rows under way once `stop` is set. Raises StoreError or OSError
-        for the first row that cannot be read.
+        Raises StoreError for an image that is not in the store or a row that is damaged.
         """
-        rows = np.unique(np.array([self.reader.row(image) for image in images], np.int64))
-        with self._lock:
-            if self._memory is None:
-                self._allocate(rows)
-        rows = rows[self._place[rows] >= 0]
-        waiting = iter(rows.tolist())
-        errors: list[Exception] = []
-
-        def work() -> None:
-            for row in waiting:  # shared: each thread takes the next row of the file
-                try:
-                    self._fill(row)
-                except (StoreError, OSError) as error:
-                    errors.append(error)
-                if errors or (stop is not None and stop.is_set()):
-                    return
-
-        # Daemons, so that a program that ends does not wait for gigabytes that nobody will use.
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, num_threads))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-        return int((self._state[self._place[rows]] == _THERE).sum())
-
-    def _allocate(self, rows: np.ndarray) -> None:
-        """Makes room for these rows of the store where they fit. The system gives the memory as it is written to."""
-        spec = self.reader.arrays[self.array]
-        if not 0 < len(rows) * spec.row_nbytes <= room_for_rows():
-            return
-        # PyTorch's memory and not NumPy's, whose large pages make rows that come in any order several times slower.
-        memory = torch.empty((len(rows), *spec.shape), dtype=getattr(torch, spec.dtype))
-        self._raw = to_numpy(memory)
-        self._state = np.full(len(rows), _EMPTY, np.int8)
-        self._memory = memory
-        self._place[rows] = np.arange(len(rows))  # last: who sees a place finds the memory
-
-    def _fill(self, row: int) -> bool:
-        """Reads a row into its place unless it is there or somebody does; whether it was read now."""
-        place = self._place[row]
-        with self._lock:
-            if place < 0 or self._state[place] != _EMPTY:
-                return False
-            self._state[place] = _BUSY
-        state = _EMPTY
-        try:
-            self.reader.read_row(row, self.array, self._raw[place, ...])
-            state = _THERE
-        finally:
-            self._state[place] = state
-        return True
-
-    def _row(self, row: int) -> Tensor:
-        place = self._place[row]
-        if place >= 0 and (self._fill(row) or self._state[place] == _THERE):
-            assert self._memory is not None
-            return self._memory[place]
-        return as_tensor(self.reader.read_row(row, self.array))
+        rows = [self.reader.row(image) for image in images]
+        features = torch.empty((len(rows), *self.array.shape), dtype=torch_dtype(self.array.dtype))
+        memory = to_numpy(features)
+        for place, row in enumerate(rows):
+            self.reader.read_row(row, self.array.name, memory[place, ...])
+        return features
 
 
-class LivePixels:
-    """Photographs as Gemma's vision tower takes them: what a tower that trains has to see."""
+class KeptRows:
+    """Rows by image path that were computed lately, up to `KEPT_BYTES`, so that none is computed for each batch and
+    condition of an evaluation."""
+
+    def __init__(self, compute: Callable[[str], Tensor]) -> None:
+        """`compute`: gives the row of one image, without a batch dimension."""
+        self.compute = compute
+        self.rows: OrderedDict[str, Tensor] = OrderedDict()
+        self.num_bytes = 0
+
+    def __call__(self, images: Sequence[str]) -> Tensor:
+        """[len(images), *row_shape] on the CPU."""
+        return torch.stack([self._row(image) for image in images])
+
+    def _row(self, image: str) -> Tensor:
+        row = self.rows.pop(image, None)
+        if row is None:
+            row = self.compute(image).cpu()
+            self.num_bytes += row.nbytes
+        self.rows[image] = row  # the one used last stands last
+        while self.num_bytes > KEPT_BYTES and len(self.rows) > 1:
+            self.num_bytes -= self.rows.popitem(last=False)[1].nbytes
+        return row
+
+
+class OnTheFlyLatents:
+    """Rows of a world encoder straight from the photographs, for evaluation without a cache."""
+
+    def __init__(self, encoder: Encoder, image_folder: str | Path, max_image_pixels: int) -> None:
+        self.encoder = encoder
+        self.image_folder = Path(image_folder)
+        self.max_image_pixels = max_image_pixels
+        self.kept = KeptRows(self._encode)
+
+    def __call__(self, images: Sequence[str]) -> Tensor:
+        """dtype[len(images), *row_shape] on the CPU, each encoded by itself. Raises ImageError for an unreadable
+        one."""
+        return self.kept(images)
+
+    def _encode(self, image: str) -> Tensor:
+        pixels = read_image(self.image_folder, image, max_pixels=self.max_image_pixels)
+        return self.encoder.encode(self.encoder.prepare(pixels)[None])[0]
+
+
+class OnTheFlyPixels:
+    """Photographs as Gemma's vision tower takes them, for a tower that trains."""
 
     def __init__(
         self,
@@ -179,9 +135,9 @@ class LivePixels:
     def __call__(self, images: Sequence[str]) -> Tensor:
         """float32[len(images), 3, S, S] on the CPU. Raises ImageError for a photograph that cannot be read or was
         changed."""
-        return torch.cat(list(self.readers.map(self._one, images)))
+        return torch.cat(list(self.readers.map(self._read, images)))
 
-    def _one(self, image: str) -> Tensor:
+    def _read(self, image: str) -> Tensor:
         data = read_bytes(self.image_folder, image)
         if self.hashes is not None and sha256(data) != self.hashes[image]:
             raise ImageError(
@@ -192,22 +148,31 @@ class LivePixels:
         return self.gemma.pixel_values([decode(data, image, self.max_image_pixels)])
 
 
-class LiveVision(LivePixels):
-    """Gemma's vision features straight from the photographs: what stands in where they are not cached."""
+class OnTheFlyVision(OnTheFlyPixels):
+    """Gemma's vision features straight from the photographs, for a frozen tower whose features are not cached."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.kept = KeptRows(self._encode)
+
+    def __call__(self, images: Sequence[str]) -> Tensor:
+        """dtype[len(images), N, V] on the CPU, each encoded by itself. Raises as `OnTheFlyPixels`."""
+        return self.kept(images)
 
     @torch.no_grad()
-    def __call__(self, images: Sequence[str]) -> Tensor:
-        """dtype[len(images), N, V]. Raises ImageError for a photograph that cannot be read or was changed."""
-        return self.gemma.vision_features(super().__call__(images))
+    def _encode(self, image: str) -> Tensor:
+        return self.gemma.vision_features(self._read(image))[0]
 
 
-def in_cache(statements: list[Statement], rows: Rows, cache: str | Path) -> tuple[list[Statement], str]:
-    """The statements whose image is in the cache, and a line that says how many of how many those are.
+def in_cache(
+    statements: list[Statement], features: CachedFeatures, cache: str | Path
+) -> tuple[list[Statement], str]:
+    """Return the statements whose image is in the cache, and a line that says how many of how many these are.
 
-    Only images that extraction left out knowingly may be missing; StoreError for any other.
+    Only images that extraction left out knowingly may be missing. Raises StoreError for any other.
     """
     images = images_of(statements)
-    missing = {image for image in images if image not in rows.reader}
+    missing = {image for image in images if image not in features.reader}
     unknown = sorted(missing - read_failures(cache).keys())
     if unknown:
         raise StoreError(
@@ -220,70 +185,66 @@ def in_cache(statements: list[Statement], rows: Rows, cache: str | Path) -> tupl
     return kept, note + (f" ({len(missing)} left out by --allow_missing)" if missing else "")
 
 
-class LiveLatents:
-    """Latents straight from the photographs, for evaluation without a cache."""
-
-    def __init__(
-        self, encoder: CosmosEncoder, image_folder: str | Path, size: int, max_image_pixels: int
-    ) -> None:
-        self.encoder = encoder
-        self.image_folder = Path(image_folder)
-        self.size = size
-        self.max_image_pixels = max_image_pixels
-
-    def __call__(self, images: Sequence[str]) -> Tensor:
-        """dtype[len(images), C, H, W], each encoded by itself. Raises ImageError for an unreadable one."""
-        rows = []
-        for image in images:
-            pixels = read_image(self.image_folder, image, max_pixels=self.max_image_pixels)
-            rows.append(self.encoder.encode(latent_pixels(pixels, self.size)[None]))
-        return torch.cat(rows)
+def cached_latents(config: Config, cache: Path) -> CachedFeatures:
+    """Return the cache's rows of the world encoder that the settings name, as they describe them."""
+    spec = world_encoder.encoder_class(config).describe(config)
+    return CachedFeatures(cache / spec.name, spec)
 
 
-def cached_vision(config: Config, cache: Path) -> Rows | None:
-    """The cache's vision features, of a Gemma as it was published; None if it does not see or they are not there."""
+def latents_for(fingerprint: Mapping[str, Any], config: Config, cache: Path) -> CachedFeatures:
+    """Return the cache's rows of a checkpoint's world encoder. `fingerprint`, `config`: the checkpoint's.
+
+    Raises StoreMismatch if they are others than those it was trained on.
+    """
+    features = CachedFeatures(cache / world_encoder.encoder_class(config).name)
+    check_compatible(features.reader.root, features.reader.fingerprint, fingerprint)
+    return features
+
+
+def cached_vision(config: Config, cache: Path) -> CachedFeatures | None:
+    """Return the cache's vision features, of a Gemma as it was published; None if it is text-only or has none there."""
     if not (cache / VISION).exists() or not is_multimodal(config.model_name):
         return None
-    return Rows(cache / VISION, VISION, expected_vision(config))
+    return CachedFeatures(cache / VISION, VisionEncoder.describe(config))
 
 
-def vision_for(
-    gemma: Gemma,
-    config: Config,
-    cached: Fetch | None,
-    notes: list[str],
-    hashes: Mapping[str, str] | None = None,
-) -> Fetch | None:
-    """Where a Gemma's sight comes from: cached features, photographs through its tower or, if that trains, photographs
-    alone; None for one that does not see. Adds a note where cached features are of no use. `hashes`: path -> SHA-256 of
-    the photographs whose latents go with them.
+CHANGED_TOWER = "Gemma's vision tower is not as it was published, so cached features of it are of no use"
+
+
+def vision_source(
+    gemma: Gemma, config: Config, cached: CachedFeatures | None, hashes: Mapping[str, str] | None = None
+) -> FeatureSource | None:
+    """Return where a Gemma's vision comes from: cached features; else photographs, through its tower or, if that
+    trains, as pixels; None for a text-only Gemma. `hashes`: path -> SHA-256 of the photographs whose latents go with
+    them.
 
     Raises ValueError if photographs are needed and `image_folder` is not set, StoreMismatch if cached features are
     another tower's.
     """
     if not gemma.is_multimodal:
         return None
-    if isinstance(cached, Rows) and VISION_PART not in gemma.changed:
-        if gemma.has_weights:
-            check_same_eyes(gemma, cached)
+    changed = VISION_PART in gemma.changed
+    if cached is not None and not changed:
+        check_vision_tower(gemma, config, cached)
         return cached
-    if VISION_PART in gemma.changed:
-        reason = "Gemma's vision tower is not as it was published, so cached features of it are of no use"
-        note = f"photographs are read: {reason}"
-        if isinstance(cached, Rows) and note not in notes:
-            notes.append(note)
-    else:
-        reason = "the cache has no features of them"
     if config.image_folder is None:
+        reason = CHANGED_TOWER if changed else "the cache has no features of them"
         other = "" if gemma.changed else ", or extract them once with tools/extract_latents.py --gemma_vision"
         raise ValueError(f"this Gemma looks at the photographs: {reason}; give --image_folder{other}")
-    kind = LivePixels if VISION_PART in gemma.trained else LiveVision
+    kind = OnTheFlyPixels if VISION_PART in gemma.trained else OnTheFlyVision
     return kind(gemma, config.image_folder, config.max_image_pixels, hashes)
 
 
-def check_same_eyes(gemma: Gemma, vision: Rows) -> None:
-    """StoreMismatch if cached features come from another tower. Cast weights have other bits, so towers are
-    compared where they were loaded in the same dtype."""
-    cached, own = vision.reader.fingerprint, gemma.vision_identity()
-    if cached["compute_dtype"] == own["compute_dtype"]:
-        check_meaning(vision.reader.root, {key: cached.get(key) for key in own}, own)
+def vision_note(gemma: Gemma, cached: CachedFeatures | None) -> list[str]:
+    """Return a line that says why cached features are not read; nothing where they are, or where there are none."""
+    unused = cached is not None and gemma.is_multimodal and VISION_PART in gemma.changed
+    return [f"photographs are read: {CHANGED_TOWER}"] if unused else []
+
+
+def check_vision_tower(gemma: Gemma, config: Config, cached: CachedFeatures) -> None:
+    """Raise StoreMismatch if cached features come from another vision tower. Weights that were cast have other bits, so
+    towers are compared where they were loaded in the same dtype."""
+    fingerprint = cached.reader.fingerprint
+    same_dtype = fingerprint["compute_dtype"] == str(gemma.dtype).removeprefix("torch.")
+    if gemma.has_weights and same_dtype:
+        vision_spec(config, gemma).check_compatible(cached.reader.root, fingerprint)

@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from theworld.data.images import ImageError, decode, read_bytes, sha256
-from theworld.extraction.encoders import Encoding
 from theworld.extraction.features import to_numpy
+from theworld.models.encoder import Encoder
 from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store
 from theworld.utils.console import progress
@@ -231,9 +231,9 @@ def batches_of(store: Store, shards: Sequence[int], batch_size: int) -> list[lis
 class Flight:
     """A batch that was given to the encoder, and its rows on their way to the host: nothing waits until `land`."""
 
-    def __init__(self, encoding: Encoding, batch: Prepared) -> None:
+    def __init__(self, encoder: Encoder, batch: Prepared) -> None:
         assert batch.pixels is not None
-        rows = encoding.encode(batch.pixels)[: batch.num_photographs].contiguous()
+        rows = encoder.encode(batch.pixels)[: batch.num_photographs].contiguous()
         self.rows, self.done = rows, None
         if rows.is_cuda:
             self.rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
@@ -293,7 +293,7 @@ class ShardWriter:
 
 def encode_shards(
     store: Store,
-    encoding: Encoding,
+    encoder: Encoder,
     pending: Sequence[int],
     source: Source,
     batch_size: int,
@@ -304,16 +304,16 @@ def encode_shards(
     stages = Stages()
     batches = batches_of(store, pending, batch_size)
     total = sum(len(batch) for batch in batches)
-    blank = encoding.prepare(np.zeros((16, 16, 3), np.uint8))
+    blank = encoder.prepare(np.zeros((16, 16, 3), np.uint8))
     workers, note = workers_for(total, len(batches), source.num_workers, blank.nbytes * batch_size)
     if note and not quiet:
-        log(f"{encoding.name}: {note}")
-    items = Batches(batches, source, encoding.prepare, batch_size)
-    bar = progress(total=total, desc=encoding.name, unit=" images", smoothing=0.1, disable=quiet)
-    with bar, in_processes(items, workers, pinned=encoding.device.type == "cuda") as prepared:
+        log(f"{encoder.spec.name}: {note}")
+    items = Batches(batches, source, encoder.prepare, batch_size)
+    bar = progress(total=total, desc=encoder.spec.name, unit=" images", smoothing=0.1, disable=quiet)
+    with bar, in_processes(items, workers, pinned=encoder.device.type == "cuda") as prepared:
         writer = ShardWriter(store, pending, stages)
         try:
-            for rows in _encoded(prepared, encoding, stages):
+            for rows in _encoded(prepared, encoder, stages):
                 writer.add(rows)
                 bar.set_postfix_str(f"bound by {stages.bound(workers)}", refresh=False)
                 bar.update(len(rows))
@@ -323,10 +323,10 @@ def encode_shards(
         elapsed = bar.format_dict["elapsed"]
     if not quiet:
         rate = total / max(elapsed, 1e-9)
-        log(f"{encoding.name}: {total:,} images, {rate:,.1f} images/s, bound by {stages.bound(workers)}")
+        log(f"{encoder.spec.name}: {total:,} images, {rate:,.1f} images/s, bound by {stages.bound(workers)}")
 
 
-def _encoded(loader: Iterable[Prepared], encoding: Encoding, stages: Stages) -> Iterator[Tensor]:
+def _encoded(loader: Iterable[Prepared], encoder: Encoder, stages: Stages) -> Iterator[Tensor]:
     """The rows of each batch on the host, while the encoder already has the batch after it.
 
     Raises the error of a batch after the rows of those before it.
@@ -339,7 +339,7 @@ def _encoded(loader: Iterable[Prepared], encoding: Encoding, stages: Stages) -> 
         if error is not None:
             break
         with stages.timed("encode"):
-            flying.append(Flight(encoding, batch))
+            flying.append(Flight(encoder, batch))
             rows = flying.popleft().land() if len(flying) == IN_FLIGHT else None
         if rows is not None:
             yield rows

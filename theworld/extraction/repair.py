@@ -22,9 +22,10 @@ from tqdm import tqdm
 from theworld.config.config import Config
 from theworld.data.images import check_photographs
 from theworld.data.vsr import images_of, load_all
-from theworld.extraction.encoders import Encoding, full_fingerprint
-from theworld.extraction.extract import freeze, load_encoding, source_of, stores_of
+from theworld.extraction.encoders import encoder_of
+from theworld.extraction.extract import freeze, source_of, stores_of
 from theworld.extraction.pipeline import Source, encode_shards
+from theworld.models.encoder import Encoder
 from theworld.store import shard as shards
 from theworld.store.format import (
     LATENTS,
@@ -128,7 +129,7 @@ class Mending:
         self.shards = sorted({p.shard for p in problems if p.shard is not None})
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         self.quarantine = root / "quarantine" / f"{stamp}-damaged-{secrets.token_hex(4)}"
-        self._encoding: Encoding | None = None
+        self._encoding: Encoder | None = None
 
     def run(self) -> None:
         """Everything, in an order in which a kill at any moment leaves a store that can be repaired again."""
@@ -180,11 +181,9 @@ class Mending:
         if not self.is_bad("store.json") and not self.is_bad("images.jsonl"):
             return Plan.load(self.root)
         if self.is_bad("store.json"):
-            encoding = self._loaded()
-            fields: dict[str, Any] = {
-                "fingerprint": full_fingerprint(encoding, self.config.encode_batch_size)
-            }
-            fields |= {"arrays": encoding.arrays, "shard_size": self.config.shard_size}
+            spec = self._loaded().spec
+            fields: dict[str, Any] = {"fingerprint": spec.fingerprint(), "arrays": [spec.array]}
+            fields["shard_size"] = self.config.shard_size
         else:
             fields = files.read_sealed(store, STORE_KEYS)[0]
             fields["arrays"] = [shards.ArraySpec(**array) for array in fields["arrays"]]
@@ -247,9 +246,9 @@ class Mending:
 
     # ---- what it takes to make shards again
 
-    def _loaded(self) -> Encoding:
+    def _loaded(self) -> Encoder:
         if self._encoding is None:
-            self._encoding = load_encoding(self.root.name, self.config, self.config.device)
+            self._encoding = encoder_of(self.root.name, self.config)(self.config)
         return self._encoding
 
     def _check_photographs(self, plan: Plan) -> None:
@@ -258,7 +257,7 @@ class Mending:
 
     def _check_encoding(self, plan: Plan) -> None:
         """StoreMismatch, field by field, unless the encoder here gives the numbers that are in the store."""
-        own = full_fingerprint(self._loaded(), self.config.encode_batch_size)
+        own = self._loaded().spec.fingerprint()
         differences = fingerprint_differences(plan.fingerprint, own)
         if differences:
             raise StoreMismatch(self.root, differences)

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from theworld.config.config import Config
-from theworld.extraction.encoders import RolloutEncoding, full_fingerprint, open_store
+from theworld.extraction.encoders import RolloutEncoder, open_store
 from theworld.extraction.features import to_numpy
 from theworld.extraction.pipeline import Source, read_photograph
 from theworld.models.rollout import FramesRefused
@@ -178,7 +178,7 @@ DAY = 24 * 3600  # seconds; what takes longer is better shared
 
 
 def roll_out(
-    encoding: RolloutEncoding,
+    encoding: RolloutEncoder,
     cache: Path,
     images: list[ImageEntry],
     source: Source,
@@ -195,21 +195,21 @@ def roll_out(
     """
     job = Job(encoding, cache, images, config, part)
     todo = job.begin()
-    roll_out_each(encoding, job.finished, todo, source, quiet=not part.speaks)
-    part.wait()
-    return part.from_first(lambda: job.complete(allow_missing))
+    roll_out_each(encoding, job.finished, todo, source, quiet=not part.is_main_process)
+    part.barrier()
+    return part.broadcast_from_main(lambda: job.complete(allow_missing))
 
 
 class Job:
     """All photographs of a store on their way into it, of which this process has a part."""
 
     def __init__(
-        self, encoding: RolloutEncoding, cache: Path, images: list[ImageEntry], config: Config, part: Part
+        self, encoding: RolloutEncoder, cache: Path, images: list[ImageEntry], config: Config, part: Part
     ) -> None:
         self.encoding, self.cache, self.images, self.config, self.part = encoding, cache, images, config, part
-        self.say: Callable[[str], None] = tqdm.write if part.speaks else _say_nothing
-        fingerprint_sha256 = canonical_sha256(full_fingerprint(encoding, config.encode_batch_size))
-        self.finished = FinishedRows(cache / LATENTS, fingerprint_sha256, encoding.arrays[0])
+        self.say: Callable[[str], None] = tqdm.write if part.is_main_process else _say_nothing
+        fingerprint_sha256 = canonical_sha256(encoding.spec.fingerprint())
+        self.finished = FinishedRows(cache / LATENTS, fingerprint_sha256, encoding.spec.array)
 
     def open(self) -> tuple[Store, list[ImageEntry]]:
         """The store of all that is not refused, and the rows of it that no valid shard holds."""
@@ -219,7 +219,7 @@ class Job:
                 f"the guardrail refuses what was predicted from all {len(self.images)} photographs"
             )
         config = self.config
-        store = open_store(self.cache, self.encoding, kept, config.shard_size, config.encode_batch_size)
+        store = open_store(self.cache, self.encoding.spec, kept, config.shard_size)
         for note in store.notes:
             self.say(note)
         return store, [row for shard in store.pending() for row in store.shard_rows(shard)]
@@ -227,7 +227,7 @@ class Job:
     def begin(self) -> list[ImageEntry]:
         """What this part has to roll out, after a preflight of it."""
         part, finished = self.part, self.finished
-        with part.first_goes_first():
+        with part.main_process_first():
             store, rows = self.open()
         own = [row for row in rows if int(row.sha256[:12], 16) % part.count == part.index]
         todo = [row for row in own if finished.read(row.sha256) is None]
@@ -235,7 +235,7 @@ class Job:
             self.say(note)
         if len(todo) < len(own):
             self.say(f"resuming: {len(own) - len(todo):,} of {len(own):,} photographs rolled out")
-        if part.speaks:
+        if part.is_main_process:
             missing = len(finished.missing(row.sha256 for row in rows))
             num_todo = missing if part.together else len(todo)
             self.say(preflight(self.encoding, store, len(rows) + missing, num_todo, part))
@@ -265,7 +265,7 @@ class Job:
 
 
 def roll_out_each(
-    encoding: RolloutEncoding, finished: FinishedRows, todo: Sequence[ImageEntry], source: Source, quiet: bool
+    encoding: RolloutEncoder, finished: FinishedRows, todo: Sequence[ImageEntry], source: Source, quiet: bool
 ) -> None:
     """Publishes a row, or the guardrail's refusal, for each of these photographs."""
     for row in progress(todo, total=len(todo), desc="roll out", unit=" images", disable=quiet or not todo):
@@ -299,12 +299,12 @@ def gather(store: Store, finished: FinishedRows) -> None:
     finished.remove(row.sha256 for row in store.rows)
 
 
-def preflight(encoding: RolloutEncoding, store: Store, room_for: int, num_todo: int, part: Part) -> str:
+def preflight(encoding: RolloutEncoder, store: Store, room_for: int, num_todo: int, part: Part) -> str:
     """What is about to be done, how large it is and how long it takes, of which a denoising step is measured.
 
     Raises ValueError where the disk has no room for `room_for` rows: finished ones and those in shards.
     """
-    a_row = encoding.arrays[0].row_nbytes
+    a_row = encoding.spec.array.row_nbytes
     needed, free = a_row * room_for, shutil.disk_usage(store.root).free
     if needed > free:
         raise ValueError(

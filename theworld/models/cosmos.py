@@ -4,24 +4,49 @@ Cosmos-Predict2 carries the Wan 2.1 video VAE. Its convolutions are causal in ti
 every tap but the last one sees zero padding: a causal 3-D convolution acts as the 2-D convolution with
 the weight `weight[:, :, -1]`, exactly (0.64 instead of 1.77 TFLOP an image at 512 x 512 pixels).
 
+diffusers takes seconds to load, and training asks only what latents mean, so it is loaded with the weights.
+
 Dimensions: B images, C latent channels (16), H, W height and width; latents are 8 times smaller than pixels.
 """
 
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
 from torch import Tensor, nn
 
+from theworld.config.config import Config
+from theworld.data.images import square
+from theworld.models.encoder import (
+    UNTIL_DOWNLOADED,
+    UNTIL_LOADED,
+    EncoderSpec,
+    NotYetKnown,
+    Weights,
+    common_fields,
+    compiled_field,
+    compute_dtype,
+    file_at_hand,
+)
 from theworld.models.serialization import weights_sha256
-from theworld.utils.hub import hub_revision, model_id
+from theworld.store.format import LATENTS
+from theworld.utils.device import resolve_device, resolve_dtype, torch_dtype, wants_compile
+from theworld.utils.hub import VAE_FILE, hub_revision, model_id
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
 
 SPATIAL_FACTOR = 8
-# To be raised whenever this file computes the same by other steps, which round elsewhere: a cache begun before is then
-# not gone on with, though a finished one serves as ever.
+# Raise it whenever this file computes the same by other steps, which round elsewhere: an unfinished cache is then not
+# extended, and a finished one serves as ever.
 ARITHMETIC = 2
 LARGEST_SCORES = 2**30  # values; in float32 4 GiB
 
@@ -78,7 +103,9 @@ def by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _to_frame_modules(encoder: nn.Module) -> None:
-    kinds = {WanCausalConv3d: FrameConv, WanAttentionBlock: FrameAttention}
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
+
+    kinds: dict[type, type] = {WanCausalConv3d: FrameConv, WanAttentionBlock: FrameAttention}
     for module in list(encoder.modules()):
         for name, child in list(module.named_children()):
             if type(child) in kinds:
@@ -103,7 +130,6 @@ class CosmosEncoder:
     ) -> None:
         """`compile`: with torch.compile, once for each shape of batch (half a minute at the first one). `revision`: the
         commit of a hub model; None: the newest."""
-        self.name = model_id(name_or_path)
         self.compiled = compile
         self.device = torch.device(device)
         self.dtype = dtype
@@ -164,22 +190,9 @@ class CosmosEncoder:
         moments = self.quant_conv(self.encoder(pixels.unsqueeze(2))).squeeze(2)
         return moments[:, : self.channels]
 
-    def identity(self) -> dict[str, Any]:
-        """The fields of a fingerprint that say which encoder made a latent, and how to normalise it."""
-        return {
-            "cosmos_model_name": self.name,
-            "cosmos_revision": self.revision,
-            "cosmos_weights_sha256": self.weights_sha256,
-            "latents_mean": [float(x) for x in self.config.latents_mean],
-            "latents_std": [float(x) for x in self.config.latents_std],
-            "posterior": "mean",
-            "arithmetic": ARITHMETIC,
-            "compute_dtype": str(self.dtype).removeprefix("torch."),
-        }
-
 
 def unit_range(pixels: Tensor) -> Tensor:
-    """uint8[...] -> float32[...] in [-1, 1] on the same device: to the bit `images.to_unit_range`.
+    """uint8[...] -> float32[...] in [-1, 1] on the same device, with the bits of `images.to_unit_range`.
 
     The divisor is a tensor there, because by a plain number CUDA multiplies with the rounded 1 / 127.5. For the same
     reason this is left out of what is compiled.
@@ -188,7 +201,9 @@ def unit_range(pixels: Tensor) -> Tensor:
 
 
 def load_vae(name_or_path: str, revision: str | None = None) -> AutoencoderKLWan:
-    """The whole VAE as diffusers loads it, in float32, from the hub or a local folder."""
+    """Return the whole VAE as diffusers loads it, in float32, from the hub or a local folder."""
+    from diffusers import AutoencoderKLWan
+
     own_folder = (Path(name_or_path) / "config.json").is_file()
     if Path(name_or_path).is_dir() and not own_folder and not (Path(name_or_path) / "vae").is_dir():
         raise ValueError(
@@ -197,3 +212,73 @@ def load_vae(name_or_path: str, revision: str | None = None) -> AutoencoderKLWan
     subfolder = None if own_folder else "vae"
     options = {"subfolder": subfolder, "torch_dtype": torch.float32, "revision": revision}
     return AutoencoderKLWan.from_pretrained(name_or_path, **options)
+
+
+class CosmosLatents:
+    """The encoder of photographs to Cosmos latents: see `theworld.models.encoder.Encoder`."""
+
+    name = LATENTS
+
+    def __init__(self, config: Config, like: Mapping[str, Any] | None = None) -> None:
+        config = replace(config, num_world_steps=0)  # the photograph's own latent frame
+        self.device = resolve_device(config.device)
+        dtype = resolve_dtype(config.dtype, self.device)
+        compiled = wants_compile(config.compile, self.device)
+        revision = (like or {}).get("cosmos_revision")
+        self.encoder = CosmosEncoder(config.cosmos_model_name, dtype, self.device, compiled, revision)
+        self.size = config.latent_size
+        self.spec = self.describe(config, like).having(cosmos_weights_sha256=self.encoder.weights_sha256)
+
+    @staticmethod
+    def describe(config: Config, like: Mapping[str, Any] | None = None) -> EncoderSpec:
+        """Return what is stored of a photograph: its latent, followed by num_world_steps predicted ones."""
+        dtype = config.latent_dtype or compute_dtype(config)
+        shape, from_file = _from_config_file(config, like)
+        fields = {
+            "cosmos_model_name": model_id(config.cosmos_model_name),
+            "cosmos_weights_sha256": UNTIL_LOADED,
+            "posterior": "mean",
+            "arithmetic": ARITHMETIC,
+            "latent_size": config.latent_size,
+            "num_world_steps": config.num_world_steps,
+            **from_file,
+            **compiled_field(config),
+            **common_fields(config, dtype, "diffusers"),
+        }
+        if config.num_world_steps:
+            from theworld.models.rollout import describe_rollout
+
+            fields |= describe_rollout(config)
+            shape = shape if isinstance(shape, NotYetKnown) else (1 + config.num_world_steps, *shape)
+        weights = Weights("Cosmos VAE", config.cosmos_model_name, VAE_FILE)
+        demanded = frozenset({"storage_dtype"} if config.latent_dtype else ())
+        return EncoderSpec(LATENTS, shape, dtype, weights, fields, demanded)
+
+    def prepare(self, pixels: np.ndarray) -> Tensor:
+        """uint8[H, W, 3] -> uint8[S, S, 3]: a quarter of the bytes of pixels in [-1, 1]."""
+        return torch.from_numpy(square(pixels, self.size))
+
+    def encode(self, prepared: Tensor) -> Tensor:
+        """uint8[B, S, S, 3] -> storage dtype[B, C, H, W]."""
+        return self.encoder.encode(prepared.permute(0, 3, 1, 2)).to(torch_dtype(self.spec.dtype))
+
+
+def _from_config_file(
+    config: Config, like: Mapping[str, Any] | None
+) -> tuple[tuple[int, ...] | NotYetKnown, dict[str, Any]]:
+    """Return the shape of a latent and the fields of the fingerprint that the VAE's own config file gives."""
+    name, revision = config.cosmos_model_name, (like or {}).get("cosmos_revision")
+    files = ("config.json", VAE_FILE) if Path(name).is_dir() else (VAE_FILE,)
+    path = file_at_hand(name, *files, revision=revision)
+    if path is None:
+        names = ("latent_shape", "latents_mean", "latents_std", "cosmos_revision")
+        return UNTIL_DOWNLOADED, dict.fromkeys(names, UNTIL_DOWNLOADED)
+    values = json.loads(path.read_text())
+    absent = [key for key in ("z_dim", "latents_mean", "latents_std") if key not in values]
+    if absent:
+        raise ValueError(f"{path}: no {', '.join(absent)} in it; wanted the config of a Wan 2.1 VAE")
+    side = config.latent_size // SPATIAL_FACTOR
+    shape = (int(values["z_dim"]), side, side)
+    normalisation = {key: [float(x) for x in values[key]] for key in ("latents_mean", "latents_std")}
+    own = {"latent_shape": list(shape), "cosmos_revision": revision or hub_revision(name, VAE_FILE)}
+    return shape, own | normalisation

@@ -47,7 +47,7 @@ from theworld.models.serialization import (
     weights_sha256,
 )
 from theworld.utils.device import resolve_device, resolve_dtype, wants_compile
-from theworld.utils.hub import hub_revision, model_id
+from theworld.utils.hub import hub_revision
 
 
 @dataclass(frozen=True)
@@ -296,19 +296,9 @@ class Gemma:
         """Frees the vision tower: for runs whose features come from a cache."""
         self.model.model.vision_tower = None
 
-    def vision_identity(self) -> dict[str, Any]:
-        """The fields of a fingerprint that say which eyes made the vision features."""
-        assert self.processor is not None, "a text-only Gemma has no eyes"
-        tower = self.model.model.vision_tower.state_dict()
-        processor = self.processor.image_processor
-        return {
-            "model_name": model_id(self.name),
-            "model_revision": self.revision,
-            "vision_weights_sha256": weights_sha256(tower),
-            "image_processor": type(processor).__name__,
-            "image_size": int(self.model.config.vision_config.image_size),
-            "compute_dtype": str(self.dtype).removeprefix("torch."),
-        }
+    def vision_weights_sha256(self) -> str:
+        """Return the hash of the vision tower's weights, in the dtype in which they were loaded."""
+        return weights_sha256(self.model.model.vision_tower.state_dict())
 
 
 def is_multimodal(name_or_path: str, **hub: str) -> bool:

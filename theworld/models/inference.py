@@ -15,7 +15,7 @@ P(true) of any statement about any photograph, with its world tokens and beside 
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from theworld.data.images import latent_pixels, photograph
+from theworld.data.images import photograph
 from theworld.data.vsr import Statement
+from theworld.models import world_encoder
 from theworld.models.attention import attention_masks
+from theworld.models.encoder import Encoder
 from theworld.models.gemma import Gemma
 from theworld.models.packing import ZERO, Batch, Packer
 
@@ -94,25 +96,31 @@ def _see(model: Any, pixels: np.ndarray, with_world: bool) -> Seen:
     gemma = model.gemma
     latent = vision = None
     if with_world:
-        latent = model.encoder.encode(latent_pixels(pixels, model.config.latent_size)[None]).cpu()
+        latent = model.encoder.encode(model.encoder.prepare(pixels)[None]).cpu()
     if gemma.is_multimodal:
         vision = gemma.vision_features(gemma.pixel_values([pixels])).cpu()
     return Seen(latent, vision)
 
 
-def load_encoder(model: Any) -> Any:
-    """The `CosmosEncoder` whose latents a `TheWorld` was trained for, in the same revision.
+def load_encoder(model: Any) -> Encoder:
+    """Return the encoder of the rows that a `TheWorld` was trained on, in the same revision.
 
     Raises ValueError where world tokens take more than a photograph, StoreMismatch if it is another encoder.
     """
-    from theworld.models.cosmos import (
-        CosmosEncoder,  # diffusers takes seconds to load, and training never needs it
-    )
-
     model.check_no_steps("generate needs no cache with enable_world=False, nor does score")
-    name, revision = model.config.cosmos_model_name, model.fingerprint.get("cosmos_revision")
-    encoder = CosmosEncoder(name, model.gemma.dtype, model.gemma.device, revision=revision)
-    model.check_encoder(encoder.identity())
+    gemma = model.gemma
+    config = replace(
+        model.config,
+        device=str(gemma.device),
+        dtype=str(gemma.dtype).removeprefix("torch."),
+        compile=False,
+        latent_dtype=None,
+        num_world_steps=0,
+    )
+    kind, trained = world_encoder.encoder_class(config), model.fingerprint
+    kind.describe(config, trained).check_serves(trained)  # before its weights load
+    encoder = kind(config, trained)
+    encoder.spec.check_serves(trained)
     return encoder
 
 

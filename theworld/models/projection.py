@@ -1,5 +1,7 @@
 """Latents to world tokens: the one part that trains.
 
+An encoder's rows are a grid, [C, H, W], of which a patch or a channel becomes a token, or tokens already, [N, C].
+
 Dimensions: B images, T moments (the photograph, then those predicted from it), C, H, W the latent's channels, height
 and width, N world tokens of a moment, P values a token, h the width inside, D the width of Gemma's language model.
 """
@@ -21,9 +23,9 @@ HEAD = 32  # width of an attention head of the transformer, at most
 class ProjectionShape:
     """What it takes to build a projection, and to know what its inputs mean."""
 
-    latent_shape: tuple[int, int, int]  # C, H, W
+    latent_shape: tuple[int, ...]  # C, H, W, or N, C
     width: int  # D
-    mode: str = "patch"  # "patch": p x p places a token; "channel": one latent channel a token
+    mode: str = "patch"  # of a grid: "patch": p x p places a token; "channel": one latent channel a token
     patch: int = 4  # p, in latent pixels
     architecture: str = "mlp"  # one of PROJECTIONS
     hidden: int | None = None  # width inside; None: D, and where it sees beyond its patch at most 512
@@ -33,7 +35,6 @@ class ProjectionShape:
     depth: int = 2  # layers that see beyond their patch
 
     def __post_init__(self) -> None:
-        _, height, width = self.latent_shape
         if self.mode not in ("patch", "channel"):
             raise ValueError(f"world_mode {self.mode!r}: wanted 'patch' or 'channel'")
         if self.architecture not in PROJECTIONS:
@@ -45,12 +46,39 @@ class ProjectionShape:
             )
         if self.architecture == "transformer" and self.inner > HEAD and self.inner % HEAD:
             raise ValueError(f"projection_hidden {self.inner}: a transformer wants a multiple of {HEAD}")
+        if self.has_grid:
+            self._check_patch()
+        else:
+            self._check_tokens()
+        if not 0 <= self.steps <= self.time_rows - 1:
+            raise ValueError(f"num_world_steps {self.steps}: wanted 0 to max_world_steps, {self.max_steps}")
+
+    def _check_patch(self) -> None:
+        _, height, width = self.latent_shape
         if self.mode == "patch" and (self.patch < 1 or height % self.patch or width % self.patch):
             raise ValueError(
                 f"world_patch {self.patch} does not divide the latent's {height} x {width} places"
             )
-        if not 0 <= self.steps <= self.time_rows - 1:
-            raise ValueError(f"num_world_steps {self.steps}: wanted 0 to max_world_steps, {self.max_steps}")
+
+    def _check_tokens(self) -> None:
+        shape = " x ".join(map(str, self.latent_shape))
+        if len(self.latent_shape) != 2:
+            raise ValueError(f"rows of shape {shape}; wanted a grid, C x H x W, or tokens, N x C")
+        if self.architecture == "conv" or self.mode == "channel":
+            raise ValueError(
+                f"projection {self.architecture!r} and world_mode {self.mode!r}: rows of shape {shape} are tokens, "
+                "without a grid; wanted projection transformer, mlp or linear, and world_mode patch"
+            )
+
+    @property
+    def has_grid(self) -> bool:
+        """Whether rows are a grid, C x H x W, and not tokens."""
+        return len(self.latent_shape) == 3
+
+    @property
+    def num_channels(self) -> int:
+        """C, the number of values that have a mean and a standard deviation of their own."""
+        return self.latent_shape[0] if self.has_grid else self.latent_shape[1]
 
     @property
     def inner(self) -> int:
@@ -69,7 +97,7 @@ class ProjectionShape:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """The shape of what a cache holds of one image: (C, H, W), or (T, C, H, W) where moments follow."""
+        """The shape of what a cache holds of one image: `latent_shape`, or (T, C, H, W) where moments follow."""
         return (1 + self.steps, *self.latent_shape) if self.steps else self.latent_shape
 
     @property
@@ -80,12 +108,16 @@ class ProjectionShape:
     @property
     def tokens_per_moment(self) -> int:
         """N, the first of which are the photograph's own."""
+        if not self.has_grid:
+            return self.latent_shape[0]
         channels, height, width = self.latent_shape
         return channels if self.mode == "channel" else (height // self.patch) * (width // self.patch)
 
     @property
     def values_per_token(self) -> int:
         """P, so that N x P = C x H x W: every latent value reaches some token."""
+        if not self.has_grid:
+            return self.latent_shape[1]
         channels, height, width = self.latent_shape
         return height * width if self.mode == "channel" else channels * self.patch**2
 
@@ -236,7 +268,7 @@ class WorldProjection(nn.Module):
         brackets: Tensor | None = None,
     ) -> None:
         super().__init__()
-        channels = shape.latent_shape[0]
+        channels = shape.num_channels
         if len(latents_mean) != channels or len(latents_std) != channels or min(latents_std) <= 0:
             raise ValueError(
                 f"latents_mean and latents_std have {len(latents_mean)} and {len(latents_std)} numbers (smallest "
@@ -245,8 +277,9 @@ class WorldProjection(nn.Module):
         self.shape = shape
         self.latents_mean: Tensor
         self.latents_std: Tensor
-        self.register_buffer("latents_mean", torch.tensor(latents_mean)[:, None, None])
-        self.register_buffer("latents_std", torch.tensor(latents_std)[:, None, None])
+        a_channel = (-1, 1, 1) if shape.has_grid else (-1,)
+        self.register_buffer("latents_mean", torch.tensor(latents_mean).view(a_channel))
+        self.register_buffer("latents_std", torch.tensor(latents_std).view(a_channel))
         self.layers = make_layers(shape)
         places, width = shape.tokens_per_moment, shape.width
         self.positions = nn.Parameter(torch.zeros(places, width)) if shape.positions else None
@@ -256,7 +289,9 @@ class WorldProjection(nn.Module):
         self.brackets = nn.Parameter(start.detach().float().cpu().clone())
 
     def patches(self, latents: Tensor) -> Tensor:
-        """float[B, C, H, W] -> float[B, N, P], row by row over the picture."""
+        """float[B, C, H, W] -> float[B, N, P], row by row over the picture; tokens, float[B, N, C], are as they are."""
+        if not self.shape.has_grid:
+            return latents
         if self.shape.mode == "channel":
             return latents.flatten(2)
         p = self.shape.patch

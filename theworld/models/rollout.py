@@ -1,7 +1,7 @@
 """What Cosmos-Predict2 Video2World predicts after a photograph: diffusers' pipeline, run once an image, into latents.
 
 Dimensions: S side of the square picture in pixels, F video frames with the photograph as the first, K latent frames
-(F = 1 + 4 (K - 1)), C, H, W the latent's channels, height and width, n predicted moments that are kept.
+(F = 1 + 4 (K - 1)), C, H, W the latent's channels, height and width, n predicted latent frames that are kept.
 """
 
 import hashlib
@@ -19,26 +19,35 @@ from PIL import Image
 from torch import Tensor
 
 from theworld.config.config import FRAMES_A_STEP, Config
+from theworld.models.encoder import UNTIL_LOADED
 from theworld.models.serialization import files_sha256
 from theworld.utils.files import canonical_json
 
 FPS, PROMPT_TOKENS = 16, 512  # what the pipeline takes by itself
 PACKAGE = "cosmos_guardrail"
 REFUSED = "the guardrail refuses the frames that were predicted from it"
+# Fields of a fingerprint that the loaded pipeline gives.
+_LOADED = (
+    "rollout_scheduler rollout_scheduler_config guardrail rollout_transformer_sha256 rollout_text_encoder_sha256"
+).split()
 
 
 class FramesRefused(ValueError):
-    """The guardrail lets nothing through of what was predicted from a photograph."""
+    """The guardrail refused the frames that were predicted from a photograph."""
 
 
 def image_seed(rollout_seed: int, image_sha256: str) -> int:
-    """The seed of one photograph's noise, 0 to 2^63 - 1: a pure function, so order and sharing do not matter."""
+    """Return the seed of a photograph's noise, 0 to 2^63 - 1: a pure function, so the order of photographs and the
+    sharing of work do not matter."""
     digest = hashlib.sha256(f"{rollout_seed} {image_sha256}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def check_rollout(config: Config, guardrail: Any = None) -> None:
-    """ValueError where the model is no Video2World, or its guardrail is neither installed nor given. Loads no model."""
+    """Raise ValueError where the model is no Video2World, or its guardrail is neither installed nor given.
+
+    Loads no model.
+    """
     name = config.cosmos_model_name
     if Path(name).is_dir() and not (Path(name) / "model_index.json").is_file():
         raise ValueError(
@@ -59,8 +68,22 @@ def check_rollout(config: Config, guardrail: Any = None) -> None:
         )
 
 
+def describe_rollout(config: Config) -> dict[str, Any]:
+    """Return the fields of a fingerprint that say what was predicted, by which model, from which prompt."""
+    guided = config.rollout_guidance > 1
+    return {
+        "rollout_pipeline": Cosmos2VideoToWorldPipeline.__name__,
+        "rollout_negative_prompt": DEFAULT_NEGATIVE_PROMPT if guided else None,
+        "rollout_fps": FPS,
+        **config.rollout_settings,
+        **dict.fromkeys(_LOADED, UNTIL_LOADED),
+        PACKAGE: _installed(PACKAGE),
+        "transformers": version("transformers"),
+    }
+
+
 class Rollout:
-    """The pipeline for one prompt, which is checked and read once; the text encoder goes then."""
+    """The pipeline for one prompt, which is checked and encoded once; the text encoder is dropped then."""
 
     def __init__(
         self,
@@ -92,7 +115,7 @@ class Rollout:
 
     @torch.no_grad()
     def _read_prompt(self) -> dict[str, Tensor | None]:
-        """The prompt's and the negative prompt's embeddings, as the pipeline takes them."""
+        """Return the embeddings of the prompt and the negative prompt, as the pipeline takes them."""
         prompt, guardrail = self.config.rollout_prompt, self.pipe.safety_checker
         guardrail.to(self.device)
         if not guardrail.check_text_safety(prompt):
@@ -108,17 +131,16 @@ class Rollout:
         return {"prompt_embeds": own, "negative_prompt_embeds": negative}
 
     def identity(self) -> dict[str, Any]:
-        """The fields of a fingerprint that say what was predicted, by which model, in which words."""
+        """Return the fields of `describe_rollout`, all with their values."""
         scheduler = {k: v for k, v in self.pipe.scheduler.config.items() if not k.startswith("_")}
-        own = {
-            "rollout_pipeline": type(self.pipe).__name__,
+        loaded = {
             "rollout_scheduler": type(self.pipe.scheduler).__name__,
             "rollout_scheduler_config": canonical_json(scheduler).decode(),
-            "rollout_negative_prompt": DEFAULT_NEGATIVE_PROMPT if self.guided else None,
-            "rollout_fps": FPS,
             "guardrail": type(self.pipe.safety_checker).__name__,
+            **self.hashes,
         }
-        return own | self.hashes | self.config.rollout_settings | {PACKAGE: _installed(PACKAGE)}
+        assert loaded.keys() == set(_LOADED)
+        return describe_rollout(self.config) | loaded
 
     def predict(self, pixels: np.ndarray, seed: int, **options: Any) -> Tensor:
         """uint8[S, S, 3] -> float32[1, C, K, H, W] on the device, as the diffusion model has them: normalised."""
@@ -136,15 +158,15 @@ class Rollout:
             **options,
         ).frames
 
-    def moments(self, pixels: np.ndarray, seed: int) -> Tensor:
-        """uint8[S, S, 3] -> float32[n, C, H, W], the n moments after the photograph, not normalised: as the VAE itself
-        would give them. Raises FramesRefused."""
+    def predicted_frames(self, pixels: np.ndarray, seed: int) -> Tensor:
+        """uint8[S, S, 3] -> float32[n, C, H, W]: the n latent frames after the photograph, not normalised, as the VAE
+        itself would give them. Raises FramesRefused."""
         latents = self._as_encoded(self.predict(pixels, seed))
         latents = self._guarded(latents)
         return latents[0, :, 1 : 1 + self.config.num_world_steps].transpose(0, 1)
 
     def _as_encoded(self, latents: Tensor) -> Tensor:
-        """The same float32[1, C, K, H, W] without the normalisation: what the pipeline does before it decodes."""
+        """float32[1, C, K, H, W] -> the same without the normalisation, as the pipeline undoes it to decode."""
         config = self.pipe.vae.config
         mean, std = (
             torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
@@ -154,10 +176,10 @@ class Rollout:
 
     @torch.no_grad()
     def _guarded(self, latents: Tensor) -> Tensor:
-        """float32[1, C, K, H, W] -> what the guardrail lets through of it, or FramesRefused.
+        """float32[1, C, K, H, W] -> the same after the guardrail. Raises FramesRefused.
 
-        The guardrail looks at decoded frames, as in the pipeline, which does not ask it where latents are wanted. Of
-        frames that it changes (it makes faces unrecognisable) the latents are those of the changed frames.
+        The guardrail sees decoded frames, as in the pipeline, which does not ask it where latents are wanted. Frames
+        that it changes (it makes faces unrecognisable) are encoded again.
         """
         vae, guardrail = self.pipe.vae, self.pipe.safety_checker
         video = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
@@ -176,8 +198,8 @@ class Rollout:
         return vae.encode(changed.to(vae.dtype)).latent_dist.mode().float()
 
     def measure(self, size: int) -> tuple[float, float]:
-        """Seconds of one denoising step and of all that comes before the first, measured on a blank picture of this
-        size; nothing is decoded. Two steps are made, of which the first one also warms up and is not counted."""
+        """Return the seconds of one denoising step and of all that comes before the first, on a blank picture of this
+        size. Nothing is decoded. Of two steps the first one warms up and is not counted."""
         ends: list[float] = []
 
         def after_step(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +216,7 @@ class Rollout:
 
 
 def _installed(package: str) -> str | None:
-    """The version of a package; None where it is not there."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -33,7 +33,6 @@ from theworld.models.serialization import (
     saved_folder,
     write_world,
 )
-from theworld.store.format import check_meaning
 from theworld.utils.device import device_setting, wants_compile
 from theworld.utils.hub import model_id
 
@@ -205,17 +204,13 @@ class TheWorld(nn.Module):
 
     @cached_property
     def encoder(self) -> Any:
-        """The `CosmosEncoder` that the settings name, loaded when it is first asked for: training never does."""
+        """The encoder that the settings name (`theworld.models.encoder.Encoder`), loaded at its first use, which is
+        never in training."""
         return load_encoder(self)
 
     def check_no_steps(self, instead: str) -> None:
         """ValueError where world tokens take more than a photograph; `instead` is what to do."""
         self.projection.shape.check_no_steps(instead)
-
-    def check_encoder(self, identity: dict[str, Any]) -> None:
-        """StoreMismatch if latents of an encoder of that identity are others than those the projection is for."""
-        trained = {key: self.fingerprint.get(key) for key in identity}
-        check_meaning(Path(self.config.cosmos_model_name), identity, trained)
 
     def packer(self, with_world: bool = True) -> Packer:
         """Packs statements the way this model was trained; without world tokens as Gemma's own prompts."""

@@ -29,20 +29,17 @@ from PIL import Image
 
 from theworld.data.images import ImageError, read_image
 from theworld.data.vsr import OWN, quoted
-from theworld.evaluation.metrics import (
-    FEW,
-    KINDS,
-    Row,
-    kind_of,
-    model_of,
-    models_in,
-    pair_of,
-    read_jsonl,
-    summarise,
-    system_of,
+from theworld.evaluation.conditions import (
+    CONDITION_TYPES,
+    LABELS,
+    checkpoint_of,
+    checkpoints_in,
+    condition_type,
+    find_condition,
 )
+from theworld.evaluation.metrics import FEW, find_pair, summarise
+from theworld.evaluation.records import Row, read_jsonl
 from theworld.evaluation.score import read_source
-from theworld.evaluation.tables import NAMES
 from theworld.evaluation.verdict import (
     HELPS,
     HURTS,
@@ -289,8 +286,8 @@ def _command(tool: str, *arguments: object) -> str:
 
 def name_of(condition: str) -> str:
     """Return a condition in words, after the name of its checkpoint if it has one."""
-    words = NAMES[kind_of(condition)]
-    return f"{model_of(condition)}: {words}" if model_of(condition) else words
+    words = LABELS[condition_type(condition)]
+    return f"{checkpoint_of(condition)}: {words}" if checkpoint_of(condition) else words
 
 
 def _data_words(data: Sequence[tuple[str, str]], source: Source) -> str:
@@ -350,13 +347,15 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
             ("largest gain", f"{signed(max(values))} points", ""),
         ]
     names = list(summary["systems"])
-    world, baseline = (system_of(names, models_in(names)[0], kind) for kind in ("world", "baseline"))
+    world, baseline = (
+        find_condition(names, checkpoints_in(names)[0], kind) for kind in ("world", "baseline")
+    )
     tiles = []
     for condition in filter(None, (world, baseline)):
         score = summary["systems"][condition]
         interval = f"95 % interval {between(score['low'], score['high'])}"
-        tiles.append((NAMES[kind_of(condition)], percent(score["accuracy"]), interval))
-    pair = pair_of(summary["pairs"], world, baseline) if world and baseline else None
+        tiles.append((LABELS[condition_type(condition)], percent(score["accuracy"]), interval))
+    pair = find_pair(summary["pairs"], world, baseline) if world and baseline else None
     if pair:
         ends = f"95 % interval {signed(pair['low'])} to {signed(pair['high'])}, cluster bootstrap over images"
         gain = f"{signed(pair['difference'])} points"
@@ -379,7 +378,7 @@ def _conditions(summary: Summary, data: str) -> dict[str, Any]:
     rows = [
         ChartRow(
             name_of(condition),
-            Track([Mark(kind_of(condition), s["accuracy"], s["low"], s["high"])], scale, majority),
+            Track([Mark(condition_type(condition), s["accuracy"], s["low"], s["high"])], scale, majority),
             percent(s["accuracy"]),
             between(s["low"], s["high"]),
         )
@@ -397,7 +396,7 @@ def _conditions(summary: Summary, data: str) -> dict[str, Any]:
         caption += " Hollow: quoted from papers, not measured here."
     return {
         "about": f"{_size(summary)}: {data}.",
-        "own_gemma": any(kind_of(condition) == "without" for condition in scores),
+        "own_gemma": any(condition_type(condition) == "without" for condition in scores),
         "chart": Chart(_share_axis(scale), rows, caption),
         "table": _metrics_table(summary),
         "resamples": f"{summary['resamples']:,}",
@@ -451,17 +450,17 @@ def _pairs_table(summary: Summary) -> Table:
 
 def _pairs_chart(summary: Summary) -> Chart | None:
     """Return world tokens against each other condition, or None if no pair has an interval."""
-    drawn = [p for p in summary["pairs"] if kind_of(p["first"]) == "world" and p["low"] is not None]
+    drawn = [p for p in summary["pairs"] if condition_type(p["first"]) == "world" and p["low"] is not None]
     if not drawn:
         return None
     scale = scale_of([*(100 * x for p in drawn for x in (p["low"], p["high"])), 0.0])
     rows = []
     for p in drawn:
-        mark = Mark(kind_of(p["second"]), *(100 * p[key] for key in ("difference", "low", "high")))
+        mark = Mark(condition_type(p["second"]), *(100 * p[key] for key in ("difference", "low", "high")))
         difference, p_value = f"{signed(p['difference'])} points", f"p = {small(p['p_value'], 1)}"
         against = f"against {name_of(p['second'])}"
         rows.append(
-            ChartRow(against, Track([mark], scale, 0.0), difference, p_value, note=model_of(p["first"]))
+            ChartRow(against, Track([mark], scale, 0.0), difference, p_value, note=checkpoint_of(p["first"]))
         )
     axis = scale.labels(lambda points: number(points, "+.3g") if points else "0")
     caption = "Gain from world tokens in points, with 95 % intervals (cluster bootstrap over images)."
@@ -472,7 +471,7 @@ def _checkpoints(summary: Summary) -> Table:
     """Return the mean, the deviation and each value of several checkpoints."""
     found = summary["checkpoints"]
     models = list(dict.fromkeys(m for one in found.values() for m in one["each"]))
-    names = NAMES | {"gain": f"world tokens {MINUS} plain Gemma, points"}
+    names = LABELS | {"gain": f"world tokens {MINUS} plain Gemma, points"}
     rows = []
     for kind, one in found.items():
         shown = signed if kind == "gain" else percent
@@ -535,8 +534,8 @@ def _group_table(caption: str, what: str, groups: dict[str, dict[str, Any]]) -> 
 def _world_and_baseline(summary: Summary) -> list[str]:
     """Return the conditions to draw: world tokens and plain Gemma of the first checkpoint, else the first two."""
     names = list(summary["systems"])
-    model = models_in(names)[0]
-    return [s for kind in ("world", "baseline") if (s := system_of(names, model, kind))] or names[:2]
+    model = checkpoints_in(names)[0]
+    return [s for kind in ("world", "baseline") if (s := find_condition(names, model, kind))] or names[:2]
 
 
 def _n(score: dict[str, Any]) -> int:
@@ -552,7 +551,7 @@ def _group_row(
 ) -> ChartRow:
     few = _n(score) < FEW
     marks = [
-        Mark(kind_of(c), score[c]["accuracy"], score[c]["low"], score[c]["high"], hollow=i > 0)
+        Mark(condition_type(c), score[c]["accuracy"], score[c]["low"], score[c]["high"], hollow=i > 0)
         for i, c in enumerate(chosen)
     ]
     value = " / ".join(f"{100 * score[c]['accuracy']:.0f}" for c in chosen) + "\u00a0%"
@@ -563,7 +562,7 @@ def _group_row(
 
 
 def _key(chosen: Sequence[str]) -> list[Key]:
-    return [Key(kind_of(c), i > 0, name_of(c)) for i, c in enumerate(chosen)]
+    return [Key(condition_type(c), i > 0, name_of(c)) for i, c in enumerate(chosen)]
 
 
 def _calibration(summary: Summary) -> dict[str, Any]:
@@ -575,7 +574,7 @@ def _calibration(summary: Summary) -> dict[str, Any]:
         bins, name = score["calibration"], name_of(condition)
         error = f"expected calibration error {score['calibration_error']:.3f}"
         points = [(b["p_true"], b["true"]) for b in bins]
-        series = Series(kind_of(condition), "", points, bars=[(b["low"], b["high"]) for b in bins])
+        series = Series(condition_type(condition), "", points, bars=[(b["low"], b["high"]) for b in bins])
         title = f"Calibration of {name}: share of true statements by P(true), in {len(bins)} bins; {error}"
         x, y = Axis(unit, "P(true)"), Axis(unit, "share that is true")
         plot = Plot(f"calibration-{index}", title, [series], x, y, diagonal=True)
@@ -682,8 +681,8 @@ def _examples(rows: Sequence[Row], run: Path, image_folder: Path | None, source:
     """Return the most confident errors, and the statements that world tokens helped and harmed most."""
     folder, lack = _photographs(image_folder, source)
     names = list(rows[0]["systems"])
-    model = models_in(names)[0]
-    world, baseline = (system_of(names, model, kind) for kind in ("world", "baseline"))
+    model = checkpoints_in(names)[0]
+    world, baseline = (find_condition(names, model, kind) for kind in ("world", "baseline"))
     if world is None:
         return {"condition": ""}
 
@@ -708,7 +707,7 @@ def _examples(rows: Sequence[Row], run: Path, image_folder: Path | None, source:
         helped.sort(key=gain, reverse=True)
         kinds.append(("Most helped: right with world tokens, wrong without", helped))
         kinds.append(("Most harmed: wrong with world tokens, right without", sorted(harmed, key=gain)))
-    shown = [s for kind in KINDS if (s := system_of(names, model, kind))]
+    shown = [s for kind in CONDITION_TYPES if (s := find_condition(names, model, kind))]
     return {
         "condition": name_of(world),
         "lack": lack,

@@ -6,12 +6,13 @@ from typing import Any
 
 from theworld.config.config import load_config
 from theworld.data.images import photograph
+from theworld.models import world_encoder
 from theworld.models.inference import SYSTEMS, Photograph, ask
 from theworld.models.projection import ProjectionShape
 from theworld.models.serialization import CONFIG_FILE, WORLD_FILE, find_model, read_world, saved_folder
 from theworld.models.theworld import TheWorld
 from theworld.utils.device import resolve_device, resolve_dtype
-from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
+from theworld.utils.hub import GEMMA_FILE, locate
 
 # "without" is a Gemma that a later stage trained, where "baseline" would be the published Gemma, as in an evaluation.
 LABELS = {
@@ -103,8 +104,9 @@ def plan(
         yield "projection", f"{folder}, for {read_world(folder)['model_name']}"
         yield "Gemma", f"{config.model_name}: {locate(config.model_name, GEMMA_FILE).words}; {arithmetic}"
         if "world" in conditions:
-            words = locate(config.cosmos_model_name, VAE_FILE).words
-            yield "Cosmos VAE", f"{config.cosmos_model_name}: {words}"
+            weights = world_encoder.encoder_class(config).describe(config).weights
+            if weights is not None:
+                yield weights.topic, f"{weights.model}: {locate(weights.model, weights.file).words}"
     if image is not None:
         height, width, _ = photograph(image, config.max_image_pixels).shape
         yield "reads", f"{image}, {width} x {height} pixels"

@@ -271,33 +271,6 @@ def check_entry(manifest: dict, shard: int, record: Record, record_sha256: str, 
 LATENTS, VISION = "latents", "gemma_vision"
 
 
-# Fields of a fingerprint that say how exactly a number was computed, not what it means.
-_PRECISION = {
-    "arithmetic",
-    "compute_dtype",
-    "compiled",
-    "storage_dtype",
-    "encode_batch_size",
-    "torch",
-    "diffusers",
-    "transformers",
-    "cosmos_guardrail",
-    "pillow",
-}
-
-
-def meaning(fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """The part of a fingerprint in which two caches must agree to serve one projection."""
-    return {key: value for key, value in fingerprint.items() if key not in _PRECISION}
-
-
-def check_meaning(root: Path, cached: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """StoreMismatch, field by field, unless two fingerprints of latents can serve one projection."""
-    differences = fingerprint_differences(meaning(cached), meaning(wanted))
-    if differences:
-        raise StoreMismatch(root, differences)
-
-
 def read_failures(cache: str | Path) -> dict[str, str]:
     """path -> reason of the images that were left out of this cache, knowingly, with --allow_missing."""
     path = Path(cache) / FAILURES

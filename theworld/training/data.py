@@ -1,26 +1,29 @@
 """What a run trains and evaluates on, checked against its settings before any model loads."""
 
-import contextlib
 import hashlib
 import json
 import os
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from theworld.config.config import Config
 from theworld.data.captions import Captions, captions_note, load_captions
 from theworld.data.images import check_photographs
 from theworld.data.vsr import Statement, images_of, load_statements, relation_note
-from theworld.extraction.batches import Fetch
-from theworld.extraction.encoders import expected_latents
-from theworld.extraction.features import Rows, cached_vision, in_cache, vision_for
+from theworld.extraction.batches import FeatureSource
+from theworld.extraction.features import (
+    CachedFeatures,
+    cached_latents,
+    cached_vision,
+    check_vision_tower,
+    in_cache,
+    vision_note,
+    vision_source,
+)
+from theworld.models.encoder import check_compatible
 from theworld.models.gemma import Gemma, prepare_parts
 from theworld.models.serialization import read_world
 from theworld.models.theworld import TheWorld
-from theworld.store.format import LATENTS, check_meaning
-from theworld.utils.files import StoreError
 
 COMPARE_SECONDS = 60.0  # for comparing photographs before training; tools/doctor.py takes the time it needs
 
@@ -31,42 +34,21 @@ class Data:
 
     train: list[Statement]
     dev: list[Statement]
-    latents: Rows
-    vision: Fetch | None  # None for a text-only Gemma
-    notes: list[str] = field(default_factory=list)
-    captions: Captions | None = None  # of the photographs to train on; None: not asked for
+    latents: CachedFeatures
+    vision: FeatureSource | None  # None: of a text-only Gemma, or not cached
+    notes: list[str] = field(default_factory=list)  # lines about all this, to show before the start
+    captions: Captions | None = None  # of the training photographs; None: not asked for
 
     def sha256(self) -> str:
-        """Of all that is said of the photographs to train on."""
+        """Return the hash of the training statements and captions."""
         said = [[vars(statement) for statement in self.train], self.captions]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
-    @contextlib.contextmanager
-    def reading_ahead(self) -> Iterator[None]:
-        """Reads what training is going to ask for, in file order, beside it, until the block is left: a program that
-        ends in the middle of a row may wait for HDF5 for ever. Stops without a word at what cannot be read: the step
-        that needs it says so."""
-        images, stop = images_of([*self.train, *self.dev]), threading.Event()
-
-        def read() -> None:
-            for rows in (self.latents, self.vision):
-                if isinstance(rows, Rows):
-                    with contextlib.suppress(StoreError, OSError):
-                        rows.preload(images, stop=stop)
-
-        thread = threading.Thread(target=read, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-
 
 def load_data(config: Config, cache: Path) -> Data:
-    """Statements and cache, checked against the settings before any model loads. Vision is there if it is cached; see
-    `load_model`."""
-    latents = Rows(cache / LATENTS, LATENTS, expected_latents(config))
+    """Return statements and cache, checked against the settings before any model loads. `vision` is what is cached: see
+    `prepare_gemma`."""
+    latents = cached_latents(config, cache)
     train = load_statements(config.annotations, "train", config.dataset_name)
     dev = load_statements(config.annotations, "dev", config.dataset_name) if config.do_eval else []
     train = train[: config.num_samples]
@@ -84,8 +66,9 @@ def load_data(config: Config, cache: Path) -> Data:
     return Data(train, dev, latents, cached_vision(config, cache), notes, captions)
 
 
-def compared(config: Config, latents: Rows, images: list[str]) -> list[str]:
-    """A line that says how many of a run's photographs were compared with what was extracted, where they are at hand.
+def compared(config: Config, latents: CachedFeatures, images: list[str]) -> list[str]:
+    """Return a line that says how many of a run's photographs were compared with those that were extracted, where they
+    are on this machine.
 
     Raises PhotographsChanged if one was edited, replaced or deleted. Only the first process looks.
     """
@@ -99,24 +82,39 @@ def compared(config: Config, latents: Rows, images: list[str]) -> list[str]:
     return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS)]
 
 
-def prepare_gemma(gemma: Gemma, config: Config, data: Data, start: Path | None) -> None:
-    """Makes of a Gemma as it was published the one that a run trains. `start`: the checkpoint of this run or of an
-    earlier stage, whose latents have to be those of the cache. Sets where `data` has Gemma's sight from."""
-    world = None
-    if start is not None:
-        world = read_world(start)
-        check_meaning(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
-    prepare_parts(gemma, config, world)
-    data.vision = vision_for(gemma, config, data.vision, data.notes, data.latents.reader.images)
-    if isinstance(data.vision, Rows):
-        gemma.drop_vision()
+def prepare_gemma(gemma: Gemma, config: Config, data: Data, start: Path | None) -> Data:
+    """Set up a Gemma as it was published, with or without its weights, to train as the settings say, and return the
+    data with its feature source. `start`: the checkpoint of this run or of an earlier stage, which has to be of the
+    same latents as the cache."""
+    assert data.vision is None or isinstance(data.vision, CachedFeatures)
+    _prepare_parts(gemma, config, data, start)
+    vision = vision_source(gemma, config, data.vision, data.latents.reader.images)
+    notes = [*data.notes, *vision_note(gemma, data.vision)]
+    _drop_vision(gemma, vision)
+    return replace(data, vision=vision, notes=notes)
 
 
 def load_model(gemma: Gemma, config: Config, data: Data, start: Path | None) -> TheWorld:
-    """The weights of a Gemma made without them, and a new projection or the weights of `start`: see `prepare_gemma`."""
+    """Return the model of a run: a Gemma that `prepare_gemma` set up without its weights, now with them, and a new
+    projection or the weights of `start`."""
     gemma.load_weights()
-    prepare_gemma(gemma, config, data, start)
+    _prepare_parts(gemma, config, data, start)
+    if isinstance(data.vision, CachedFeatures):
+        check_vision_tower(gemma, config, data.vision)
+    _drop_vision(gemma, data.vision)
     model = TheWorld.from_config(config, gemma, data.latents.reader.fingerprint)
     if start is not None:
         model.load_weights(start)
     return model
+
+
+def _prepare_parts(gemma: Gemma, config: Config, data: Data, start: Path | None) -> None:
+    world = None if start is None else read_world(start)
+    if world is not None:
+        check_compatible(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
+    prepare_parts(gemma, config, world)
+
+
+def _drop_vision(gemma: Gemma, vision: FeatureSource | None) -> None:
+    if isinstance(vision, CachedFeatures):
+        gemma.drop_vision()

@@ -176,7 +176,7 @@ class Plan:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.processes = Processes(config.device)
-        if self.processes.is_main:  # the only one that uploads
+        if self.processes.is_main_process:  # the only one that uploads
             check_hub(config)
         count = self.processes.count
         self.per_step = config.batch_size * config.gradient_accumulation_steps * count
@@ -189,7 +189,7 @@ class Plan:
         before = config.align_steps + config.statement_steps
         self.num_steps = before + num_train_steps(config, len(self.data.train), self.per_step)
         self.gemma = load_gemma(config, self.processes.device, weights=False)
-        prepare_gemma(self.gemma, config, self.data, self.start)
+        self.data = prepare_gemma(self.gemma, config, self.data, self.start)
         self.sharded = wants_sharding(count, self.gemma)
         fingerprint = self.data.latents.reader.fingerprint
         shape = ProjectionShape.from_settings(config, fingerprint, self.gemma.width)

@@ -78,8 +78,8 @@ class Trainer:
         warmup, chance = num_warmup_steps(config, main_steps), chance_loss([s.label for s in self.data.train])
         self.watch = LossWatch(main_steps, warmup, chance)
         self.at_chance: Reading | None = None  # what the watch has found and nobody said yet
-        self.processes.wait()  # until all have looked: the main one is going to write there
-        main = self.processes.is_main
+        self.processes.barrier()  # until all have looked: the main one is going to write there
+        main = self.processes.is_main_process
         if main:
             check_trackers(config)
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
@@ -189,7 +189,7 @@ class Trainer:
 
     def run(self) -> Path:
         """Trains to the end, or until it was asked to stop (`stopped`), and returns the last checkpoint."""
-        main = self.processes.is_main
+        main = self.processes.is_main_process
         if main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             tidied = tidy_run(self.output_dir, self.plan.resumed, self.step, self.owes_dev)
@@ -239,10 +239,9 @@ class Trainer:
         return self.stopping and self.step < self.num_steps
 
     def _steps(self) -> Generator[dict[str, float], None, None]:
-        with self.data.reading_ahead():
-            coming = (self.prepare(step) for step in range(self.step, self.num_steps))
-            for passes in ahead(coming, gate=self.packing):
-                yield self.train_step(passes)
+        coming = (self.prepare(step) for step in range(self.step, self.num_steps))
+        for passes in ahead(coming, gate=self.packing):
+            yield self.train_step(passes)
 
     def _phase(self) -> str:
         """That of the last step."""
@@ -283,7 +282,7 @@ class Trainer:
         """Says once that the loss is at chance, and what to try."""
         gemma, shape = self.model.gemma, self.model.projection.shape
         same_places = on_image_tokens(self.config, shape, gemma.num_image_tokens) and not gemma.trained
-        if self.processes.is_main:
+        if self.processes.is_main_process:
             tqdm.write(warning(reading, what_to_try(self.config, same_places)))
         self._log({f"watch_{name}": value for name, value in asdict(reading).items()}, trackers, bar)
 
@@ -305,12 +304,12 @@ class Trainer:
 
     def save(self) -> Path:
         """Publishes checkpoint-<step>, then removes the oldest ones beyond save_total_limit."""
-        main = self.processes.is_main
+        main = self.processes.is_main_process
         weights = optimizer = None
         if main or self.sharded:  # the others give their shares
             weights, optimizer = self.model.weights(), whole_state(self.optimizer.state_dict())
         if not main:
-            self.processes.wait()
+            self.processes.barrier()
             return self.output_dir / f"checkpoint-{self.step}"
         state = {"optimizer": optimizer, "rng": torch.get_rng_state()}
         record = {"step": self.step, "window": self.window}
@@ -320,7 +319,7 @@ class Trainer:
         if self.publisher is not None:
             self.publisher.saved(path, self.plan.facts)
         rotate(self.output_dir, self.config.save_total_limit)
-        self.processes.wait()
+        self.processes.barrier()
         return path
 
     def _identity(self) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""How several processes share the shards of a store: shard s is written by part s modulo the number of parts.
+"""Several processes on one task: independent parts of the work, or processes that were launched together.
 
-accelerate launch tools/extract_latents.py ...    processes that know of each other, one a GPU
-tools/extract_latents.py --part 3/8 ...           tasks that do not, such as those of an array job
+tools/extract_latents.py --part 3/8 ...           independent tasks, such as those of a SLURM job array; sweeps too
+accelerate launch tools/extract_latents.py ...    processes that wait for each other, one per GPU
 
-The processes of a run: one by itself, or those that `accelerate launch` (or torchrun) started together.
+Item n of the work (a shard, a run of a sweep) belongs to part n modulo the number of parts. torch is imported where it
+is used, so that tools can parse `--part` and show `--help` without it.
 """
+
+from __future__ import annotations
 
 import argparse
 import os
@@ -13,18 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import reduce
-from torch import Tensor
-
-from theworld.utils.device import resolve_device
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)  # the processes wait for the slowest of them
+TIMEOUT = timedelta(days=7)  # the processes wait for the slowest of them
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,19 @@ class Part:
     local_count: int = 1
 
     @property
-    def speaks(self) -> bool:
-        """Whether this process prints: of those that were launched together only the first does."""
+    def is_main_process(self) -> bool:
+        """Whether this process prints and publishes: of processes launched together, only the first does."""
         return self.index == 0 or not self.together
 
-    def owns(self, shard: int) -> bool:
-        """Whether this process writes a shard."""
-        return shard % self.count == self.index
+    def owns(self, item: int) -> bool:
+        """Whether an item of the work belongs to this part."""
+        return item % self.count == self.index
 
     def device(self, name: str) -> str:
-        """The device of this process: of processes launched together each has a GPU of its own. ValueError for a name
-        that gives all of them the same one, or if there are too few."""
+        """Return the device of this process; each of the processes launched together has a GPU of its own.
+
+        Raises ValueError for a name that gives all of them the same GPU, or if there are too few GPUs.
+        """
         import torch
 
         if not self.together or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
@@ -64,10 +65,10 @@ class Part:
             )
         return f"cuda:{self.local_index}"
 
-    def from_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the first process, in all of them.
+    def broadcast_from_main(self, work: Callable[[], T]) -> T:
+        """Call `work` in the main process and return its result in every process.
 
-        Where it raises ValueError or OSError, that is raised in the first, and the others end without a word.
+        If it raises ValueError or OSError, the main process raises that, and the others exit with status 1.
         """
         if not self.together:
             return work()
@@ -85,33 +86,33 @@ class Part:
         return received[0]
 
     @contextmanager
-    def first_goes_first(self) -> Iterator[None]:
-        """The others enter the block when the first process has left it."""
+    def main_process_first(self) -> Iterator[None]:
+        """Let the other processes enter the block after the main process has left it."""
         if self.index > 0:
-            self.wait()
+            self.barrier()
         yield
         if self.index == 0:
-            self.wait()
+            self.barrier()
 
-    def wait(self) -> None:
-        """Until all processes that were launched together are here. OSError if one of them has stopped."""
+    def barrier(self) -> None:
+        """Wait until every process that was launched together is here. Raises OSError if one has stopped."""
         if self.together:
             import torch
 
-            with _partners():
+            with _stopped_processes_named():
                 torch.distributed.barrier()
 
-    def leave(self) -> None:
-        """Ends what connects the processes, once all are here."""
+    def close(self) -> None:
+        """Disconnect the processes once all of them are here."""
         if self.together:
             import torch
 
-            self.wait()
+            self.barrier()
             torch.distributed.destroy_process_group()
 
 
 @contextmanager
-def _partners() -> Iterator[None]:
+def _stopped_processes_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo raises when a connection breaks
@@ -119,17 +120,17 @@ def _partners() -> Iterator[None]:
 
 
 def _broadcast(value: Any) -> Any:
-    """What the first process gave, in all of them."""
+    """Return the value of the main process in every process."""
     import torch
 
     values = [value]
-    with _partners():
+    with _stopped_processes_named():
         torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
 
 
 def part_of(text: str) -> Part:
-    """ "3/8" is the third of eight independent tasks. Raises ArgumentTypeError for anything else."""
+    """Return the part that `--part` names: "3/8" is the third of eight. Raises ArgumentTypeError otherwise."""
     match = re.fullmatch(r"([1-9][0-9]{0,5})/([1-9][0-9]{0,5})", text)
     if not match or int(match[1]) > int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 1 to N, such as 3/8")
@@ -137,15 +138,15 @@ def part_of(text: str) -> Part:
 
 
 def num_launched() -> int:
-    """How many processes `accelerate launch` or torchrun started together, this one included."""
+    """Return how many processes `accelerate launch` or torchrun started together, including this one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def this_part(given: Part | None) -> Part:
-    """The part of this process: as `accelerate launch` or torchrun says, or as given, or all.
+    """Return the part of this process: as `accelerate launch` or torchrun says, or as given, or everything.
 
-    Raises ValueError if it is both. Only a launched process is connected with others, through gloo: they exchange
-    the list of photographs and wait for each other, which needs no GPU.
+    Raises ValueError for a given part of a launched process. Launched processes are connected through gloo: they
+    exchange the list of photographs and wait for each other, which needs no GPU.
     """
     launched = num_launched()
     if launched == 1:
@@ -157,7 +158,7 @@ def this_part(given: Part | None) -> Part:
         )
     from accelerate import PartialState
 
-    state = PartialState(cpu=True, timeout=PATIENCE)
+    state = PartialState(cpu=True, timeout=TIMEOUT)
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", launched))
     return Part(state.process_index, state.num_processes, True, state.local_process_index, local_count)
 
@@ -166,10 +167,14 @@ MESSAGE = 2**26  # values
 
 
 class Processes:
-    """Which of how many this process is, on which device. By itself it takes part in nothing and waits for nobody."""
+    """This process among those of a training run, and its device. A single process exchanges nothing."""
 
     def __init__(self, device: str) -> None:
-        """`device` as in the settings. ValueError where it names one GPU and several processes were started."""
+        """`device`: as in the settings. Raises ValueError if it names one GPU and several processes were started."""
+        from accelerate import PartialState
+
+        from theworld.utils.device import resolve_device
+
         self.count = num_launched()
         self.rank = 0
         self.device = resolve_device(device)
@@ -184,20 +189,25 @@ class Processes:
                 self.device = self._state.device
 
     @property
-    def is_main(self) -> bool:
-        """Whether this is the one that prints and writes."""
+    def is_main_process(self) -> bool:
+        """Whether this process prints and writes files."""
         return self.rank == 0
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def barrier(self) -> None:
+        """Wait until every process is here."""
         if self.count > 1:
             self._state.wait_for_everyone()
 
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Float tensors of the same shapes in every process, each added up over them: in few messages, whose order of
-        addition is that of the processes, so that all get the same bits."""
+        """Return the sums over all processes of float tensors that have the same shapes in each.
+
+        The order of addition is that of the processes, so that every process gets the same bits.
+        """
         if self.count == 1:
             return list(tensors)
+        import torch
+        from accelerate.utils import reduce
+
         sums: list[Tensor] = []
         for message in _messages(tensors):
             flat = torch.cat([tensor.flatten() for tensor in message])
@@ -207,7 +217,7 @@ class Processes:
 
 
 def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in their order, together as far as MESSAGE goes: a message is held twice beside them."""
+    """Yield the tensors in order, in groups of at most MESSAGE values: a message needs twice its memory."""
     message: list[Tensor] = []
     for tensor in tensors:
         if message and sum(t.numel() for t in message) + tensor.numel() > MESSAGE:

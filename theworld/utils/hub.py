@@ -21,11 +21,11 @@ PATIENCE = 10.0  # seconds for an answer of the hub
 
 
 class Fault(ValueError):
-    """Something stands in the way of a run: what it `says`, and its `cure`."""
+    """An obstacle to a run: a `message`, and a `hint` that says what to do."""
 
-    def __init__(self, says: str, cure: str) -> None:
-        super().__init__(f"{says}; {cure}")
-        self.says, self.cure = says, cure
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(f"{message}; {hint}")
+        self.message, self.hint = message, hint
 
 
 # ---- models and data sets by name

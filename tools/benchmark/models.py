@@ -19,7 +19,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,11 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Generatio
 
 from theworld.config.config import Config
 from theworld.data.vsr import RELATIONS, images_of, load_statements
-from theworld.extraction.encoders import LatentEncoding, VisionEncoding, open_store
+from theworld.extraction.encoders import VisionEncoder, open_store
 from theworld.extraction.extract import list_images
 from theworld.extraction.features import to_numpy
 from theworld.extraction.pipeline import Source
-from theworld.models.cosmos import CosmosEncoder
-from theworld.models.gemma import Gemma
+from theworld.models.cosmos import CosmosLatents
 from theworld.utils.device import torch_dtype
 
 PROCESSOR_FILES = (
@@ -406,15 +405,12 @@ def write_random_cache(config: Config, folder: Path, dtype: torch.dtype, device:
     """Finished stores of latents and vision features as extraction would leave them, but for their values."""
     source = Source(Path(str(config.image_folder)), config.max_image_pixels, 1)
     images = list_images(config, folder, source, allow_missing=False)
-    encoder = CosmosEncoder(config.cosmos_model_name, dtype, device)
-    gemma = Gemma(config.model_name, dtype, device)
+    name: Any = str(dtype).removeprefix("torch.")
+    config = replace(config, dtype=name, device=str(device), compile=False)
     generator = torch.Generator().manual_seed(0)
-    for encoding in (
-        LatentEncoding(encoder, config.latent_size, config.latent_dtype),
-        VisionEncoding(gemma),
-    ):
-        store = open_store(folder, encoding, images, config.shard_size, config.encode_batch_size)
-        (spec,) = encoding.arrays
+    for encoder in (CosmosLatents(config), VisionEncoder(config)):
+        spec = encoder.spec.array
+        store = open_store(folder, encoder.spec, images, config.shard_size)
         for shard in store.pending():
             shape = (len(store.shard_rows(shard)), *spec.shape)
             values = torch.randn(shape, generator=generator).to(torch_dtype(spec.dtype))

@@ -31,7 +31,7 @@ def main(settings: str, cache: str, steps: str) -> None:
     row |= {"sharded": trainer.sharded, "estimated_gib": trainer.plan.memory.total / 2**30}
     if torch.cuda.is_available():
         row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    if trainer.processes.is_main:
+    if trainer.processes.is_main_process:
         print(json.dumps(row))
 
 

@@ -1,0 +1,157 @@
+"""Records: one line of JSON for each statement, from which every metric follows.
+
+    {"index": 7, "image": "000000000142.jpg", "statement": "The cat ...", "relation": "left of",
+     "category": "projective", "label": 1, "dataset": "vsr_random", "split": "test",
+     "image_seen_in_train": false, "statement_in_train": false,
+     "systems": {"world": {"logit_0": 0.5, "logit_1": 2.5, "logsumexp": 2.75, "p_true": 0.88, "outside": 0.11,
+                           "correct": true}, ...}}
+
+`systems` holds the answer under each condition (see `theworld.evaluation.conditions`). `p_true` is the probability of
+"1" among the two answers, `logsumexp` is over the whole vocabulary, and `outside` is the other-token probability: that
+of all tokens but "0" and "1". The keys of the file are older than the words of the code, and stay.
+"""
+
+import json
+import math
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from theworld.data.vsr import Statement, meta_category
+from theworld.models.inference import p_true
+from theworld.utils.files import publish_bytes
+
+Row = dict[str, Any]
+
+
+def records(
+    statements: Sequence[Statement],
+    logits: dict[str, np.ndarray],
+    seen_images: Set[str],
+    in_train: Set[tuple[str, str]] = frozenset(),
+    dataset: str = "",
+    split: str = "",
+) -> list[Row]:
+    """Return one record for each statement.
+
+    `logits` holds for each condition what `predict` returns. `seen_images` are the images of the training set, and
+    `in_train` its statements as (image, caption). Raises ValueError for logits that are not finite.
+    """
+    rows = []
+    for i, statement in enumerate(statements):
+        answers = {}
+        for condition, values in logits.items():
+            zero, one, logsumexp = (float(x) for x in values[i])
+            if not all(map(math.isfinite, (zero, one, logsumexp))):
+                raise ValueError(
+                    f"{condition}: statement {statement.index} ({statement.image}) has logits {zero}, {one} and a "
+                    f"logsumexp of {logsumexp}; wanted finite numbers"
+                )
+            answers[condition] = _answer(zero, one, logsumexp, statement.label)
+        rows.append(
+            {
+                "index": statement.index,
+                "image": statement.image,
+                "statement": statement.caption,
+                "relation": statement.relation,
+                "category": meta_category(statement.relation),
+                "label": statement.label,
+                "dataset": dataset,
+                "split": split,
+                "image_seen_in_train": statement.image in seen_images,
+                "statement_in_train": (statement.image, statement.caption) in in_train,
+                "systems": answers,
+            }
+        )
+    return rows
+
+
+def _answer(zero: float, one: float, logsumexp: float, label: int) -> Row:
+    """Return the answer to one statement under one condition. Equal logits count as the answer "0", false."""
+    other_token_probability = 1 - math.exp(min(zero - logsumexp, 0)) - math.exp(min(one - logsumexp, 0))
+    return {
+        "logit_0": zero,
+        "logit_1": one,
+        "logsumexp": logsumexp,
+        "p_true": p_true(zero, one),
+        "outside": max(0.0, other_token_probability),
+        "correct": (one > zero) == (label == 1),
+    }
+
+
+def write_jsonl(rows: Sequence[Row], path: str | Path) -> None:
+    """Write one record a line, replacing the file as a whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    publish_bytes(Path(path), text.encode("utf-8"), overwrite=True)
+
+
+def publish_json(value: Row, path: Path) -> None:
+    """Write indented JSON, replacing the file as a whole or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    publish_bytes(path, text.encode("utf-8"), overwrite=True)
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
+    """Return the records of a file.
+
+    Raises ValueError naming file, line and field for a line that is not a record, an answer that does not follow from
+    its logits, a line with other conditions than the first, a statement that is there twice, and an empty file.
+    """
+    rows: list[Row] = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}; wanted one record of tools/eval.py a line") from None
+        _check(row, where)
+        if rows and list(row["systems"]) != list(rows[0]["systems"]):
+            own, first = ", ".join(row["systems"]), ", ".join(rows[0]["systems"])
+            raise ValueError(f"{where}: has the conditions {own}; line 1 has {first}")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: has no statements; wanted one record of tools/eval.py a line")
+    lines: dict[tuple[Any, ...], int] = {}
+    for number, row in enumerate(rows, 1):
+        earlier = lines.setdefault((row["dataset"], row["split"], row["index"]), number)
+        if earlier != number:
+            raise ValueError(
+                f"{path}:{number}: is statement {row['index']}, as line {earlier} is; remove one"
+            )
+    return rows
+
+
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("image", "statement", "relation", "category", "dataset", "split"), str),
+    **dict.fromkeys(("image_seen_in_train", "statement_in_train"), bool),
+    **dict.fromkeys(("index", "label"), int),
+}
+
+
+def _check(row: Any, where: str) -> None:
+    """Raise ValueError unless `row` is a record."""
+    if not isinstance(row, dict) or not isinstance(row.get("systems"), dict) or not row["systems"]:
+        raise ValueError(
+            f"{where}: has no answers under 'systems'; wanted one record of tools/eval.py a line"
+        )
+    for field, wanted in _FIELDS.items():
+        if type(row.get(field)) is not wanted:
+            raise ValueError(f"{where}: {field} is {row.get(field)!r}; wanted {wanted.__name__}")
+    if row["label"] not in (0, 1):
+        raise ValueError(f"{where}: label is {row['label']}; wanted 0 or 1")
+    for condition, found in row["systems"].items():
+        answer: Row = found if isinstance(found, dict) else {}
+        numbers: list[Any] = [answer.get(key) for key in ("logit_0", "logit_1", "logsumexp")]
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in numbers):
+            raise ValueError(
+                f"{where}: {condition} has logit_0, logit_1, logsumexp {numbers}; wanted three finite numbers"
+            )
+        zero, one, logsumexp = map(float, numbers)
+        for key, value in _answer(zero, one, logsumexp, row["label"]).items():
+            if type(answer.get(key)) not in (int, float, bool) or abs(answer[key] - value) > 1e-9:
+                raise ValueError(
+                    f"{where}: {condition} has {key} {answer.get(key)!r}; its logits and label give {value!r}"
+                )
