@@ -98,8 +98,8 @@ def _listed_mask(batch: Batch, window: int | None, start: int, stop: int) -> Blo
 
 def block_mask(lists: BlockLists, num_queries: int, num_keys: int) -> BlockMask:
     """Flex attention's own form of a mask. Compiled code may call this."""
-    *blocks, numbers = lists
-    return BlockMask((num_queries, num_keys), *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=_rule(numbers))
+    rule = _rule(lists.numbers)
+    return BlockMask((num_queries, num_keys), *lists[:-1], BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=rule)
 
 
 def block_lists(batch: Batch, window: int | None, start: int, stop: int) -> BlockLists:
@@ -107,8 +107,9 @@ def block_lists(batch: Batch, window: int | None, start: int, stop: int) -> Bloc
     squared comparisons, where flex attention's own way makes L squared of them at every step."""
     some, every = visible_blocks(batch, window, start, stop)
     part = some & ~every
-    lists = [x for seen in (part, every, part.mT, every.mT) for x in _ordered(seen)]
-    return BlockLists(*lists, _numbers(batch, window, start, stop))
+    of_queries = *_ordered(part), *_ordered(every)
+    of_keys = *_ordered(part.mT), *_ordered(every.mT)
+    return BlockLists(*of_queries, *of_keys, _numbers(batch, window, start, stop))
 
 
 def prepare_masks(batch: Batch, sliding_window: int) -> Batch:

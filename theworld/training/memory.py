@@ -45,6 +45,7 @@ from theworld.utils.hub import GEMMA_FILE, Fault, locate
 
 TEXT_TOKENS = 60  # of a statement with the guide's question, at most
 FP8_CAPABILITY = (9, 0)  # Hopper
+SURVEYED_EPOCHS = 3  # for the step that takes the most memory
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ def layer_values(hidden: int, feed_forward: int, heads: int) -> int:
 
 
 def decoder_values(config: Config, layers: int, hidden: int, feed_forward: int, heads: int) -> float:
-    """Values a token that our decoder holds where a backward pass needs most, at its beginning: what all layers keep but
-    the last, which goes on with few tokens, and gradients of gate and up; in 8 bits what is made of them, too."""
+    """Values a token that our decoder holds where a backward pass needs most, at its beginning: what all layers but the
+    last keep, which goes on with few tokens, and gradients of gate and up; in 8 bits what is made of them, too."""
     layer = layer_values(hidden, feed_forward, heads)
     if config.use_gradient_checkpointing:
         return kept_values(config, layers, hidden, layer)
@@ -234,8 +235,9 @@ class Plan:
         return lines
 
     def _heaviest(self) -> int:
-        """The place in the order of the first statement of the step with the most images."""
-        starts = range(0, self.num_steps * self.per_step, self.per_step)
+        """The place in the order of the first statement of the step with the most images, in the first epochs."""
+        stop = min(self.num_steps * self.per_step, SURVEYED_EPOCHS * self.order.num_statements)
+        starts = range(0, stop, self.per_step)
         return max(starts, key=lambda start: len({s.image for s in self.order.take(start, self.per_step)}))
 
     def estimate(self, config: Config, start: int | None = None) -> Memory:

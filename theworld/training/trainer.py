@@ -140,11 +140,12 @@ class Trainer:
         norm = clip(parameters, config.max_grad_norm)
         if self.fused:
             # The kernel leaves out a step that is not finite, so that it need not wait until the host has looked.
-            self.optimizer.found_inf = 1 - torch.stack([sums[0], norm]).isfinite().all().float()  # type: ignore[attr-defined]
+            finite = torch.stack([sums[0], norm]).isfinite().all()
+            self.optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        total, *figures, asked, norm = self._read(torch.cat([sums, norm[None]]))
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            raise not_finite(step + 1, total, norm, rate, passes)
+        total, *figures, asked, gradient_norm = self._read(torch.cat([sums, norm[None]]))
+        if not (math.isfinite(total) and math.isfinite(gradient_norm)):
+            raise not_finite(step + 1, total, gradient_norm, rate, passes)
         self.stopping = asked > 0
         if not self.fused:
             self.optimizer.step()
@@ -154,7 +155,7 @@ class Trainer:
             self.window[key] += value
         if phase.name == "train":
             self.at_chance = self.watch.add(self.step - phase.start, figures[0] / self.per_step)
-        return {"learning_rate": rate, "gradient_norm": norm}
+        return {"learning_rate": rate, "gradient_norm": gradient_norm}
 
     def _read(self, figures: Tensor) -> list[float]:
         """The only wait for the device in a step, and the time to pack further ones: see `ahead`."""
