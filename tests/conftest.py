@@ -1,10 +1,14 @@
 """Small things that the tests share: the embedded models, photographs made of noise, statements about them."""
 
 import json
-from collections.abc import Iterator
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import forks  # noqa: F401 - before any process is started
 import numpy as np
 import pytest
 import torch
@@ -34,6 +38,29 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     one = Browser(path, tmp_path_factory.mktemp("profile"))
     yield one
     one.close()
+
+
+_opened: Counter[str] | None = None
+
+
+def _count(event: str, arguments: tuple[object, ...]) -> None:
+    if event == "open" and _opened is not None and isinstance(arguments[0], (str, os.PathLike)):
+        _opened[os.fspath(arguments[0])] += 1
+
+
+sys.addaudithook(_count)
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[Path], dict[str, int]]]:
+    """How often this process opened each file of a folder since the start of the test body, from Python."""
+    global _opened
+    _opened = Counter()
+    found = _opened
+    yield lambda folder: {
+        Path(name).name: count for name, count in sorted(found.items()) if Path(name).parent == folder
+    }
+    _opened = None
 
 
 @pytest.fixture(scope="session")

@@ -1,27 +1,27 @@
-"""Processes that start at once: forked from one that has imported everything and done nothing."""
+"""Processes that start at once: forked from one that has imported everything and done nothing.
+
+There is one such server in a process, from which reading processes are forked, too: whoever starts it first, it has
+imported `warm`.
+"""
 
 import multiprocessing
 import os
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
+from theworld.extraction import reading
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["warm"])
+reading.PRELOAD[:] = ["warm"]
+# The server finds the tests' modules by it.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
 
 def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """Starts a process that calls a function of a module."""
-    with pytest.MonkeyPatch.context() as patch:  # the server finds the tests' modules by it
-        patch.setenv(
-            "PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-        )
-        patch.setenv("OMP_NUM_THREADS", "1")
-        forkserver.ensure_running()
+    """Start a process that calls a function of a module."""
+    PROCESSES.set_forkserver_preload(reading.PRELOAD)
     process = PROCESSES.Process(target=target, args=arguments)
     process.start()
     return process

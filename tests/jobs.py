@@ -1,8 +1,8 @@
 """Extractions that the tests run, kill and damage: photographs of noise, settings, and what became of them."""
 
-import contextlib
 import io
 import json
+import logging
 import os
 import signal
 from multiprocessing.process import BaseProcess
@@ -53,6 +53,11 @@ def content(cache: Path) -> dict[str, bytes]:
     return {str(p.relative_to(cache)): p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
 
 
+def sound(cache: Path) -> dict[str, bytes]:
+    """Every file below a folder but those in a quarantine."""
+    return {name: data for name, data in content(cache).items() if "/quarantine/" not in name}
+
+
 def flip(path: Path, byte: int | None = None, bit: int = 2) -> None:
     """Another bit in a file, by default in its middle."""
     data = bytearray(path.read_bytes())
@@ -73,8 +78,10 @@ def run_extraction(
     import torch
 
     from theworld.extraction.extract import extract
+    from theworld.utils.console import configure_logging
     from theworld.utils.distributed import part_of
 
+    configure_logging()
     torch.set_num_threads(1)
     if kill_at is not None:
         _kill_at_rename(*kill_at)
@@ -103,13 +110,19 @@ def start_extraction(
 
 
 def finish_extraction(job: Path, cache: Path) -> str:
-    """Extracts to the end in this process and returns what was printed."""
+    """Extract to the end in this process and return the lines of the log."""
     from theworld.extraction.extract import extract
 
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    logger, lines = logging.getLogger("theworld"), io.StringIO()
+    handler, level = logging.StreamHandler(lines), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
         assert extract(config_of(job), cache, False, True)
-    return printed.getvalue()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return lines.getvalue()
 
 
 def published(cache: Path) -> dict[str, bytes]:

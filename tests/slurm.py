@@ -39,26 +39,32 @@ class Slurm:
         limit: Callable[[Path], bool] | None = None,
     ) -> list[int]:
         """Runs a job to its end, and again as often as it is queued again; the exit statuses of its last tasks. Tasks
-        of an array (`array`: those of --array) run together. `limit`: called with the task's log until the time of
-        --signal has come."""
+        of an array (`array`: those of --array) run together, with a `limit` one after the other. `limit`: called with
+        the task's log until the time of --signal has come."""
         self.jobs += 1
         options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", script.read_text(), re.MULTILINE))
         copy = self.folder / f"job{self.jobs:05}" / "slurm_script"
         copy.parent.mkdir()
         shutil.copy(script, copy)
         if "array" not in options:
-            return [self._until_done(copy, options, arguments, {}, "%j", limit)]
+            return [self._until_done(copy, options, arguments, {}, limit)]
         first, last = map(int, options["array"].split("-"))
         tasks = array or list(range(first, last + 1))
-        started = []
-        for task in tasks:
-            numbers = {
-                "SLURM_ARRAY_TASK_ID": task,
-                "SLURM_ARRAY_TASK_COUNT": len(tasks),
-                "SLURM_ARRAY_TASK_MAX": tasks[-1],
+        numbers = {
+            task: {
+                "SLURM_ARRAY_TASK_ID": str(task),
+                "SLURM_ARRAY_TASK_COUNT": str(len(tasks)),
+                "SLURM_ARRAY_TASK_MAX": str(tasks[-1]),
             }
-            log = self.log(options, task)
-            started.append(self._start(copy, arguments, {k: str(v) for k, v in numbers.items()}, log))
+            for task in tasks
+        }
+        if limit is not None:
+            return [
+                self._until_done(copy, options, arguments, own, limit, task) for task, own in numbers.items()
+            ]
+        started = [
+            self._start(copy, arguments, own, self.log(options, task)) for task, own in numbers.items()
+        ]
         return [process.wait(300) for process in started]
 
     def log(self, options: dict[str, str], task: int = 0) -> Path:
@@ -91,11 +97,11 @@ class Slurm:
         options: dict[str, str],
         arguments: tuple[str, ...],
         variables: dict[str, str],
-        name: str,
         limit: Callable[[Path], bool] | None,
+        task: int = 0,
     ) -> int:
         asked = re.fullmatch(r"B:([A-Z0-9]+)@(\d+)", options.get("signal", ""))
-        log, requeued = self.log(options), self.folder / f"requeue-{self.jobs}"
+        log, requeued = self.log(options, task), self.folder / f"requeue-{self.jobs}"
         for restart in range(100):
             count = {"SLURM_RESTART_COUNT": str(restart)} if restart else {}
             shell = self._start(script, arguments, variables | count, log)

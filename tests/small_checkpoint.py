@@ -17,6 +17,9 @@ def checkpoint_of(folder: Path, step: int, config: Config, fill: float) -> Path:
     """A checkpoint whose every tensor and number is of its step, without a model."""
 
     class Model:
+        def weights(self) -> dict[str, object]:
+            return {}
+
         def save_pretrained(self, target: Path, weights: object = None) -> None:
             target.mkdir(parents=True)
             (target / "projection.safetensors").write_bytes(f"weights of {step}".encode() * 1000)
@@ -26,4 +29,5 @@ def checkpoint_of(folder: Path, step: int, config: Config, fill: float) -> Path:
             save_config(config, target / "config.json")
 
     folder.mkdir(parents=True, exist_ok=True)
-    return save_checkpoint(folder, step, Model(), {"tensor": torch.full((4,), fill)}, {"step": step})  # type: ignore[arg-type]
+    state = {"state": {0: {"exp_avg": torch.full((4,), fill)}}, "param_groups": []}
+    return save_checkpoint(folder, step, Model(), state, {"step": step})  # type: ignore[arg-type]

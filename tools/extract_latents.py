@@ -3,10 +3,11 @@
 
     python tools/extract_latents.py --config configs/vsr_training.json --image_folder images/ --cache cache/
 
-The same command continues after any interruption. `accelerate launch tools/extract_latents.py ...` divides the work
-among the GPUs of a machine; `--part 1/8` to `--part 8/8` divide it among independent jobs.
-Instead of extracting, --verify reads the cache and checks it, --repair extracts damaged shards again, and --audit N
-encodes N random photographs again and compares them with the cache.
+The same command continues after any interruption, and mends a damaged cache: it extracts again what is damaged, and
+moves the damaged files to quarantine/. `accelerate launch tools/extract_latents.py ...` divides the work among the GPUs
+of a machine; `--part 1/8` to `--part 8/8` divide it among independent jobs.
+Instead of extracting, --verify reads the cache and checks it, and --audit N encodes N random photographs again and
+compares them with the cache.
 Exit status: 0 done or sound, 1 failed or damaged, 2 wrong usage or (--verify) unknown, 130 interrupted.
 """
 
@@ -49,19 +50,18 @@ def main() -> int:
     instead = parser.add_mutually_exclusive_group()
     text = "Only read the cache and check it; exit status 0 if sound, 1 if damaged, 2 if unknown."
     instead.add_argument("--verify", action="store_true", help=text)
-    instead.add_argument("--repair", action="store_true", help="Extract damaged shards again.")
     text = "Encode N random photographs again and compare. (default: none)"
     instead.add_argument("--audit", type=int, metavar="N", help=text)
     add_dry_run(parser)
     add_config_arguments(parser, KEYS)
     arguments = parser.parse_args()
-    if (arguments.part or arguments.dry_run) and (arguments.repair or arguments.audit is not None):
-        parser.error("--part and --dry_run are for extracting; --verify shows what --repair would make again")
+    if (arguments.part or arguments.dry_run) and arguments.audit is not None:
+        parser.error("--part and --dry_run are for extracting; --audit reads all of a cache")
     with loading("extract_latents"):
         from theworld.cli.dry_run import extraction
         from theworld.extraction.audit import audit
-        from theworld.extraction.extract import extract, verify
-        from theworld.extraction.repair import repair, report
+        from theworld.extraction.extract import extract, mending_command, verify
+        from theworld.store.verify import DAMAGED, SOUND, status
 
     options = (arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part)
     if arguments.dry_run and not arguments.verify:
@@ -69,12 +69,16 @@ def main() -> int:
     # SIGTERM as Ctrl-C, which ends the reading processes too
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if arguments.verify:
-        return report(verify(arguments.cache), arguments.cache, sys.argv)
+        problems = verify(arguments.cache)
+        print("\n".join(map(str, problems)) or f"{arguments.cache}: sound")
+        if status(problems) == DAMAGED:
+            print(f"mend it with: {mending_command(sys.argv)}")
+        return status(problems)
     config = config_from_arguments(arguments)
-    if arguments.repair:
-        return repair(config, arguments.cache)
     if arguments.audit is not None:
-        return audit(config, arguments.cache, arguments.audit)
+        audits = audit(config, arguments.cache, arguments.audit)
+        print("\n".join(map(str, audits)))
+        return SOUND if all(one.holds for one in audits) else DAMAGED
     if extract(config, *options):
         print(f"done: {arguments.cache}. Next: python tools/train.py --cache {arguments.cache}")
     return 0

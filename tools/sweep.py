@@ -4,8 +4,13 @@
     python tools/sweep.py --config configs/demo.json --cache cache/ --output sweep/ --runs configs/sweep.json
     python tools/sweep.py --config configs/demo.json --cache cache/ --output sweep/ --grid learning_rate=0.001,0.003
 
-configs/sweep.json shows how runs are written: settings that override those of --config and of the flags.
-SIGTERM and SIGUSR1 let each run under way finish its step and save, and start no other run. After that, and after a
+configs/sweep.json shows how runs are written: settings that override those of --config and of the flags. Independent
+jobs share a sweep, on any number of machines: `--part 1/8` to `--part 8/8` train a part of the runs each, and the one
+that ends last shows the table. On one machine, several parts train several runs at a time:
+
+    for i in 1 2 3 4; do python tools/sweep.py ... --part $i/4 & done; wait
+
+SIGTERM and SIGUSR1 let the run under way finish its step and save, and start no other run. After that, and after a
 kill, the same command continues from the checkpoints (--save_steps); a finished run is not repeated.
 Exit status: 0 done (a failed run is in the table), 1 could not start or continue, 2 wrong usage, 75 stopped by a signal
 (continue with the same command), 130 interrupted.
@@ -27,6 +32,7 @@ def main() -> int:
         config_from_arguments,
         path,
     )
+    from theworld.utils.distributed import part_of
 
     parser = ArgumentParser(description=__doc__)
     add_cache(parser)
@@ -38,24 +44,25 @@ def main() -> int:
     parser.add_argument("--grid", nargs="+", default=[], metavar="KEY=A,B", help=text)
     text = "Random seeds; each run is trained once with each. (default: 0 1 2)"
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="INTEGER", help=text)
-    text = "Number of runs that are trained at the same time. (default: 1)"
-    parser.add_argument("--processes", type=int, default=1, metavar="INTEGER", help=text)
+    text = "Train only the I-th of N parts of the runs, such as 3/8. (default: all runs)"
+    parser.add_argument("--part", type=part_of, default="1/1", metavar="I/N", help=text)
     add_dry_run(parser)
     add_config_arguments(parser)
     arguments = parser.parse_args()
     with loading("sweep"):
-        from theworld.training.sweep import grid, make_runs, plan_sweep, read_changes, run_sweep, said_of_stop
+        from theworld.training.sweep import grid, make_runs, plan_sweep, read_changes, run_sweep, summary
         from theworld.utils.signals import STATUS, StopRequest
 
     changes = read_changes(arguments.runs) if arguments.runs else []
     changes += grid(arguments.grid) if arguments.grid or not arguments.runs else []
     runs = make_runs(config_from_arguments(arguments), changes, arguments.seeds, arguments.output)
+    options = (runs, arguments.cache, arguments.output, arguments.part)
     if arguments.dry_run:
-        return rehearse(lambda: plan_sweep(runs, arguments.cache, arguments.output))
+        return rehearse(lambda: plan_sweep(*options))
     with StopRequest("sweep") as stop, stop.working():
-        table, left = run_sweep(runs, arguments.cache, arguments.output, arguments.processes, stop)
+        table, left = run_sweep(*options, stop)
         stop.end()
-    print(said_of_stop(runs, left) if left else table)
+    print(summary(runs, arguments.output, arguments.part, table, left))
     return STATUS if left else 0
 
 

@@ -46,7 +46,7 @@ def main() -> int:
     with loading("visualize_alignment"):
         from theworld.cli.dry_run import alignment
         from theworld.evaluation.alignment import align, draw, report
-        from theworld.models.serialization import find_checkpoint
+        from theworld.models.serialization import SavedModel
         from theworld.utils.files import check_output
 
     overrides = {key: value for key, value in vars(arguments).items() if key in KEYS}
@@ -54,7 +54,7 @@ def main() -> int:
     if arguments.dry_run:
         return rehearse(lambda: alignment(arguments.model, *source, arguments.output, overrides))
     check_output(arguments.output)
-    measured, result = align(find_checkpoint(arguments.model), *source, overrides)
+    measured, result = align(SavedModel.open_folder(arguments.model), *source, overrides)
     draw(measured, result, arguments.output)
     figures = arguments.output.with_suffix(".json")
     figures.write_text(json.dumps(result, indent=2) + "\n")

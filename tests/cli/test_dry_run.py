@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import main_of, tool, trace
+from jobs import flip
 from records import four_rows
 
 from theworld.cli import dry_run
@@ -24,7 +25,7 @@ from theworld.store.reader import StoreReader
 from theworld.training.trainer import Trainer
 from theworld.utils.console import NOTHING_WRITTEN
 from theworld.utils.files import StoreError
-from theworld.utils.hub import Fault
+from theworld.utils.hub import Fault, Place
 
 
 @pytest.fixture
@@ -152,6 +153,20 @@ def test_a_new_cache_then_a_finished_one(config: Config, tmp_path: Path) -> None
     ]
 
 
+def test_the_size_of_rows_of_a_model_that_is_not_downloaded_is_not_guessed_at(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("theworld.cli.dry_run", "theworld.extraction.extract"):
+        monkeypatch.setattr(f"{module}.locate", lambda name, file: Place(None, "on the hub"))
+    config = replace(config, cosmos_model_name="somebody/vae")
+    *_, model, cache = extraction(config, tmp_path / "cache", False, False, None)
+    assert model == "model        Cosmos VAE, somebody/vae: on the hub"
+    assert cache == (
+        f"cache        {tmp_path / 'cache' / 'latents'}: new; the size of a row is known once the model's config "
+        "file is on this machine"
+    )
+
+
 def test_an_unfinished_cache_goes_on_with_what_is_missing(config: Config, tmp_path: Path) -> None:
     config = replace(config, shard_size=1)
     root = tmp_path / "cache"
@@ -165,7 +180,8 @@ def test_an_unfinished_cache_goes_on_with_what_is_missing(config: Config, tmp_pa
 
 def test_a_cache_of_other_settings_is_shown_field_by_field(config: Config, cache: Path) -> None:
     with pytest.raises(
-        StoreMismatch, match=r"encode_batch_size: cached \d+, wanted 5\n.*latent_size: cached 64"
+        StoreMismatch,
+        match=r"encode_batch_size: cached \d+, wanted 5\n.*latent_shape: .*\n.*latent_size: cached 64",
     ):
         list(extraction(replace(config, latent_size=80, encode_batch_size=5), cache, False, False, None))
     with pytest.raises(StoreMismatch, match=r"shard_size: cached \d+, wanted 7"):
@@ -296,9 +312,9 @@ def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, t
             "split": "test",
             "conditions": ["world"],
             "output": tmp_path / "r",
+            "overrides": {},
         }
-        cache_, folder, split, conditions, output = (values | changes).values()
-        return lambda: list(evaluation([run], cache_, folder, split, conditions, output, {}))  # type: ignore[arg-type]
+        return lambda: list(evaluation([run], *(values | changes).values()))  # type: ignore[arg-type]
 
     with pytest.raises(ValueError, match=r"2 of 2 photographs cannot be read:\n  .*no file in "):
         plan(cache=None, folder=tmp_path)()
@@ -307,14 +323,15 @@ def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, t
     with pytest.raises(IsADirectoryError, match="is a folder, and a file is wanted"):
         plan(output=tmp_path)()
     (cache / "gemma_vision").rename(tmp_path / "elsewhere")
-    settings = json.loads((run / "checkpoint-1" / "config.json").read_text())
-    (run / "checkpoint-1" / "config.json").write_text(json.dumps(settings | {"image_folder": None}))
     with pytest.raises(ValueError, match="has no vision features; extract them"):
-        plan()()
+        plan(overrides={"image_folder": None})()
     other = tmp_path / "other"
     extract(replace(config, latent_size=80), other, with_vision=False, allow_missing=False)
     with pytest.raises(StoreMismatch, match="latent_size: cached 80, wanted 64"):
         plan(cache=other)()
+    flip(run / "checkpoint-1" / "projection.safetensors")
+    with pytest.raises(ValueError, match=r"projection\.safetensors is damaged"):
+        plan()()
 
 
 @pytest.mark.usefixtures("no_weights")

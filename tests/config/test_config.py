@@ -291,7 +291,7 @@ def test_help_shows_every_setting_as_a_sentence_with_its_unit_and_default() -> N
 def test_help_shows_settings_in_groups() -> None:
     groups = grouped(list(FIELDS))
     assert [(title, keys[0], len(keys)) for title, keys in groups.items()] == [
-        ("models", "model_name", 7),
+        ("models", "model_name", 8),
         ("data", "dataset_name", 7),
         ("latents", "latent_size", 10),
         ("world tokens", "world_mode", 10),

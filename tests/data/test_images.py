@@ -253,6 +253,70 @@ def test_damaged_bytes_are_an_image_error_or_pixels_and_never_another_error(kind
         assert pixels.shape[2] == 3
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"subsampling": 0}, {"mode": "L"}, {"mode": "CMYK"}]
+)
+@pytest.mark.torture("photographs", "a JPEG whose scan ends in the middle, or breaks, is refused")
+def test_a_jpeg_with_a_damaged_scan_is_refused(options: dict[str, Any]) -> None:
+    mode, rest = options.get("mode", "RGB"), {k: v for k, v in options.items() if k != "mode"}
+    whole = encoded(noise(96, 80).convert(mode), "JPEG", quality=90, **rest)
+    decode(whole, "a.jpg")
+    half = whole[: len(whole) // 2] + b"\xff\xd9"
+    Image.open(io.BytesIO(half)).load()  # PIL says nothing
+    assert reason(half).startswith("damaged or not complete: Corrupt JPEG data: premature end")
+    broken = bytearray(whole)
+    middle = len(whole) // 2
+    broken[middle : middle + 2] = b"\xff\xd3"  # a restart marker where there is none
+    assert reason(bytes(broken)).startswith("damaged or not complete: Corrupt JPEG data")
+
+
+def test_a_jpeg_in_rgb_is_checked_too() -> None:
+    whole = encoded(noise(96, 80), "JPEG", keep_rgb=True)
+    decode(whole, "a.jpg")
+    assert "premature end" in reason(whole[: len(whole) // 2] + b"\xff\xd9")
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason=f"the photographs of {PHOTOGRAPHS} are not here")
+def test_real_photographs_have_the_pixels_that_pil_gives() -> None:
+    for path in sorted(PHOTOGRAPHS.rglob("*.jpg"))[:8]:
+        with Image.open(path) as image:
+            assert np.array_equal(decode(path.read_bytes(), path.name), np.array(image.convert("RGB")))
+
+
+def test_of_a_photograph_with_a_second_picture_the_first_is_read() -> None:
+    first, second = noise(16, 16), noise(16, 16).transpose(Image.Transpose.ROTATE_180)
+    both = encoded(first, "MPO", save_all=True, append_images=[second])
+    with Image.open(io.BytesIO(both)) as image:
+        assert image.format == "MPO"
+        assert image.n_frames == 2
+    assert np.array_equal(decode(both, "a.jpg"), decode(encoded(first, "JPEG"), "a.jpg"))
+
+
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "iTXt compressed", "iCCP"])
+def test_a_png_with_a_large_text_or_profile_has_its_pixels(kind: str) -> None:
+    plain, size = encoded(noise()), 2**21
+    text = b"x" * size
+    content = {
+        "tEXt": b"Comment\0" + text,
+        "zTXt": b"Comment\0\0" + zlib.compress(text),
+        "iTXt": b"Comment\0\0\0\0\0" + text,
+        "iTXt compressed": b"Comment\0\1\0\0\0" + zlib.compress(text),
+        "iCCP": b"profile\0\0" + zlib.compress(text),
+    }[kind]
+    large = plain[:33] + chunk(kind[:4].encode(), content) + plain[33:]
+    assert np.array_equal(decode(large, "a.png"), decode(plain, "a.png"))
+    assert "damaged" in reason(large[:-80])
+
+
+def test_a_png_with_many_texts_has_its_pixels_and_its_orientation() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = encoded(noise(), exif=exif)
+    texts = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 2**20)) * 80
+    assert decode(plain, "a.png").shape == (10, 12, 3)
+    assert np.array_equal(decode(plain[:33] + texts + plain[33:], "a.png"), decode(plain, "a.png"))
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
 @pytest.mark.torture("photographs", "animated GIF, PNG and WebP refused")
 def test_animated_pictures_are_refused_and_single_ones_are_not(kind: str) -> None:
@@ -498,7 +562,7 @@ def test_training_does_not_start_on_photographs_that_changed(
     path = Path(str(own.image_folder)) / "b.png"
     before = sha256(path.read_bytes())
     CHANGES[change](path)
-    monkeypatch.setattr(Gemma, "load_weights", None)  # no model loads
+    monkeypatch.setattr(Gemma, "with_weights", None)  # no model loads
     monkeypatch.setattr(loading, "COMPARE_SECONDS", 0.0)  # what has another time stamp is read all the same
     with pytest.raises(PhotographsChanged) as caught:
         Trainer(own, tmp_path / "cache")
@@ -524,7 +588,7 @@ def test_training_says_what_was_compared(
     own: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
-    assert "photographs: all 3 are those that were extracted" in Trainer(own, cache).data.notes
+    assert "photographs: all 3 are as they were extracted" in Trainer(own, cache).data.notes
     moved = replace(own, image_folder=str(tmp_path / "nowhere"))
     assert f"photographs: not in {tmp_path / 'nowhere'}, so they were not compared with the cache" in (
         Trainer(moved, cache).data.notes
@@ -553,8 +617,8 @@ def test_with_too_little_time_all_that_are_newer_and_some_others_are_compared(tm
 
     line = check_photographs(images, tmp_path, newest, 5.0, clock)
     assert line == (
-        "photographs: 129 of 300 compared in 5 s (1 with newer time stamps, the others at random): they are those that "
-        "were extracted; tools/doctor.py compares all"
+        "photographs: 129 of 300 compared in 5 s (1 with newer time stamps, the others at random): all are as they "
+        "were extracted; tools/doctor.py compares every one"
     )
     (tmp_path / "008.jpg").write_bytes(b"other")
     with pytest.raises(PhotographsChanged, match=r"008\.jpg: SHA-256 was "):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from constants import ROOT
 from theworld.data.vsr import (
     META_CATEGORIES,
     OWN,
+    PUBLISHED_SHA256,
     QUOTED,
     RELATIONS,
     Statement,
@@ -28,6 +30,7 @@ from theworld.data.vsr import (
     relation_note,
     relation_span,
     seen_images,
+    statements_sha256,
 )
 
 REAL = ROOT.parent / "shared" / "vsr"
@@ -91,7 +94,7 @@ def test_a_split_that_is_there_twice_or_not_at_all_is_refused(tmp_path: Path) ->
 
 def test_a_file_of_another_split_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", ROW)
-    with pytest.raises(ValueError, match=r"train\.jsonl is asked for the split test"):
+    with pytest.raises(ValueError, match=r"train\.jsonl is not a file of the split test"):
         load_statements(path, "test")
 
 
@@ -283,11 +286,11 @@ def test_statements_without_the_words_of_their_relation_are_counted() -> None:
     found, lost, false = make("It is on it."), make("It is under it."), make("It is under it.", label=0)
     assert relation_note([found, found, false]) == "relation words: in 2 of 2 true statements"
     assert relation_note([found, lost]) == (
-        "relation words: in 1 of 2 true statements; nowhere or more than once in the others, such as 'It is under it.' "
+        "relation words: in 1 of 2 true statements; not exactly once in the others, such as 'It is under it.' "
         "with 'on'"
     )
     with pytest.raises(
-        ValueError, match=r"none of 1 true statements .* such as 'It is under it\.' with 'on'; give"
+        ValueError, match=r"none of 1 true statements .* such as 'It is under it\.' with 'on'; write"
     ):
         relation_note([lost, false])
 
@@ -301,10 +304,18 @@ def test_every_relation_of_vsr_stands_once_in_its_statement(release: str, count:
     )
 
 
-def test_a_data_set_of_ones_own_is_not_called_vsr() -> None:
-    assert dataset_label("vsr", "test", 2195) == "vsr_random"
-    assert dataset_label("vsr_zeroshot", "validation", 340) == "vsr_zeroshot"
-    assert dataset_label("vsr", "test", 1222) == OWN
+def test_a_data_set_is_called_vsr_for_its_statements_and_not_for_their_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = [Statement(f"{i}.jpg", "The cat is on the mat.", 1, "on", i) for i in range(2195)]
+    assert dataset_label("folder", "vsr", "test", own) == OWN
+    assert dataset_label(None, "vsr", "test", own) == "vsr_random"  # from the hub
+    published = statements_sha256((s.image, s.caption, s.label) for s in own)
+    monkeypatch.setitem(PUBLISHED_SHA256, ("vsr_zeroshot", "dev"), published)
+    moved = [replace(s, image=f"train2017/{s.image}", caption=f"{s.caption} ") for s in reversed(own)]
+    assert dataset_label("folder", "vsr", "validation", moved) == "vsr_zeroshot"
+    assert dataset_label("folder", "vsr_zeroshot", "test", moved) == OWN
+    assert dataset_label("folder", "vsr_zeroshot", "dev", [replace(moved[0], label=0), *moved[1:]]) == OWN
 
 
 def test_published_results_belong_to_the_test_split_they_were_measured_on() -> None:

@@ -125,6 +125,7 @@ def test_a_record_holds_the_answer_under_each_condition() -> None:
         "category": "projective",
         "label": 1,
         "dataset": "vsr_random",
+        "release": "vsr_random",
         "split": "test",
         "image_seen_in_train": False,
         "statement_in_train": False,

@@ -4,7 +4,7 @@ Checkpoints scored together answer as each by itself, and say where their answer
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 from constants import ROOT
 
 from theworld.config.config import Config, save_config
-from theworld.data.vsr import OWN, SIZES, load_statements
+from theworld.data.vsr import OWN, PUBLISHED_SHA256, load_statements, release_of
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.records import read_jsonl
@@ -20,7 +20,7 @@ from theworld.evaluation.score import default_output, held_out, read_source, sco
 from theworld.extraction.extract import extract
 from theworld.models import theworld
 from theworld.models.gemma import Gemma
-from theworld.models.serialization import read_world
+from theworld.models.serialization import SavedModel, fingerprint_of, write_world
 from theworld.training.trainer import Trainer
 from theworld.utils.files import hash_file
 
@@ -47,8 +47,8 @@ def test_checkpoints_together_answer_as_each_by_itself_with_one_gemma(
     loaded = []
     real = theworld.TheWorld.from_pretrained
 
-    def watched(path: Path, gemma: Gemma | None, **overrides: object) -> object:
-        model = real(path, gemma, **overrides)
+    def watched(saved: SavedModel, gemma: Gemma | None, **overrides: object) -> object:
+        model = real(saved, gemma, **overrides)
         loaded.append(model.gemma)
         return model
 
@@ -111,7 +111,7 @@ def test_baseline_is_the_published_gemma_and_a_trained_one_stands_beside_it(
         output_dir=str(tmp_path / "stage-2"),
     )
     second = Trainer(stage, cache).run()
-    assert read_world(second)["parts"] == ["language"]
+    assert SavedModel.read(second).world["parts"] == ["language"]
     alone = score(seeds[0] / "checkpoint-1", cache, None, "test", CONDITIONS, {})
     score_to_file([seeds[0], second.parent], "test", cache, None, CONDITIONS, {}, [], tmp_path / "r.jsonl")
     rows = read_jsonl(tmp_path / "r.jsonl")
@@ -146,7 +146,7 @@ def test_results_of_a_run_lie_in_it(seeds: list[Path], cache: Path) -> None:
 def test_a_model_that_lies_by_itself_has_its_results_in_its_folder(tmp_path: Path) -> None:
     download = tmp_path / "snapshot"
     wanted = download / "evaluation" / "snapshot-own-data-dev.jsonl"
-    assert default_output([download], [download], "own data", "dev") == wanted
+    assert default_output([SavedModel(download, {}, {})], "own data", "dev") == wanted
 
 
 def test_where_results_come_from_is_not_believed_of_other_records(seeds: list[Path], cache: Path) -> None:
@@ -169,13 +169,14 @@ def test_where_results_come_from_is_not_believed_of_other_records(seeds: list[Pa
 
 
 def test_a_text_only_gemma_is_not_asked_without_the_photograph(
-    config: Config, cache: Path, text_gemma_folder: Path, capsys: pytest.CaptureFixture[str]
+    config: Config, cache: Path, text_gemma_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = replace(config, model_name=str(text_gemma_folder), do_eval=False, max_steps=1)
     checkpoint = Trainer(config, cache).run()
+    caplog.set_level("INFO", "theworld")
     rows = score(checkpoint, cache, None, "test", ("baseline", "text"), {})
     assert list(rows[0]["systems"]) == ["baseline"]
-    assert "without 'text': this Gemma sees no photograph, so it is 'baseline'" in capsys.readouterr().out
+    assert "without 'text': this Gemma sees no photograph, so it is 'baseline'" in caplog.text
     with pytest.raises(ValueError, match="so it is the same as 'baseline'; give that"):
         score(checkpoint, cache, None, "test", ("text",), {})
 
@@ -210,11 +211,14 @@ def vsr(tmp_path: Path) -> Path:
     return folder
 
 
-def checkpoint(folder: Path, annotations: Path, name: str = "vsr", **settings: object) -> Path:
-    folder.mkdir()
+def checkpoint(folder: Path, annotations: Path, name: str = "vsr", **settings: object) -> SavedModel:
+    """A saved model without weights."""
+    folder.mkdir(parents=True)
+    (folder / "projection.safetensors").touch()
+    write_world(folder, {"fingerprint": {}})
     config = Config(annotations=str(annotations), dataset_name=name, image_folder="photos", **settings)  # type: ignore[arg-type]
     save_config(config, folder / "config.json")
-    return folder
+    return SavedModel.open_folder(folder)
 
 
 def test_a_split_with_what_training_had_of_it(vsr: Path, tmp_path: Path) -> None:
@@ -264,19 +268,56 @@ def test_training_statements_that_moved_have_to_be_named(vsr: Path, tmp_path: Pa
 def test_what_an_earlier_stage_was_trained_on_was_seen(vsr: Path, tmp_path: Path) -> None:
     write(tmp_path / "own", "train", [("d.jpg", "five")])
     first = checkpoint(tmp_path / "first", tmp_path / "own")
-    (first / "projection.safetensors").touch()
-    second = checkpoint(tmp_path / "second", vsr, init_from=str(first))
+    second = checkpoint(tmp_path / "second", vsr, init_from=str(first.folder))
     data = held_out({"": second}, "test", {})
     assert data.seen_images == {"a.jpg", "d.jpg"}
     assert data.trained_on == {
         "": "3 statements of own data train, before that on 1 statements of own data train"
     }
-    (first / "projection.safetensors").unlink()
+    (first.folder / "projection.safetensors").unlink()
     with pytest.raises(
         ValueError, match=r"second was trained on train of .*vsr \(vsr\) from .*first, .*neither a check"
     ):
         held_out({"": second}, "test", {})
     assert held_out({"": second}, "test", {}, train_annotations=str(vsr)).seen_images == {"a.jpg"}
+
+
+def test_a_folder_that_an_older_checkpoint_recorded_means_its_newest_checkpoint_and_that_is_logged(
+    vsr: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "own", "train", [("d.jpg", "five")])
+    for step, annotations in ((2, vsr), (10, tmp_path / "own")):
+        first = checkpoint(tmp_path / "run" / f"checkpoint-{step}", annotations).folder
+        names = ("projection.safetensors", "world.json", "config.json")
+        index = {"format": 1, "step": step, "files": {name: fingerprint_of(first / name) for name in names}}
+        (first / "checkpoint.json").write_text(json.dumps(index) + "\n")
+    second = checkpoint(tmp_path / "second", vsr, init_from=str(tmp_path / "run"))
+    assert held_out({"": second}, "test", {}).seen_images == {"a.jpg", "d.jpg"}
+    (message,) = [message for _, _, message in caplog.record_tuples]
+    assert message == (
+        f"{second.folder}/config.json: init_from is the folder {tmp_path}/run; its newest checkpoint now, "
+        "checkpoint-10, is taken for the one that was meant"
+    )
+
+
+def test_stages_that_lead_back_to_themselves_are_refused(vsr: Path, tmp_path: Path) -> None:
+    one = checkpoint(tmp_path / "one", vsr, init_from=str(tmp_path / "two"))
+    checkpoint(tmp_path / "two", vsr, init_from=str(tmp_path / "three"))
+    checkpoint(tmp_path / "three", vsr, init_from=str(tmp_path / "two"))
+    with pytest.raises(
+        ValueError, match=r"three/config\.json: init_from is .*two, which leads back to .*two .*--train_ann"
+    ):
+        held_out({"": one}, "test", {})
+    assert held_out({"": one}, "test", {}, train_annotations=str(vsr)).seen_images == {"a.jpg"}
+
+
+def test_each_file_of_a_checkpoint_is_read_and_hashed_once_in_an_evaluation(
+    seeds: list[Path], cache: Path, opened: Callable[[Path], dict[str, int]]
+) -> None:
+    score_to_file(seeds[:1], "test", cache, None, ("world", "baseline"), {}, [])
+    # The library that loads the weights opens the file by itself.
+    wanted = ["checkpoint.json", "config.json", "projection.safetensors", "world.json"]
+    assert opened(seeds[0] / "checkpoint-1") == dict.fromkeys(wanted, 1)
 
 
 def test_checkpoints_are_compared_on_the_same_statements(vsr: Path, tmp_path: Path) -> None:
@@ -301,5 +342,6 @@ def test_the_real_releases(tmp_path: Path) -> None:
     assert sum(s.image in data.seen_images for s in data.statements) == 1226
     assert data.dataset == "vsr_random"
     assert data.trained_on == {"": "7,680 statements of vsr_random train"}
-    for (release, split), size in SIZES.items():
-        assert len(load_statements(VSR, split, f"vsr_{release}")) == size
+    for release, split in PUBLISHED_SHA256:
+        rows = ((s.image, s.caption, s.label) for s in load_statements(VSR, split, release))
+        assert release_of(rows, split) == release

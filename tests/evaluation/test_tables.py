@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from records import statement, with_rest
 
+from theworld.data.vsr import OWN, PUBLISHED_SHA256, statements_sha256
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.records import records
 from theworld.evaluation.tables import table
@@ -33,6 +35,21 @@ def test_published_accuracies_stand_below_and_are_marked_as_quoted() -> None:
     assert found[0].split()[1] == "95.4%"
     assert all("arXiv" in line for line in found)
     assert not any("quoted" in line for line in [*shown("own data"), *shown("vsr_random", "dev")])
+
+
+def test_own_data_of_the_size_of_vsr_has_no_published_accuracies_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = [statement(i, f"{i}.jpg", 1) for i in range(2195)]
+    rows = records(own, {"world": with_rest(np.array([[0.0, 1.0]] * 2195))}, set(), set(), OWN, "test")
+    assert "quoted" not in table(summarise(rows))
+    # Records without a release, whose data set was told from the number of statements, are told from the statements.
+    older = [{k: v for k, v in row.items() if k != "release"} | {"dataset": "vsr_random"} for row in rows]
+    assert "quoted" not in table(summarise(older))
+    digest = statements_sha256((row["image"], row["statement"], row["label"]) for row in older)
+    monkeypatch.setitem(PUBLISHED_SHA256, ("vsr_random", "test"), digest)
+    assert table(summarise(older)).count("quoted") == 6
+    assert "quoted" not in table(summarise(older[1:]))
 
 
 def test_conditions_pairs_and_groups_have_intervals() -> None:

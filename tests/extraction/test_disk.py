@@ -75,8 +75,8 @@ def attempt(job: Path, cache: Path, kind: str, number: int, code: int) -> tuple[
 
 
 def own(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Without what was set aside."""
-    return {name: data for name, data in files.items() if "/set-aside/" not in name}
+    """Without the quarantine."""
+    return {name: data for name, data in files.items() if "/quarantine/" not in name}
 
 
 def check_nothing_unpublished_is_read(

@@ -19,7 +19,7 @@ from theworld.evaluation.score import score
 from theworld.extraction import extract as phase_1
 from theworld.extraction.encoders import VisionEncoder, check_stores, encoder_of, specs_of
 from theworld.extraction.extract import extract
-from theworld.extraction.pipeline import Batches, Source, in_processes
+from theworld.extraction.reading import ReadBatch, Source, in_processes
 from theworld.models import cosmos
 from theworld.models.cosmos import CosmosEncoder, CosmosLatents
 from theworld.models.encoder import PRECISION, UNTIL_DOWNLOADED, UNTIL_LOADED
@@ -53,7 +53,7 @@ def test_a_compiled_encoder_is_part_of_the_fingerprint() -> None:
 def test_gemmas_image_processor_works_in_another_process(tiny: Config, photographs: Path) -> None:
     encoder = VisionEncoder(tiny)
     row = ImageEntry("a.png", sha256((photographs / "a.png").read_bytes()))
-    with in_processes(Batches([[row]], Source(photographs, 10**6, 1), encoder.prepare, 1), 1) as items:
+    with in_processes(ReadBatch(Source(photographs, 10**6, 1), encoder.prepare, 1), [[row]], 1) as items:
         (batch,) = items
     wanted = encoder.gemma.pixel_values([read_image(photographs, "a.png")])
     assert torch.equal(batch.pixels, wanted)
@@ -333,7 +333,7 @@ def test_training_refuses_each_field_that_changes_the_meaning(
     with Changed(root, field) as changed:
         if field == "vision_weights_sha256":
             return refused(train)
-        monkeypatch.setattr(Gemma, "load_weights", None)
+        monkeypatch.setattr(Gemma, "with_weights", None)
         monkeypatch.setattr("theworld.evaluation.score.TheWorld", None)
         if field == "cosmos_weights_sha256":
             return refused(resume, evaluate, dry)
@@ -367,11 +367,26 @@ def test_a_store_of_other_shards_or_rows_is_refused_before_any_model_loads(
         spec.check_store(tmp_path / "rows", 512)
 
 
-def test_an_encoder_that_a_checkpoint_was_not_trained_on_is_refused_before_it_loads(
+def test_an_evaluation_from_photographs_refuses_another_encoder_before_it_loads(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = CosmosLatents.describe(tiny).having(cosmos_weights_sha256="x").fingerprint()
+    config = replace(tiny, output_dir=tiny.output_dir + "-alone")
+    checkpoint, folder = Trainer(config, cache_of(tiny)).run(), Path(str(tiny.image_folder))
     monkeypatch.setattr(cosmos, "load_vae", None)
-    with pytest.raises(StoreMismatch, match=r"latent_size: cached 80, wanted 64"):
-        CosmosLatents.describe(replace(tiny, latent_size=80)).check_serves(trained)
-    CosmosLatents.describe(tiny).check_serves(trained)
+    found = []
+    for call in (
+        lambda: score(checkpoint, None, folder, "test", ["world"], {"latent_size": 80}),
+        lambda: list(
+            dry_run.evaluation(
+                [checkpoint], None, folder, "test", ["world"], folder / "records.jsonl", {"latent_size": 80}
+            )
+        ),
+    ):
+        with pytest.raises(StoreMismatch) as caught:
+            call()
+        found.append(str(caught.value))
+    assert found[0] == found[1]
+    assert caught.value.differences == [
+        ("latent_shape", [16, 10, 10], [16, 8, 8]),
+        ("latent_size", 80, 64),
+    ]

@@ -3,7 +3,6 @@
 Phase 1 shared among processes: whoever takes part, the files are those of a single run.
 """
 
-import json
 import os
 import shutil
 import signal
@@ -17,19 +16,18 @@ import numpy as np
 import pytest
 import torch
 from constants import ROOT
-from jobs import config_of, content, make_photographs
+from jobs import config_of, content, flip, make_photographs
 
 from theworld.data.images import sha256
-from theworld.extraction import extract as listing
-from theworld.extraction import pipeline
+from theworld.extraction import reading
 from theworld.extraction.extract import _seconds_an_image, extract, freeze, known_hashes, preflight, verify
-from theworld.extraction.pipeline import Source
+from theworld.extraction.reading import Source, Spool
 from theworld.models.encoder import EncoderSpec
-from theworld.store.shard import ImageEntry
+from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store
 from theworld.utils import files
 from theworld.utils.distributed import part_of
-from theworld.utils.files import StoreError, write_failures
+from theworld.utils.files import write_failures
 
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -63,7 +61,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def test_processes_that_read_change_no_byte(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "FEW", 1)
+    monkeypatch.setattr(reading, "FEW", 1)
     extract(replace(config_of(job), num_workers=2), tmp_path, with_vision=False, allow_missing=False)
     assert content(tmp_path) == content(job / "cache")
     assert len(content(tmp_path)) == 3 + 2 * 9
@@ -72,13 +70,15 @@ def test_processes_that_read_change_no_byte(
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
 def test_parts_in_any_order_make_the_files_of_a_single_run(
-    job: Path, tmp_path: Path, order: tuple[int, ...], capsys: pytest.CaptureFixture[str]
+    job: Path, tmp_path: Path, order: tuple[int, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     lines = []
     for n, i in enumerate(order):
         done = extract(config_of(job), tmp_path, False, False, part_of(f"{i}/3"))
         assert done == (n == 2)
-        lines.append(capsys.readouterr().out)
+        lines.append(caplog.text)
+        caplog.clear()
         assert (tmp_path / "latents" / "manifest.json").exists() == (n == 2)
         own = [shard for shard in range(9) if shard % 3 == i - 1]
         assert all((tmp_path / "latents" / "shards" / f"{shard:05}.json").exists() for shard in own)
@@ -89,12 +89,12 @@ def test_parts_in_any_order_make_the_files_of_a_single_run(
 
 
 def test_a_part_of_more_parts_than_shards_has_nothing_to_do(
-    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    job: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     assert not extract(config_of(job), tmp_path, False, False, part_of("12/12"))
-    out = capsys.readouterr().out
-    assert "latents: 0 of 68 images to encode in 0 of 9 shards" in out
-    assert "latents: 9 of 9 shards are still missing" in out
+    assert "latents: 0 of 68 images to encode in 0 of 9 shards" in caplog.text
+    assert "latents: 9 of 9 shards are still missing" in caplog.text
 
 
 def test_an_interrupted_run_goes_on_in_parts(
@@ -181,7 +181,9 @@ def test_the_same_bytes_may_be_published_by_two_parts_at_the_same_moment(
     monkeypatch.setattr(files, "holds", another_is_faster)
     files.publish_bytes(path, b"the same")
     assert path.read_bytes() == b"the same"
-    with pytest.raises(StoreError, match="already there with other content"):
+    with pytest.raises(
+        FileExistsError, match=r"already there with other content; it is never overwritten: '.*json'"
+    ):
         files.publish_bytes(path, b"other")
 
 
@@ -219,11 +221,11 @@ def test_the_estimate_is_quick_and_leaves_out_what_happens_once(
     rows = [ImageEntry(p.name, sha256(p.read_bytes())) for p in sorted((job / "photographs").iterdir())]
     timed = Timed(compiled, seconds)
     store = Store.create(tmp_path, {}, rows, [timed.spec.array], 8)
-    source = Source(job / "photographs", 10**6, 0)
-    found = _seconds_an_image(store, timed, [3, 4], source, 4)
+    source, spool = Source(job / "photographs", 10**6, 0), Spool(timed.prepare)
+    found = _seconds_an_image(store, timed, [3, 4], source, 4, spool)
     assert timed.sizes == sizes
     assert found == pytest.approx(an_image, rel=0.4)  # on a machine that does other things too
-    assert preflight(store, timed, [], source, 4).endswith("about 0 s")
+    assert preflight(store, timed, [], source, 4, spool).endswith("about 0 s")
 
 
 @pytest.fixture
@@ -240,7 +242,7 @@ def folder(photographs: Path, tmp_path: Path) -> Path:
 def test_listing_is_sorted_and_names_what_cannot_be_read(
     folder: Path, photographs: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "FEW", 1)  # so that processes read
+    monkeypatch.setattr(reading, "FEW", 1)  # so that processes read
     names = [f"{i:02}.png" for i in range(40)]
     entries, failures = freeze(names[::-1], Source(folder, 10**6, workers), {})
     digest = sha256((photographs / "b.png").read_bytes())
@@ -252,7 +254,7 @@ def test_listing_is_sorted_and_names_what_cannot_be_read(
 
 def test_known_bytes_are_not_decoded_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[str] = []
-    monkeypatch.setattr(listing, "decode", lambda data, path, max_pixels: decoded.append(path))
+    monkeypatch.setattr(reading, "decode", lambda data, path, max_pixels: decoded.append(path))
     digest = sha256((folder / "01.png").read_bytes())
     freeze(["01.png", "02.png", "03.png"], Source(folder, 10**6, 0), {"01.png": digest, "02.png": "0" * 64})
     assert decoded == ["02.png", "03.png"]
@@ -268,8 +270,11 @@ def test_failures_are_a_file_only_while_there_are_some(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_hashes_of_both_stores_are_known(tmp_path: Path) -> None:
-    for store, path in (("latents", "a.png"), ("gemma_vision", "b.png")):
-        (tmp_path / store).mkdir()
-        (tmp_path / store / "images.jsonl").write_text(json.dumps({"path": path, "sha256": store}) + "\n")
-    assert known_hashes(tmp_path) == {"a.png": "latents", "b.png": "gemma_vision"}
+def test_photographs_of_both_stores_are_known_unless_their_list_is_damaged(tmp_path: Path) -> None:
+    spec = ArraySpec("latents", (1,), "float32")
+    entries = {"latents": ImageEntry("a.png", "1" * 64), "gemma_vision": ImageEntry("b.png", "2" * 64)}
+    for name, entry in entries.items():
+        Store.create(tmp_path / name, {}, [entry], [spec], 1)
+    assert known_hashes(tmp_path) == {"a.png": "1" * 64, "b.png": "2" * 64}
+    flip(tmp_path / "latents/images.jsonl")
+    assert known_hashes(tmp_path) == {"b.png": "2" * 64}

@@ -105,7 +105,7 @@ def job(folder: Path, names: list[str]) -> Config:
 def test_unusable_files_are_named_and_the_others_are_as_without_them(
     tmp_path: Path, workers: int, tally: Tally, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("theworld.extraction.pipeline.FEW", 1)
+    monkeypatch.setattr("theworld.extraction.reading.FEW", 1)
     good = [f"{i}.jpg" for i in range(5)]
     config = replace(job(tmp_path, [*good, *BAD]), num_workers=workers)
     folder = Path(str(config.image_folder))

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from constants import ROOT
+from jobs import flip
 from PIL import Image
 from video2world import Guardrail, Refusing
 
@@ -27,6 +28,7 @@ from theworld.config.config import Config, save_config
 from theworld.data.images import sha256
 from theworld.extraction import extract as extract_module
 from theworld.extraction import rollouts
+from theworld.extraction.audit import audit
 from theworld.extraction.encoders import RolloutEncoder
 from theworld.extraction.extract import extract, verify
 from theworld.extraction.features import CachedFeatures
@@ -65,7 +67,7 @@ def test_a_row_reads_back_as_it_was_written(tmp_path: Path, dtype: str) -> None:
     assert np.array_equal(found, row(dtype))
     assert finished.missing([A, B]) == [B]
     assert [p.name for p in (tmp_path / "finished").iterdir()] == [f"{A}.row"]
-    assert finished.notes == []
+    assert not (tmp_path / "quarantine").exists()
 
 
 def test_the_bytes_of_a_row(tmp_path: Path) -> None:
@@ -78,7 +80,9 @@ def test_the_bytes_of_a_row(tmp_path: Path) -> None:
     assert data == row().tobytes()
 
 
-def test_any_damaged_byte_is_found_and_the_row_set_aside(tmp_path: Path) -> None:
+def test_any_damaged_byte_is_found_and_the_row_goes_to_the_quarantine(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     finished = rows_in(tmp_path)
     finished.write(A, row())
     path = tmp_path / "finished" / f"{A}.row"
@@ -92,13 +96,16 @@ def test_any_damaged_byte_is_found_and_the_row_set_aside(tmp_path: Path) -> None
     for damaged in (sound[:-1], sound + b"\0", b""):
         path.write_bytes(damaged)
         assert finished.read(A) is None
-    assert len(finished.notes) == len(list((tmp_path / "set-aside").iterdir())) == len(sound) + 3
-    assert "was moved to" in finished.notes[0]
+    assert len(caplog.messages) == len(list((tmp_path / "quarantine").iterdir())) == len(sound) + 3
+    assert "was moved to" in caplog.messages[0]
 
 
-def test_a_row_of_another_fingerprint_or_photograph_or_behind_a_link_is_not_used(tmp_path: Path) -> None:
+def test_a_row_of_another_fingerprint_or_photograph_or_behind_a_link_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows_in(tmp_path, G).write(A, row())
     assert rows_in(tmp_path).read(A) is None
+    caplog.clear()
     finished = rows_in(tmp_path)
     finished.write(A, row())
     folder = tmp_path / "finished"
@@ -107,7 +114,7 @@ def test_a_row_of_another_fingerprint_or_photograph_or_behind_a_link_is_not_used
     assert finished.read(B) is None
     assert finished.read(C) is None
     assert finished.read(A) is not None
-    assert len(finished.notes) == 2
+    assert len(caplog.messages) == 2
 
 
 def test_what_is_no_row_is_not_written(tmp_path: Path) -> None:
@@ -119,11 +126,11 @@ def test_what_is_no_row_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not finite for the photograph of SHA-256 aaaa"):
         finished.write(A, row() + np.float32("inf"))
     finished.write(A, row())
-    with pytest.raises(StoreError, match="already there with other content"):
+    with pytest.raises(FileExistsError, match="already there with other content"):
         finished.write(A, row() + 1)
 
 
-def test_a_refusal_stays_and_is_found_damaged(tmp_path: Path) -> None:
+def test_a_refusal_stays_and_is_found_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     finished = rows_in(tmp_path)
     finished.refuse(B, "a reason")
     assert (finished.refusal(A), finished.refusal(B)) == (None, "a reason")
@@ -134,7 +141,7 @@ def test_a_refusal_stays_and_is_found_damaged(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("a reason", "no reason"))
     assert refusals(tmp_path) == {}
     assert finished.refusal(B) is None
-    assert "damaged or was edited" in finished.notes[0]
+    assert "damaged or was edited" in caplog.messages[0]
     rows_in(tmp_path, G).refuse(B, "a reason")
     assert rows_in(tmp_path).refusal(B) is None
 
@@ -358,8 +365,9 @@ def test_killed_at_a_rename_and_resumed_gives_the_same_bytes(
 
 
 def test_what_is_finished_outlives_a_list_that_changes(
-    job: Config, tmp_path: Path, encoded: Callable[[], int], capsys: pytest.CaptureFixture[str]
+    job: Config, tmp_path: Path, encoded: Callable[[], int], caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     cache = tmp_path / "cache"
     annotate(job, [f"{i}.png" for i in range(1, NUM_PHOTOGRAPHS)])
     assert not run(job, cache, part="1/2")
@@ -367,7 +375,7 @@ def test_what_is_finished_outlives_a_list_that_changes(
     assert not run(job, cache, part="1/2")
     assert run(job, cache, part="2/2")
     assert encoded() == NUM_PHOTOGRAPHS - 1
-    assert "the image list changed: 6 paths before, 7 now" in capsys.readouterr().out
+    assert "the image list changed: 6 paths before, 7 now" in caplog.messages
     run(job, tmp_path / "once")
     assert content(cache) == content(tmp_path / "once")
 
@@ -416,8 +424,8 @@ def test_where_all_is_refused_there_is_no_store(job: Config, tmp_path: Path) -> 
     assert len((tmp_path / "cache" / "failures.jsonl").read_text().splitlines()) == 7
 
 
-def test_a_damaged_row_is_set_aside_and_made_again(
-    job: Config, tmp_path: Path, encoded: Callable[[], int], capsys: pytest.CaptureFixture[str]
+def test_a_damaged_row_goes_to_the_quarantine_and_is_made_again(
+    job: Config, tmp_path: Path, encoded: Callable[[], int], caplog: pytest.LogCaptureFixture
 ) -> None:
     run(job, tmp_path / "once")
     cache = tmp_path / "cache"
@@ -429,14 +437,14 @@ def test_a_damaged_row_is_set_aside_and_made_again(
     before = encoded()
     run(job, cache, part="1/2")
     assert encoded() == before + 1
-    assert f"{path.name} was moved to {cache / 'latents' / 'set-aside'}" in capsys.readouterr().out
+    assert f"{path.name} was moved to {cache / 'latents' / 'quarantine'}" in caplog.text
     assert run(job, cache, part="2/2")
-    made = {name: data for name, data in content(cache).items() if "set-aside" not in name}
+    made = {name: data for name, data in content(cache).items() if "quarantine" not in name}
     assert made == content(tmp_path / "once")
 
 
 def test_a_row_that_is_damaged_before_it_is_gathered_stops_the_run(
-    job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     each = rollouts.roll_out_each
 
@@ -446,10 +454,9 @@ def test_a_row_that_is_damaged_before_it_is_gathered_stops_the_run(
         path.write_bytes(path.read_bytes()[:-1])
 
     monkeypatch.setattr(rollouts, "roll_out_each", damaging)
-    with pytest.raises(
-        StoreError, match=r"was moved to .*\na finished row is gone: run the same command again"
-    ):
+    with pytest.raises(StoreError, match=r"finished: a finished row is gone; run the same command again"):
         run(job, tmp_path / "cache")
+    assert ".row was moved to " in caplog.text
     monkeypatch.setattr(rollouts, "roll_out_each", each)
     assert run(job, tmp_path / "cache")
 
@@ -516,19 +523,21 @@ def test_the_estimate_says_what_was_measured_and_what_sharing_makes_of_it() -> N
 
 
 def test_the_preflight_counts_what_is_left_and_the_room_for_it(
-    job: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    job: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    caplog.set_level("INFO")
     run(job, tmp_path / "cache", part="1/2")
     own = sum(
         int(sha256((Path(str(job.image_folder)) / f"{i}.png").read_bytes())[:12], 16) % 2 == 0
         for i in range(6)
     )
-    out = capsys.readouterr().out
+    out = caplog.text
+    caplog.clear()
     assert f"latents: {own} photographs of part 1/2 to roll out, 6 in the store: 0.0 MiB, twice that" in out
     assert " denoising step, " in out
     assert f"{own} x (" in out
     run(job, tmp_path / "cache", part="1/2")
-    out = capsys.readouterr().out
+    out = caplog.text
     assert f"resuming: {own} of {own} photographs rolled out" in out
     assert "latents: 0 photographs of part 1/2 to roll out" in out
     assert "denoising" not in out
@@ -567,3 +576,19 @@ def test_processes_launched_together_make_the_files_of_a_single_run(job: Config,
     assert "latents: 6 photographs to roll out, 6 in the store" in done.stdout
     assert [Path(f"{arguments[2]}{rank}").read_text() for rank in (0, 1)] == ["True", "False"]
     assert content(tmp_path / "together") == content(tmp_path / "once")
+
+
+def test_damaged_rollouts_are_made_again_and_audited_by_their_photographs(
+    rolling: Config, tmp_path: Path
+) -> None:
+    extract(rolling, tmp_path, False, False, None, Guardrail())
+    before = content(tmp_path)
+    (found,) = audit(rolling, tmp_path, 9)
+    assert (found.holds, found.num_images) == (True, 3)
+    for name in ("shards/00001.h5", "store.json", "images.jsonl", "manifest.json"):
+        flip(tmp_path / "latents" / name)
+    extract(rolling, tmp_path, False, False, None, Guardrail())
+    assert {name: data for name, data in content(tmp_path).items() if "/quarantine/" not in name} == before
+    assert verify(tmp_path) == []
+    with pytest.raises(StoreMismatch, match="rollout_steps: cached 2, wanted 3"):
+        extract(replace(rolling, rollout_steps=3), tmp_path, False, False, None, Guardrail())

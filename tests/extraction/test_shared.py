@@ -51,7 +51,7 @@ def test_extractors_at_the_same_time_make_the_files_of_one(job: Path, tmp_path: 
         assert [process.exitcode for process in running] == [0] * len(running), log
         assert published(cache) == expected
         assert not list(cache.rglob("*.tmp"))
-        assert not (cache / LATENTS / "set-aside").exists()
+        assert not (cache / LATENTS / "quarantine").exists()
         tally(extractors=len(running))
     tally(caches=caches, byte_identical="yes")
 

@@ -9,6 +9,7 @@ from small_checkpoint import FACTS, NAME, checkpoint_of
 
 from theworld.config.config import Config
 from theworld.hub.card import Facts, code, model_card, plain, public_settings, read_metrics, read_results
+from theworld.models.serialization import SavedModel
 
 
 def header(card: str) -> dict[str, object]:
@@ -24,7 +25,7 @@ def test_a_card_tells_the_run_and_nothing_else(tmp_path: Path) -> None:
         {"step": 2, "dev_loss": 0.625, "dev_accuracy": 0.875, "dev_relation_loss": 0.4375},
         {"step": 3, "loss": 0.0625},
     ]
-    card = model_card(path, FACTS, metrics)
+    card = model_card(SavedModel.read(path), FACTS, metrics)
     assert header(card)["base_model"] == ["google/gemma-3-4b-it"]
     assert header(card)["datasets"] == ["cambridgeltl/vsr_random"]
     assert header(card)["library_name"] == "theworld"
@@ -44,9 +45,25 @@ def test_a_card_tells_the_run_and_nothing_else(tmp_path: Path) -> None:
     assert "secret" not in card
 
 
+def test_a_card_names_the_world_encoder(tmp_path: Path) -> None:
+    for name, words, tag in (
+        (
+            "cosmos",
+            "the latents that the frozen VAE of\n`nvidia/Cosmos-Predict2-2B-Video2World` gives",
+            "cosmos",
+        ),
+        ("pixels", "computed from\nthe photograph's own pixels, in cells of 8 x 8 pixels.", "pixels"),
+    ):
+        config = Config(world_encoder=name)  # type: ignore[arg-type]
+        card = model_card(checkpoint_of(tmp_path / name, 2, config, 0.0), FACTS, [])
+        assert words in card
+        assert ("and the VAE." in card) is (name == "cosmos")
+        assert header(card)["tags"][-1] == tag  # type: ignore[index]
+
+
 def test_a_card_without_figures_or_public_sources_says_so(tmp_path: Path) -> None:
     config = Config(model_name="/models/my-gemma", annotations="/data/vsr")
-    card = model_card(checkpoint_of(tmp_path, 2, config, 0.0), FACTS, read_metrics(tmp_path))
+    card = model_card(SavedModel.read(checkpoint_of(tmp_path, 2, config, 0.0)), FACTS, read_metrics(tmp_path))
     assert not {"base_model", "datasets"} & header(card).keys()
     assert "None were logged up to this checkpoint." in card
     assert "`my-gemma`" in card
@@ -62,7 +79,7 @@ def test_a_card_shows_controls_where_they_were_measured(tmp_path: Path) -> None:
         "systems": {"world": score, "baseline": score | {"accuracy": 0.5}},
         "world_against": {"baseline": {"only_first": 3, "only_second": 1, "p_value": 0.625}},
     }
-    card = model_card(checkpoint_of(tmp_path, 2, Config(), 0.0), FACTS, [], results)
+    card = model_card(SavedModel.read(checkpoint_of(tmp_path, 2, Config(), 0.0)), FACTS, [], results)
     assert "| world | 8 | 75.0% | 50.0% to 90.0% |  |" in card
     assert "| baseline | 8 | 50.0% | 50.0% to 90.0% | 0.62 |" in card
     assert "8 statements about 3 images" in card
@@ -78,7 +95,7 @@ def test_an_evaluation_in_its_run_comes_with_it_too(tmp_path: Path) -> None:
     (folder / "checkpoint-20-vsr_random-test.summary.json").write_text("[]")  # of another
     assert read_results(path) == results
     assert "8 statements about 3 images of vsr_random test; p-values: exact McNemar test." in model_card(
-        path, FACTS, [], results
+        SavedModel.read(path), FACTS, [], results
     )
     beside = results | {"statements": 9}
     (tmp_path / "checkpoint-2.summary.json").write_text(json.dumps(beside))
@@ -98,7 +115,7 @@ def test_the_hub_reads_the_accuracies_of_an_evaluation(tmp_path: Path) -> None:
         "systems": {"world": score, "zero": score | {"accuracy": 0.5}},
     }
     path = checkpoint_of(tmp_path, 2, Config(hub_model_id=NAME), 0.0)
-    card = ModelCard(model_card(path, FACTS, [], results))
+    card = ModelCard(model_card(SavedModel.read(path), FACTS, [], results))
     assert card.data.model_name == "world"
     world, zero = card.data.eval_results
     assert (world.dataset_type, world.dataset_name, world.dataset_split) == (
@@ -112,7 +129,9 @@ def test_the_hub_reads_the_accuracies_of_an_evaluation(tmp_path: Path) -> None:
 def test_own_data_is_no_data_set_of_the_hub(tmp_path: Path) -> None:
     score = {"n": 8, "accuracy": 0.75, "low": 0.5, "high": 0.9}
     results = {"statements": 8, "images": 3, "data": [["own data", "test"]], "systems": {"world": score}}
-    card = ModelCard(model_card(checkpoint_of(tmp_path, 2, Config(), 0.0), FACTS, [], results))
+    card = ModelCard(
+        model_card(SavedModel.read(checkpoint_of(tmp_path, 2, Config(), 0.0)), FACTS, [], results)
+    )
     (world,) = card.data.eval_results
     assert (world.dataset_type, world.dataset_name) == ("own-data", "own data")
 
@@ -123,7 +142,7 @@ def test_text_of_the_user_is_shown_as_it_is(tmp_path: Path) -> None:
     assert code("a``b\n`") == "``` a``b ` ```"
     config = Config(model_name="/models/a`b {{ 7 * 7 }}", question_template="{caption}\n```\n<script>")
     facts = Facts(10, 20, 4, 4, ["train: <b>[1](2)|"])
-    card = model_card(checkpoint_of(tmp_path, 2, config, 0.0), facts, [])
+    card = model_card(SavedModel.read(checkpoint_of(tmp_path, 2, config, 0.0)), facts, [])
     assert "(`` a`b {{ 7 * 7 }} ``)" in card
     assert r"- train: \<b\>\[1\](2)\|" in card
     assert r'"question_template": "{caption}\n```\n<script>"' in card
@@ -133,7 +152,7 @@ def test_text_of_the_user_is_shown_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_headings_of_a_card_come_in_order(tmp_path: Path) -> None:
-    card = model_card(checkpoint_of(tmp_path, 2, Config(), 0.0), FACTS, [])
+    card = model_card(SavedModel.read(checkpoint_of(tmp_path, 2, Config(), 0.0)), FACTS, [])
     assert card.endswith("--split test`\n")
     assert "\n\n\n" not in card
     assert [line for line in card.splitlines() if line.startswith("#")] == [

@@ -1,7 +1,9 @@
 """Uploads of a run to a stand-in hub: what arrives, what a failing hub changes, and what never leaves this machine."""
 
+import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +26,13 @@ from theworld.evaluation.records import records
 from theworld.extraction.extract import extract
 from theworld.hub.card import read_results
 from theworld.hub.publish import Publisher, check_hub, check_staged, connect, stage
-from theworld.models.serialization import CheckpointError, find_model, fingerprint_of, list_checkpoints
+from theworld.models.serialization import (
+    CheckpointError,
+    SavedModel,
+    find_model,
+    fingerprint_of,
+    list_checkpoints,
+)
 from theworld.models.theworld import TheWorld
 from theworld.training.memory import Plan
 from theworld.training.trainer import Trainer
@@ -274,7 +282,7 @@ def test_a_damaged_checkpoint_is_not_uploaded(
     path = checkpoint_of(tmp_path, 2, pushing, 0.0)
     (path / "projection.safetensors").write_bytes(b"other")
     with pytest.raises(CheckpointError, match=r"projection\.safetensors is damaged"):
-        check_staged(stage(path, "card", False, tmp_path / "staged"))
+        check_staged(stage(SavedModel.read(path), "card", False, tmp_path / "staged"))
     assert not Publisher(pushing, tmp_path).finish(path, FACTS)
     assert "checkpoint-2 is NOT on the hub: projection.safetensors is damaged" in caplog.text
     assert "Repeat the upload by resuming this run" in caplog.text
@@ -309,7 +317,7 @@ def test_an_upload_is_staged_as_hard_links_where_there_are_any(
     path = checkpoint_of(tmp_path, 2, pushing, 0.0)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     staged = tmp_path / "staged"
-    check_staged(stage(path, "card", True, staged))
+    check_staged(stage(SavedModel.read(path), "card", True, staged))
     for name in ("projection.safetensors", "world.json"):
         for copy in (staged / name, staged / "last-checkpoint" / name):
             assert copy.samefile(path / name) is links
@@ -407,6 +415,22 @@ def test_a_run_that_ends_does_not_wait_for_the_hub_and_the_next_start_tidies_up(
             "world.json",
         ]
     )
+
+
+def test_without_hard_links_nothing_is_copied_either(
+    pushing: Config, hub: Callable[..., Uploads], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    uploads = hub()
+    path = checkpoint_of(tmp_path, 2, pushing, 0.0)
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(shutil, "copyfile", None)
+    assert Publisher(replace(pushing, hub_strategy="checkpoint"), tmp_path).finish(path, FACTS)
+    for name in ("projection.safetensors", "last-checkpoint/trainer.pt"):
+        assert uploads.files()[name] == (path / Path(name).name).read_bytes()
+    assert path.is_dir()
 
 
 def test_a_large_checkpoint_is_uploaded_without_being_read_into_memory(

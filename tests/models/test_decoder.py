@@ -4,11 +4,13 @@ The decoder against transformers' own, layer weights shared, compiled and not.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from constants import EMBEDDED_GEMMA
 from tiny_model import gradients, latents_of, make_model, vision_of
+from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from theworld.data.vsr import Statement
 from theworld.models.attention import attention_masks
@@ -40,27 +42,56 @@ def test_hidden_states_and_input_gradients_are_transformers_own(
     torch.testing.assert_close(our_gradient, their_gradient, atol=1e-4, rtol=1e-5)
 
 
-def test_merged_weights_are_views_and_transformers_goes_on_as_before(own_gemma: Gemma) -> None:
-    ids = torch.arange(12)[None]
-    before = {name: p.clone() for name, p in own_gemma.model.named_parameters()}
-    with torch.no_grad():
-        wanted = own_gemma.text_model(input_ids=ids, use_cache=False).last_hidden_state
-        first, second = Decoder(own_gemma), Decoder(own_gemma)  # twice: each has all that it needs
-        assert torch.equal(own_gemma.text_model(input_ids=ids, use_cache=False).last_hidden_state, wanted)
+def test_two_models_on_one_gemma_share_its_weights_and_leave_its_parameters_as_they_were(
+    own_gemma: Gemma,
+) -> None:
+    def addresses() -> dict[str, int]:
+        return {name: p.data_ptr() for name, p in own_gemma.model.named_parameters()}
+
+    before, values = addresses(), {name: p.clone() for name, p in own_gemma.model.named_parameters()}
+    first, second = make_model(own_gemma).decoder, make_model(own_gemma).decoder
+    assert addresses() == before
     for name, parameter in own_gemma.model.named_parameters():
-        assert torch.equal(parameter, before[name])
-    attention = own_gemma.text_model.layers[0].self_attn
-    assert (
-        attention.k_proj.weight.untyped_storage().data_ptr()
-        == second.layers[0].qkv.untyped_storage().data_ptr()
-    )
-    assert torch.equal(first.layers[0].qkv, second.layers[0].qkv)
+        assert torch.equal(parameter, values[name])
+    for one, other, layer in zip(first.layers, second.layers, own_gemma.text_model.layers, strict=True):
+        for mine, yours in zip(one, other, strict=True):
+            assert mine.data_ptr() == yours.data_ptr()
+        attention = layer.self_attn
+        assert one.qkv.data_ptr() == attention.q_proj.weight.data_ptr()
+        storage = one.qkv.untyped_storage().data_ptr()
+        assert attention.k_proj.weight.untyped_storage().data_ptr() == storage
+        assert attention.v_proj.weight.untyped_storage().data_ptr() == storage
+
+
+def test_merged_weights_are_the_published_ones_and_transformers_goes_on_with_them(own_gemma: Gemma) -> None:
+    kind = Gemma3ForConditionalGeneration if own_gemma.is_multimodal else Gemma3ForCausalLM
+    published = kind.from_pretrained(own_gemma.name)
+    own = dict(own_gemma.model.named_parameters())
+    for name, parameter in published.named_parameters():
+        assert torch.equal(own[name], parameter), name
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(own_gemma.model(input_ids=ids).logits, published(input_ids=ids).logits)
 
 
 def test_a_model_that_computes_something_else_is_refused(own_gemma: Gemma) -> None:
     own_gemma.text_config.attn_logit_softcapping = 50.0
     with pytest.raises(ValueError, match=r"attn_logit_softcapping is 50\.0; this is built for None"):
         Decoder(own_gemma)
+
+
+def test_a_config_without_a_field_that_is_relied_on_is_refused(own_gemma: Gemma) -> None:
+    whole = own_gemma.text_config
+    for field in (
+        "attention_bias hidden_activation attn_logit_softcapping use_bidirectional_attention num_attention_heads "
+        "num_key_value_heads head_dim query_pre_attn_scalar rms_norm_eps layer_types"
+    ).split():
+        values = {k: getattr(whole, k) for k in dir(type(whole)()) if not k.startswith("_") and k != field}
+        own_gemma.text_config = SimpleNamespace(**values)
+        with pytest.raises(ValueError, match=f"its config has no {field}, which Gemma 3 has"):
+            Decoder(own_gemma)
+    own_gemma.text_config = whole
+    assert Decoder(own_gemma).layers
 
 
 @pytest.mark.heavy

@@ -1,17 +1,19 @@
 """Gemma sharded over processes trains as it does in one."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from commands import launch
-from runs import metrics
+from runs import Run, metrics
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from theworld.config.config import Config
 from theworld.extraction.extract import extract
-from theworld.models.fsdp import load_state, whole_state
+from theworld.models import fsdp, theworld
 from theworld.training.trainer import Trainer
 
 # As `accelerate launch --use_fsdp` sets them by itself.
@@ -29,20 +31,6 @@ FSDP = {
     "FSDP_ACTIVATION_CHECKPOINTING": "false",
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "false",
 }
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_an_optimizers_state_is_taken_and_its_kernels_are_not(fused: bool) -> None:
-    weight = torch.nn.Parameter(torch.ones(3))
-    theirs, own = (torch.optim.AdamW([weight], lr=0.1, fused=f) for f in (not fused, fused))
-    weight.grad = torch.full((3,), 2.0)
-    theirs.step()
-    load_state(own, whole_state(theirs.state_dict()))
-    assert own.param_groups[0]["fused"] is fused
-    assert torch.equal(own.state[weight]["exp_avg"], theirs.state[weight]["exp_avg"])
-    assert float(own.state[weight]["step"]) == 1
-    own.step()
-    assert float(own.state[weight]["step"]) == 2
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
@@ -70,6 +58,12 @@ def test_two_sharded_processes_train_and_evaluate_as_one(
         for name, weight in wanted.items():
             torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-3)
 
+    # Each process wrote its shares of the moments, and put together no sharded tensor but the main one the weights.
+    weights = sum(weight.numel() for weight in load_file(one / f"{part}.safetensors").values())
+    shards = [load_file(path) for path in sorted((tmp_path / "two" / one.name / "optimizer").iterdir())]
+    assert [sum(share.numel() for share in shard.values()) for shard in shards] == [weights] * 2
+    assert {name.split(".")[1] for name in shards[0]} == {"exp_avg", "exp_avg_sq"}
+
     # A checkpoint of shards is like any other: one process goes on from it, and two from one of one.
     halfway = str(tmp_path / "two" / "checkpoint-2")
     alone = Trainer(replace(config, resume_from=halfway, output_dir=str(tmp_path / "alone")), cache).run()
@@ -82,6 +76,51 @@ def test_two_sharded_processes_train_and_evaluate_as_one(
         found = load_file(again / f"{part}.safetensors")
         for name, weight in load_file(one / f"{part}.safetensors").items():
             torch.testing.assert_close(found[name], weight, atol=1e-5, rtol=1e-3)
+
+
+def note_whole_tensors() -> None:
+    """Write down how many values of sharded tensors this process puts together, outside of a layer at work."""
+    real, full_tensor = fsdp.gather_to_main, DTensor.full_tensor
+
+    def gathered(tensor: torch.Tensor) -> torch.Tensor | None:
+        found = real(tensor)
+        if isinstance(tensor, DTensor):
+            with open(f"{os.environ['NOTES']}-{os.environ['RANK']}", "a") as file:
+                file.write(f"{0 if found is None else found.numel()}\n")
+        return found
+
+    def full(tensor: DTensor, **options: object) -> torch.Tensor:
+        assert tensor.ndim == 0, "only a norm is summed on every process"
+        return full_tensor(tensor, **options)  # type: ignore[arg-type]
+
+    theworld.gather_to_main, DTensor.full_tensor = gathered, full  # type: ignore[attr-defined, method-assign]
+
+
+def test_a_save_puts_weights_together_in_the_main_process_alone_and_a_resume_is_bitwise(
+    config: Config, session_cache: Path, tmp_path: Path
+) -> None:
+    config = replace(config, freeze_gemma_language=False, output_dir=str(tmp_path / "run"), do_eval=False)
+    notes = {"NOTES": str(tmp_path / "notes")}
+    run = Run(config, session_cache, ranks=2, prepare=note_whole_tensors, **FSDP, **notes)
+    assert run.wait(400) == {0}, run.log.read_text()
+    weights = [w.numel() for w in load_file(run.folder / "checkpoint-4" / "language.safetensors").values()]
+    main, other = (
+        [int(line) for line in Path(f"{notes['NOTES']}-{rank}").read_text().splitlines()] for rank in (0, 1)
+    )
+    assert sorted(main) == sorted(2 * weights)  # of two checkpoints
+    assert other == [0] * len(main)
+
+    halfway = str(run.folder / "checkpoint-2")
+    again = Run(
+        replace(config, resume_from=halfway, output_dir=str(tmp_path / "again")),
+        session_cache,
+        ranks=2,
+        **FSDP,
+    )
+    assert again.wait(400) == {0}, again.log.read_text()
+    for path in sorted((run.folder / "checkpoint-4").rglob("*.safetensors")):
+        name = path.relative_to(run.folder)
+        assert (again.folder / name).read_bytes() == path.read_bytes(), name
 
 
 def test_a_frozen_language_model_is_not_sharded(config: Config, tmp_path: Path) -> None:
@@ -101,3 +140,16 @@ def test_a_dry_run_of_two_processes_speaks_once(config: Config, tmp_path: Path) 
     assert done.stdout.count("2 x 2 x 2 (processes) statements") == 1
     assert done.stdout.splitlines()[-1] == "dry run: nothing was written"
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizers_state_is_loaded_and_its_kernels_are_not(fused: bool) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    saved, own = (torch.optim.AdamW([weight], lr=0.1, fused=f) for f in (not fused, fused))
+    weight.grad = torch.full((3,), 2.0)
+    saved.step()
+    fsdp.load_state(own, saved.state_dict())
+    assert own.param_groups[0]["fused"] is fused
+    assert torch.equal(own.state[weight]["exp_avg"], saved.state[weight]["exp_avg"])
+    own.step()
+    assert float(own.state[weight]["step"]) == 2

@@ -24,8 +24,16 @@ from theworld.extraction.extract import extract
 from theworld.extraction.features import OnTheFlyPixels
 from theworld.hub.card import model_card
 from theworld.hub.publish import stage
-from theworld.models.gemma import Gemma, load_gemma, parameters_of, prepare_parts, trained_parts
-from theworld.models.serialization import LANGUAGE, LORA, VISION, CheckpointError, read_world
+from theworld.models.gemma import (
+    Gemma,
+    GemmaParts,
+    decide_parts,
+    load_gemma,
+    parameters_of,
+    saved_parts,
+    trainable_parts,
+)
+from theworld.models.serialization import LANGUAGE, LORA, VISION, CheckpointError, SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.training.trainer import Trainer
 
@@ -169,6 +177,53 @@ def published() -> dict[str, Tensor]:
     return dict(Gemma(str(EMBEDDED_GEMMA)).model.named_parameters())
 
 
+def test_the_parts_of_a_run_follow_from_its_settings_and_the_checkpoint_it_starts_from() -> None:
+    def parts(stage: str | None, *held: str, rank: int | None = None) -> GemmaParts:
+        return decide_parts(
+            Config(**STAGES[stage] if stage else {}), {"parts": list(held), "lora_rank": rank}
+        )
+
+    assert parts(None) == decide_parts(Config()) == GemmaParts()
+    assert parts("vision") == GemmaParts(("vision",), ("vision",))
+    assert parts("all") == GemmaParts(("vision", "language"), ("vision", "language"))
+    assert parts("lora", "vision") == GemmaParts(("vision", "lora"), ("lora",), 2)
+    assert parts(None, "lora", rank=3) == GemmaParts(("lora",), (), 3)
+    assert parts("vision", "lora", rank=3) == GemmaParts(("vision", "lora"), ("vision",), 3)
+    saved = {"parts": ["vision", "language"], "lora_rank": None}
+    assert saved_parts(saved) == GemmaParts(("vision", "language"))
+    assert [parts(s).uses_hf_decoder for s in (None, "vision", "language", "lora", "all")] == [0, 0, 1, 1, 1]
+    assert not saved_parts(saved).uses_hf_decoder
+
+
+def test_new_lora_matrices_are_a_function_of_the_seed_and_leave_the_generator_alone() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(5)
+        gemma = Gemma(str(EMBEDDED_GEMMA), parts=GemmaParts(("lora",), ("lora",), 2), seed=seed)
+        found.append(next(iter(parameters_of(gemma, LORA).values())))
+        assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(5).get_state())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_shapes_and_weights_are_two_gemmas_of_the_same_parts() -> None:
+    shapes = Gemma(str(EMBEDDED_GEMMA), parts=GemmaParts(("lora",), ("lora",), 2), weights=False)
+    loaded = shapes.with_weights()
+    assert not shapes.has_weights
+    assert loaded.has_weights
+    assert loaded.parts == shapes.parts
+    assert loaded.tokenizer is shapes.tokenizer
+    for (name, shape), (other, p) in zip(
+        shapes.model.named_parameters(), loaded.model.named_parameters(), strict=True
+    ):
+        assert (name, shape.shape, shape.requires_grad) == (other, p.shape, p.requires_grad)
+
+
+def test_flex_attention_is_refused_where_transformers_reads_the_rows() -> None:
+    with pytest.raises(ValueError, match="takes dense masks; wanted sdpa"):
+        Gemma(str(EMBEDDED_GEMMA), attention="flex_attention", parts=GemmaParts(("lora",), (), 2))
+
+
 def test_the_parts_of_gemma_are_all_of_its_weights_each_once(gemma: Gemma, text_gemma_folder: Path) -> None:
     vision, language = parameters_of(gemma, VISION), parameters_of(gemma, LANGUAGE)
     assert {*vision, *language} == {name for name, _ in gemma.model.named_parameters()}
@@ -204,7 +259,11 @@ def test_a_stage_trains_what_it_says_and_leaves_every_other_bit(
     assert matrices <= changed
     assert {*trains} == {
         *trainer.model.projection.state_dict().keys() - {"latents_mean", "latents_std"},
-        *(f"gemma.{n}" for part in trained_parts(settings) for n in parameters_of(trainer.model.gemma, part)),
+        *(
+            f"gemma.{n}"
+            for part in trainable_parts(settings)
+            for n in parameters_of(trainer.model.gemma, part)
+        ),
     }
     assert sorted(p.stem for p in checkpoint.glob("*.safetensors")) == sorted([*FILES[stage], "projection"])
     out = capsys.readouterr().out
@@ -223,9 +282,9 @@ def test_a_saved_stage_answers_as_the_one_that_was_trained(
     settings = replace(config, init_from=str(first), output_dir=str(tmp_path / stage), **STAGES[stage])
     trainer = Trainer(settings, cache)
     checkpoint = trainer.run()
-    one = trainer.prepare(0)[0]
+    one = trainer.microbatches(0)[0]
     loaded = TheWorld.from_pretrained(checkpoint)
-    assert not loaded.gemma.trained
+    assert not loaded.gemma.trainable_parts
     with torch.no_grad():
         wanted = trainer.model(one.batch, one.latents, one.vision)
         # fp32: transformers' decoder and ours add in other orders
@@ -249,8 +308,7 @@ def test_a_language_model_that_trains_has_the_losses_and_gradients_of_the_frozen
     """Before the first step nothing differs: the projection's gradients through transformers' decoder are ours."""
     found = []
     for settings in ({}, STAGES["all"], STAGES["lora"]):
-        own = Gemma(gemma.name)
-        prepare_parts(own, Config(**settings))
+        own = Gemma(gemma.name, parts=decide_parts(Config(**settings)))
         model = make_model(own, **settings)
         batch = model.packer().pack(statements)
         pixels = own.pixel_values([read_image(photographs, image) for image in batch.images])
@@ -274,8 +332,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_no_gradient(
         return tensor
 
     for checkpointing in (False, True):
-        own = Gemma(gemma.name)
-        prepare_parts(own, Config(**STAGES[stage]))
+        own = Gemma(gemma.name, parts=decide_parts(Config(**STAGES[stage])), checkpointed=checkpointing)
         model = make_model(own, use_gradient_checkpointing=checkpointing, **STAGES[stage])
         batch = model.packer().pack(statements)
         pixels = own.pixel_values([read_image(photographs, image) for image in batch.images])
@@ -300,15 +357,15 @@ def test_stages_follow_each_other_and_each_checkpoint_stands_for_itself(
     third = Trainer(
         replace(config, init_from=str(second), output_dir=str(tmp_path / "3"), **STAGES["lora"]), cache
     ).run()
-    assert read_world(third)["parts"] == ["vision", "lora"]
-    assert read_world(third)["lora_rank"] == 2
+    assert SavedModel.read(third).world["parts"] == ["vision", "lora"]
+    assert SavedModel.read(third).world["lora_rank"] == 2
     # The third stage froze the tower that the second trained, and holds it all the same.
     assert (third / "vision.safetensors").read_bytes() == (second / "vision.safetensors").read_bytes()
     for path in (first, second):
         for file in path.iterdir():
             file.unlink()
     model = TheWorld.from_pretrained(third)
-    assert model.gemma.changed == ("vision", "lora")
+    assert model.gemma.modified_parts == ("vision", "lora")
     answers = model.generate(
         Path(str(config.image_folder)) / "a.png", "left of?", max_new_tokens=3, do_sample=False
     )
@@ -362,9 +419,8 @@ def test_a_stage_that_cannot_be_is_refused_in_words(
     ):
         Trainer(resumed, cache)
     blind = Config(model_name=str(text_gemma_folder), device="cpu", **STAGES["vision"])
-    text = load_gemma(blind)
     with pytest.raises(ValueError, match="text-only: it has no vision tower to train"):
-        prepare_parts(text, blind)
+        load_gemma(blind, parts=decide_parts(blind))
 
 
 def test_a_stage_starts_from_sound_weights_of_the_same_shape_or_not_at_all(
@@ -395,7 +451,7 @@ def test_a_card_says_what_of_gemma_is_in_the_repository(
     settings = replace(config, init_from=str(first), output_dir=str(tmp_path / "2"), **STAGES["vision"])
     trainer = Trainer(settings, cache)
     second = trainer.run()
-    card = model_card(second, trainer.plan.facts, [])
+    card = model_card(SavedModel.read(second), trainer.plan.facts, [])
     count = sum(p.numel() for p in parameters_of(trainer.model.gemma, VISION).values())
     assert f"- Also trained: Gemma's vision tower and its projector, {count:,} parameters." in card
     assert (
@@ -403,7 +459,7 @@ def test_a_card_says_what_of_gemma_is_in_the_repository(
         in card
     )
     assert str(tmp_path) not in card
-    stage(second, card, False, tmp_path / "staged")
+    stage(SavedModel.read(second), card, False, tmp_path / "staged")
     assert sorted(path.name for path in (tmp_path / "staged").iterdir()) == [
         "README.md",
         "config.json",

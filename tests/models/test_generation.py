@@ -11,10 +11,9 @@ from PIL import Image
 from tiny_model import make_model
 
 from theworld.data.images import ImageError, read_image
-from theworld.data.vsr import Statement
 from theworld.models.cosmos import CosmosLatents
 from theworld.models.gemma import Gemma
-from theworld.models.inference import generate_ids
+from theworld.models.packing import Question
 from theworld.models.theworld import TheWorld
 from theworld.store.format import StoreMismatch
 
@@ -36,9 +35,7 @@ def model(request: pytest.FixtureRequest, text_gemma_folder: Path) -> TheWorld:
 def without_cache(model: TheWorld, pixels: np.ndarray, question: str, with_world: bool) -> list[int]:
     """20 greedy tokens, the whole sequence read again for each, by the packed rows that training uses."""
     gemma, ends = model.gemma, model.gemma.model.generation_config.eos_token_id
-    packer = model.packer(with_world)
-    packer.question_template = "{caption}"
-    asked = Statement(image="a", caption=question, label=0, relation="", index=0)
+    packer = model.packer(with_world, question_template="{caption}")
     prompt = packer.prompt(question, with_world)
     latents = model.encoder.encode(torch.from_numpy(pixels)[None]) if with_world else None
     vision = gemma.vision_features(gemma.pixel_values([pixels])) if gemma.is_multimodal else None
@@ -47,7 +44,7 @@ def without_cache(model: TheWorld, pixels: np.ndarray, question: str, with_world
         grown = replace(prompt, branch=(*prompt.branch, *found))
         packer._prompts[question, with_world, True] = grown
         with torch.no_grad():
-            logits = model(packer.pack([asked]), latents, vision)[0]
+            logits = model(packer.pack([Question("a", question)]), latents, vision)[0]
         logits[ends] = -torch.inf
         found.append(int(logits.argmax()))
     return found
@@ -62,9 +59,9 @@ def test_twenty_greedy_tokens_are_those_of_a_run_without_a_cache(
     wanted = [without_cache(model, p, q, with_world) for p, q in zip(pixels, QUESTIONS, strict=True)]
     assert len({tuple(tokens) for tokens in wanted}) == 3
     # In one batch, where the shorter prompts are padded, and each by itself.
-    assert generate_ids(model, pixels, QUESTIONS, with_world, **GREEDY).tolist() == wanted
+    assert model.generate_ids(pixels, QUESTIONS, with_world, **GREEDY).tolist() == wanted
     alone = [
-        generate_ids(model, p, q, with_world, **GREEDY)[0].tolist()
+        model.generate_ids(p, q, with_world, **GREEDY)[0].tolist()
         for p, q in zip(pixels, QUESTIONS, strict=True)
     ]
     assert alone == wanted
@@ -85,7 +82,7 @@ def test_without_world_tokens_the_answer_is_plain_gemmas(photographs: Path) -> N
         add_generation_prompt=True,
     )
     theirs = gemma.model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
-    ours = generate_ids(model, photographs / "a.png", QUESTIONS[1], False, **GREEDY)[0]
+    ours = model.generate_ids(photographs / "a.png", QUESTIONS[1], False, **GREEDY)[0]
     assert ours.tolist() == theirs.tolist()
     text = gemma.tokenizer.decode(theirs, skip_special_tokens=True).strip()
     assert model.generate(photographs / "a.png", QUESTIONS[1], enable_world=False, **GREEDY) == [text]

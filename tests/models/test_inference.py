@@ -23,7 +23,7 @@ from theworld.evaluation.records import records
 from theworld.extraction.features import OnTheFlyLatents, OnTheFlyVision
 from theworld.models.cosmos import CosmosLatents
 from theworld.models.gemma import Gemma
-from theworld.models.inference import SYSTEMS, ask, p_true, paired
+from theworld.models.inference import CONDITIONS, p_true, pair_up
 from theworld.models.projection import ProjectionShape
 from theworld.models.theworld import TheWorld
 from theworld.store.format import StoreMismatch
@@ -54,22 +54,22 @@ PIXELS = np.zeros((2, 3, 3), np.uint8)
 
 @pytest.mark.parametrize("one", ["a.png", Path("a.png"), PIXELS, Image.fromarray(PIXELS)])
 def test_one_image_stands_for_all(one: object) -> None:
-    pictures, texts = paired(one, ("So.", "Or so."), "statements")  # type: ignore[arg-type]
+    pictures, texts = pair_up(one, ("So.", "Or so."), "statements")  # type: ignore[arg-type]
     assert len(pictures) == 1
     assert pictures[0] is one
     assert texts == ["So.", "Or so."]
 
 
 def test_as_many_images_as_texts_pair_up() -> None:
-    assert paired(["a.png", PIXELS], ["So.", "Or so."], "statements")[0][0] == "a.png"
-    assert paired(["a.png"], "So.", "statements") == (["a.png"], ["So."])
+    assert pair_up(["a.png", PIXELS], ["So.", "Or so."], "statements")[0][0] == "a.png"
+    assert pair_up(["a.png"], "So.", "statements") == (["a.png"], ["So."])
 
 
 @pytest.mark.parametrize(("images", "texts"), [(2, 3), (3, 2), (0, 1), (1, 0), (0, 0)])
 def test_others_do_not(images: int, texts: int) -> None:
     message = f"{images} images and {texts} statements: give as many, or one image for all"
     with pytest.raises(ValueError, match=message):
-        paired(["a.png"] * images, ["So."] * texts, "statements")
+        pair_up(["a.png"] * images, ["So."] * texts, "statements")
 
 
 @pytest.fixture(params=["multimodal", "text-only"])
@@ -85,9 +85,9 @@ def evaluated(model: TheWorld, statements: list[Statement], photographs: Path) -
     limit = model.config.max_image_pixels
     latents = OnTheFlyLatents(model.encoder, photographs, limit)
     vision = OnTheFlyVision(model.gemma, photographs, limit) if model.gemma.is_multimodal else None
-    logits = predict(model, statements, latents, vision, SYSTEMS, batch_size=8)
+    logits = predict(model, statements, latents, vision, CONDITIONS, batch_size=8)
     rows = records(statements, logits, set())
-    return {system: [row["systems"][system]["p_true"] for row in rows] for system in SYSTEMS}
+    return {system: [row["systems"][system]["p_true"] for row in rows] for system in CONDITIONS}
 
 
 @pytest.mark.parametrize("batch_size", [None, 1, 4])
@@ -102,8 +102,8 @@ def test_it_is_what_an_evaluation_records(
     assert model.score(images, captions, batch_size=batch_size) == pytest.approx(wanted["world"], abs=1e-5)
     without = model.score(images, captions, enable_world=False, batch_size=batch_size)
     assert without == pytest.approx(wanted["baseline"], abs=1e-5)
-    together = ask(model, images, captions, SYSTEMS, batch_size)
-    for system in SYSTEMS:
+    together = model.ask(images, captions, CONDITIONS, batch_size)
+    for system in CONDITIONS:
         assert together[system] == pytest.approx(wanted[system], abs=1e-5)
 
 
@@ -198,8 +198,8 @@ def test_what_does_not_fit_is_refused(model: TheWorld, photographs: Path) -> Non
         model.score(a, ["The cat is here.", " \n"])
     with pytest.raises(ValueError, match="batch_size is 0; give 1 or more"):
         model.score(a, "The cat is here.", batch_size=0)
-    with pytest.raises(ValueError, match="system 'shuffled': wanted one of world, baseline, zero"):
-        ask(model, a, "The cat is here.", ["shuffled"])
+    with pytest.raises(ValueError, match="condition 'shuffled': wanted one of world, baseline, zero"):
+        model.ask(a, "The cat is here.", ["shuffled"])
     with pytest.raises(ValueError, match="holds Gemma's control token '<end_of_turn>'"):
         model.score(a, "The cat.<end_of_turn>")
     with pytest.raises(ImageError, match=r"d\.png: no such file"):
@@ -217,7 +217,7 @@ def test_predicted_moments_cannot_be_had_on_the_spot(model: TheWorld, photograph
     values = {**trained.to_dict(), "steps": 2, "max_steps": 2}
     model.projection.shape = ProjectionShape.from_dict(values)
     a = photographs / "a.png"
-    with pytest.raises(ValueError, match=r"trained on 2 predicted moments .*: use tools/eval\.py --cache; "):
+    with pytest.raises(ValueError, match=r"trained on 2 predicted frames .*: use tools/eval\.py --cache; "):
         model.score(a, "The cat is here.")
     with pytest.raises(ValueError, match="with enable_world=False, nor does score"):
         model.score(a, "The cat is here.")

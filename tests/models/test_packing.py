@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from theworld.data.vsr import Statement
 from theworld.models.attention import BLOCK, attention_masks, block_mask, prepare_masks, visible_blocks
 from theworld.models.gemma import Gemma
-from theworld.models.packing import TEXT, ZERO, Node, Packer, Segment, add_path, lay_out
+from theworld.models.packing import Control, Node, Packer, Question, Segment, add_path, lay_out
 
 
 def segment(key: str, tokens: int, world: bool = False) -> Segment:
@@ -52,23 +52,23 @@ def test_trees_fill_rows_longest_first(
     roots, _ = grown(
         [segment("a", 11)], [segment("b", 2), segment("b0", 3)], [segment("c", 1), segment("c0", 3)]
     )
-    assert lay_out(roots, capacity, 1, freeze=False) == (0, length)
+    assert lay_out(roots, capacity, 1, with_prefix=False) == (0, length)
     assert [root.row for root in roots] == rows
     assert [root.column for root in roots] == columns
     for root in roots:
         (child,) = root.children.values() or [root]
-        assert child.place - root.place == child.column - root.column
+        assert child.preorder - root.preorder == child.column - root.column
 
 
 def test_what_stands_above_a_world_is_kept_in_columns_of_its_own() -> None:
     image, world = segment("a.png", 5), segment("world", 3, world=True)
     roots, (leaf,) = grown([image, world, segment("statement", 2)])
-    assert [node.is_frozen for node in roots[0].walk()] == [True, False, False]
-    assert lay_out(roots, 10, 4, freeze=True) == (8, 16)  # both padded to multiples of 4
+    assert [node.is_prefix for node in roots[0].walk()] == [True, False, False]
+    assert lay_out(roots, 10, 4, with_prefix=True) == (8, 16)  # both padded to multiples of 4
     assert [node.column for node in roots[0].walk()] == [0, 8, 11]
-    assert [node.place for node in roots[0].walk()] == [0, 5, 8]  # its order is as ever
-    assert lay_out(roots, 10, 4, freeze=False) == (0, 12)
-    assert (leaf.column, leaf.place) == (8, 8)
+    assert [node.preorder for node in roots[0].walk()] == [0, 5, 8]  # its order is as ever
+    assert lay_out(roots, 10, 4, with_prefix=False) == (0, 12)
+    assert (leaf.column, leaf.preorder) == (8, 8)
 
 
 def pack(gemma: Gemma, statements: list[Statement], num_world_tokens: int = 4):
@@ -90,7 +90,7 @@ def test_two_statements_share_one_prefix(gemma: Gemma, statements: list[Statemen
     positions = [*range(prefix), *range(prefix, prefix + first), *range(prefix, prefix + second)]
     assert batch.position_ids.tolist() == [positions]
     total = prefix + first + second
-    assert batch.end.tolist() == [[total] * prefix + [prefix + first] * first + [total] * second]
+    assert batch.subtree_end.tolist() == [[total] * prefix + [prefix + first] * first + [total] * second]
     assert batch.world_slots.tolist() == [[4, 5, 6, 7, 8, 9]]
     assert batch.image_slots.tolist() == [list(range(12, 28))]  # after two tokens: \n\n and <start_of_image>
     assert batch.label_rows.tolist() == [prefix + first - 1, prefix + first + second - 1]
@@ -185,7 +185,9 @@ def test_images_never_see_each_other_and_padding_sees_only_itself(
     of_image = torch.full_like(batch.token_ids, -1).flatten()
     for number, slots in enumerate(batch.world_slots):
         start = int(slots[0]) - 4
-        of_image[start : int(batch.end.flatten()[start]) + start // sees.shape[1] * sees.shape[1]] = number
+        of_image[start : int(batch.subtree_end.flatten()[start]) + start // sees.shape[1] * sees.shape[1]] = (
+            number
+        )
     of_image = of_image.view_as(batch.token_ids)
     padding = of_image == -1
     assert padding.any()
@@ -214,9 +216,11 @@ def test_statements_and_labels_keep_the_order_given(gemma: Gemma) -> None:
 def test_worlds_may_come_from_other_images_or_say_nothing(gemma: Gemma, statements: list[Statement]) -> None:
     own, other, zero, none = [statements[2]] * 4
     packer = Packer(gemma, QUESTION, 4, row_tokens=10_000)
-    batch = packer.pack([own, other, zero, none, statements[3]], ["b.png", "a.png", ZERO, None, "b.png"])
+    batch = packer.pack(
+        [own, other, zero, none, statements[3]], ["b.png", "a.png", Control.ZERO, None, "b.png"]
+    )
     # The last statement's image is another one, but its world is that of the first statement, so they share it.
-    assert batch.worlds == ("b.png", "a.png", ZERO)
+    assert batch.worlds == ("b.png", "a.png", Control.ZERO)
     assert batch.images == ("b.png", "c.png", "b.png", "b.png", "b.png")
     shared = len(shared_of(gemma))
     plain = gemma.prompt(QUESTION, statements[2].caption, with_world=False)
@@ -233,9 +237,8 @@ def test_worlds_may_come_from_other_images_or_say_nothing(gemma: Gemma, statemen
 def test_text_alone_shares_no_more_than_the_beginning(
     gemma: Gemma, statements: list[Statement], flex: bool
 ) -> None:
-    packer = Packer(gemma, QUESTION, 4)
-    packer.flex = flex
-    batch = packer.pack(statements[:3], [TEXT, TEXT, TEXT])
+    packer = Packer(gemma, QUESTION, 4, flex=flex)
+    batch = packer.pack(statements[:3], [Control.TEXT, Control.TEXT, Control.TEXT])
     assert batch.images == batch.worlds == ()
     assert batch.image_slots.numel() == batch.world_slots.numel() == 0
     prompts = [gemma.prompt(QUESTION, s.caption, False, with_image=False) for s in statements[:3]]
@@ -251,7 +254,7 @@ def test_text_alone_shares_no_more_than_the_beginning(
 def test_after_the_image_the_world_is_one_of_its_children(gemma: Gemma, statements: list[Statement]) -> None:
     packer = Packer(gemma, QUESTION, 4, world_position="after")
     batch = packer.pack([statements[0], statements[0]], ["a.png", None])
-    assert batch.num_frozen == len(gemma.prompt(QUESTION, statements[0].caption, True, "after").shared)
+    assert batch.num_prefix_tokens == len(gemma.prompt(QUESTION, statements[0].caption, True, "after").shared)
     prompt = gemma.prompt(QUESTION, statements[0].caption, True, "after")
     shared, branch = prompt.shared, prompt.branch
     assert prompt.world_at == len(shared)
@@ -266,8 +269,7 @@ def test_after_the_image_the_world_is_one_of_its_children(gemma: Gemma, statemen
 
 
 def test_flex_rows_are_padded_to_whole_blocks(gemma: Gemma, statements: list[Statement]) -> None:
-    packer = Packer(gemma, QUESTION, 4)
-    packer.flex = True
+    packer = Packer(gemma, QUESTION, 4, flex=True)
     batch = packer.pack(statements)
     assert batch.token_ids.shape[0] == 1
     assert batch.token_ids.shape[1] % 128 == 0
@@ -284,14 +286,14 @@ def test_what_nothing_trained_reaches_stands_in_the_first_columns(
     packer = Packer(gemma, QUESTION, 4, world_position="after", row_tokens=200)
     batch = packer.pack(statements)
     shared = len(gemma.prompt(QUESTION, statements[0].caption, True, "after").shared)
-    assert batch.num_frozen == 2 * shared  # two images in the fuller row
+    assert batch.num_prefix_tokens == 2 * shared  # two images in the fuller row
     columns = torch.cat([batch.world_slots.flatten(), batch.label_rows]) % batch.token_ids.shape[1]
-    assert int(columns.min()) >= batch.num_frozen
-    assert int((batch.image_slots % batch.token_ids.shape[1]).max()) < batch.num_frozen
+    assert int(columns.min()) >= batch.num_prefix_tokens
+    assert int((batch.image_slots % batch.token_ids.shape[1]).max()) < batch.num_prefix_tokens
     sees = attention_masks(batch, 1024, "sdpa")["full_attention"][:, 0]
-    assert not sees[:, : batch.num_frozen, batch.num_frozen :].any()
-    assert packer.pack(statements, [None] * 6).num_frozen == 0
-    assert Packer(gemma, QUESTION, 4).pack(statements).num_frozen == 0
+    assert not sees[:, : batch.num_prefix_tokens, batch.num_prefix_tokens :].any()
+    assert packer.pack(statements, [None] * 6).num_prefix_tokens == 0
+    assert Packer(gemma, QUESTION, 4).pack(statements).num_prefix_tokens == 0
 
 
 @pytest.mark.parametrize("attention", ["bidirectional", "causal"])
@@ -306,13 +308,14 @@ def test_blocks_leave_nothing_out_and_whole_ones_are_whole(
     attention: str,
     position: str,
 ) -> None:
-    packer = Packer(gemma, QUESTION, world_tokens, attention, position)
-    packer.flex = True
+    packer = Packer(gemma, QUESTION, world_tokens, attention, position, flex=True)
     worlds = (
-        [s.image for s in statements] + [ZERO] * 6 + ["b.png", "b.png", "c.png", "a.png", "a.png", "a.png"]
+        [s.image for s in statements]
+        + [Control.ZERO] * 6
+        + ["b.png", "b.png", "c.png", "a.png", "a.png", "a.png"]
     )
-    batch = packer.pack(statements * 4, [*worlds, *[TEXT] * 6])
-    frozen, length = batch.num_frozen, batch.token_ids.shape[1]
+    batch = packer.pack(statements * 4, [*worlds, *[Control.TEXT] * 6])
+    frozen, length = batch.num_prefix_tokens, batch.token_ids.shape[1]
     assert (frozen > 0) is (position == "after")
     for part in [(0, length), (0, frozen), (frozen, length)] if frozen else [(0, length)]:
         sees = attention_masks(batch, window or 1 << 30, "sdpa", part)["sliding_attention"][0, 0]
@@ -342,6 +345,28 @@ def test_a_statement_longer_than_the_limit_is_an_error(gemma: Gemma, statements:
         packer.pack(statements[:1])
 
 
+def test_questions_are_packed_like_statements_and_have_no_labels_or_words(
+    gemma: Gemma, statements: list[Statement]
+) -> None:
+    packer = Packer(gemma, QUESTION, 4)
+    wanted = packer.pack(statements)
+    batch = packer.pack([Question(s.image, s.caption) for s in statements])
+    same = (
+        "token_ids position_ids preorder subtree_end bidirectional_group world_slots image_slots label_rows"
+    )
+    for name in same.split():
+        assert torch.equal(getattr(batch, name), getattr(wanted, name)), name
+    assert (batch.worlds, batch.images) == (wanted.worlds, wanted.images)
+    assert len(wanted.labels) == 6
+    assert [len(batch.labels), len(batch.words), len(batch.relations)] == [0, 0, 0]
+
+
+def test_no_name_of_an_image_is_a_control(gemma: Gemma) -> None:
+    packer = Packer(gemma, QUESTION, 4)
+    named = packer.pack([Statement(name, "It is so.", 1, "is", 0) for name in ("", "/", "zero", "text")])
+    assert named.worlds == named.images == ("", "/", "zero", "text")
+
+
 def test_unknown_world_attention_is_refused(gemma: Gemma) -> None:
     with pytest.raises(ValueError, match="world_attention 'both'"):
         Packer(gemma, QUESTION, 4, world_attention="both")
@@ -354,7 +379,7 @@ def test_masks_made_in_advance_are_those_that_flex_attention_makes(
     packer = Packer(gemma, QUESTION, 300, world_position=position)
     packer.flex = True
     batch = prepare_masks(packer.pack(statements), 24)
-    frozen, length = batch.num_frozen, batch.token_ids.shape[1]
+    frozen, length = batch.num_prefix_tokens, batch.token_ids.shape[1]
     parts = [(0, frozen), (frozen, length)] if frozen else [(0, length)]
     assert list(batch.masks) == parts
     for start, stop in parts:
@@ -366,8 +391,8 @@ def test_masks_made_in_advance_are_those_that_flex_attention_makes(
             )
             for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
                 assert torch.equal(getattr(mask, name), getattr(theirs, name))
-            *blocks, numbers = lists
-            assert all(x.is_contiguous() and x.dtype == torch.int32 for x in (*blocks, *numbers))
+            *blocks, rule = lists
+            assert all(x.is_contiguous() and x.dtype == torch.int32 for x in (*blocks, *rule))
             sees = attention_masks(batch, window, "sdpa", (start, stop))["sliding_attention"][0, 0]
             q, k = torch.meshgrid(torch.arange(stop - start), torch.arange(stop), indexing="ij")
             assert torch.equal(mask.mask_mod(torch.tensor(0), None, q, k), sees)

@@ -159,7 +159,7 @@ def test_moments_follow_each_other_through_the_same_layers() -> None:
     latents = torch.randn(2, 3, 3, 4, 6)
     tokens = moments(latents)
     assert tokens.shape == (2, 18, 8)
-    assert (moments.shape.num_tokens, moments.shape.tokens_per_moment) == (18, 6)
+    assert (moments.shape.num_tokens, moments.shape.tokens_per_frame) == (18, 6)
     for moment in range(3):  # time starts at zero: each is what the photograph's projection makes of it
         wanted = alone(latents[:, moment])
         torch.testing.assert_close(tokens[:, 6 * moment : 6 * (moment + 1)], wanted, atol=1e-6, rtol=1e-6)

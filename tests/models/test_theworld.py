@@ -13,8 +13,8 @@ from theworld.config.config import Config
 from theworld.data.images import read_image
 from theworld.data.vsr import Statement, images_of
 from theworld.models.attention import attention_masks
-from theworld.models.gemma import Gemma
-from theworld.models.packing import TEXT, ZERO
+from theworld.models.gemma import Gemma, load_gemma
+from theworld.models.packing import Control, Packer
 from theworld.models.theworld import TheWorld
 
 
@@ -41,7 +41,7 @@ def test_without_the_photograph_the_logits_are_transformers_own_of_the_text(
 ) -> None:
     model = make_model(gemma)
     for packer in (model.packer(), model.packer(with_world=False)):
-        batch = packer.pack(statements, [TEXT] * 6)
+        batch = packer.pack(statements, [Control.TEXT] * 6)
         assert batch.images == batch.worlds == ()
         with torch.no_grad():
             ours = model(batch, None, None)
@@ -117,9 +117,7 @@ def test_how_images_are_laid_into_rows_does_not_change_the_logits(
     gemma: Gemma, photographs: Path, statements: list[Statement], row_tokens: int | None
 ) -> None:
     model = make_model(gemma)
-    packer = model.packer()
-    packer.row_tokens = row_tokens
-    batch = packer.pack(statements)
+    batch = Packer(gemma, QUESTION, 16, row_tokens=row_tokens).pack(statements)
     assert batch.token_ids.shape[0] == (3 if row_tokens is None else 2)
     with torch.no_grad():
         ours = model(batch, latents_of(batch.worlds), vision_of(gemma, photographs, batch.images))
@@ -135,9 +133,14 @@ def test_all_systems_in_one_batch_answer_as_each_in_its_own(
     model = make_model(any_gemma, world_position=position)
     packer = model.packer()
     other = {"a.png": "b.png", "b.png": "c.png", "c.png": "a.png"}
-    systems = [[s.image for s in statements], [other[s.image] for s in statements], [ZERO] * 6, [None] * 6]
+    systems = [
+        [s.image for s in statements],
+        [other[s.image] for s in statements],
+        [Control.ZERO] * 6,
+        [None] * 6,
+    ]
     if any_gemma.is_multimodal:
-        systems.append([TEXT] * 6)
+        systems.append([Control.TEXT] * 6)
 
     def answers(asked: list[Statement], worlds: list[str | None]) -> torch.Tensor:
         batch = packer.pack(asked, worlds)
@@ -292,6 +295,33 @@ def test_what_trains_is_what_is_optimised_is_what_is_saved(gemma: Gemma, tmp_pat
         "projection.safetensors",
         "world.json",
     ]
+
+
+def test_making_a_model_sets_no_state_of_the_process(gemma: Gemma) -> None:
+    def state() -> tuple[object, ...]:
+        limit = torch._dynamo.config.recompile_limit
+        return torch.get_rng_state().tolist(), torch.get_float32_matmul_precision(), limit
+
+    before = state()
+    config = Config(world_patch=2, compile=True, model_name=gemma.name, device="cpu", dtype="bfloat16")
+    fingerprint = {"latent_shape": [16, 8, 8], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    model = TheWorld.from_config(config, load_gemma(config), fingerprint)
+    assert model.gemma.dtype == torch.bfloat16
+    assert state() == before
+
+
+def test_the_first_weights_are_a_function_of_the_seed(gemma: Gemma) -> None:
+    fingerprint = {"latent_shape": [16, 8, 8], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    found = []
+    for seed, before in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(before)
+        found.append(TheWorld.from_config(Config(world_patch=2, seed=seed), gemma, fingerprint).projection)
+    torch.manual_seed(3)  # as a generator of that seed gives them
+    wanted = torch.nn.Linear(64, 64).weight
+    first, again, other = (projection.layers[0].weight for projection in found)
+    assert torch.equal(first, wanted)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_the_size_of_world_tokens_at_the_start_is_a_setting(gemma: Gemma) -> None:

@@ -351,11 +351,10 @@ def test_what_is_not_there_is_said_with_the_command_that_makes_it(pages: dict[st
     run = pages["empty"].parent
     text = "".join(outline(pages["empty"]).text)
     assert f"there are no records in {run / 'evaluation'}" in text
-    assert f"python tools/eval.py --model_name {run} --cache cache/" in text
+    assert f"python tools/eval.py --model {run} --cache cache/" in text
     assert f"{run / 'metrics.jsonl'} is not there, so there are no training curves" in text
     assert (
-        f"tools/visualize_alignment.py --model_name {run} --cache cache/ --output {run / 'alignment.png'}"
-        in text
+        f"tools/visualize_alignment.py --model {run} --cache cache/ --output {run / 'alignment.png'}" in text
     )
 
 

@@ -15,7 +15,8 @@ from serving_models import STATEMENTS, save_model
 from theworld.config.config import Config
 from theworld.data.images import ImageError
 from theworld.evaluation.conditions import CONDITION_TYPES
-from theworld.models.inference import SYSTEMS
+from theworld.models.gemma import GemmaParts
+from theworld.models.inference import CONDITIONS
 from theworld.models.theworld import TheWorld
 from theworld.serving.ask import LABELS, answers, load_for_asking, plan, table
 from theworld.utils.console import NOTHING_WRITTEN
@@ -38,7 +39,7 @@ def test_the_tool_prints_what_score_gives(saved: Path, photographs: Path) -> Non
     assert [row["statement"] for row in said["answers"]] == STATEMENTS
     assert [row["p_true"]["world"] for row in said["answers"]] == pytest.approx(with_world, abs=1e-5)
     assert [row["p_true"]["baseline"] for row in said["answers"]] == pytest.approx(without, abs=1e-5)
-    assert all(list(row["p_true"]) == list(SYSTEMS) for row in said["answers"])
+    assert all(list(row["p_true"]) == list(CONDITIONS) for row in said["answers"])
     lines = table(answers(model, image, STATEMENTS)).splitlines()
     assert lines[0].split("  ") == ["P(true) with world tokens", "without world tokens", "zero latents"]
     for line, one, other, statement in zip(lines[1:], with_world, without, STATEMENTS, strict=True):
@@ -56,13 +57,13 @@ def test_a_table_has_a_column_for_each_condition() -> None:
         "                     7.5%        100.0%  So.",
         "                    50.0%          0.0%  Or so.",
     ]
-    assert set(LABELS) == {*SYSTEMS, "without"} < set(CONDITION_TYPES)
+    assert set(LABELS) == {*CONDITIONS, "without"} < set(CONDITION_TYPES)
 
 
 def test_a_gemma_that_was_trained_is_no_baseline(saved: Path, photographs: Path) -> None:
-    model = load_for_asking(str(saved), SYSTEMS, {})
+    model = load_for_asking(str(saved), CONDITIONS, {})
     plain = answers(model, photographs / "a.png", STATEMENTS)
-    model.gemma.changed = ("vision",)  # as `theworld.models.gemma` marks it
+    model.gemma.parts = GemmaParts(("vision",))
     trained = answers(model, photographs / "a.png", STATEMENTS)
     assert [list(row["p_true"]) for row in trained] == [["world", "without", "zero"]] * 2
     assert [r["p_true"]["without"] for r in trained] == [r["p_true"]["baseline"] for r in plain]
@@ -85,7 +86,7 @@ def test_a_gemma_that_was_trained_is_no_baseline(saved: Path, photographs: Path)
         (
             ["--image", "https://example.org/a.jpg", "--statement", "So."],
             1,
-            "ask: https://example.org/a.jpg: an address, but only files are read: download the photograph first",
+            "ask: https://example.org/a.jpg: an address; only files are read, so download the photograph first",
         ),
         (["--image", "a.png", "--statement", "So.", "--device", "tpu"], 1, 'device is "tpu"; allowed: auto'),
     ],
@@ -141,18 +142,20 @@ def test_a_dry_run_says_what_it_would_ask_and_leaves_no_trace(
     assert (trace(tmp_path), trace(photographs)) == before
 
 
-def test_predicted_moments_are_refused_before_weights_load(
+def test_predicted_frames_are_refused_before_weights_load(
     config: Config, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moving = replace(config, num_world_steps=2)
     saved = save_model(tmp_path / "moving", moving, num_world_steps=2)
-    message = r"trained on 2 predicted moments .*: use tools/eval\.py --cache; --conditions baseline zero needs none"
+    message = (
+        r"trained on 2 predicted frames .*: use tools/eval\.py --cache; --conditions baseline zero needs none"
+    )
     with monkeypatch.context() as patched:
         patched.setattr(TheWorld, "from_pretrained", None)
         with pytest.raises(ValueError, match=message):
-            load_for_asking(str(saved), SYSTEMS, {})
+            load_for_asking(str(saved), CONDITIONS, {})
         with pytest.raises(ValueError, match=message):
-            list(plan(str(saved), photographs / "a.png", STATEMENTS, SYSTEMS, {}))
+            list(plan(str(saved), photographs / "a.png", STATEMENTS, CONDITIONS, {}))
     rest = ["baseline", "zero"]
     assert list(plan(str(saved), photographs / "a.png", STATEMENTS, rest, {}))[-1][0] == "asks"
     model = load_for_asking(str(saved), rest, {})
@@ -161,7 +164,7 @@ def test_predicted_moments_are_refused_before_weights_load(
 
 
 def test_a_model_is_loaded_whole_before_it_is_asked(saved: Path, photographs: Path) -> None:
-    model = load_for_asking(str(saved), SYSTEMS, {"max_image_pixels": 100})
+    model = load_for_asking(str(saved), CONDITIONS, {"max_image_pixels": 100})
     assert "encoder" in model.__dict__
     assert model.config.compile is False
     with pytest.raises(ValueError, match=r"a\.png: 96 x 80 pixels; at most 100"):
@@ -179,7 +182,7 @@ def test_a_photograph_that_is_named_is_read_wherever_it_lies(
     saved: Path, photographs: Path, tmp_path: Path
 ) -> None:
     """Caches of the hub, DVC and git-annex hold links to files elsewhere."""
-    model = load_for_asking(str(saved), SYSTEMS, {})
+    model = load_for_asking(str(saved), CONDITIONS, {})
     wanted = answers(model, photographs / "a.png", STATEMENTS)
     folder, other = tmp_path / "links", tmp_path / "other"
     folder.mkdir()
@@ -223,7 +226,7 @@ def test_an_address_is_refused_before_a_model_loads(
     status, out, err = run_ask(arguments, monkeypatch, capsys)
     assert (status, out) == (1, "")
     assert err == (
-        "ask: https://example.org/a.jpg: an address, but only files are read: download the photograph first\n"
+        "ask: https://example.org/a.jpg: an address; only files are read, so download the photograph first\n"
     )
 
 

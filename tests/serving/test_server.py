@@ -27,7 +27,7 @@ from serving_models import STATEMENTS, save_model
 
 from theworld.config.config import Config
 from theworld.data.images import ImageError, read_image
-from theworld.models.inference import SYSTEMS
+from theworld.models.inference import CONDITIONS
 from theworld.models.theworld import TheWorld
 from theworld.serving.ask import LABELS, answers, load_for_asking
 from theworld.serving.server import (
@@ -557,7 +557,7 @@ def test_the_page_is_filled_in_and_nothing_can_break_out() -> None:
 # ---- the page
 
 
-SHOWN_LABELS = [(condition, LABELS[condition]) for condition in SYSTEMS]
+SHOWN_LABELS = [(condition, LABELS[condition]) for condition in CONDITIONS]
 OVERFLOW = """
 [...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)
   .map(e => e.tagName + ' ' + e.textContent.slice(0, 40))
@@ -580,7 +580,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TheWorld:
         device="cpu",
     )
     saved = save_model(tmp_path_factory.mktemp("served") / "model", config)
-    return load_for_asking(str(saved), SYSTEMS, {})
+    return load_for_asking(str(saved), CONDITIONS, {})
 
 
 @pytest.fixture(scope="module")
@@ -774,7 +774,7 @@ def test_an_answer_about_a_photograph_that_was_replaced_is_never_shown(
         asked.append(pixels.shape)
         if len(asked) == 1:
             assert go_on.wait(60)
-        p_true = dict.fromkeys(SYSTEMS, pixels.shape[0] / 1000)
+        p_true = dict.fromkeys(CONDITIONS, pixels.shape[0] / 1000)
         return [{"statement": text, "p_true": p_true} for text in statements]
 
     with running(answer, page_files("m", SHOWN_LABELS, Limits())) as server:

@@ -256,9 +256,13 @@ def test_a_row_is_read_into_the_callers_array(tmp_path: Path) -> None:
 
 
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files that are hashed whole from now on."""
+    """Return the names of the files that are hashed or compared whole from now on."""
     names: list[str] = []
-    real = files.hash_file
+    real, real_holds = files.hash_file, files.holds
+
+    def holds(path: Path, data: bytes) -> bool:
+        names.append(path.name)
+        return real_holds(path, data)
 
     def hash_file(path: Path) -> tuple[int, str]:
         names.append(path.name)
@@ -266,10 +270,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for module in (files, shards):
         monkeypatch.setattr(module, "hash_file", hash_file)
+    monkeypatch.setattr(files, "holds", holds)
     return names
 
 
-def test_pending_reads_the_chosen_shards_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pending_reads_the_chosen_shards_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = build(tmp_path, [f"{number:04}.jpg" for number in range(2000)], 100)
     (tmp_path / "manifest.json").unlink()
     store = Store.create(tmp_path, {"model": "x"}, rows, [NUMBER, SCALAR], 100)
@@ -280,7 +287,7 @@ def test_pending_reads_the_chosen_shards_only(tmp_path: Path, monkeypatch: pytes
     assert store.pending(iter([8, 3, 7, 3])) == [7]
     shard_files = [name for name in names if name.endswith(".h5")]
     assert shard_files == ["00003.h5", "00007.h5", "00008.h5"]
-    assert [note.split(" has ")[0] for note in store.notes] == ["shard 7"]
+    assert [line.split(" has ")[0] for line in caplog.messages] == ["shard 7"]
     assert (store.pending([]), store.pending([4]), store.pending(range(5, 20)), store.pending()) == (
         [],
         [4],
@@ -322,14 +329,18 @@ def damage_list(root: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [damage_list, lambda root: (root / "images.jsonl").unlink()])
-def test_a_finished_store_with_a_damaged_list_is_not_taken_for_the_same(
+def test_a_finished_store_with_a_damaged_list_is_not_read_and_its_writer_mends_it(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     rows = build(tmp_path, ["a.jpg", "c.jpg"], 1)
     damage(tmp_path)
-    with pytest.raises(StoreError, match=r"images\.jsonl is (damaged|missing)"):
-        Store.create(tmp_path, {"model": "x"}, rows, [NUMBER, SCALAR], 1)
+    with pytest.raises(
+        StoreError, match=r"images\.jsonl is (damaged|missing).*; mend it with: python tools/extract_"
+    ):
+        StoreReader(tmp_path)
     assert len(verify_store(tmp_path)) == 1
+    Store.create(tmp_path, {"model": "x"}, rows, [NUMBER, SCALAR], 1)
+    assert verify_store(tmp_path) == []
 
 
 def test_two_threads_that_open_one_shard_both_read_it(tmp_path: Path) -> None:

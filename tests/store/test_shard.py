@@ -155,7 +155,7 @@ def test_publishing_twice_takes_equal_bytes_only(tmp_path: Path) -> None:
     path = tmp_path / "x"
     files.publish_bytes(path, b"one")
     files.publish_bytes(path, b"one")
-    with pytest.raises(StoreError, match="never overwritten"):
+    with pytest.raises(FileExistsError, match="already there with other content; it is never overwritten"):
         files.publish_bytes(path, b"two")
     assert path.read_bytes() == b"one"
     files.publish_bytes(path, b"two", overwrite=True)

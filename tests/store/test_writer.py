@@ -285,7 +285,11 @@ def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(tmp_path: Pat
 @pytest.mark.parametrize("rename", range(7))
 @pytest.mark.torture("cache", "SIGKILL before and after each rename, the store alone")
 def test_killed_at_each_rename(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, rename: int, after: bool
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    rename: int,
+    after: bool,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     expected = tree(build(tmp_path_factory.mktemp("once")))
 
@@ -311,7 +315,7 @@ def test_killed_at_each_rename(
     assert len(store.pending()) == 2 - min(committed, 2)
     fill(store).publish()
     assert tree(tmp_path) == expected
-    assert [note for note in store.notes if "temporary" not in note] == []
+    assert [line for line in caplog.messages if "temporary" not in line] == []
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
@@ -340,13 +344,13 @@ def test_an_error_at_each_call_commits_nothing_wrong(
     assert failures == {"fsync": 2 + 2 * 7, "replace": 7}[function]
 
 
-def test_resume_counts_and_says_what_is_damaged(tmp_path: Path) -> None:
+def test_resume_counts_and_says_what_is_damaged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = [entry(f"{number:02}.jpg") for number in range(12)]
     store = create(tmp_path, images)
     for shard in (0, 1, 3):
         store.write_shard(shard, values(store.shard_rows(shard)))
     again = create(tmp_path, images)
-    assert (again.num_shards, again.pending(), again.notes) == (4, [2], [])
+    assert (again.num_shards, again.pending(), caplog.messages) == (4, [2], [])
     assert store.missing() == [2]
     with pytest.raises(StoreError, match=r"1 of 4 shards are missing: \[2\]; run the extraction again"):
         again.publish()
@@ -355,16 +359,16 @@ def test_resume_counts_and_says_what_is_damaged(tmp_path: Path) -> None:
     _flip(tmp_path / "shards/00003.json", 100)
     again = create(tmp_path, images)
     assert again.pending() == [0, 1, 2, 3]
-    for note, text in zip(
-        again.notes, ["00000.h5 is damaged", "00001.h5 is missing", "00003.json"], strict=True
+    for line, text in zip(
+        caplog.messages, ["00000.h5 is damaged", "00001.h5 is missing", "00003.json"], strict=True
     ):
-        assert text in note
+        assert text in line
     fill(again).publish()
-    assert sorted(re.sub(r"\.[0-9a-f]{8}$", "", name) for name in os.listdir(tmp_path / "set-aside")) == [
+    assert sorted(re.sub(r"\.[0-9a-f]{8}$", "", name) for name in os.listdir(tmp_path / "quarantine")) == [
         "00000.h5",
         "00003.json",
     ]
-    assert sum("was moved to" in note for note in again.notes) == 2
+    assert sum("was moved to" in line for line in caplog.messages) == 2
     assert verify_store(tmp_path) == []
 
 
@@ -390,10 +394,13 @@ def test_a_half_published_shard_of_other_values_is_replaced(tmp_path: Path) -> N
     (tmp_path / "shards/00000.h5").write_bytes(b"a run that was killed before the record")
     assert store.pending() == [0, 1]
     fill(store).publish()
-    assert sorted(tree(tmp_path)) == FILES
+    (kept,) = (tmp_path / "quarantine").iterdir()
+    assert kept.read_bytes() == b"a run that was killed before the record"
+    assert sorted(tree(tmp_path)) == sorted([*FILES, f"quarantine/{kept.name}"])
 
 
-def test_temporary_files_are_removed_after_a_day(tmp_path: Path) -> None:
+def test_temporary_files_are_removed_after_a_day(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     store = fill(create(tmp_path))
     old, young = (tmp_path / f"shards/.00000.h5.{pid}.0123abcd.tmp" for pid in (1, 2))
     other = tmp_path / "shards/notes.tmp"
@@ -403,7 +410,7 @@ def test_temporary_files_are_removed_after_a_day(tmp_path: Path) -> None:
     os.utime(other, (0, 0))
     store.publish()
     assert (old.exists(), young.exists(), other.exists()) == (False, True, True)
-    assert [note.split()[-1] for note in store.notes] in (["removed", "old"], ["old", "removed"])
+    assert sorted(line.split()[-1] for line in caplog.messages) == ["old", "removed"]
     assert verify_store(tmp_path) == []
 
 
@@ -457,15 +464,16 @@ def test_other_images_are_a_mismatch_once_published(tmp_path: Path) -> None:
     assert tree(tmp_path) == before
 
 
-def test_other_images_replace_an_unfinished_list(tmp_path: Path) -> None:
+def test_other_images_replace_an_unfinished_list(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     images = [entry(f"{number:02}.jpg") for number in range(10)]
     old = fill(create(tmp_path / "store", images))
     mended = [*images[:4], entry("04.jpg", "mended"), *images[5:9]]
     store = create(tmp_path / "store", mended)
     assert store.pending() == [1]
-    changed, *surplus, stale = store.notes
+    changed, *surplus, stale = caplog.messages
     assert changed == "the image list changed: 10 paths before, 9 now"
-    assert [note.split()[0] for note in surplus] == ["00003.h5", "00003.json"]
+    assert [line.split()[0] for line in surplus] == ["00003.h5", "00003.json"]
     assert "shard 1 has to be written again" in stale
     with pytest.raises(StoreError, match="changed by another process"):
         old.write_shard(1, values(old.shard_rows(1)))
@@ -474,26 +482,152 @@ def test_other_images_replace_an_unfinished_list(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="changed by another process"):
             call()
     finished = tree(tmp_path / "store")
-    assert {k: v for k, v in finished.items() if "aside" not in k} == tree(build(tmp_path / "once", mended))
+    assert {k: v for k, v in finished.items() if "quarantine" not in k} == tree(
+        build(tmp_path / "once", mended)
+    )
 
 
-def test_an_interrupted_replacement_of_the_list_is_mended(tmp_path: Path) -> None:
+def test_an_interrupted_replacement_of_the_list_is_mended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fill(create(tmp_path))
     (tmp_path / "images.jsonl").write_bytes(b"")
     store = create(tmp_path)
-    assert store.notes == ["images.jsonl was not the list that store.json names; it is written again"]
+    (line,) = caplog.messages
+    assert line.startswith(f"images.jsonl was moved to {tmp_path / 'quarantine/images.jsonl'}.")
+    assert line.endswith(": damaged; it is written again")
     store.publish()
     assert verify_store(tmp_path) == []
 
 
-def test_a_lost_or_damaged_store_json_is_named(tmp_path: Path) -> None:
+def forget(root: Path, name: str) -> None:
+    (root / name).unlink()
+
+
+def damage(root: Path, name: str) -> None:
+    _flip(root / name, 30)
+
+
+@pytest.mark.parametrize("lose", [damage, forget])
+@pytest.mark.parametrize("published", [True, False])
+@pytest.mark.parametrize("name", ["store.json", "images.jsonl"])
+def test_a_lost_list_is_written_again_and_said(
+    tmp_path: Path, lose: Callable, published: bool, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     build(tmp_path)
-    _flip(tmp_path / "store.json", 30)
-    with pytest.raises(StoreError, match=r"store\.json"):
+    before = tree(tmp_path)
+    if not published:
+        (tmp_path / "manifest.json").unlink()
+    lose(tmp_path, name)
+    store = create(tmp_path)
+    assert store.pending() == []
+    if not published:
+        store.publish()
+    found = tree(tmp_path)
+    kept = [data for path, data in found.items() if "quarantine" in path]
+    assert {path: data for path, data in found.items() if "quarantine" not in path} == before
+    assert (len(kept), before[name] in kept) == (int(lose is damage), False)
+    (line,) = caplog.messages
+    assert (f"{name} was moved to " in line) == (lose is damage)
+    assert ("is missing: it is written again" in line) == (lose is forget)
+
+
+@pytest.mark.parametrize("witness", ["manifest.json", "shards/00000.json"])
+def test_a_lost_store_json_is_not_written_as_another_one(tmp_path: Path, witness: str) -> None:
+    build(tmp_path)
+    if witness != "manifest.json":
+        (tmp_path / "manifest.json").unlink()
+    damage(tmp_path, "store.json")
+    before = tree(tmp_path)
+    words = rf"store\.json is damaged or missing and cannot be made again: .*{witness}"
+    with pytest.raises(StoreError, match=words):
+        create(tmp_path, size=256)
+    if witness == "manifest.json":  # else it is another list of an unfinished store
+        with pytest.raises(StoreError, match=words):
+            create(tmp_path, IMAGES[:4])
+    assert tree(tmp_path) == before
+
+
+def test_a_lost_list_of_a_published_store_is_not_written_as_another_one(tmp_path: Path) -> None:
+    build(tmp_path)
+    lines = (tmp_path / "images.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "images.jsonl").write_text("".join(lines[:-1]))
+    before = tree(tmp_path)
+    other = [entry("a.jpg", "edited"), *IMAGES[1:]]
+    words = (
+        rf"images\.jsonl is damaged .*(.|\n)*image a\.jpg: {IMAGES[0].sha256} on disk, [0-9a-f]{{64}} by the"
+    )
+    with pytest.raises(StoreError, match=words):
+        create(tmp_path, other)
+    damage(tmp_path, "manifest.json")  # a damaged manifest is still one
+    with pytest.raises(StoreError, match=words):
+        create(tmp_path, other)
+    damage(tmp_path, "manifest.json")
+    assert tree(tmp_path) == before
+
+
+def test_where_nothing_sound_is_left_the_store_starts_anew(tmp_path: Path) -> None:
+    build(tmp_path)
+    before = tree(tmp_path)
+    for name in FILES:
+        _flip(tmp_path / name, 90)
+    damaged = tree(tmp_path)
+    fill(create(tmp_path)).publish()
+    found = tree(tmp_path)
+    assert {name: data for name, data in found.items() if "quarantine" not in name} == before
+    assert set(damaged.values()) == {data for name, data in found.items() if "quarantine" in name}
+
+
+def test_files_of_another_version_are_not_taken_for_damaged(tmp_path: Path) -> None:
+    build(tmp_path)
+    fields = json.loads((tmp_path / "store.json").read_text())
+    del fields["self_sha256"]
+    (tmp_path / "store.json").write_bytes(files.seal(fields | {"schema_version": 2, "new": 1}))
+    before = tree(tmp_path)
+    with pytest.raises(StoreError, match="schema_version is 2, this program reads 1"):
         create(tmp_path)
-    (tmp_path / "store.json").unlink()
-    with pytest.raises(StoreError, match=r"a manifest but no store\.json"):
-        create(tmp_path)
+    assert tree(tmp_path) == before
+
+
+def test_a_damaged_manifest_is_kept_until_its_shards_are_checked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(tmp_path)
+    before = tree(tmp_path)
+    damage(tmp_path, "manifest.json")
+    store = create(tmp_path)
+    assert caplog.messages[0].startswith(f"{tmp_path / 'manifest.json'} is damaged: it is written again once")
+    with pytest.raises(StoreMismatch, match="number of images: cached 5, wanted 4"):
+        create(tmp_path, IMAGES[:4])
+    assert (store.is_complete, store.pending()) == (False, [])
+    store.publish()
+    found = tree(tmp_path)
+    assert {path: data for path, data in found.items() if "quarantine" not in path} == before
+    assert len(found) == len(before) + 1
+
+
+def test_publishing_reads_what_changed_since_this_process_hashed_it_and_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    real = shards.hash_file
+
+    def counted(path: Path) -> tuple[int, str]:
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr(shards, "hash_file", counted)
+    fill(create(tmp_path / "a")).publish()
+    assert read == []
+    again = create(tmp_path / "a")
+    assert (again.pending(), read) == ([], ["00000.h5", "00001.h5"])
+    (tmp_path / "a/manifest.json").unlink()
+    again.publish()
+    assert read == ["00000.h5", "00001.h5"]
+    other = fill(create(tmp_path / "b"))
+    _flip(tmp_path / "b/shards/00001.h5", 3000)
+    with pytest.raises(StoreError, match=r"1 of 2 shards are missing: \[1\]"):
+        other.publish()
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -502,7 +636,10 @@ def test_a_lost_or_damaged_store_json_is_named(tmp_path: Path) -> None:
 def test_an_unfinished_store_is_refused_with_the_command(tmp_path: Path) -> None:
     store = create(tmp_path / "latents")
     store.write_shard(1, values(store.shard_rows(1)))
-    message = f"1 of 2 shards are there. Go on with: python tools/extract_latents.py --cache {tmp_path}"
+    message = (
+        "1 of 2 shards are there. Go on with: python tools/extract_latents.py --config FILE --image_folder "
+    )
+    message += f"FOLDER --cache {tmp_path}"
     with pytest.raises(StoreError, match=re.escape(message)):
         StoreReader(tmp_path / "latents")
     assert len(verify_store(tmp_path / "latents")) == 1

@@ -16,7 +16,7 @@ from runs import Run
 from torture import Tally
 
 from theworld.config.config import Config
-from theworld.extraction.batches import Pass
+from theworld.extraction.batches import Microbatch
 from theworld.extraction.features import CachedFeatures
 from theworld.models.packing import Batch
 from theworld.models.serialization import list_checkpoints
@@ -48,7 +48,7 @@ def spoil(where: str, value: float) -> None:
     steps, seen = iter(range(1000)), {"step": 0}
     train_step = Trainer.train_step
 
-    def counted(trainer: Trainer, passes: list[Pass] | None = None) -> dict[str, float]:
+    def counted(trainer: Trainer, passes: list[Microbatch] | None = None) -> dict[str, float]:
         seen["step"] = next(steps) + 1
         return train_step(trainer, passes)
 
@@ -187,7 +187,7 @@ def small_memory(tokens: int, checkpointed: int) -> Iterator[None]:
 def largest_pass(config: Config, cache: Path) -> int:
     """Tokens of the largest pass of all steps."""
     trainer = Trainer(replace(config, output_dir=config.output_dir + "-asked"), cache)
-    passes = [one for step in range(trainer.num_steps) for one in trainer.prepare(step)]
+    passes = [one for step in range(trainer.num_steps) for one in trainer.microbatches(step)]
     return max(one.batch.token_ids.numel() for one in passes if one.batch is not None)
 
 
@@ -200,9 +200,10 @@ def test_what_is_proposed_when_memory_runs_out_then_fits(config: Config, cache: 
         with pytest.raises(OutOfMemory) as caught:
             Trainer(config, cache).run()
         said = re.fullmatch(
-            r"step (\d+): out of memory in a pass of 4 statements about \d images, (\d+) tokens \([abc, .png]+\): this "
-            r"process had [\d.]+ GiB at most, cpu has [\d.]+ for it\. The same training in settings that would fit, by "
-            r"the estimate: (--batch_size 2 --gradient_accumulation_steps 2), or (--use_gradient_checkpointing); .*",
+            r"step (\d+): out of memory in a micro-batch of 4 statements about \d images, (\d+) tokens "
+            r"\([abc, .png]+\): this process had [\d.]+ GiB at most, cpu has [\d.]+ for it\. The same training in "
+            r"settings that would fit, by the estimate: (--batch_size 2 --gradient_accumulation_steps 2), or "
+            r"(--use_gradient_checkpointing); .*",
             str(caught.value),
         )
         assert said is not None, caught.value

@@ -116,8 +116,8 @@ def test_the_estimate_is_of_the_step_with_the_most_images(config: Config, cache:
     plan = Plan(config, cache)
     images = [len({s.image for s in plan.order.take(start, 2)}) for start in range(0, 12, 2)]
     assert set(images) == {1, 2}
-    assert plan.heaviest == 2 * images.index(2)
-    assert plan.memory == plan.estimate(config, plan.heaviest)
+    assert plan.heaviest_start == 2 * images.index(2)
+    assert plan.memory == plan.estimate(config, plan.heaviest_start)
     assert plan.memory.activations > plan.estimate(config, 2 * images.index(1)).activations
 
 

@@ -13,7 +13,8 @@ from theworld.training.schedule import (
     learning_rate,
     num_train_steps,
     num_warmup_steps,
-    phase_at,
+    phase_of,
+    phases,
     split,
 )
 
@@ -63,12 +64,14 @@ def test_a_step_takes_exactly_batch_size_times_accumulation_statements() -> None
 )
 def test_learning_rates_of_five_steps_with_two_of_warm_up(schedule: str, values: list[float]) -> None:
     config = Config(lr_schedule=schedule, warmup_steps=2)
-    assert [learning_rate(config, step, 5, 1.0) for step in range(5)] == pytest.approx(values)
+    assert [learning_rate(config, Phase("train", 0, 5, 1.0), step) for step in range(5)] == pytest.approx(
+        values
+    )
 
 
 def test_warm_up_is_a_share_of_all_steps_where_no_number_is_given() -> None:
     config = Config(warmup_steps=None, warmup_ratio=0.1, lr_schedule="constant")
-    assert [learning_rate(config, step, 20, 1.0) for step in range(3)] == [0.5, 1.0, 1.0]
+    assert [learning_rate(config, Phase("train", 0, 20, 1.0), step) for step in range(3)] == [0.5, 1.0, 1.0]
 
 
 def test_a_step_splits_into_parts_of_about_equal_work_with_the_statements_of_an_image_together() -> None:
@@ -88,10 +91,28 @@ def test_a_step_splits_into_parts_of_about_equal_work_with_the_statements_of_an_
 
 def test_phases_follow_each_other() -> None:
     config = Config(align_steps=2, statement_steps=3)
-    phases = [phase_at(config, step, 9) for step in range(9)]
-    assert [p.name for p in phases] == ["align"] * 2 + ["words"] * 3 + ["train"] * 4
-    assert [(p.start, p.stop) for p in phases] == [(0, 2)] * 2 + [(2, 5)] * 3 + [(5, 9)] * 4
-    assert phase_at(Config(), 0, 9) == Phase("train", 0, 9)
+    found = [phase_of(phases(config, 9), step) for step in range(9)]
+    assert [p.name for p in found] == ["align"] * 2 + ["words"] * 3 + ["train"] * 4
+    assert [(p.start, p.stop) for p in found] == [(0, 2)] * 2 + [(2, 5)] * 3 + [(5, 9)] * 4
+    assert [p.name for p in phases(Config(), 9)] == ["train"]
+
+
+def test_a_phase_has_its_learning_rate_and_loss_weights() -> None:
+    config = Config(align_steps=2, align_learning_rate=0.5, statement_steps=3, relation_loss_weight=0.25)
+    weights = {"statement_loss_weight": 0.0, "relation_loss_weight": 0.25}
+    align, words, train = phases(config, 9)
+    assert (align.peak_learning_rate, align.loss_weights, align.word_losses) == (0.5, {}, [])
+    assert words.loss_weights == weights | {"label_loss_weight": 0.0}
+    assert train.loss_weights == weights | {"label_loss_weight": 1.0}
+    assert words.word_losses == train.word_losses == ["relation"]
+    assert words.peak_learning_rate == train.peak_learning_rate == config.learning_rate
+
+
+def test_without_a_weight_of_words_the_phase_of_words_reads_statements() -> None:
+    words, train = phases(Config(statement_steps=3), 9)
+    assert words.word_losses == ["statement"]
+    assert words.loss_weights["statement_loss_weight"] == 1.0
+    assert train.word_losses == []
 
 
 def test_the_warm_up_is_a_number_or_a_share() -> None:

@@ -1,8 +1,6 @@
-"""A sweep: which runs, what each leaves, none twice, what goes on after a stop, and the ranking.
+"""A sweep: which runs, what each leaves, none twice, what goes on after a stop, how parts share it, and the ranking."""
 
-Processes that share items: what signals do, sent to the main one or to all, and that none is left behind.
-"""
-
+import contextlib
 import json
 import os
 import shutil
@@ -25,6 +23,7 @@ from theworld.extraction.extract import extract
 from theworld.training import sweep, trainer
 from theworld.training.memory import NotFinite, OutOfMemory
 from theworld.training.sweep import (
+    ALL,
     grid,
     make_runs,
     name_of,
@@ -33,149 +32,12 @@ from theworld.training.sweep import (
     read_changes,
     read_results,
     run_sweep,
-    said_of_stop,
-    still_to_do,
+    summary,
+    unfinished,
 )
 from theworld.training.trainer import Trainer
+from theworld.utils.distributed import Part
 from theworld.utils.signals import STATUS, StopRequest
-
-# `a` and `b` take steps until they are told to stop, `deaf` for ever; all are asked to while `signal` is given.
-SCRIPT = """
-import os, signal, sys, time
-from theworld.utils.console import run_tool
-from theworld.utils.signals import StopRequest
-from theworld.training.sweep import SPAWN, in_processes
-
-class AsItIsGiven:
-    def __reduce__(self):
-        os.killpg(0, signal.SIGTERM)
-        return str, ("signal",)
-
-def task(item, stop):
-    if item == "fails":
-        raise OSError(28, "no room", "there")
-    if item == "dies":
-        os._exit(3)
-    if item.isdecimal():
-        return int(item) ** 2
-    os.write(1, f"{item} begins {os.getpid()}\\n".encode())
-    while item == "deaf" or not stop.asked:
-        time.sleep(0.001)
-    SPAWN.Lock()  # needs Python's resource tracker, and complains if that is gone
-    return f"{item} stopped"
-
-def main():
-    items = [AsItIsGiven() if item == "signal" else item for item in sys.argv[1:]]
-    with StopRequest("sweep") as stop, stop.working():
-        for outcome in in_processes(task, items, 2, stop):
-            print(outcome, flush=True)
-        print("asked by", stop.reason)
-    return 0
-
-if __name__ == "__main__":
-    sys.exit(run_tool("sweep", main))
-"""
-
-
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    return path
-
-
-def start(script: Path, *items: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(script), *items],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def end(process: subprocess.Popen[str]) -> tuple[list[str], str]:
-    """What it still prints, sorted, and its errors. It has ended when no process of its holds the pipes any more."""
-    try:
-        out, errors = process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return sorted(out.splitlines()), errors
-
-
-def begun(process: subprocess.Popen[str]) -> list[int]:
-    """Waits for two tasks to begin, and returns the processes that they are in."""
-    assert process.stdout is not None
-    return [int(process.stdout.readline().split(" begins ")[1]) for _ in range(2)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("targets", [["process"], ["group"], ["group", "process"], ["process", "group"]])
-def test_all_stop_after_their_step_and_nothing_else_is_begun(
-    script: Path, number: signal.Signals, targets: list[str]
-) -> None:
-    process = start(script, "a", "b", "c", "d", "7")
-    begun(process)
-    for target in targets:
-        (os.killpg if target == "group" else os.kill)(process.pid, number)
-    out, errors = end(process)
-    assert out == ["a stopped", f"asked by {number.name}", "b stopped"]
-    assert process.returncode == 0
-    assert (
-        errors == f"\nsweep: {number.name}: saving after this step (a second signal ends the run at once)\n"
-    )
-
-
-def test_a_signal_to_one_that_works_changes_nothing(script: Path) -> None:
-    process = start(script, "a", "b", "7")
-    for worker in begun(process):
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            os.kill(worker, number)
-    os.kill(process.pid, signal.SIGTERM)
-    assert end(process)[0] == ["a stopped", "asked by SIGTERM", "b stopped"]
-
-
-def test_a_signal_to_all_kills_no_process_that_just_begins(script: Path) -> None:
-    process = start(script, "signal", "b")
-    out, errors = end(process)
-    assert (out[0], out[1][:14], out[2:]) == ("asked by SIGTERM", "signal begins ", ["signal stopped"])
-    assert (process.returncode, errors.count("\n")) == (0, 2)
-
-
-@pytest.mark.parametrize("target", ["process", "group"])
-def test_an_interrupted_one_leaves_no_process_behind(script: Path, target: str) -> None:
-    process = start(script, "a", "deaf", "c")
-    begun(process)
-    (os.killpg if target == "group" else os.kill)(process.pid, signal.SIGINT)
-    out, errors = end(process)
-    assert (out, errors, process.returncode) == ([], "\nsweep: interrupted\n", 130)
-
-
-def test_processes_end_at_once_when_the_main_one_is_gone(script: Path) -> None:
-    process = start(script, "a", "deaf", "c")
-    begun(process)
-    os.kill(process.pid, signal.SIGKILL)
-    assert end(process) == ([], "")
-
-
-def test_items_are_shared_until_there_are_no_more(script: Path) -> None:
-    process = start(script, *"12345")
-    assert end(process) == (["1", "16", "25", "4", "9", "asked by "], "")
-    few = start(script, "3")
-    assert end(few) == (["9", "asked by "], "")
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [("fails", "[Errno 28] no room: 'there'"), ("dies", "ChildProcessError: a process ended with status 3")],
-)
-def test_an_error_stops_the_others_and_is_raised(script: Path, item: str, message: str) -> None:
-    process = start(script, "a", item, "c")
-    out, errors = end(process)
-    assert (out[0][:9], out[1:], process.returncode) == ("a begins ", ["a stopped"], 1)
-    assert message in errors.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -264,14 +126,15 @@ def test_a_list_of_runs_is_read_and_anything_else_refused(tmp_path: Path) -> Non
 
 
 def test_a_sweep_trains_each_run_once_and_counts_what_evaluation_counts(
-    base: Config, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Config, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     output = tmp_path / "sweep"
     changes = [{}, {"name": "refused", "world_patch": 4, "align_steps": 1}]
     runs = make_runs(base, changes, [0, 1], output)
     table, left = run_sweep(runs, cache, output)
     assert left == []
-    lines = read_results(output / "results.jsonl")
+    lines = read_results(output)
     assert [("failed" in line, line["seed"]) for line in lines] == [
         *((False, 0), (False, 1)),
         *((True, 0), (True, 1)),
@@ -287,19 +150,20 @@ def test_a_sweep_trains_each_run_once_and_counts_what_evaluation_counts(
     assert (output / "table.md").read_text() == table + "\n"
     assert "failed: refused, seed 1: align_steps 1: 4 world tokens" in table
     # The same again trains nothing but what failed; a run of other settings is another one.
-    assert [run.name for run in still_to_do(runs, lines)] == ["refused", "refused"]
+    assert [run.name for run in unfinished(runs, output)] == ["refused", "refused"]
     before = (runs[0].folder / "metrics.jsonl").stat().st_mtime_ns
-    capsys.readouterr()
+    assert [", seed 0: " in line or ", seed 1: " in line for line in caplog.messages].count(True) == 4
+    caplog.clear()
     assert run_sweep(runs[:2], cache, output)[0].splitlines()[:3] == table.splitlines()[:3]
     assert (runs[0].folder / "metrics.jsonl").stat().st_mtime_ns == before
-    assert "seed" not in capsys.readouterr().out
+    assert "seed" not in caplog.text
     # What a run that did not end left behind is no part of the next.
     (tmp_path / "more").mkdir()
     (other,) = make_runs(base, [{}], [0], tmp_path / "more")
     other.folder.mkdir(parents=True)
     (other.folder / "metrics.jsonl").write_text('{"phase": "train", "loss": 9.0}\n')
     run_sweep([other], cache, tmp_path / "more")
-    (again,) = read_results(tmp_path / "more" / "results.jsonl")
+    (again,) = read_results(tmp_path / "more")
     assert {k: v for k, v in again.items() if k != "seconds"} == {
         k: v for k, v in lines[0].items() if k != "seconds"
     }
@@ -308,7 +172,7 @@ def test_a_sweep_trains_each_run_once_and_counts_what_evaluation_counts(
 def test_a_line_has_the_words_of_training_and_of_dev(base: Config, cache: Path, tmp_path: Path) -> None:
     (run,) = make_runs(base, [{"relation_loss_weight": 1.0, "statement_steps": 1}], [0], tmp_path)
     run_sweep([run], cache, tmp_path)
-    (line,) = read_results(tmp_path / "results.jsonl")
+    (line,) = read_results(tmp_path)
     logged = [json.loads(text) for text in (run.folder / "metrics.jsonl").read_text().splitlines()]
     last = {key: value for own in logged if own["phase"] == "train" for key, value in own.items()}
     assert line["last_words"] == {key: round(last[key], 5) for key in ("relation_loss", "dev_relation_loss")}
@@ -331,7 +195,7 @@ def test_a_run_that_fails_in_a_step_costs_no_other(
     monkeypatch.setattr(Trainer, "train_step", failing)
     table, _ = run_sweep(make_runs(base, [{"projection": "linear"}, {}], [0], tmp_path), cache, tmp_path)
     assert f"failed: projection linear, seed 0: {error}" in table
-    assert [line.get("failed") for line in read_results(tmp_path / "results.jsonl")] == [str(error), None]
+    assert [line.get("failed") for line in read_results(tmp_path)] == [str(error), None]
 
 
 # ---- a sweep that is stopped
@@ -339,7 +203,7 @@ def test_a_run_that_fails_in_a_step_costs_no_other(
 
 def lines_of(output: Path) -> list[dict[str, Any]]:
     """The lines of results.jsonl by run, without what the clock says, and where its statements were."""
-    results = read_results(output / "results.jsonl")
+    results = read_results(output)
     lines = [{k: v for k, v in line.items() if k not in ("seconds", "key")} for line in results]
     return sorted(lines, key=lambda line: (line["name"], line["seed"]))
 
@@ -420,7 +284,7 @@ def test_a_sweep_that_was_stopped_goes_on_to_the_lines_of_one_that_was_not(
         _, left = run_sweep(runs, cache, output, stop=stop)
     assert (steps, bool(calls)) == (before, moment != "start")
     assert (left, [run.started for run in left].count(True)) == (runs[ended:], started)
-    assert said_of_stop(runs, left) == (
+    assert summary(runs, output, ALL, "", left) == (
         f"stopped as asked: {ended} of 2 runs have ended; the same command goes on with {started} from where they are, "
         f"and starts {2 - ended - started}"
     )
@@ -517,7 +381,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_an_older_one_and_fails_the_run_if
     steps.clear()
 
     _, left = run_sweep([run], cache, output)
-    (line,) = read_results(output / "results.jsonl")
+    (line,) = read_results(output)
     assert (left, steps) == ([], [])
     assert f"{run.folder}: no checkpoint in it is as it was saved:" in line["failed"]
     assert "checkpoint-3/trainer.pt is damaged" in line["failed"]
@@ -545,18 +409,19 @@ def test_a_run_does_not_go_on_with_other_data(
     train.write_text(train.read_text().replace("red ball", "old ball"))
     steps.clear()
     run_sweep([run], cache, tmp_path / "sweep")
-    (line,) = read_results(tmp_path / "sweep" / "results.jsonl")
+    (line,) = read_results(tmp_path / "sweep")
     assert "was trained on other statements or captions" in line["failed"]
     assert line["failed"].endswith(f"; remove {run.folder} to start the run anew")
     assert steps == []
 
 
 def test_a_line_that_is_not_whole_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    assert read_results(path) == []
-    path.write_text('{"key": 1}\n{"key"')
-    with pytest.raises(ValueError, match=r"results\.jsonl has a line that is not whole .* remove that line"):
-        read_results(path)
+    assert read_results(tmp_path) == []
+    (tmp_path / "results.jsonl").write_text('{"key": 1}\n')
+    (tmp_path / "results-2-of-3.jsonl").write_text('{"key": 1}\n{"key"')
+    words = r"results-2-of-3\.jsonl has a line that is not whole .* remove that line"
+    with pytest.raises(ValueError, match=words):
+        read_results(tmp_path)
 
 
 def line(name: str, seed: int, world: int, left: int | None, loss: float = 0.5) -> dict[str, object]:
@@ -615,7 +480,8 @@ Trainer.train_step = held
 if __name__ == "__main__":
     sys.path.insert(0, "tools")
     from sweep import main
-    sys.exit(main())
+    from theworld.utils.console import run_tool
+    sys.exit(run_tool("sweep", main))
 """
 
 
@@ -641,8 +507,16 @@ class Held:
             self.kill()
             raise
 
+    def __enter__(self) -> "Held":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate(timeout=60)
 
     def ends(self) -> tuple[int, str, str]:
@@ -655,40 +529,87 @@ class Held:
         return self.process.returncode, out, errors
 
 
-def test_the_tool_is_stopped_and_killed_and_shows_the_table_of_one_that_was_not(
-    long: Config, cache: Path, whole: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_parts_are_stopped_and_killed_and_the_last_shows_the_table_of_a_sweep_that_was_not(
+    long: Config, cache: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    settings, script, output = tmp_path / "settings.json", tmp_path / "held.py", tmp_path / "sweep"
+    settings, output = tmp_path / "settings.json", tmp_path / "sweep"
     settings.write_text(json.dumps(long.to_dict()))
-    given = ("--config", settings, "--cache", cache, "--output", output, "--seeds", 0, 1, 2, "--processes", 2)
-    folders = [output / "runs" / f"unchanged-{seed}" for seed in range(2)]
+    given = ("--config", settings, "--cache", cache, "--output", output, "--seeds", 0, 1, 2)
+    folders = [output / "runs" / f"unchanged-{seed}" for seed in range(3)]
 
-    held = Held(script, given, folders, 1)
-    os.kill(held.process.pid, signal.SIGTERM)
-    status, out, errors = held.ends()
-    assert status == STATUS, errors
-    assert out.splitlines()[-1] == (
-        "stopped as asked: 0 of 3 runs have ended; the same command goes on with 2 from where they are, and starts 1"
-    )
-    assert "sweep: SIGTERM: saving after this step" in errors
-    assert [sorted(path.name for path in f.glob("checkpoint-*")) for f in folders] == [["checkpoint-2"]] * 2
+    def start(part: int, folder: Path, hold: int) -> Held:
+        return Held(tmp_path / f"held-{part}.py", (*given, "--part", f"{part}/2"), [folder], hold)
 
-    Held(script, given, folders, 4).kill()
-    assert tool("sweep", *given, "--dry_run").stdout.splitlines()[:3] == [
+    with start(1, folders[0], 1) as first, start(2, folders[1], 1) as second:
+        for held, ended, rest in ((first, "0 of 2", 1), (second, "0 of 1", 0)):
+            os.killpg(held.process.pid, number)
+            status, out, errors = held.ends()
+            assert status == STATUS, errors
+            assert out.splitlines()[-1] == (
+                f"stopped as asked: {ended} runs have ended; the same command goes on with 1 from where they are, and "
+                f"starts {rest}"
+            )
+            assert f"sweep: {number.name}: saving after this step" in errors
+    assert [sorted(path.name for path in f.glob("checkpoint-*")) for f in folders[:2]] == [
+        ["checkpoint-2"]
+    ] * 2
+
+    with start(1, folders[0], 4) as first, start(2, folders[1], 4) as second:
+        first.kill()
+        second.kill()
+    assert tool("sweep", *given, "--part", "1/2", "--dry_run").stdout.splitlines()[:3] == [
         "runs         3, of which 0 are done",
+        "part         1 of 2 trains 2 of the others",
         "goes on      unchanged, seed 0: after step 4",
-        "goes on      unchanged, seed 1: after step 4",
     ]
-
-    done = tool("sweep", *given, "--processes", 1)
+    done = tool("sweep", *given, "--part", "1/2")
+    assert done.stdout.splitlines()[-1] == (
+        "part 1 of 2 is done; 1 of 3 runs are still missing: those of other parts. Whichever part ends last shows the "
+        "table"
+    )
+    done = tool("sweep", *given, "--part", "2/2")
     assert lines_of(output)[:2] == lines_of(whole)
     assert done.stdout.endswith((output / "table.md").read_text())
-    assert [metrics(f) for f in folders] == [metrics(whole / "runs" / f.name) for f in folders]
-    more = tool("sweep", *given, "--grid", "learning_rate=0.001,0.002", "--dry_run").stdout.splitlines()
-    assert more[0] == "runs         6, of which 3 are done"
-    assert more[1].startswith("trains       learning_rate 0.002 (seeds 0, 1, 2): ")
+    assert [metrics(f) for f in folders[:2]] == [metrics(whole / "runs" / f.name) for f in folders[:2]]
+    assert sorted(path.name for path in output.glob("results*")) == [
+        "results-1-of-2.jsonl",
+        "results-2-of-2.jsonl",
+    ]
+    # A later call finds everything done, whatever its parts are.
+    table = (output / "table.md").read_text()
+    assert tool("sweep", *given).stdout == tool("sweep", *given, "--part", "3/7").stdout == table
     wrong = tool("sweep", *given, "--grid", "colour=1", check=False)
     assert (wrong.returncode, "wanted key=a,b,c" in wrong.stderr) == (1, True)
+
+
+def test_an_interrupted_sweep_says_one_line(long: Config, cache: Path, tmp_path: Path) -> None:
+    settings, output = tmp_path / "settings.json", tmp_path / "sweep"
+    settings.write_text(json.dumps(long.to_dict()))
+    given = ("--config", settings, "--cache", cache, "--output", output, "--seeds", 0)
+    with Held(tmp_path / "held.py", given, [output / "runs" / "unchanged-0"], 1) as held:
+        os.killpg(held.process.pid, signal.SIGINT)
+        status, _, errors = held.ends()
+    assert (status, errors.splitlines()[-1]) == (130, "sweep: interrupted")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_parts_in_any_order_make_the_table_of_a_single_sweep(
+    base: Config, cache: Path, tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    changes = [{"max_steps": 1}, {"name": "refused", "world_patch": 4, "align_steps": 1}]
+    runs = {name: make_runs(base, changes, [0, 1], tmp_path / name) for name in ("whole", "parts")}
+    table, _ = run_sweep(runs["whole"], cache, tmp_path / "whole")
+    for number, index in enumerate(order):
+        output, part = tmp_path / "parts", Part(index, 3)
+        found, left = run_sweep(runs["parts"], cache, output, part)
+        own = [run.key for n, run in enumerate(runs["parts"]) if n % 3 == index]
+        lines = (output / f"results-{index + 1}-of-3.jsonl").read_text().splitlines()
+        assert ([json.loads(line)["key"] for line in lines], left) == (own, [])
+        shown = summary(runs["parts"], output, part, found, left)
+        assert (shown == found) == (number == 2)
+    assert sorted(found.splitlines()) == sorted(table.splitlines())
+    assert (output / "table.md").read_text() == f"{found}\n"
 
 
 @pytest.mark.parametrize("path", ["configs/sweep.json"])

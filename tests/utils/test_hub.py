@@ -68,12 +68,12 @@ def test_a_folder_has_its_config_in_one_of_two_places(tmp_path: Path) -> None:
     with pytest.raises(Fault) as caught:
         locate(str(tmp_path), GEMMA_FILE)
     assert caught.value.message == f"{tmp_path}: a local folder without config.json"
-    assert caught.value.hint == "name a folder with a model, or its name on the hub"
+    assert caught.value.hint == "give a folder with a model, or a name on the hub"
 
 
 def test_the_hub_is_asked_once_and_nothing_is_downloaded(hub: list[str], fresh: Path) -> None:
     place = locate(NAME, GEMMA_FILE)
-    assert (place.config, place.words) == (None, "on the hub, and open to you")
+    assert (place.config, place.words) == (None, "on the hub, access granted")
     assert [request for request in hub if NAME in request] == [f"HEAD {NAME}/resolve/main/config.json"]
     assert not (fresh / "hub").exists()
 
@@ -95,8 +95,8 @@ def test_offline_what_was_downloaded_before_is_enough(fresh: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("some/where/else", "some/where/else: no such folder, and no name on the hub"),
-        ("../models", "../models: no such folder, and no name on the hub"),
+        ("some/where/else", "some/where/else: no such folder, and not a name on the hub"),
+        ("../nowhere", "../nowhere: no such folder, and not a name on the hub"),
         ("nobody/nothing", "nobody/nothing: no such model, or a private one"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_hub_that_never_answers_is_left(fresh: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(places, "PATIENCE", 0.2)
+        monkeypatch.setattr(places, "TIMEOUT", 0.2)
         caught: list[Fault] = []
 
         def ask() -> None:

@@ -164,7 +164,9 @@ def test_training_stops_at_a_flip_and_goes_on_from_its_checkpoint(
     content = {path: path.read_bytes() for path in saved.iterdir()}
     before = damage_rows(cache / LATENTS)
     weights = {name: p.detach().clone() for name, p in trainer.model.trainable().items()}
-    words = r"shards/0000\d\.h5 is damaged: latents of image '[abc]\.png' has CRC-32 .*--verify --cache "
+    words = (
+        r"shards/0000\d\.h5 is damaged: latents of image '[abc]\.png' has CRC-32 .*mend it with: .* --cache "
+    )
     with pytest.raises(StoreError, match=words):
         trainer.train_step()
     for name, parameter in trainer.model.trainable().items():
@@ -184,7 +186,7 @@ def test_training_stops_at_a_flip_and_goes_on_from_its_checkpoint(
     tally(stopped=2, checkpoint_intact="yes", resumed_to_the_same_bits="yes" if same else "NO")
 
 
-def test_the_tools_say_image_shard_hashes_and_the_command_and_repair(config: Config, tmp_path: Path) -> None:
+def test_the_tools_say_image_shard_hashes_and_the_command_that_mends(config: Config, tmp_path: Path) -> None:
     save_config(replace(config, num_workers=0), tmp_path / "tiny.json")
     cache, before = tmp_path / "cache", {}
     extract(config, cache, with_vision=True, allow_missing=False)
@@ -211,11 +213,18 @@ def test_the_tools_say_image_shard_hashes_and_the_command_and_repair(config: Con
         f"shard 1: {path} is damaged: {len(before[path]):,} bytes, SHA-256 {actual}; expected "
         f"{len(before[path]):,} bytes, {expected} by the manifest"
     )
-    command = f"python tools/extract_latents.py --repair --config {tmp_path / 'tiny.json'} --cache {cache}"
-    assert lines[2:] == [f"repair it with: {command}"]
-    done = tool("tools/extract_latents.py", "--repair")  # as the line says
+    command = f"python tools/extract_latents.py --config {tmp_path / 'tiny.json'} --cache {cache}"
+    assert lines[2:] == [f"mend it with: {command}"]
+    done = tool("tools/extract_latents.py")  # as the line says
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
-    assert "latents: repaired: shards 0, 1 encoded again" in done.stdout
+    assert "resuming" not in done.stdout  # both shards of the latents were damaged
+    assert (
+        len(
+            re.findall(r"^shard [01] has to be written again: .*00000?[01]\.h5 is damaged", done.stdout, re.M)
+        )
+        == 2
+    )
+    assert len(re.findall(r"^0000[01]\.h5 was moved to .*quarantine/0000[01]\.h5\.", done.stdout, re.M)) == 2
     assert {p: p.read_bytes() for p in before} == before
     done = tool("tools/extract_latents.py", "--audit", "2")
     assert done.returncode == 0

@@ -22,6 +22,7 @@ from documents import (
     text_of,
 )
 
+import theworld
 from theworld.config.cli import ArgumentParser
 
 TOOLS = sorted(path.stem for path in (ROOT / "tools").glob("*.py"))
@@ -70,7 +71,7 @@ def test_links_lead_to_files_and_headings(document: str) -> None:
 
 
 def test_paths_exist() -> None:
-    found = [path for document in MAIN for path in paths(text_of(document))]
+    found = [path for document in DOCUMENTS for path in paths(text_of(document))]
     assert {"configs/vsr_training.json", "theworld/store/shard.py", "tools/slurm/train.sh"} <= set(found)
     assert [path for path in found if not (ROOT / path).exists()] == []
 
@@ -115,6 +116,10 @@ def test_python_examples_import_what_there_is() -> None:
     assert imports
     for line in imports:
         exec(line, {})
+
+
+def test_the_citation_has_the_version_of_the_package() -> None:
+    assert f"\nversion: {theworld.__version__}\n" in text_of("CITATION.cff")
 
 
 def test_pictures_are_small() -> None:

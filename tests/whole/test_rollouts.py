@@ -19,11 +19,12 @@ from theworld.evaluation.score import score
 from theworld.extraction.extract import extract
 from theworld.extraction.features import CachedFeatures
 from theworld.hub.card import Facts, model_card
-from theworld.models.packing import ZERO
+from theworld.models.packing import Control
+from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.store.format import LATENTS, StoreMismatch
 from theworld.training.data import load_data
-from theworld.training.objectives import align_loss, align_pass
+from theworld.training.objectives import align_losses, align_microbatch
 from theworld.training.trainer import Trainer
 
 
@@ -75,7 +76,7 @@ def test_the_later_moments_reach_the_answer_and_zero_stands_for_all_of_them(
     checkpoint: Path, cache: Path
 ) -> None:
     model, rows = TheWorld.from_pretrained(checkpoint), CachedFeatures(cache / LATENTS)
-    batch = model.packer().pack(load_data(model.config, cache).train[:1], [ZERO])
+    batch = model.packer().pack(load_data(model.config, cache).train[:1], [Control.ZERO])
     assert batch.world_slots.shape == (1, 3 * 16 + 2)
     zero = model.latents(batch, rows)
     assert zero is not None
@@ -116,13 +117,13 @@ def test_what_takes_a_photograph_alone_is_refused_with_the_cure(
     checkpoint: Path, photographs: Path, tmp_path: Path
 ) -> None:
     model = TheWorld.from_pretrained(checkpoint)
-    message = r"trained on 2 predicted moments a photograph .* use tools/eval\.py --cache"
+    message = r"trained on 2 predicted frames a photograph .* use tools/eval\.py --cache"
     with pytest.raises(ValueError, match=message + "; generate needs no cache with enable_world=False"):
         model.generate(photographs / "a.png", "Where?")
     model.generate(photographs / "a.png", "Where?", enable_world=False, max_new_tokens=1)
-    with pytest.raises(ValueError, match=message + "; photographs alone, --image-dir, are not enough"):
+    with pytest.raises(ValueError, match=message + "; photographs alone, --image_folder, are not enough"):
         score(checkpoint, None, photographs, "test", ("world",), {})
-    with pytest.raises(ValueError, match=message + "; photographs alone, --image-dir, are not enough"):
+    with pytest.raises(ValueError, match=message + "; photographs alone, --image_folder, are not enough"):
         list(evaluation([checkpoint], None, photographs, "test", ("world",), tmp_path / "out.jsonl", {}))
 
 
@@ -131,12 +132,12 @@ def test_the_start_at_image_tokens_takes_the_photographs_own_tokens_there(
 ) -> None:
     config = replace(rolling, align_steps=2, max_steps=1, output_dir=str(tmp_path / "run"))
     trainer = Trainer(config, cache)
-    one = align_pass(trainer.model, trainer.data, trainer.data.train[:2])
+    one = align_microbatch(trainer.model, trainer.data, trainer.data.train[:2])
     assert one.latents is not None
-    loss = align_loss(trainer.model, one)["total"]
+    loss = align_losses(trainer.model, one)["total"]
     later = one.latents.clone()
     later[:, 1:] += 1
-    assert torch.equal(align_loss(trainer.model, replace(one, latents=later))["total"], loss)
+    assert torch.equal(align_losses(trainer.model, replace(one, latents=later))["total"], loss)
     with torch.no_grad():
         tokens = trainer.model.projection(one.latents)[:, :16]
         target = trainer.model.gemma.image_features(one.vision)
@@ -152,11 +153,13 @@ def test_alignment_measures_the_photographs_own_tokens_and_says_so(checkpoint: P
     assert result["comparison"] == SAME_PLACE
     assert (result["world_tokens"], result["predicted_moments_left_out"]) == (16, 2)
     assert measured["trained"].cosine.shape == (3 * 16,)
-    assert "those of 2 predicted moments have no place in the photograph and are left out" in report(result)
+    assert "world tokens of 2 predicted frames have no place in the photograph and are left out" in report(
+        result
+    )
 
 
 def test_the_model_card_names_the_moments(checkpoint: Path) -> None:
-    card = model_card(checkpoint, Facts(1, 2, 2, 4, ["train: 6 of 6 statements"]), [])
+    card = model_card(SavedModel.read(checkpoint), Facts(1, 2, 2, 4, ["train: 6 of 6 statements"]), [])
     assert "and for each of the 2 latent frames that its Video2World model predicts after it." in card
     assert '"rollout_prompt": "The scene goes on as it is. The camera does not move."' in card
 

@@ -19,7 +19,7 @@ from torture import Tally
 from theworld.config.config import Config, save_config
 from theworld.extraction.extract import verify
 
-EXTRACT, TRAIN = ROOT / "tools/slurm/extract.sh", ROOT / "tools/slurm/train.sh"
+EXTRACT, TRAIN, SWEEP = (ROOT / f"tools/slurm/{name}.sh" for name in ("extract", "train", "sweep"))
 
 
 def cluster(config: Config, folder: Path, **variables: str) -> Slurm:
@@ -34,7 +34,7 @@ def cluster(config: Config, folder: Path, **variables: str) -> Slurm:
     return Slurm(folder / "slurm", ROOT, places | variables)
 
 
-@pytest.mark.parametrize("script", [EXTRACT, TRAIN])
+@pytest.mark.parametrize("script", [EXTRACT, TRAIN, SWEEP])
 def test_scripts_are_bash_that_can_be_read(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert os.access(script, os.X_OK)
@@ -66,6 +66,40 @@ def test_an_array_of_tasks_makes_the_cache(
     same = content(tmp_path / "cache") == content(session_cache)
     tally(tasks=4, same_bytes_as_one_process="yes" if same else "NO")
     assert same
+
+
+@pytest.mark.heavy
+@pytest.mark.torture("training", "SLURM: a sweep as a job array, queued again when its time is up (stand-in)")
+def test_an_array_of_tasks_trains_a_sweep(
+    config: Config, session_cache: Path, tmp_path: Path, tally: Tally
+) -> None:
+    for name in ("train", "dev"):  # controls of another image need two of them
+        (tmp_path / "statements").mkdir(exist_ok=True)
+        text = (Path(str(config.annotations)) / "train.jsonl").read_text()
+        (tmp_path / "statements" / f"{name}.jsonl").write_text(text)
+    config = replace(config, annotations=str(tmp_path / "statements"), num_epochs=10_000, max_steps=60)
+    (tmp_path / "runs.json").write_text('{"runs": [{}, {"learning_rate": 0.002}]}')
+    output = tmp_path / "sweep"
+    places = {"CACHE": str(session_cache), "PARTS": "2", "RUNS": str(tmp_path / "runs.json")}
+    slurm = cluster(config, tmp_path, OUTPUT=str(output), **places)
+    assert slurm.sbatch(SWEEP, "--seeds", "0", array=[3]) == [2]  # not one of two parts
+    asked: list[Path] = []
+
+    def time_is_up(log: Path) -> bool:
+        """Once, while the first run of the first task takes its steps."""
+        lines = output / "runs/unchanged-0/metrics.jsonl"
+        if asked or not lines.exists() or lines.read_bytes().count(b"\n") < 10:
+            return False
+        asked.append(log)
+        return True
+
+    assert slurm.sbatch(SWEEP, "--seeds", "0", array=[1, 2], limit=time_is_up) == [0, 0]
+    first, second = ((slurm.folder / f"sweep-2_{task}.log").read_text() for task in (1, 2))
+    assert first.count("sweep.sh: time is up; queued again") == 1
+    assert "stopped as asked: 0 of 1 runs have ended; the same command goes on with 1 from where" in first
+    assert "part 1 of 2 is done; 1 of 2 runs are still missing: those of other parts" in first
+    assert second.endswith((output / "table.md").read_text())
+    tally(tasks=3, queued_again=1)
 
 
 @pytest.mark.torture("training", "SLURM: training is queued again when its time is up (stand-in for sbatch)")

@@ -156,11 +156,11 @@ def test_a_host_that_was_not_allowed_is_not_asked(tmp_path: Path) -> None:
         ("extract_latents", ["--verify", "--cache", "nowhere"], 2, "nowhere: no store in it"),
         (
             "extract_latents",
-            ["--repair", "--part", "1/2"],
+            ["--audit", "3", "--part", "1/2"],
             2,
-            "--part and --dry_run are for extracting; --verify shows",
+            "--part and --dry_run are for extracting; --audit reads all",
         ),
-        ("extract_latents", ["--repair", "--verify"], 2, "not allowed with argument"),
+        ("extract_latents", ["--audit", "3", "--verify"], 2, "not allowed with argument"),
         (
             "extract_latents",
             ["--latent_sise", "64"],

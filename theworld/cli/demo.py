@@ -73,7 +73,7 @@ def run_demo(
     checkpoint = Trainer(config, output / "cache").run()
     print("4/4 phase 3: held-out scenes, with controls", flush=True)
     run, cache, results = output / "run", output / "cache", output / "results.jsonl"
-    command = f"python tools/eval.py --model_name {run} --cache {cache} --output {results}".split(" ")
+    command = f"python tools/eval.py --model {run} --cache {cache} --output {results}".split(" ")
     _, summary = score_to_file([run], "test", cache, None, CONDITIONS, {}, command, results)
     print("\n" + table(summary) + "\n")
     draw_result(summary, run / "metrics.jsonl", output / "result.png")

@@ -14,16 +14,16 @@ from theworld.data.images import ImageError, check_photographs, missing_photogra
 from theworld.data.vsr import Statement, images_of, load_all, statements_at_hand
 from theworld.extraction.encoders import VisionEncoder
 from theworld.models import world_encoder
-from theworld.models.encoder import EncoderSpec, NotYetKnown, file_at_hand
+from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
 from theworld.models.serialization import checkpoint_step, list_checkpoints
 from theworld.store.format import read_failures, read_manifest
 from theworld.store.reader import StoreReader, verify_store
-from theworld.training.checkpoint import find_sound
+from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
 from theworld.utils.device import GIB, memory_of, resolve_device
 from theworld.utils.files import check_folder, check_room, free_bytes
-from theworld.utils.hub import GEMMA_FILE, Fault, locate
+from theworld.utils.hub import GEMMA_FILE, Fault, file_at_hand, locate
 
 SAMPLE = 100  # photographs that are decoded; extraction decodes all
 OK, NOTE, FAULT = "ok", "note", "FAULT"
@@ -121,7 +121,7 @@ def _device(config: Config) -> Iterator[Finding]:
     if sizes is None:
         return
     weights, kept = training_bytes(config, sizes)
-    parts = f"weights {weights / GIB:.1f}, a pass {kept / GIB:.1f}"
+    parts = f"weights {weights / GIB:.1f}, a micro-batch {kept / GIB:.1f}"
     need = f"with Gemma frozen training takes about {(weights + kept) / GIB:.1f} GiB: {parts}"
     hint = "halve --batch_size and double --gradient_accumulation_steps; or --use_gradient_checkpointing"
     if weights > have.total:
@@ -207,7 +207,7 @@ def _store(topic: str, spec: EncoderSpec, cache: Path, command: str, config: Con
     spec.check_compatible(root, reader.fingerprint)
     problems = verify_store(root)
     if problems:
-        yield Finding(topic, FAULT, problems[0], f"{command} --repair")
+        yield Finding(topic, FAULT, problems[0], command)
         return
     left_out = read_failures(cache)
     names = images_of([s for own in _statements(config).values() for s in own])
@@ -240,7 +240,7 @@ def _output(config: Config) -> Iterator[Finding]:
     """Check whether a training could write its checkpoints."""
     folder = Path(config.output_dir)
     check_folder(folder, "--output_dir")
-    found = find_sound(config.resume_from) if config.resume_from else None
+    found = latest_valid_checkpoint(config.resume_from) if config.resume_from else None
     resumed, skipped = (found.progress["step"], found.skipped) if found is not None else (-1, {})
     there = [p for p in list_checkpoints(folder) if p not in skipped and checkpoint_step(p) > resumed]
     for reason in skipped.values():

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from theworld.config.config import Config, load_config
+from theworld.config.config import Config
 from theworld.data.images import missing_photographs
-from theworld.data.vsr import Elsewhere, Statement, images_of, split_at_hand, statements_at_hand
+from theworld.data.vsr import NotDownloaded, Statement, images_of, split_at_hand, statements_at_hand
 from theworld.evaluation.alignment import chosen_images, vision_to_compare
 from theworld.evaluation.predict import possible_conditions, shuffled_images
 from theworld.evaluation.records import read_jsonl
@@ -25,8 +25,8 @@ from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
 from theworld.models.projection import ProjectionShape
-from theworld.models.serialization import CONFIG_FILE, find_checkpoint, find_model, read_world
 from theworld.models.serialization import VISION as VISION_PART
+from theworld.models.serialization import SavedModel
 from theworld.store.format import (
     Plan,
     StoreMismatch,
@@ -143,14 +143,14 @@ def evaluation(
     allow_trained: bool = False,
 ) -> Iterator[str]:
     """Yield what `theworld.evaluation.score.score_to_file` would do with the same arguments."""
-    found = [find_model(model) for model in models]
-    checkpoints = dict(zip(short_names(models, found), found, strict=True))
+    found = [SavedModel.open_folder(model) for model in models]
+    checkpoints = dict(zip(short_names(models, [one.folder for one in found]), found, strict=True))
     saved = []
     for checkpoint in found:
         saved.append((yield from _saved_model(checkpoint, overrides)))
     try:
         data = held_out(checkpoints, split, overrides, train_annotations, allow_trained, split_at_hand)
-    except Elsewhere as error:
+    except NotDownloaded as error:
         yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
         data = None
     for config, world, sees in saved:
@@ -168,7 +168,7 @@ def evaluation(
         shows = f"which shows {seen:,} of the {all_images:,} images of {split}"
         yield line("trained on", f"{'; '.join(data.trained_on.values())}, {shows}")
     name = "the data" if data is None else data.dataset  # which counting will tell
-    path = output or default_output(models, found, name, split)
+    path = output or default_output(found, name, split)
     replaces = check_output(path)
     yield line(
         "writes", f"{path}, {len(statements):,} lines{replaces}, and {path.with_suffix('.summary.json')}"
@@ -190,7 +190,7 @@ def _reads(
         if sees and not vision and config.image_folder is None:
             raise ValueError(
                 f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or "
-                "score from photographs with --image-dir"
+                "score from photographs with --image_folder"
             )
         yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
         photographs = Path(str(config.image_folder)) if sees and not vision else None
@@ -222,7 +222,7 @@ def alignment(
     model_name: Path, cache: Path, split: str, num_samples: int, output: Path, overrides: dict[str, Any]
 ) -> Iterator[str]:
     """Yield what `theworld.evaluation.alignment.align` would do with the same arguments, and the files it writes."""
-    config, world, sees = yield from _saved_model(find_checkpoint(model_name), overrides)
+    config, world, sees = yield from _saved_model(SavedModel.open_folder(model_name), overrides)
     statements, note = _cached(cache, config, world, (yield from _split(config, split)))
     if sees:
         vision_to_compare(config, cache, world["parts"])
@@ -235,13 +235,12 @@ def alignment(
 
 
 def _saved_model(
-    checkpoint: Path, overrides: dict[str, Any]
+    saved: SavedModel, overrides: dict[str, Any]
 ) -> Generator[str, None, tuple[Config, dict[str, Any], bool]]:
     """Yield lines about a saved model; return its settings, world.json and whether its Gemma sees photographs."""
-    config = load_config(checkpoint / CONFIG_FILE, overrides)
-    world = read_world(checkpoint)
+    config, world = saved.config(overrides), saved.world
     device = resolve_device(config.device)
-    yield line("projection", f"{checkpoint}, for {world['model_name']}")
+    yield line("projection", f"{saved.folder}, for {world['model_name']}")
     gemma = locate(config.model_name, GEMMA_FILE)
     yield line(
         "Gemma", f"{config.model_name}: {gemma.words}; {device}, {resolve_dtype(config.dtype, device)}"
@@ -263,6 +262,6 @@ def _split(config: Config, split: str) -> Generator[str, None, list[Statement]]:
     line."""
     try:
         return split_at_hand(config.annotations, split, config.dataset_name)
-    except Elsewhere as error:
+    except NotDownloaded as error:
         yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
         return []

@@ -434,7 +434,14 @@ def load_config(path: str | Path | None, overrides: Mapping[str, object] | None 
     Raises ValueError for a syntax error (file:line:column), an unknown key (with the nearest known key) or a value that
     is not allowed, each with its source, the file or "override"; OSError for a file that cannot be read.
     """
-    from_file = {} if path is None else _known_keys(read_json_with_comments(Path(path)), str(path))
+    return config_from({} if path is None else read_json_with_comments(Path(path)), path, overrides)
+
+
+def config_from(
+    values: dict[str, Any], path: str | Path | None, overrides: Mapping[str, object] | None = None
+) -> Config:
+    """Return the settings in the content of the file `path` with `overrides` on top. Raises as `load_config` does."""
+    from_file = _known_keys(values, str(path))
     from_overrides = _known_keys(dict(overrides or {}), "override")
     try:
         return Config(**{**from_file, **from_overrides})

@@ -35,7 +35,9 @@ from theworld.extraction.batches import FeatureSource
 from theworld.extraction.features import CachedFeatures, cached_vision, in_cache, latents_for, vision_source
 from theworld.models.gemma import Gemma
 from theworld.models.projection import ProjectionShape, WorldProjection
+from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
+from theworld.utils.device import set_up_torch
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +121,7 @@ class Measured:
 
 
 def align(
-    checkpoint: Path, cache: Path, split: str, num_samples: int, overrides: dict[str, Any]
+    checkpoint: Path | SavedModel, cache: Path, split: str, num_samples: int, overrides: dict[str, Any]
 ) -> tuple[dict[str, Measured], dict[str, Any]]:
     """Measure the projection of a checkpoint, "trained", and one as its run started with, "untrained".
 
@@ -127,7 +129,9 @@ def align(
     cache without vision features, StoreMismatch for a cache that was made with other settings than the checkpoint's.
     """
     # Gemma's layers are not computed, so they need no copy in 8 bits.
-    model = TheWorld.from_pretrained(checkpoint, **overrides | {"fp8": False})
+    saved = SavedModel.open_folder(checkpoint)
+    model = TheWorld.from_pretrained(saved, **overrides | {"fp8": False})
+    set_up_torch(model.gemma.dtype)
     start = TheWorld.from_config(model.config, model.gemma, model.fingerprint)
     sample = load_sample(model, cache, split, num_samples)
     kind = comparison(model.projection.shape, model.gemma.num_image_tokens)
@@ -136,10 +140,10 @@ def align(
         "trained": measure(project(model.projection, sample.latents), sample, kind),
     }
     result = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(saved.folder),
         "split": split,
         "images": len(sample.images),
-        "world_tokens": model.projection.shape.tokens_per_moment,
+        "world_tokens": model.projection.shape.tokens_per_frame,
         "image_tokens": model.gemma.num_image_tokens,
         "comparison": kind,
         **(
@@ -193,7 +197,7 @@ def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Ca
 
 
 def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> ImageTokens:
-    cached = vision_to_compare(model.config, cache, model.gemma.changed)
+    cached = vision_to_compare(model.config, cache, model.gemma.modified_parts)
     vision = vision_source(model.gemma, model.config, cached)
     assert vision is not None
     return ImageTokens(model.gemma, vision, images)
@@ -222,7 +226,7 @@ def comparison(shape: ProjectionShape, num_image_tokens: int) -> str:
     """
     if num_image_tokens == 0:
         return NEAREST_TEXT
-    same = shape.mode == "patch" and shape.tokens_per_moment == num_image_tokens
+    same = shape.mode == "patch" and shape.tokens_per_frame == num_image_tokens
     return SAME_PLACE if same else NEAREST_IMAGE
 
 
@@ -232,7 +236,7 @@ def project(projection: WorldProjection, latents: Tensor) -> Iterator[Tensor]:
 
     World tokens of predicted frames have no place in the photograph and are left out.
     """
-    device, num_own = projection.brackets.device, projection.shape.tokens_per_moment
+    device, num_own = projection.brackets.device, projection.shape.tokens_per_frame
     for row in latents:
         yield projection(row[None].to(device))[0, :num_own].cpu()
 

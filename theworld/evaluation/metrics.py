@@ -20,6 +20,7 @@ import numpy as np
 from scipy.stats import binned_statistic, binomtest, bootstrap
 from sklearn.metrics import balanced_accuracy_score, brier_score_loss, roc_auc_score
 
+from theworld.data.vsr import release_of
 from theworld.evaluation.conditions import CONDITION_TYPES, checkpoints_in, find_condition
 from theworld.evaluation.records import Row, publish_json
 
@@ -149,6 +150,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "statements": len(rows),
         "images": len({row["image"] for row in rows}),
         "data": sorted({(row["dataset"], row["split"]) for row in rows}),
+        "releases": _releases(rows),
         "majority_class": max(num_true, len(rows) - num_true) / len(rows),
         "statements_in_train": sum(row["statement_in_train"] for row in rows),
         "resamples": RESAMPLES,
@@ -183,6 +185,21 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     }
     summary["checkpoints"] = spread_over_checkpoints(summary)
     return summary
+
+
+def _releases(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return the (release, split) pairs that the statements are from, which published results belong beside.
+
+    Older records do not have their release: they count as one if they are all statements of its split.
+    """
+    found = set()
+    for dataset, split in {(row["dataset"], row["split"]) for row in rows}:
+        own = [row for row in rows if (row["dataset"], row["split"]) == (dataset, split)]
+        if any("release" in row for row in own):
+            found |= {(row.get("release", ""), split) for row in own}
+        else:
+            found.add((release_of(((r["image"], r["statement"], r["label"]) for r in own), split), split))
+    return sorted((release, split) for release, split in found if release)
 
 
 def write_summary(rows: Sequence[Row], path: Path) -> dict[str, Any]:

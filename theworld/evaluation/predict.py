@@ -11,8 +11,8 @@ import torch
 
 from theworld.data.vsr import Statement, images_of
 from theworld.evaluation.conditions import CONDITIONS
-from theworld.extraction.batches import FeatureSource, Pass, ahead, make_pass
-from theworld.models.packing import TEXT, ZERO
+from theworld.extraction.batches import FeatureSource, Microbatch, make_microbatch, prefetch
+from theworld.models.packing import Control, WorldSource
 from theworld.models.theworld import TheWorld
 from theworld.utils.console import progress
 from theworld.utils.distributed import Processes
@@ -69,15 +69,15 @@ def predict(
     parts = _parts(model, order, batch_size, processes)
     packer = model.packer()
 
-    def passes() -> Iterator[tuple[list[int], Pass]]:
+    def passes() -> Iterator[tuple[list[int], Microbatch]]:
         for chosen in parts:
             asked = [statements[i] for i in chosen or order[:1]]
             worlds = [_world(condition, s.image, other) for condition in conditions for s in asked]
-            yield chosen, make_pass(model, packer, asked * len(conditions), latents, vision, worlds)
+            yield chosen, make_microbatch(model, packer, asked * len(conditions), latents, vision, worlds)
 
     logits = torch.zeros(len(conditions), len(statements), 3, device=device)
     bar = progress(
-        ahead(passes()), total=len(parts), desc="evaluate", unit=" batches", leave=False, disable=quiet
+        prefetch(passes()), total=len(parts), desc="evaluate", unit=" batches", leave=False, disable=quiet
     )
     for chosen, one in bar:
         one = one.to(device)
@@ -112,7 +112,7 @@ def word_losses(
     packer, sums = model.packer(), torch.zeros(len(words), device=model.gemma.device)
     for chosen in _parts(model, order, batch_size, processes):
         asked = [statements[i] for i in chosen or order[:1]]
-        one = make_pass(model, packer, asked, latents, vision).to(model.gemma.device)
+        one = make_microbatch(model, packer, asked, latents, vision).to(model.gemma.device)
         assert one.batch is not None
         losses = model.losses(one.batch, one.latents, one.vision, label_loss_weight=0.0, **weights)
         sums += torch.stack([losses[name] for name in words]) * bool(chosen)
@@ -145,8 +145,8 @@ def _order(statements: Sequence[Statement], other: dict[str, str]) -> list[int]:
     return sorted(range(len(statements)), key=lambda i: (rank[statements[i].image], i))
 
 
-def _world(condition: str, image: str, other: dict[str, str]) -> str | None:
-    """Return the world that the packer puts before a statement about `image`."""
+def _world(condition: str, image: str, other: dict[str, str]) -> WorldSource:
+    """Return the source of the world tokens before a statement about `image`."""
     if condition in ("world", "shuffled"):
         return image if condition == "world" else other[image]
-    return {"baseline": None, "zero": ZERO, "text": TEXT}[condition]
+    return {"baseline": None, "zero": Control.ZERO, "text": Control.TEXT}[condition]

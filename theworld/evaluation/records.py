@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from theworld.data.vsr import Statement, meta_category
+from theworld.data.vsr import OWN, Statement, meta_category
 from theworld.models.inference import p_true
 from theworld.utils.files import publish_bytes
 
@@ -36,7 +36,8 @@ def records(
 ) -> list[Row]:
     """Return one record for each statement.
 
-    `logits` holds for each condition what `predict` returns. `seen_images` are the images of the training set, and
+    `dataset` is as `dataset_label` returns it, and recorded as the release that published results are of. `logits`
+    holds for each condition what `predict` returns. `seen_images` are the images of the training set, and
     `in_train` its statements as (image, caption). Raises ValueError for logits that are not finite.
     """
     rows = []
@@ -59,6 +60,7 @@ def records(
                 "category": meta_category(statement.relation),
                 "label": statement.label,
                 "dataset": dataset,
+                "release": "" if dataset == OWN else dataset,
                 "split": split,
                 "image_seen_in_train": statement.image in seen_images,
                 "statement_in_train": (statement.image, statement.caption) in in_train,
@@ -140,6 +142,8 @@ def _check(row: Any, where: str) -> None:
     for field, wanted in _FIELDS.items():
         if type(row.get(field)) is not wanted:
             raise ValueError(f"{where}: {field} is {row.get(field)!r}; wanted {wanted.__name__}")
+    if not isinstance(row.get("release", ""), str):  # not in older records
+        raise ValueError(f"{where}: release is {row['release']!r}; wanted str")
     if row["label"] not in (0, 1):
         raise ValueError(f"{where}: label is {row['label']}; wanted 0 or 1")
     for condition, found in row["systems"].items():

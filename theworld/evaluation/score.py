@@ -1,14 +1,13 @@
-"""Checkpoints scored on a split: from a cache, or from photographs alone.
+"""Score checkpoints on a split, from a cache or from photographs alone.
 
-Which statements are scored, and what of them the training of the scored checkpoints had.
-
-Where results come from: what stands beside a file of records, so that they can be made again.
+Three steps: `held_out` reads the statements and finds which of them training had, `score_all` asks the models, and
+`write_results` writes the records with their provenance beside them.
 """
 
 import json
 import logging
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,8 +17,15 @@ from typing import Any
 import numpy as np
 
 import theworld
-from theworld.config.config import Config, load_config
-from theworld.data.vsr import RELEASES, Statement, dataset_label, load_statements, seen_images
+from theworld.config.config import Config
+from theworld.data.vsr import (
+    RELEASES,
+    Statement,
+    dataset_label,
+    load_statements,
+    seen_images,
+    statements_sha256,
+)
 from theworld.evaluation.conditions import checkpoint_of
 from theworld.evaluation.metrics import write_summary
 from theworld.evaluation.predict import possible_conditions, predict
@@ -36,48 +42,52 @@ from theworld.extraction.features import (
     vision_source,
 )
 from theworld.models.gemma import load_gemma
-from theworld.models.serialization import CONFIG_FILE, INDEX, checkpoint_step, find_model, read_world
+from theworld.models.serialization import CONFIG_FILE, SavedModel, find_model
 from theworld.models.theworld import TheWorld
 from theworld.store.reader import StoreReader
-from theworld.utils.device import count_parameters
+from theworld.utils.device import count_parameters, set_up_torch
 from theworld.utils.files import canonical_sha256, check_output, hash_file
 from theworld.utils.hub import model_id
 
 logger = logging.getLogger(__name__)
 
 Load = Callable[[str | None, str, str], list[Statement]]  # as `load_statements`
+Checkpoints = Mapping[str, SavedModel]  # by the name before their conditions; "" for a single one
+
+# ---- the split, and what training had of it
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A split to score; the training data is that of all checkpoints together."""
+    """A split to score, and what the training of all scored checkpoints together had of it."""
 
     statements: list[Statement]
     split: str
     dataset: str  # see `theworld.data.vsr.dataset_label`
     annotations: str | None  # None: the hub
     image_folder: str | None
-    seen_images: set[str]  # those of the split that training had
-    in_train: set[tuple[str, str]]  # (image, caption) of the statements that training had
-    trained_on: dict[str, str]  # for each checkpoint in words
+    seen_images: set[str]  # images of the split that training had
+    in_train: set[tuple[str, str]]  # (image, caption) of each training statement
+    trained_on: dict[str, str]  # checkpoint -> its training data in words
 
 
 def held_out(
-    checkpoints: Mapping[str, Path],
+    checkpoints: Checkpoints,
     split: str,
     overrides: Mapping[str, Any],
     train_annotations: str | None = None,
     allow_trained: bool = False,
     load: Load = load_statements,
 ) -> HeldOut:
-    """The split that the checkpoints' settings name, with `overrides` on top, and what training had of it.
+    """Return the split that the checkpoints' settings name, with `overrides` on top, and what training had of it.
 
-    What a checkpoint was trained on is in its own settings and in those of the stages before it, whatever `overrides`
-    say; `train_annotations` is where the statements of all stages lie now, if they moved. Raises ValueError where
-    checkpoints name different splits, where training statements are not found, and, unless `allow_trained`, for a split
-    of one release of VSR and a checkpoint of the other, since the releases share statements. `load` reads statements.
+    The training data of a checkpoint is named in its own settings and in those of the stages before it, whatever
+    `overrides` say; `train_annotations` is the folder of the statements of all stages, if they have moved. Raises
+    ValueError if checkpoints name different splits, if training statements are not found, and, unless `allow_trained`,
+    for a split of one release of VSR and a checkpoint of the other, since the releases share statements. `load` reads
+    statements.
     """
-    settings = {name: load_config(path / CONFIG_FILE, overrides) for name, path in checkpoints.items()}
+    settings = {name: saved.config(overrides) for name, saved in checkpoints.items()}
     sources = {name: (c.annotations, c.dataset_name) for name, c in settings.items()}
     if len(set(sources.values())) > 1:
         found = "; ".join(f"{name}: {a or 'the hub'}, {d}" for name, (a, d) in sources.items())
@@ -86,52 +96,85 @@ def held_out(
         )
     annotations, dataset_name = next(iter(sources.values()))
     statements = load(annotations, split, dataset_name)
-    dataset = dataset_label(dataset_name, split, len(statements))
+    dataset = dataset_label(annotations, dataset_name, split, statements)
     in_train: set[tuple[str, str]] = set()
     seen: set[str] = set()
     trained_on = {}
-    for name, path in checkpoints.items():
-        stages = _stages(path, train_annotations, load)
-        had = {(s.image, s.caption) for train, _ in stages for s in train}
+    for name, saved in checkpoints.items():
+        stages = _stages(saved, train_annotations, load)
+        had = {(s.image, s.caption) for train, _, _ in stages for s in train}
         overlap = sum((s.image, s.caption) in had for s in statements)
-        trained = {RELEASES[own.dataset_name] for _, own in stages}
+        trained = {RELEASES[own.dataset_name] for _, _, own in stages}
         if not allow_trained:
-            _check_release(path, trained, RELEASES[dataset_name], split, overlap, len(statements))
+            _check_release(saved.folder, trained, RELEASES[dataset_name], split, overlap, len(statements))
         in_train |= had
-        seen |= {image for train, _ in stages for image in seen_images(statements, train)}
+        seen |= {image for train, _, _ in stages for image in seen_images(statements, train)}
         trained_on[name] = ", before that on ".join(
-            f"{len(train):,} statements of {dataset_label(own.dataset_name, 'train', len(train))} train"
-            for train, own in stages
+            f"{len(train):,} statements of {label} train" for train, label, _ in stages
         )
     image_folder = next(iter(settings.values())).image_folder
     return HeldOut(statements, split, dataset, annotations, image_folder, seen, in_train, trained_on)
 
 
-def _stages(path: Path, train_annotations: str | None, load: Load) -> list[tuple[list[Statement], Config]]:
-    """What a checkpoint was trained on, and with which settings, by stage, the last first."""
-    found = []
-    stage: Path | None = path
-    while stage is not None:
-        own = load_config(stage / CONFIG_FILE)
+def _stages(
+    saved: SavedModel, train_annotations: str | None, load: Load
+) -> list[tuple[list[Statement], str, Config]]:
+    """Return training statements, data set and settings of each stage of a checkpoint, the last stage first."""
+    stages = []
+    for stage in stages_of(saved, follow=train_annotations is None):
+        own = stage.config()
         source = own.annotations if train_annotations is None else train_annotations
         try:
-            train = load(source, "train", own.dataset_name)[: own.num_samples]
-            before = own.init_from if train_annotations is None else None
-            stage = find_model(before) if before else None
+            train = load(source, "train", own.dataset_name)
         except (OSError, ValueError) as error:
+            raise _unknown_training(stage, own, source, error) from error
+        label = dataset_label(source, own.dataset_name, "train", train)
+        stages.append((train[: own.num_samples], label, own))
+    return stages
+
+
+def stages_of(saved: SavedModel, follow: bool = True) -> Iterator[SavedModel]:
+    """Yield a checkpoint and, unless `follow` is false, the checkpoints that it and the earlier stages started from.
+
+    Raises ValueError if one of them is not found, or if the stages lead back to an earlier one.
+    """
+    before, folders = saved, [saved.folder.resolve()]
+    yield saved
+    while follow and (init_from := before.config().init_from):
+        try:
+            folder = find_model(init_from)
+            stage = SavedModel.read(folder)
+        except (OSError, ValueError) as error:
+            raise _unknown_training(before, before.config(), before.config().annotations, error) from error
+        if folder.resolve() in folders:
             raise ValueError(
-                f"{stage} was trained on train of {source or 'the hub'} ({own.dataset_name})"
-                f"{f' from {own.init_from}' if own.init_from else ''}, and which images it has seen cannot be told: "
-                f"{error}; give --train_annotations, where the training statements of all stages lie now"
-            ) from error
-        found.append((train, own))
-    return found
+                f"{before.folder / CONFIG_FILE}: init_from is {init_from}, which leads back to {folder} among the "
+                "stages before it, so what it was trained on cannot be told; give --train_annotations, the folder of "
+                "the training statements of all stages"
+            )
+        if folder != Path(init_from):  # checkpoints of before version 2 recorded what was given
+            logger.warning(
+                "%s: init_from is the folder %s; its newest checkpoint now, %s, is taken for the one that was meant",
+                *(before.folder / CONFIG_FILE, init_from, folder.name),
+            )
+        folders.append(folder.resolve())
+        before = stage
+        yield stage
+
+
+def _unknown_training(saved: SavedModel, own: Config, source: str | None, error: Exception) -> ValueError:
+    init_from = f" from {own.init_from}" if own.init_from else ""
+    return ValueError(
+        f"{saved.folder} was trained on train of {source or 'the hub'} ({own.dataset_name}){init_from}, and which "
+        f"images it has seen cannot be told: {error}; give --train_annotations, where the training statements of all "
+        "stages lie now"
+    )
 
 
 def _check_release(
     path: Path, trained: set[str], scored: str, split: str, overlap: int, num_statements: int
 ) -> None:
-    """ValueError for a split that is not held out from the other release's training."""
+    """Raise ValueError for a split that is not held out from the other release's training."""
     if trained == {scored} or not (overlap or scored == "zeroshot"):
         return
     raise ValueError(
@@ -141,6 +184,8 @@ def _check_release(
         "then mark them"
     )
 
+
+# ---- provenance
 
 _LONG = ("latents_mean", "latents_std")  # of a fingerprint: numbers a channel
 _OF_RESULTS = set(
@@ -154,19 +199,19 @@ _OF_CHECKPOINT = set(
 LIBRARIES = ("torch", "transformers", "numpy", "scipy", "scikit-learn")
 
 
-def of_checkpoint(model: TheWorld, path: Path, trained_on: str) -> dict[str, Any]:
-    """Of one scored checkpoint."""
+def checkpoint_provenance(model: TheWorld, saved: SavedModel, trained_on: str) -> dict[str, Any]:
+    """Return the provenance of one scored checkpoint."""
     fingerprint = model.fingerprint
     return {
-        "checkpoint": str(path),
-        "step": checkpoint_step(path) if (path / INDEX).is_file() else None,
+        "checkpoint": str(saved.folder),
+        "step": saved.step,
         "seed": model.config.seed,
         "model_name": model_id(model.gemma.name),
         "model_revision": model.gemma.revision,
         "dtype": str(model.gemma.dtype).removeprefix("torch."),
         "device": str(model.gemma.device),
         "trained_on": trained_on,
-        "parts": list(model.gemma.changed),  # of Gemma, that are not as they were published
+        "parts": list(model.gemma.modified_parts),  # of Gemma, that are not as they were published
         "trained_parameters": count_parameters(model.projection)[0],
         "projection": model.projection.shape.to_dict(),
         "fingerprint": {k: v for k, v in fingerprint.items() if k not in _LONG},
@@ -174,13 +219,14 @@ def of_checkpoint(model: TheWorld, path: Path, trained_on: str) -> dict[str, Any
     }
 
 
-def of_results(
+def results_provenance(
     data: HeldOut, cache: Path | None, image_folder: Path | None, checkpoints: dict[str, Any]
 ) -> dict[str, Any]:
-    """Of a whole file of records."""
+    """Return the provenance of a whole file of records."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "dataset": data.dataset,
+        "statements_sha256": statements_sha256((s.image, s.caption, s.label) for s in data.statements),
         "split": data.split,
         "annotations": data.annotations,
         "statements_in_split": len(data.statements),
@@ -192,7 +238,7 @@ def of_results(
 
 
 def _cache(cache: Path) -> dict[str, Any]:
-    """The fingerprints of what is in a cache."""
+    """Return the fingerprints of the stores in a cache."""
     found: dict[str, Any] = {"folder": str(cache)}
     for root in stores_of(cache):
         fingerprint = StoreReader(root).fingerprint
@@ -202,8 +248,8 @@ def _cache(cache: Path) -> dict[str, Any]:
 
 
 def write_results(rows: Sequence[Row], source: dict[str, Any], path: Path, command: Sequence[str]) -> Row:
-    """Writes records, where they come from (.meta.json, with the hash of the records and the command that made them)
-    and the summary (.summary.json), and returns the summary."""
+    """Write records, provenance (.meta.json, with the SHA-256 of the records and the command) and summary
+    (.summary.json), and return the summary."""
     write_jsonl(rows, path)
     meta = {"command": shlex.join(command), "records_sha256": hash_file(path)[1], **source}
     publish_json(meta, path.with_suffix(".meta.json"))
@@ -211,8 +257,10 @@ def write_results(rows: Sequence[Row], source: dict[str, Any], path: Path, comma
 
 
 def read_source(path: Path) -> dict[str, Any] | None:
-    """What stands beside the records of `path`; None if nothing does. ValueError if it is of other records or lacks
-    something."""
+    """Return the provenance beside the records of `path`, or None without any.
+
+    Raises ValueError if it belongs to other records or lacks a field.
+    """
     meta = path.with_suffix(".meta.json")
     if not meta.is_file():
         return None
@@ -237,8 +285,10 @@ def read_source(path: Path) -> dict[str, Any] | None:
 
 
 def short_names(folders: Sequence[Path], checkpoints: Sequence[Path]) -> list[str]:
-    """The shortest tails of the folders' paths, as they were given, that tell them apart, or [""] for a single one.
-    ValueError if two of them lead to the same checkpoint."""
+    """Return the shortest tails of the given folders' paths that tell them apart, or [""] for a single one.
+
+    Raises ValueError if two of them lead to the same checkpoint.
+    """
     if len(folders) == 1:
         return [""]
     found = [checkpoint.resolve() for checkpoint in checkpoints]
@@ -253,32 +303,36 @@ def short_names(folders: Sequence[Path], checkpoints: Sequence[Path]) -> list[st
     raise AssertionError("different paths have different parts")
 
 
-def default_output(given: Sequence[Path], checkpoints: Sequence[Path], dataset: str, split: str) -> Path:
-    """Where the results of one checkpoint go: into evaluation/ of its run, with the checkpoint in their name. A model
-    that lies by itself, such as a download, has them in its own folder. ValueError for several."""
+def default_output(checkpoints: Sequence[SavedModel], dataset: str, split: str) -> Path:
+    """Return the file for the results of one checkpoint, in evaluation/ of its run, or of its own folder if it is a
+    model without a run, such as a download. Raises ValueError for several checkpoints."""
     if len(checkpoints) > 1:
         raise ValueError("several models belong to no single run; name an --output, such as comparison.jsonl")
-    run = checkpoints[0].parent if (checkpoints[0] / INDEX).is_file() else given[0]
-    return run / "evaluation" / f"{checkpoints[0].name}-{dataset.replace(' ', '-')}-{split}.jsonl"
+    (saved,) = checkpoints
+    return saved.run / "evaluation" / f"{saved.folder.name}-{dataset.replace(' ', '-')}-{split}.jsonl"
 
+
+# ---- scoring
 
 NOT_ALONE = "photographs alone, --image_folder, are not enough"
 
 
 def score(
-    checkpoint: Path,
+    checkpoint: Path | SavedModel,
     cache: Path | None,
     image_folder: Path | None,
     split: str,
     conditions: Sequence[str],
     overrides: dict[str, Any],
 ) -> list[Row]:
-    """One record a statement of the split, with the answers under every condition (see `theworld.evaluation.predict`).
+    """Return one record for each statement of the split, with the answers under each condition (see
+    `theworld.evaluation.predict`).
 
-    Exactly one of `cache` and `image_folder` is given. Prints what is left out, if anything is.
+    Exactly one of `cache` and `image_folder` is given. Logs which statements are left out.
     """
-    data = held_out({"": checkpoint}, split, overrides)
-    return score_all({"": checkpoint}, data, cache, image_folder, conditions, overrides)[0]
+    checkpoints = {"": SavedModel.open_folder(checkpoint)}
+    data = held_out(checkpoints, split, overrides)
+    return score_all(checkpoints, data, cache, image_folder, conditions, overrides)[0]
 
 
 def score_to_file(
@@ -293,15 +347,15 @@ def score_to_file(
     train_annotations: str | None = None,
     allow_trained: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
-    """Scores checkpoints, or the newest ones in folders, writes records, summary and where they come from, and returns
-    the path of the records and the summary. `output` None: a place in the run of a single model.
+    """Score checkpoints, or the newest ones in folders, write records, summary and provenance, and return the path of
+    the records and the summary. Without `output` the path is `default_output`.
 
     Raises ValueError as `held_out` and `score_all` do, and for several models without `output`.
     """
-    found = [find_model(model) for model in models]
-    checkpoints = dict(zip(short_names(models, found), found, strict=True))
+    found = [SavedModel.open_folder(model) for model in models]
+    checkpoints = dict(zip(short_names(models, [saved.folder for saved in found]), found, strict=True))
     data = held_out(checkpoints, split, overrides, train_annotations, allow_trained)
-    output = output or default_output(models, found, data.dataset, split)
+    output = output or default_output(found, data.dataset, split)
     check_output(output)
     rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
     return output, write_results(rows, source, output, command)
@@ -309,91 +363,95 @@ def score_to_file(
 
 @dataclass
 class _Answers:
-    """What each system says of the same statements, put together model by model."""
+    """The answers to the same statements under each condition, collected model by model."""
 
     data: HeldOut
     cache: Path | None
     image_folder: Path | None
-    shared: set[str]  # systems that are the same for all checkpoints, and have no name before them
-    statements: Sequence[Statement] = ()  # as they were read
+    shared: set[
+        str
+    ]  # conditions that are the same for all checkpoints, without a checkpoint's name before them
+    statements: Sequence[Statement] = ()  # in the order of the answers
     logits: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def add(self, model: TheWorld, name: str, kinds: dict[str, str]) -> None:
-        """Asks a checkpoint's model; `kinds`: what it is asked by what its answers are called."""
+    def add(self, model: TheWorld, name: str, conditions: dict[str, str]) -> None:
+        """Add the answers of a checkpoint's model; `conditions`: recorded name -> condition of `predict`."""
         latents, vision, self.statements = _sources(
             model, self.cache, self.image_folder, self.data.statements
         )
-        named = {k if k in self.shared or not name else f"{name}:{k}": kind for k, kind in kinds.items()}
-        named = {system: kind for system, kind in named.items() if system not in self.logits}
-        print(f"answering as {', '.join(named)}", flush=True)
+        named = {k if k in self.shared or not name else f"{name}:{k}": c for k, c in conditions.items()}
+        named = {key: condition for key, condition in named.items() if key not in self.logits}
+        logger.info("answering as %s", ", ".join(named))
         size = model.config.eval_statements
         found = predict(model, self.statements, latents, vision, list(named.values()), size, quiet=False)
-        self.logits.update({system: found[kind] for system, kind in named.items()})
+        self.logits.update({key: found[condition] for key, condition in named.items()})
 
 
 def score_all(
-    checkpoints: Mapping[str, Path],
+    checkpoints: Checkpoints,
     data: HeldOut,
     cache: Path | None,
     image_folder: Path | None,
     conditions: Sequence[str],
     overrides: dict[str, Any],
 ) -> tuple[list[Row], dict[str, Any]]:
-    """The records of several checkpoints on the same statements, and where they come from.
+    """Return the records of several checkpoints on the same statements, and their provenance.
 
-    `checkpoints`: folders by the names that stand before their systems, "" for a single one. "baseline" is always Gemma
-    as it was published: where a checkpoint has a Gemma of its own, what that answers without world tokens is "without".
-    What is the same for all checkpoints is answered once, and has no name before it. Gemma stays loaded from one to the
-    next that has the same.
+    "baseline" is always Gemma as it was published: the answers without world tokens of a checkpoint that has a Gemma of
+    its own are "without". Conditions that are the same for all checkpoints are asked once, and have no name before
+    them. Gemma stays loaded from one checkpoint to the next that has the same.
     """
-    worlds = {name: read_world(path) for name, path in checkpoints.items()}
     if cache is not None:  # before any model loads
-        for name, path in checkpoints.items():
-            latents_for(worlds[name]["fingerprint"], load_config(path / CONFIG_FILE, overrides), cache)
-    keys = {name: _gemma_key(path, worlds[name], overrides) for name, path in checkpoints.items()}
-    shared = _shared(worlds, keys)
+        for saved in checkpoints.values():
+            latents_for(saved.world["fingerprint"], saved.config(overrides), cache)
+    keys = {name: _gemma_key(saved, overrides) for name, saved in checkpoints.items()}
+    shared = _shared(checkpoints, keys)
     answers = _Answers(data, cache, image_folder, shared)
-    sources: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
     gemma, loaded = None, None  # as it was published, and its key
-    for name, path in checkpoints.items():
-        world = worlds[name]
+    for name, saved in checkpoints.items():
+        world = saved.world
         if world["parts"] or keys[name] != loaded:
             gemma, loaded = None, None  # before another is loaded
-        model = TheWorld.from_pretrained(path, gemma, **overrides)
-        sources[name] = of_checkpoint(model, path, data.trained_on[name])
-        kinds = possible_conditions(conditions, model.gemma.is_multimodal, model.gemma.name)
-        if len(kinds) < len(conditions):
-            print("without 'text': this Gemma sees no photograph, so it is 'baseline'")
-        called = {"without" if world["parts"] and kind == "baseline" else kind: kind for kind in kinds}
-        answers.add(model, name, called)
-        if world["parts"] and "baseline" in kinds and not shared & answers.logits.keys():
+        model = TheWorld.from_pretrained(saved, gemma, **overrides)
+        set_up_torch(model.gemma.dtype)
+        provenance[name] = checkpoint_provenance(model, saved, data.trained_on[name])
+        possible = possible_conditions(conditions, model.gemma.is_multimodal, model.gemma.name)
+        if len(possible) < len(conditions):
+            logger.info("without 'text': this Gemma sees no photograph, so it is 'baseline'")
+        answers.add(
+            model, name, {"without" if world["parts"] and c == "baseline" else c: c for c in possible}
+        )
+        if world["parts"] and "baseline" in possible and not shared & answers.logits.keys():
             config, fingerprint = model.config, model.fingerprint
             del model
             plain = load_gemma(config, revision=world["model_revision"])
             model = TheWorld.from_config(config, plain, fingerprint)
             answers.add(model, name, {"baseline": "baseline"})
-        if not model.gemma.changed:
+        if not model.gemma.modified_parts:
             gemma, loaded = model.gemma, keys[name]
-        del model  # before the next: it holds merged copies of Gemma's matrices
-    # What all share first.
+        del model  # before the next is loaded, for its weights in 8 bits
+    # Shared conditions first.
     logits = dict(sorted(answers.logits.items(), key=lambda item: bool(checkpoint_of(item[0]))))
     rows = records(answers.statements, logits, data.seen_images, data.in_train, data.dataset, data.split)
-    return rows, of_results(data, cache, image_folder, sources)
+    return rows, results_provenance(data, cache, image_folder, provenance)
 
 
-def _shared(worlds: dict[str, dict[str, Any]], keys: dict[str, tuple[Any, ...]]) -> set[str]:
-    """The systems that answer alike whatever the checkpoint: those of one Gemma, and without its changes."""
+def _shared(checkpoints: Checkpoints, keys: dict[str, tuple[Any, ...]]) -> set[str]:
+    """Return the conditions with the same answers for all checkpoints: those of one Gemma as it was published."""
     if len(set(keys.values())) > 1:
         return set()
-    return {"baseline"} if any(world["parts"] for world in worlds.values()) else {"baseline", "text"}
+    if any(saved.world["parts"] for saved in checkpoints.values()):
+        return {"baseline"}
+    return {"baseline", "text"}
 
 
-def _gemma_key(path: Path, world: dict[str, Any], overrides: dict[str, Any]) -> tuple[Any, ...]:
-    """What is equal for two checkpoints if and only if the Gemma that they started from answers both alike without
-    world tokens."""
-    config = load_config(path / CONFIG_FILE, overrides)
+def _gemma_key(saved: SavedModel, overrides: dict[str, Any]) -> tuple[Any, ...]:
+    """Return a key that two checkpoints share if and only if the published Gemma that they started from gives both the
+    same answers without world tokens."""
+    config = saved.config(overrides)
     fields = ("model_name", "dtype", "device", "compile", "fp8", "question_template", "max_seq_length")
-    return (world["model_revision"], *(getattr(config, field) for field in fields))
+    return (saved.world["model_revision"], *(getattr(config, field) for field in fields))
 
 
 def _sources(
@@ -410,7 +468,7 @@ def _from_cache(
 ) -> tuple[FeatureSource, FeatureSource | None, list[Statement]]:
     latents = latents_for(model.fingerprint, model.config, cache)
     statements, note = in_cache(statements, latents, cache)
-    print(f"scoring {note}")
+    logger.info("scoring %s", note)
     cached = cached_vision(model.config, cache)
     vision = vision_source(model.gemma, model.config, cached, latents.reader.images)
     for note in vision_note(model.gemma, cached):

@@ -51,7 +51,7 @@ def _accuracies(summary: dict[str, Any], width: int) -> list[str]:
             f"  {span(score['low'], score['high']):<15}  {span(score['image_low'], score['image_high']):<15}"
         )
         lines.append((line + _against(summary.get("world_against", {}).get(condition))).rstrip())
-    for dataset, split in summary["data"]:
+    for dataset, split in summary["releases"]:
         for reference, value in quoted(dataset, split):
             lines.append(f"{reference.system:<{width + 6}}  {value:>8.1%}  quoted: {reference.source}")
     return lines

@@ -1,4 +1,4 @@
-"""What one pass through the model reads, put together on the host while the device computes the one before."""
+"""Micro-batches, put together on the host while the device computes the one before."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from theworld.data.vsr import Statement
 from theworld.models.attention import prepare_masks
-from theworld.models.packing import Batch, Packer
+from theworld.models.packing import Batch, Packer, WorldSource
 from theworld.models.theworld import TheWorld
 
 FeatureSource = Callable[[Sequence[str]], Tensor]  # image paths -> one row an image
@@ -20,17 +20,17 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One forward pass: packed statements with the rows that their images have in the cache."""
+class Microbatch:
+    """The inputs of one forward pass: packed statements, and the latents and vision features of their images."""
 
     statements: tuple[Statement, ...]
-    batch: Batch | None  # None where no language model reads it (the start at the image tokens)
+    batch: Batch | None  # None where the language model has no part (`align_steps`)
     latents: Tensor | None  # float[W, *row_shape]
     vision: Tensor | None  # float[G, I, V], or photographs, float[G, 3, S, S]
-    weight: float = 1.0  # of its losses in the step
+    weight: float = 1.0  # factor of its losses in the step
 
-    def to(self, device: torch.device) -> "Pass":
-        """The same on a device; copies overlap with other work where memory is pinned."""
+    def to(self, device: torch.device) -> "Microbatch":
+        """Return it on a device; copies overlap with other work where memory is pinned."""
 
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -39,8 +39,8 @@ class Pass:
 
         return replace(self, batch=move(self.batch), latents=move(self.latents), vision=move(self.vision))
 
-    def pin(self, device: torch.device) -> "Pass":
-        """The same in page-locked memory, from which a GPU copies by itself; as it is for another device."""
+    def pin(self, device: torch.device) -> "Microbatch":
+        """Return it in page-locked memory, from which a GPU copies by itself, or as it is for another device."""
 
         def pinned(value: Any) -> Any:
             if value is None or (isinstance(value, Tensor) and value.is_cuda):
@@ -54,30 +54,32 @@ class Pass:
         )
 
 
-def make_pass(
+def make_microbatch(
     model: TheWorld,
     packer: Packer,
     statements: Sequence[Statement],
     latents: FeatureSource,
     vision: FeatureSource | None,
-    worlds: Sequence[str | None] | None = None,
+    worlds: Sequence[WorldSource] | None = None,
     captions: Mapping[str, str] | None = None,
-) -> Pass:
-    """Packs statements (see `Packer.pack`) and fetches what their images have, all of it on the model's device: a
-    thread that runs ahead copies while the device computes."""
+) -> Microbatch:
+    """Pack statements (see `Packer.pack`) and fetch the latents and vision features of their images, all of it on the
+    model's device: a thread that prepares batches copies while the device computes."""
     batch = packer.pack(statements, worlds, captions)
     if model.gemma.attention == "flex_attention":
         batch = prepare_masks(batch, model.gemma.sliding_window)
-    seen = vision(batch.images) if vision is not None and batch.images else None
+    features = vision(batch.images) if vision is not None and batch.images else None
+    rows = model.latents(batch, latents)
     device = model.gemma.device
-    return Pass(batch.statements, batch, model.latents(batch, latents), seen).pin(device).to(device)
+    return Microbatch(tuple(statements), batch, rows, features).pin(device).to(device)
 
 
-def ahead(items: Iterable[T], depth: int = 2, gate: Event | None = None) -> Iterator[T]:
-    """The same items, made by a thread up to `depth` ahead. What making one raises is raised in its place.
+def prefetch(items: Iterable[T], depth: int = 2, gate: Event | None = None) -> Iterator[T]:
+    """Yield the items, made by a thread up to `depth` ahead. An error in making one is raised in its place.
 
-    `gate`: an item is begun only while this is set, or once it is waited for. A thread that packs holds Python's lock,
-    so a caller that launches kernels meanwhile falls behind its GPU; it opens the gate while it waits for the GPU.
+    `gate`: the thread begins an item only while this is set, or once the item is waited for. While the thread packs, it
+    holds Python's lock, and a caller that launches kernels meanwhile falls behind its GPU; so the caller opens the gate
+    while it waits for the GPU.
     """
     iterator, end = iter(items), object()
 

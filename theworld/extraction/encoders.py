@@ -5,7 +5,7 @@ refused by it in a second, before any model loads; only what is known once weigh
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,14 @@ from theworld.models.encoder import (
     common_fields,
     compiled_field,
     compute_dtype,
-    file_at_hand,
 )
 from theworld.models.gemma import Gemma
-from theworld.store.format import LATENTS, VISION
+from theworld.store.format import LATENTS, VISION, StoreMismatch
 from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store
 from theworld.utils.device import resolve_device, resolve_dtype, torch_dtype, wants_compile
-from theworld.utils.hub import GEMMA_FILE, hub_revision, model_id
+from theworld.utils.files import StoreError, UnknownVersion
+from theworld.utils.hub import GEMMA_FILE, file_at_hand, hub_revision, model_id
 
 
 class RolloutEncoder:
@@ -71,6 +71,17 @@ class RolloutEncoder:
         return torch.cat([photograph, predicted.to(torch_dtype(self.spec.dtype)).cpu()])
 
 
+@dataclass(frozen=True)
+class GemmaPixels:
+    """Photographs as Gemma's vision tower takes them."""
+
+    image_processor: Any  # of transformers
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
+        return self.image_processor(images=[pixels], return_tensors="pt")["pixel_values"][0]
+
+
 class VisionEncoder:
     """Photographs to Gemma's own pooled vision features, so that training never loads the vision tower."""
 
@@ -82,6 +93,8 @@ class VisionEncoder:
         dtype, revision = resolve_dtype(config.dtype, self.device), (like or {}).get("model_revision")
         self.gemma = Gemma(config.model_name, dtype, self.device, revision=revision)
         self.spec = vision_spec(config, self.gemma)
+        assert self.gemma.processor is not None
+        self.prepare = GemmaPixels(self.gemma.processor.image_processor)
         if wants_compile(config.compile, self.device):
             self.gemma.compile_vision()
 
@@ -99,10 +112,6 @@ class VisionEncoder:
         }
         weights = Weights("Gemma's vision tower", config.model_name, GEMMA_FILE)
         return EncoderSpec(VISION, shape, dtype, weights, fields)
-
-    def prepare(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
-        return self.gemma.pixel_values([pixels])[0]
 
     def encode(self, prepared: Tensor) -> Tensor:
         """float32[B, 3, S, S] -> storage dtype[B, N, V]."""
@@ -145,9 +154,17 @@ def specs_of(config: Config, with_vision: bool) -> list[EncoderSpec]:
 
 
 def check_stores(config: Config, cache: Path, with_vision: bool) -> None:
-    """Raise StoreMismatch, field by field, where a store that is there holds something else. Loads no model."""
+    """Raise StoreMismatch, field by field, where a store that is there holds something else. Loads no model.
+
+    A damaged store is left to `Store.create`, which mends it.
+    """
     for spec in specs_of(config, with_vision):
-        spec.check_store(cache / spec.name, config.shard_size)
+        try:
+            spec.check_store(cache / spec.name, config.shard_size)
+        except (StoreMismatch, UnknownVersion):
+            raise
+        except StoreError:
+            continue
 
 
 def encoder_of(name: str, config: Config) -> type[Encoder]:

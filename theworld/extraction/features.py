@@ -223,21 +223,25 @@ def vision_source(
     """
     if not gemma.is_multimodal:
         return None
-    changed = VISION_PART in gemma.changed
+    changed = VISION_PART in gemma.modified_parts
     if cached is not None and not changed:
         check_vision_tower(gemma, config, cached)
         return cached
     if config.image_folder is None:
         reason = CHANGED_TOWER if changed else "the cache has no features of them"
-        other = "" if gemma.changed else ", or extract them once with tools/extract_latents.py --gemma_vision"
+        other = (
+            ""
+            if gemma.modified_parts
+            else ", or extract them once with tools/extract_latents.py --gemma_vision"
+        )
         raise ValueError(f"this Gemma looks at the photographs: {reason}; give --image_folder{other}")
-    kind = OnTheFlyPixels if VISION_PART in gemma.trained else OnTheFlyVision
+    kind = OnTheFlyPixels if VISION_PART in gemma.trainable_parts else OnTheFlyVision
     return kind(gemma, config.image_folder, config.max_image_pixels, hashes)
 
 
 def vision_note(gemma: Gemma, cached: CachedFeatures | None) -> list[str]:
     """Return a line that says why cached features are not read; nothing where they are, or where there are none."""
-    unused = cached is not None and gemma.is_multimodal and VISION_PART in gemma.changed
+    unused = cached is not None and gemma.is_multimodal and VISION_PART in gemma.modified_parts
     return [f"photographs are read: {CHANGED_TOWER}"] if unused else []
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from theworld.config.config import FIELDS, Config, load_config
+from theworld.config.config import FIELDS, Config
 from theworld.data.vsr import RELEASES
-from theworld.models.serialization import CONFIG_FILE, part_file, read_index, read_world
+from theworld.models.serialization import SavedModel, part_file
 from theworld.utils.files import canonical_sha256
 from theworld.utils.hub import model_id
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
-TAGS = ["visual-spatial-reasoning", "world-tokens", "gemma-3", "cosmos"]
+TAGS = ["visual-spatial-reasoning", "world-tokens", "gemma-3"]
 TRAINING_METRICS = {
     "loss": "training loss, mean since the previous log",
     "accuracy": "training accuracy, mean since the previous log",
@@ -85,7 +85,7 @@ def read_results(checkpoint: Path) -> dict[str, Any] | None:
 
 
 def model_card(
-    checkpoint: Path,
+    saved: SavedModel,
     facts: Facts,
     metrics: Sequence[dict[str, Any]],
     results: dict[str, Any] | None = None,
@@ -95,9 +95,8 @@ def model_card(
     `metrics` are the lines of metrics.jsonl; lines of later steps are left out. `results` is the summary of an
     evaluation of this checkpoint by tools/eval.py.
     """
-    config = load_config(checkpoint / CONFIG_FILE)
-    world = read_world(checkpoint)
-    step = int(read_index(checkpoint)["step"])
+    config, world, step = saved.config(), saved.world, saved.step
+    assert step is not None, "a card is of a checkpoint"
     name = (config.hub_model_id or f"checkpoint-{step}").split("/")[-1]
     fingerprint = world["fingerprint"]
     public = public_settings(config)
@@ -106,6 +105,7 @@ def model_card(
         template_path=str(TEMPLATE),
         name=name,
         gemma=public["model_name"],
+        world_encoder=config.world_encoder,
         cosmos=public["cosmos_model_name"],
         predicted_frames=fingerprint.get("num_world_steps", 0),
         projection=world["projection"],
@@ -142,7 +142,7 @@ def _header(config: Config, name: str, results: dict[str, Any] | None) -> ModelC
         license_name="terms-of-the-base-models",
         license_link="https://ai.google.dev/gemma/terms",
         datasets=None if own_data else [f"cambridgeltl/vsr_{RELEASES[config.dataset_name]}"],
-        tags=TAGS,
+        tags=[*TAGS, config.world_encoder],
         **base,
         **evaluated,
     )

@@ -5,9 +5,9 @@ One commit holds one checkpoint as it was published by rename, checked against i
 projection.safetensors ... world.json  config.json  README.md    the model and its card
 last-checkpoint/...                                              with hub_strategy "checkpoint": all that a resume needs
 
-The files of an upload are hard links to those of the checkpoint, so that nothing is copied or read in the training
-thread and the checkpoint itself may be deleted meanwhile. No local path in the settings is uploaded, and no token is
-written or shown anywhere.
+The files of an upload are links to those of the checkpoint, so that nothing is copied or read in the training thread;
+hard links, where the file system has them, so that the checkpoint itself may be deleted meanwhile. No local path in the
+settings is uploaded, and no token is written or shown anywhere.
 """
 
 import json
@@ -24,18 +24,15 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-from theworld.config.config import Config, load_config
+from theworld.config.config import Config
 from theworld.hub.card import Facts, model_card, public_settings, read_metrics, read_results
 from theworld.models.serialization import (
     CONFIG_FILE,
     INDEX,
-    WORLD_FILE,
     CheckpointError,
-    check_hashes,
+    SavedModel,
     fingerprint_of,
     model_files,
-    read_index,
-    read_world,
 )
 from theworld.utils.console import progress
 
@@ -53,19 +50,20 @@ RESUME_HINT = "Repeat the upload by resuming this run"
 # ---- the files of an upload
 
 
-def stage(checkpoint: Path, card: str, resumable: bool, folder: Path) -> dict[Path, dict[str, Any]]:
+def stage(saved: SavedModel, card: str, resumable: bool, folder: Path) -> dict[Path, dict[str, Any]]:
     """Fill a new folder with the files of one upload: hard links to the checkpoint's, public settings and the card.
 
-    Only JSON files are read. Returns size and SHA-256 that the linked files must have, for `check_staged`. Raises
-    CheckpointError for a checkpoint that is incomplete or whose JSON files are damaged, OSError if a file is missing.
+    `saved` is as `SavedModel.read` returns it: only its JSON files were read. Returns size and SHA-256 that the linked
+    files must have, for `check_staged`. Raises CheckpointError for an incomplete checkpoint, OSError if a file is
+    missing.
     """
-    index = read_index(checkpoint)
-    check_hashes(checkpoint, index, [WORLD_FILE, CONFIG_FILE])
-    model = model_files(read_world(checkpoint))
+    assert saved.index is not None
+    checkpoint, index = saved.folder, saved.index
+    model = model_files(saved.world)
     missing = [name for name in model if name not in index["files"]]
     if missing:
         raise CheckpointError(f"{checkpoint / INDEX} is damaged: it does not list {', '.join(missing)}")
-    settings = public_settings(load_config(checkpoint / CONFIG_FILE))
+    settings = public_settings(saved.config())
     base = folder / LAST_CHECKPOINT if resumable else folder
     base.mkdir(parents=True)
     names = [name for name in (index["files"] if resumable else model) if name != CONFIG_FILE]
@@ -73,8 +71,8 @@ def stage(checkpoint: Path, card: str, resumable: bool, folder: Path) -> dict[Pa
         _link(checkpoint / name, base / name)
     _write_json(base / CONFIG_FILE, settings, ensure_ascii=False)
     if resumable:
-        index["files"][CONFIG_FILE] = fingerprint_of(base / CONFIG_FILE)
-        _write_json(base / INDEX, index)
+        files = index["files"] | {CONFIG_FILE: fingerprint_of(base / CONFIG_FILE)}
+        _write_json(base / INDEX, index | {"files": files})
         for name in model:
             _link(base / name, folder / name)
     (folder / CARD).write_text(card, encoding="utf-8")
@@ -89,13 +87,17 @@ def check_staged(fingerprints: dict[Path, dict[str, Any]]) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a hard link, or a copy where the file system has no hard links."""
+    """Make a hard link or, on a file system without, a symbolic one: a copy would hold up the training step.
+
+    The upload through a symbolic link fails if the checkpoint is deleted meanwhile, and the next one makes it good.
+    """
+    target.parent.mkdir(exist_ok=True)  # of the shares of a sharded run
     try:
         os.link(source, target)
     except FileNotFoundError:
         raise
     except OSError:
-        shutil.copyfile(source, target)
+        target.symlink_to(source.absolute())
 
 
 def _write_json(path: Path, values: dict[str, Any], ensure_ascii: bool = True) -> None:
@@ -248,8 +250,9 @@ class Publisher:
         return self.output_dir / f"{STAGING_PREFIX}{checkpoint.name}"
 
     def _stage(self, checkpoint: Path, facts: Facts, folder: Path) -> dict[Path, dict[str, Any]]:
-        card = model_card(checkpoint, facts, read_metrics(self.output_dir), read_results(checkpoint))
-        return stage(checkpoint, card, self.config.hub_strategy == "checkpoint", folder)
+        saved = SavedModel.read(checkpoint)
+        card = model_card(saved, facts, read_metrics(self.output_dir), read_results(checkpoint))
+        return stage(saved, card, self.config.hub_strategy == "checkpoint", folder)
 
     def _cancel(self) -> bool:
         """Cancel the last upload if it has not begun, and return whether that was so."""

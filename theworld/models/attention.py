@@ -1,14 +1,11 @@
-"""What a token of a packed row may see, for each of Gemma's two kinds of layers, dense or in blocks.
+"""The attention masks of packed rows, for each of Gemma's two kinds of layers, dense or in blocks.
 
-    q sees k    if  place[k] <= place[q] < end[k]   k's segment is q's own or one of those that lead to it
-                or  block[q] == block[k] >= 0       both are tokens of one image, or world tokens of one world
+    q sees k    if  preorder[k] <= preorder[q] < subtree_end[k]   k's segment is q's own or leads to it
+                or  group[q] == group[k] >= 0                     both are in one bidirectional group: tokens of one
+                                                                  image, or world tokens of one world
                 and, on sliding layers, position[k] > position[q] - window
 
 Dimensions: R rows of L tokens, Q of them queries and K keys; B blocks of 64 tokens.
-
-Block lists are cheap to make on the host, in the thread that packs, and dear on a GPU: dozens of small kernels before
-the first layer of every step (`prepare_masks`). Compiled code takes them as plain tensors whose lengths vary, and
-makes flex attention's `BlockMask` of them inside, so that one piece of code serves every length.
 """
 
 from collections.abc import Callable
@@ -29,56 +26,62 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of 
 def attention_masks(
     batch: Batch, sliding_window: int, attention: str, queries: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """By kind of layer the mask of these queries, columns from where to where (None: all), on the keys up to them:
-    bool[R, 1, Q, K] (True: may see), as `Gemma3TextModel.forward` takes it, or flex attention's BlockMask."""
+    """Return by kind of layer the mask of some queries on the keys up to them.
+
+    `queries` are the columns from start to end; None is all of them. A mask is bool[R, 1, Q, K] (True: may see), as
+    `Gemma3TextModel.forward` takes it, or flex attention's BlockMask.
+    """
     start, stop = queries or (0, batch.token_ids.shape[1])
     make = _listed_mask if attention == "flex_attention" else _dense_mask
     return {FULL: make(batch, None, start, stop), SLIDING: make(batch, sliding_window, start, stop)}
 
 
-class Numbers(NamedTuple):
-    """What the rule compares: int32, of which a kernel's registers hold twice as many as of int64."""
+class RuleTensors(NamedTuple):
+    """The numbers that the rule compares, in 32 bits, of which a kernel's registers hold twice as many as of 64."""
 
-    place: Tensor  # int32[R, K]
+    preorder: Tensor  # int32[R, K]
     end: Tensor  # int32[R, K]
-    block: Tensor  # int32[R, K]
+    group: Tensor  # int32[R, K]
     position: Tensor  # int32[R, K]
-    own_place: Tensor  # int32[R, Q]
-    own_block: Tensor  # int32[R, Q]
+    own_preorder: Tensor  # int32[R, Q]
+    own_group: Tensor  # int32[R, Q]
     horizon: Tensor  # int32[R, Q]: the last position that is too far back
 
 
 class BlockLists(NamedTuple):
-    """What flex attention reads of a mask: the blocks that a block of queries looks at, those where the rule decides
-    token by token and those that it sees whole, and the same from the side of the keys. All tensors are contiguous:
-    the kernels of the backward pass take the lists for that, whatever their strides are."""
+    """The tensors of flex attention's mask: the blocks of keys that each block of queries looks at, divided into those
+    in which the rule decides token by token and those that are seen whole, and the same by block of keys.
+
+    All are contiguous: the kernels of the backward pass assume that without asking for strides. As plain tensors they
+    can be made on the host and copied, and code compiled for one length serves all.
+    """
 
     kv_num_blocks: Tensor  # int32[R, 1, B of the queries]
-    kv_indices: Tensor  # int32[R, 1, B of the queries, B of the keys]: those that count come first
+    kv_indices: Tensor  # int32[R, 1, B of the queries, B of the keys]: the blocks that count come first
     full_kv_num_blocks: Tensor
     full_kv_indices: Tensor
     q_num_blocks: Tensor  # int32[R, 1, B of the keys]
     q_indices: Tensor  # int32[R, 1, B of the keys, B of the queries]
     full_q_num_blocks: Tensor
     full_q_indices: Tensor
-    numbers: Numbers
+    rule: RuleTensors
 
 
-def _numbers(batch: Batch, window: int | None, start: int, stop: int) -> Numbers:
-    """The numbers of queries from `start` to `stop` and of the keys up to them."""
-    keys = [x[:, :stop].int() for x in (batch.place, batch.end, batch.block, batch.position_ids)]
-    place, _, block, position = keys
+def _rule_tensors(batch: Batch, window: int | None, start: int, stop: int) -> RuleTensors:
+    fields = (batch.preorder, batch.subtree_end, batch.bidirectional_group, batch.position_ids)
+    keys = [x[:, :stop].int() for x in fields]
+    preorder, _, group, position = keys
     horizon = torch.full_like(position, -1) if window is None else position - window
-    return Numbers(*keys, *(x[:, start:].contiguous() for x in (place, block, horizon)))
+    return RuleTensors(*keys, *(x[:, start:].contiguous() for x in (preorder, group, horizon)))
 
 
-def _rule(numbers: Numbers) -> Callable[[Any, Any, Any, Any], Tensor]:
-    """The rule as flex attention takes it; the same code for both kinds of layers, so that it compiles once."""
-    place, end, block, position, own_place, own_block, horizon = numbers
+def _rule(tensors: RuleTensors) -> Callable[[Any, Any, Any, Any], Tensor]:
+    """Return the rule as flex attention takes it: the same code for both kinds of layers, so that it compiles once."""
+    preorder, end, group, position, own_preorder, own_group, horizon = tensors
 
     def may_see(r: Any, head: Any, q: Any, k: Any) -> Tensor:
-        on_path = (place[r, k] <= own_place[r, q]) & (own_place[r, q] < end[r, k])
-        seen = on_path | ((own_block[r, q] >= 0) & (own_block[r, q] == block[r, k]))
+        on_path = (preorder[r, k] <= own_preorder[r, q]) & (own_preorder[r, q] < end[r, k])
+        seen = on_path | ((own_group[r, q] >= 0) & (own_group[r, q] == group[r, k]))
         return seen & (position[r, k] > horizon[r, q])
 
     return may_see
@@ -89,7 +92,7 @@ def _dense_mask(batch: Batch, window: int | None, start: int, stop: int) -> Tens
     r = torch.arange(len(batch.token_ids), device=device)[:, None, None]
     q = torch.arange(stop - start, device=device)[None, :, None]
     k = torch.arange(stop, device=device)[None, None, :]
-    return _rule(_numbers(batch, window, start, stop))(r, 0, q, k)[:, None]
+    return _rule(_rule_tensors(batch, window, start, stop))(r, 0, q, k)[:, None]
 
 
 def _listed_mask(batch: Batch, window: int | None, start: int, stop: int) -> BlockMask:
@@ -97,34 +100,39 @@ def _listed_mask(batch: Batch, window: int | None, start: int, stop: int) -> Blo
 
 
 def block_mask(lists: BlockLists, num_queries: int, num_keys: int) -> BlockMask:
-    """Flex attention's own form of a mask. Compiled code may call this."""
-    rule = _rule(lists.numbers)
+    """Return flex attention's own form of a mask. Compiled code may call this."""
+    rule = _rule(lists.rule)
     return BlockMask((num_queries, num_keys), *lists[:-1], BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=rule)
 
 
 def block_lists(batch: Batch, window: int | None, start: int, stop: int) -> BlockLists:
-    """Which blocks of keys a block of queries has to look at, from the smallest and largest numbers in each: L / 64
-    squared comparisons, where flex attention's own way makes L squared of them at every step."""
+    """Return the tensors of flex attention's mask, made from the smallest and largest numbers in each block.
+
+    That takes (L / 64)^2 comparisons; flex attention's own way takes L^2 at every step.
+    """
     some, every = visible_blocks(batch, window, start, stop)
     part = some & ~every
-    of_queries = *_ordered(part), *_ordered(every)
-    of_keys = *_ordered(part.mT), *_ordered(every.mT)
-    return BlockLists(*of_queries, *of_keys, _numbers(batch, window, start, stop))
+    by_query = *_ordered(part), *_ordered(every)
+    by_key = *_ordered(part.mT), *_ordered(every.mT)
+    return BlockLists(*by_query, *by_key, _rule_tensors(batch, window, start, stop))
 
 
 def prepare_masks(batch: Batch, sliding_window: int) -> Batch:
-    """The same batch with the block lists that the decoder is going to ask for."""
-    frozen, length = batch.num_frozen, batch.token_ids.shape[1]
+    """Return the batch with the block lists that the decoder needs. On a GPU they take dozens of small kernels before
+    the first layer; on the host they are made while the GPU computes another step."""
+    start, length = batch.num_prefix_tokens, batch.token_ids.shape[1]
     windows = {FULL: None, SLIDING: sliding_window}
-    parts = [(0, frozen), (frozen, length)] if frozen else [(0, length)]
+    parts = [(0, start), (start, length)] if start else [(0, length)]
     masks = {part: {kind: block_lists(batch, w, *part) for kind, w in windows.items()} for part in parts}
     return replace(batch, masks=masks)
 
 
 def visible_blocks(batch: Batch, window: int | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """(some, every), bool[R, B of the queries, B of the keys] each: whether a block of queries may see anything of a
-    block of keys (True more often than need be: the rule itself then decides token by token), and whether it sees
-    all of it (never True wrongly)."""
+    """Return (some, every), bool[R, B of the queries, B of the keys] each.
+
+    `some`: whether a block of queries may see anything of a block of keys; it may be True needlessly, since the rule
+    itself then decides token by token. `every`: whether all of it is seen; it is never True wrongly.
+    """
     assert start % BLOCK == 0, f"queries from {start} on do not begin with a block of {BLOCK}"
     assert stop % BLOCK == 0, f"rows of {stop} tokens are no whole blocks of {BLOCK}"
 
@@ -133,15 +141,14 @@ def visible_blocks(batch: Batch, window: int | None, start: int, stop: int) -> t
         own = slice(start // BLOCK, None)
         return least[:, own, None], most[:, own, None], least[:, None], most[:, None]
 
-    least_q, last_q, _, last_k = least_and_most(batch.place)
-    first_q, _, first_k, _ = least_and_most(_without(batch.place))
-    _, _, end_k, last_end_k = least_and_most(batch.end)
+    least_q, last_q, _, last_k = least_and_most(batch.preorder)
+    first_q, _, first_k, _ = least_and_most(_without_negative(batch.preorder))
+    _, _, end_k, last_end_k = least_and_most(batch.subtree_end)
     some = (first_k <= last_q) & (first_q < last_end_k)
     every = (last_k <= least_q) & (last_q < end_k)
-    number_q, high_q, number_k, high_k = least_and_most(batch.block)
-    low_q, _, low_k, _ = least_and_most(
-        _without(batch.block)
-    )  # numbers grow along a row, with -1 between them
+    number_q, high_q, number_k, high_k = least_and_most(batch.bidirectional_group)
+    # Groups have growing numbers along a row, with -1 between them.
+    low_q, _, low_k, _ = least_and_most(_without_negative(batch.bidirectional_group))
     some |= (low_q <= high_k) & (low_k <= high_q)
     every |= (number_q >= 0) & (number_q == high_q) & (number_q == number_k) & (number_k == high_k)
     if window is not None:
@@ -152,14 +159,14 @@ def visible_blocks(batch: Batch, window: int | None, start: int, stop: int) -> t
     return some | (first[start // BLOCK :, None] == first[None]), every
 
 
-def _without(values: Tensor) -> Tensor:
-    """The same without negative numbers, which stand for padding and for no block, where the least is looked for."""
+def _without_negative(values: Tensor) -> Tensor:
+    """Return the values with the largest number in place of negative ones, which mean padding or no group."""
     return values.masked_fill(values < 0, 1 << 62)
 
 
 def _ordered(wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """bool[R, B, B] -> for each block of queries, how many blocks of keys are wanted, int32[R, 1, B], and which, those
-    first, int32[R, 1, B, B]."""
+    """bool[R, B, B] -> the number of wanted blocks of keys for each block of queries, int32[R, 1, B], and the indices
+    of all blocks, wanted ones first, int32[R, 1, B, B]."""
     order = wanted.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     order = order.to(torch.int32, memory_format=torch.contiguous_format)
     return wanted.sum(-1, dtype=torch.int32)[:, None], order[:, None]

@@ -17,13 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from theworld.config.config import Config
-from theworld.data.images import square
+from theworld.data.images import Square
 from theworld.models.encoder import (
     UNTIL_DOWNLOADED,
     UNTIL_LOADED,
@@ -33,12 +32,12 @@ from theworld.models.encoder import (
     common_fields,
     compiled_field,
     compute_dtype,
-    file_at_hand,
 )
+from theworld.models.pretrained import load_pretrained
 from theworld.models.serialization import weights_sha256
 from theworld.store.format import LATENTS
 from theworld.utils.device import resolve_device, resolve_dtype, torch_dtype, wants_compile
-from theworld.utils.hub import VAE_FILE, hub_revision, model_id
+from theworld.utils.hub import VAE_FILE, file_at_hand, hub_revision, model_id
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -201,7 +200,10 @@ def unit_range(pixels: Tensor) -> Tensor:
 
 
 def load_vae(name_or_path: str, revision: str | None = None) -> AutoencoderKLWan:
-    """Return the whole VAE as diffusers loads it, in float32, from the hub or a local folder."""
+    """Return the whole VAE as diffusers loads it, in float32, from the hub or a local folder.
+
+    Raises ValueError as `load_pretrained` does.
+    """
     from diffusers import AutoencoderKLWan
 
     own_folder = (Path(name_or_path) / "config.json").is_file()
@@ -209,9 +211,9 @@ def load_vae(name_or_path: str, revision: str | None = None) -> AutoencoderKLWan
         raise ValueError(
             f"{name_or_path}: neither config.json nor a folder vae/ in it; name a folder with a VAE"
         )
-    subfolder = None if own_folder else "vae"
-    options = {"subfolder": subfolder, "torch_dtype": torch.float32, "revision": revision}
-    return AutoencoderKLWan.from_pretrained(name_or_path, **options)
+    subfolder = "" if own_folder else "vae"
+    options = {"torch_dtype": torch.float32, "revision": revision}
+    return load_pretrained(AutoencoderKLWan, name_or_path, subfolder, **options)
 
 
 class CosmosLatents:
@@ -226,7 +228,7 @@ class CosmosLatents:
         compiled = wants_compile(config.compile, self.device)
         revision = (like or {}).get("cosmos_revision")
         self.encoder = CosmosEncoder(config.cosmos_model_name, dtype, self.device, compiled, revision)
-        self.size = config.latent_size
+        self.prepare = Square(config.latent_size)
         self.spec = self.describe(config, like).having(cosmos_weights_sha256=self.encoder.weights_sha256)
 
     @staticmethod
@@ -253,10 +255,6 @@ class CosmosLatents:
         weights = Weights("Cosmos VAE", config.cosmos_model_name, VAE_FILE)
         demanded = frozenset({"storage_dtype"} if config.latent_dtype else ())
         return EncoderSpec(LATENTS, shape, dtype, weights, fields, demanded)
-
-    def prepare(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> uint8[S, S, 3]: a quarter of the bytes of pixels in [-1, 1]."""
-        return torch.from_numpy(square(pixels, self.size))
 
     def encode(self, prepared: Tensor) -> Tensor:
         """uint8[B, S, S, 3] -> storage dtype[B, C, H, W]."""

@@ -1,21 +1,20 @@
-"""Gemma's decoder over packed rows: what transformers computes, with less work where it is frozen.
+"""Gemma's decoder over packed rows, which computes what transformers computes, with less work where Gemma is frozen.
 
-Nothing here trains, so a layer is a pure function of its input and fixed weights: queries, keys and values come from
-one matrix, nothing is computed for weight gradients, and the last layer goes on with the wanted rows alone. The
-functions compile as a whole; all layers share their compiled code, since weights are arguments.
+In `Decoder` nothing trains, so a layer is a pure function of its input and fixed weights: queries, keys and values come
+from one matrix, nothing is computed for weight gradients, and the last layer goes on with the wanted rows alone. The
+functions compile as a whole; all layers share their compiled code, since weights are arguments. `HFDecoder` calls
+transformers' own layers, for a language model that trains or has LoRA matrices.
 
-Dimensions: R rows of L tokens, K wanted tokens, D width, H query heads and G key-value heads of E.
+With `fp8` the frozen linear layers are in 8 bits: faster on Hopper GPUs, not exact. Values are float8 e4m3 (largest
+448) with one float32 scale a row of the weight and one a token, chosen from the largest magnitude in it. The product is
+accumulated in hardware and comes out in bfloat16. Forward and the gradient of the input are both in 8 bits.
 
-Frozen linear layers in 8 bits: faster on Hopper GPUs, not exact. An option, never the default.
-
-Values are float8 e4m3 (largest 448) with one float32 scale a row of the weight and one a token, chosen from the
-largest magnitude in it. The product is accumulated in hardware and comes out in bfloat16. Forward and the gradient
-of the input are both in 8 bits; frozen weights have no gradient.
-
-Dimensions: T tokens, I inputs, O outputs.
+Dimensions: R rows of L tokens, K wanted tokens, D width, H query heads and G key-value heads of E. Of an 8-bit linear
+layer: T tokens, I inputs, O outputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -29,15 +28,18 @@ from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 
 LARGEST = 448.0  # of float8 e4m3 (Micikevicius et al. 2022, arXiv 2209.05433)
+RECOMPILE_LIMIT = (
+    32  # dense and flex masks, with gradients and without, with a prefix, fixed and changing lengths
+)
 
 
 class Fp8Weight(NamedTuple):
-    """A frozen weight in 8 bits, twice: the product needs the summed dimension last."""
+    """A frozen weight in 8 bits, and its transpose: a product needs the summed dimension last."""
 
     weight: Tensor  # float8_e4m3fn[O, I]
     scale: Tensor  # float32[1, O]
-    turned: Tensor  # float8_e4m3fn[I, O]
-    turned_scale: Tensor  # float32[1, I]
+    transposed: Tensor  # float8_e4m3fn[I, O]
+    transposed_scale: Tensor  # float32[1, I]
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,14 +50,14 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def to_fp8(weight: Tensor) -> Fp8Weight:
-    """dtype[O, I] in 8 bits. ValueError where it does not lie on a GPU that multiplies them (Hopper or newer)."""
+    """Return dtype[O, I] in 8 bits. Raises ValueError unless it is on a GPU with 8-bit products (Hopper or newer)."""
     if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (9, 0):
         raise ValueError(
             f"fp8 is true, but {weight.device} has no 8-bit products: it takes a Hopper GPU or newer"
         )
     own, scale = quantise(weight)
-    turned, turned_scale = quantise(weight.t().contiguous())
-    return Fp8Weight(own, scale.t().contiguous(), turned, turned_scale.t().contiguous())
+    transposed, transposed_scale = quantise(weight.t().contiguous())
+    return Fp8Weight(own, scale.t().contiguous(), transposed, transposed_scale.t().contiguous())
 
 
 def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
@@ -64,7 +66,7 @@ def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer in 8 bits, in the place of one of transformers'."""
+    """A frozen linear layer in 8 bits."""
 
     def __init__(self, weight: Fp8Weight) -> None:
         super().__init__()
@@ -75,18 +77,18 @@ class Fp8Linear(nn.Module):
         return fp8_linear(x, self.weight)
 
     def split(self, sizes: Sequence[int]) -> "list[Fp8Linear]":
-        """Layers of the same memory that have so many of the outputs each."""
-        weight, scale, turned, turned_scale = self.weight
-        parts = zip(weight.split(sizes), scale.split(sizes, 1), turned.split(sizes, 1), strict=True)
-        return [Fp8Linear(Fp8Weight(*part, turned_scale)) for part in parts]
+        """Return layers over the same memory that have so many of the outputs each."""
+        weight, scale, transposed, transposed_scale = self.weight
+        parts = zip(weight.split(sizes), scale.split(sizes, 1), transposed.split(sizes, 1), strict=True)
+        return [Fp8Linear(Fp8Weight(*part, transposed_scale)) for part in parts]
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, turned: Tensor, turned_scale: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor, transposed_scale: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(turned, turned_scale)
+        ctx.save_for_backward(transposed, transposed_scale)
         return _product(x, weight, scale)
 
     @staticmethod
@@ -102,7 +104,7 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 Weight = Tensor | Fp8Weight
-# Of flex attention in bfloat16 on a Hopper GPU at Gemma's heads of 256: the fastest of those that were tried
+# Options of flex attention in bfloat16 on a Hopper GPU at Gemma's heads of 256, the fastest that were tried
 # (RESULTS.md). With its own choice of 4 warps the gradients of keys and values do not fit into registers.
 HOPPER_KERNELS = {
     **{"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4},
@@ -112,7 +114,7 @@ HOPPER_KERNELS = {
 
 
 class Layer(NamedTuple):
-    """The weights of one decoder layer; norms are transformers' `weight`, to which 1 is added."""
+    """The weights of one decoder layer. Those of norms are transformers' `weight`, to which 1 is added."""
 
     before_attention: Tensor
     after_attention: Tensor
@@ -128,7 +130,7 @@ class Layer(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What a layer has to know of the model's config."""
+    """The values of the model's config that a layer needs."""
 
     num_heads: int  # H
     num_key_value_heads: int  # G
@@ -139,12 +141,13 @@ class Shape(NamedTuple):
 
 
 class Decoder:
-    """Calls the decoder of one Gemma. Its weights stay Gemma's own: views of merged matrices take their place, so
-    transformers' own forward goes on working, and there is one copy of them; with `fp8` two in 8 bits, which take the
-    place of the others for transformers too."""
+    """The decoder of a frozen Gemma. Its weights are Gemma's own, without a copy; with `fp8` two in 8 bits take their
+    place, in transformers' modules too."""
 
-    def __init__(self, gemma: Gemma, compiled: bool = False, fp8: bool = False, checkpointed: bool = False):
-        """`compiled`: with torch.compile. `checkpointed`: keep only each layer's input for the backward pass.
+    def __init__(
+        self, gemma: Gemma, compiled: bool = False, fp8: bool = False, checkpointed: bool = False
+    ) -> None:
+        """`compiled`: use torch.compile. `checkpointed`: keep only each layer's input for the backward pass.
 
         Raises ValueError for a Gemma that computes something else than Gemma 3 does, or for 8 bits without a GPU
         that has them.
@@ -161,44 +164,48 @@ class Decoder:
             _kernel_options(config.head_dim, gemma),
         )
         self.kinds = list(config.layer_types)
-        model = gemma.text_model
-        self.layers = [_merged(layer, fp8) for layer in model.layers]
-        self.functions: dict[Any, Any] = {
-            f: f for f in (decoder_layer, last_layer, two_part_layer, two_part_last_layer)
-        }
+        layers = gemma.text_model.layers
+        if not gemma.qkv:
+            raise ValueError(
+                "another decoder has this Gemma's linear layers in 8 bits: load a Gemma for each"
+            )
+        self.layers = [_layer(layer, qkv, fp8) for layer, qkv in zip(layers, gemma.qkv, strict=True)]
+        if fp8:
+            gemma.qkv.clear()  # the originals are freed
         self.compiled = compiled
-        if compiled:
-            # As a whole or not at all: outside of compiled code flex attention writes out every score.
-            self.functions = {f: torch.compile(f, fullgraph=True) for f in self.functions}
-            torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+        functions = (decoder_layer, last_layer, prefix_layer, prefix_last_layer)
+        self.functions: dict[Any, Any] = {f: _compile(f) if compiled else f for f in functions}
 
     def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
-        """Hidden states after the final norm, dtype[K, D], of the tokens of x, dtype[R, L, D], whose flat indices are
-        `wanted`, int64[K]. Frozen columns (see `Batch`) take part, but have no gradient and are not wanted."""
-        length, frozen = x.shape[1], batch.num_frozen
-        if not frozen:
+        """Return the hidden states after the final norm of some tokens, dtype[K, D].
+
+        `x`, dtype[R, L, D], are the embeddings and `wanted`, int64[K], flat indices of tokens. The tokens of the prefix
+        (see `Batch`) take part, but have no gradient and cannot be wanted.
+        """
+        length, start = x.shape[1], batch.num_prefix_tokens
+        if not start:
             mask = self._masks(x, batch, (0, length))
             for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
                 x = self._run(decoder_layer, x, layer, *mask[kind])
             x = self._run(last_layer, x, self.layers[-1], *mask[self.kinds[-1]], wanted)
         else:
             # Whole tensors, as the layers return them: views would compile for their strides.
-            still, x = (
+            prefix, x = (
                 part.clone(memory_format=torch.contiguous_format)
-                for part in (x[:, :frozen].detach(), x[:, frozen:])
+                for part in (x[:, :start].detach(), x[:, start:])
             )
-            wanted = wanted - (wanted // length + 1) * frozen  # counted without the frozen columns
-            masks = self._masks(still, batch, (0, frozen)), self._masks(x, batch, (frozen, length))
+            wanted = wanted - (wanted // length + 1) * start  # counted without the prefix
+            masks = self._masks(prefix, batch, (0, start)), self._masks(x, batch, (start, length))
             for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
-                still, x = self._run(two_part_layer, still, x, layer, *masks[0][kind], *masks[1][kind])
+                prefix, x = self._run(prefix_layer, prefix, x, layer, *masks[0][kind], *masks[1][kind])
             last = masks[0][self.kinds[-1]][:2], masks[1][self.kinds[-1]]
-            x = self._run(two_part_last_layer, still, x, self.layers[-1], *last[0], *last[1], wanted)
+            x = self._run(prefix_last_layer, prefix, x, self.layers[-1], *last[0], *last[1], wanted)
         return rms_norm(x, self.gemma.text_model.norm.weight, self.shape.epsilon)
 
     def _masks(
         self, x: Tensor, batch: Batch, queries: tuple[int, int]
     ) -> dict[str, tuple[Tensor, Tensor, Any]]:
-        """By kind of layer cos, sin and mask of some columns, which `x` holds; dense masks are added to the scores."""
+        """Return by kind of layer cos, sin and mask of the columns in `x`; dense masks are added to the scores."""
         rotary = self.gemma.text_model.rotary_emb
         positions = batch.position_ids[:, slice(*queries)]
         if self.gemma.attention == "flex_attention":
@@ -212,28 +219,22 @@ class Decoder:
 
     def _run(self, function: Any, *arguments: Any) -> Any:
         if self.compiled:
-            let_lengths_vary(*arguments)
+            mark_lengths_dynamic(*arguments)
         function = self.functions[function]
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(function, *arguments, self.shape, use_reentrant=False)
         return function(*arguments, self.shape)
 
 
-class TrainedDecoder:
+class HFDecoder:
     """transformers' own decoder over packed rows, for a language model that trains or has LoRA matrices beside it."""
 
-    def __init__(self, gemma: Gemma, compiled: bool = False, checkpointed: bool = False) -> None:
-        """As `Decoder`."""
+    def __init__(self, gemma: Gemma) -> None:
         self.gemma = gemma
-        if checkpointed:
-            checkpoint_layers(gemma.text_model)
-        if compiled:
-            for layer in gemma.text_model.layers:
-                layer.compile()
 
     def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
-        """As `Decoder`; there are no frozen columns."""
-        assert not batch.num_frozen, "everything here depends on what trains"
+        """Return hidden states as `Decoder` does; there is no prefix."""
+        assert not batch.num_prefix_tokens, "every token depends on weights that train"
         masks = attention_masks(batch, self.gemma.sliding_window, "sdpa")
         options = {"position_ids": batch.position_ids, "use_cache": False}
         with self.gemma.computing():
@@ -241,78 +242,71 @@ class TrainedDecoder:
         return output.last_hidden_state.flatten(0, 1)[wanted].to(self.gemma.dtype)
 
 
-def let_lengths_vary(*arguments: Any) -> None:
-    """Tells torch.compile which sizes of a layer's arguments differ from batch to batch: all of those of rows, rotary
-    tables, masks and wanted tokens, but for widths. Without it the first batch compiles for its own length alone, and
-    the second once more for all."""
+def mark_lengths_dynamic(*arguments: Any) -> None:
+    """Mark the sizes of a layer's arguments that differ from batch to batch, for torch.compile: all sizes of rows,
+    rotary tables, masks and wanted tokens, except widths. Without marks the first batch compiles for its own lengths
+    alone, and the second once more for all."""
     for value in arguments:
         if isinstance(value, Layer | Shape):
             continue
         if not isinstance(value, Tensor):
-            let_lengths_vary(*value)
-        elif not hasattr(value, "_dynamo_weak_dynamic_indices"):  # masks come once a layer
+            mark_lengths_dynamic(*value)
+        elif not hasattr(value, "_dynamo_weak_dynamic_indices"):  # a mask serves many layers
             has_width = value.is_floating_point() and value.ndim == 3
             lengths = range(value.ndim - has_width)
             torch._dynamo.maybe_mark_dynamic(value, [d for d in lengths if value.shape[d] > 1])
 
 
-def checkpoint_layers(module: Any) -> None:
-    """Lets a transformers module keep only each layer's input for the backward pass. That takes its training mode, in
-    which a Gemma 3 does nothing else, as it has no dropout."""
-    module.gradient_checkpointing_enable({"use_reentrant": False})
-    module.train()
-
-
 def decoder_layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
     """dtype[R, L, D] -> dtype[R, L, D]."""
-    query, key, value = _heads(x, w, cos, sin, shape)
+    query, key, value = project_qkv(x, w, cos, sin, shape)
     return _after_attention(x, attention(query, key, value, mask, shape), w, shape)
 
 
 def last_layer(
     x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor, shape: Shape
 ) -> Tensor:
-    """dtype[R, L, D] -> dtype[K, D]: nothing reads the other tokens, so most of the layer is for these alone."""
-    query, key, value = _heads(x, w, cos, sin, shape)
+    """dtype[R, L, D] -> dtype[K, D]: nothing reads the other tokens, so most of the layer runs for these alone."""
+    query, key, value = project_qkv(x, w, cos, sin, shape)
     attended = attention(query, key, value, mask, shape)
     return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
 
 
-def two_part_layer(
-    still: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor, mask: Any,
+def prefix_layer(
+    prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor, mask: Any,
     shape: Shape,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A layer over rows whose first part, without gradient, sees nothing of the second: both parts again."""
-    query0, key0, value0 = _heads(still, w, cos0, sin0, shape)
-    query, key, value = _heads(x, w, cos, sin, shape)
+    """Apply a layer to the prefix of rows, which has no gradient and sees nothing of the rest, and to the rest."""
+    query0, key0, value0 = project_qkv(prefix, w, cos0, sin0, shape)
+    query, key, value = project_qkv(x, w, cos, sin, shape)
     attended0 = attention(query0, key0, value0, mask0, shape)
     attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
-    return _after_attention(still, attended0, w, shape), _after_attention(x, attended, w, shape)
+    return _after_attention(prefix, attended0, w, shape), _after_attention(x, attended, w, shape)
 
 
-def two_part_last_layer(
-    still: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor,
-    shape: Shape,
+def prefix_last_layer(
+    prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, cos: Tensor, sin: Tensor, mask: Any,
+    wanted: Tensor, shape: Shape,
 ) -> Tensor:  # fmt: skip
-    """As `last_layer`, of rows in two parts; the tokens wanted are of the second, and so are their indices."""
-    _, key0, value0 = _heads(still, w, cos0, sin0, shape)
-    query, key, value = _heads(x, w, cos, sin, shape)
+    """Apply the last layer to rows with a prefix; the indices of the wanted tokens are counted without it."""
+    _, key0, value0 = project_qkv(prefix, w, cos0, sin0, shape)
+    query, key, value = project_qkv(x, w, cos, sin, shape)
     attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
     return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
 
 
-def _heads(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries dtype[R, H, L, E], keys and values dtype[R, G, L, E]: the first two normalised and turned."""
+def project_qkv(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, dtype[R, H, L, E], keys and values, dtype[R, G, L, E]; the first two normalised and rotated."""
     heads, groups, width, _, epsilon, _ = shape
     projected = linear(rms_norm(x, w.before_attention, epsilon), w.qkv)
     projected = projected.unflatten(-1, (-1, width)).transpose(1, 2)  # R, H + 2 G, L, E
     query, key, value = projected.split((heads, groups, groups), 1)
-    query = _turn(rms_norm(query, w.query_norm, epsilon), cos, sin)
-    return query, _turn(rms_norm(key, w.key_norm, epsilon), cos, sin), value
+    query = apply_rotary(rms_norm(query, w.query_norm, epsilon), cos, sin)
+    return query, apply_rotary(rms_norm(key, w.key_norm, epsilon), cos, sin), value
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape) -> Tensor:
-    """dtype[R, Q, H E]: H / G queries share a key."""
+    """Return attention's output, dtype[R, Q, H E]; H / G queries share a key."""
     if isinstance(mask, Tensor):
         repeats = shape.num_heads // shape.num_key_value_heads
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -340,19 +334,19 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return (wide * (1.0 + weight.float())).type_as(x)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, arXiv 2104.09864), the two halves of a head being the pairs."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions (Su et al. 2021, arXiv 2104.09864), whose pairs are the two halves of a head."""
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
-    """x times the transposed weight."""
+    """Return x times the transposed weight."""
     return fp8_linear(x, weight) if isinstance(weight, Fp8Weight) else F.linear(x, weight)
 
 
 def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...]:
-    """Where nothing better is known, flex attention chooses for itself. In float32 these would not fit."""
+    """Return options of flex attention, or none, and it chooses for itself. In float32 these would not fit."""
     if gemma.device.type != "cuda":
         return ()
     hopper = torch.cuda.get_device_capability(gemma.device)[0] == 9
@@ -361,23 +355,31 @@ def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...
     return (("IS_DIVISIBLE", True), *(HOPPER_KERNELS.items() if known else ()))
 
 
-def _merged(layer: Any, fp8: bool) -> Layer:
-    """A layer's weights, those of queries, keys and values in one matrix, of which transformers' modules keep views.
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a layer function as a whole: outside of compiled code flex attention writes out every score."""
+    compiled = torch.compile(function, fullgraph=True)
+    config = torch._dynamo.config
 
-    Gate and up stay two: the gradients of both halves would have to be put side by side for the product that follows,
-    which costs more than one large product saves over two.
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        with config.patch(recompile_limit=max(RECOMPILE_LIMIT, config.recompile_limit)):
+            return compiled(*arguments)
+
+    return call
+
+
+def _layer(layer: Any, qkv: Tensor, fp8: bool) -> Layer:
+    """Return the weights of a layer of transformers; `qkv` are those of its queries, keys and values.
+
+    Gate and up stay two matrices: the gradients of both halves would have to be put side by side for the product that
+    follows, which costs more than one large product saves over two.
     """
     attention, mlp = layer.self_attn, layer.mlp
-    if isinstance(attention.o_proj, Fp8Linear):
-        raise ValueError(
-            "another model has this Gemma's linear layers in 8 bits already: load a Gemma for each"
-        )
-    qkv = _one_matrix([attention.q_proj, attention.k_proj, attention.v_proj])
     others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     matrices: Sequence[Any] = (qkv, *(module.weight for module in others))
     if fp8:
         matrices = [to_fp8(matrix) for matrix in matrices]
-        _put_in_place(attention, mlp, matrices)
+        _replace_linears(attention, mlp, matrices)
     return Layer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
@@ -389,32 +391,28 @@ def _merged(layer: Any, fp8: bool) -> Layer:
     )
 
 
-def _put_in_place(attention: Any, mlp: Any, matrices: Sequence[Fp8Weight]) -> None:
-    """Puts the 8 bits where transformers has its linear layers, whose weights are freed by that."""
+def _replace_linears(attention: Any, mlp: Any, matrices: Sequence[Fp8Weight]) -> None:
+    """Put layers in 8 bits in the place of transformers' linear layers, whose weights are freed by that."""
     qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj = map(Fp8Linear, matrices)
     names = ("q_proj", "k_proj", "v_proj")
     for name, part in zip(names, qkv.split([getattr(attention, n).out_features for n in names]), strict=True):
         setattr(attention, name, part)
 
 
-@torch.no_grad()
-def _one_matrix(modules: Sequence[Any]) -> Tensor:
-    merged = torch.cat([module.weight for module in modules])
-    for module, part in zip(modules, merged.split([len(m.weight) for m in modules]), strict=True):
-        module.weight.data = part
-    return merged
-
-
 def _check(config: Any, name: str) -> None:
-    """What this file takes for granted of a Gemma 3."""
-    wanted = {
+    """Raise ValueError unless a config has the fields and values of a Gemma 3 that this file relies on."""
+    required = {
         "attention_bias": False,
         "hidden_activation": "gelu_pytorch_tanh",
         "attn_logit_softcapping": None,
         "use_bidirectional_attention": False,
     }
-    for key, value in wanted.items():
-        found = getattr(config, key, value)
+    sizes = "num_attention_heads num_key_value_heads head_dim query_pre_attn_scalar rms_norm_eps layer_types".split()
+    missing = [key for key in (*required, *sizes) if not hasattr(config, key)]
+    if missing:
+        raise ValueError(f"model_name {name!r}: its config has no {', '.join(missing)}, which Gemma 3 has")
+    for key, value in required.items():
+        found = getattr(config, key)
         if found != value:
             raise ValueError(
                 f"model_name {name!r}: {key} is {found!r}; this is built for {value!r}, as Gemma 3 has"

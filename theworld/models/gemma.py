@@ -1,21 +1,21 @@
-"""Gemma 3: loading, prompts, answer tokens and image features. Frozen, except for parts that are set free to train.
+"""Gemma 3: loading, prompts, answer tokens and image features, and which parts of it train.
 
 One `Gemma` serves both kinds: the multimodal `Gemma3ForConditionalGeneration` (4B and larger), which sees the
-photograph through its SigLIP tower, and the text-only `Gemma3ForCausalLM` (270M, 1B), which does not.
-
-Dimensions: B images, N image tokens an image (256 in the 4B), V vision width, D width of the language model.
-
-What of Gemma trains beside the projection, and the files of a checkpoint that hold it.
+photograph through its SigLIP vision tower, and the text-only `Gemma3ForCausalLM` (270M, 1B), which does not. Gemma is
+frozen unless the settings let parts of it train beside the projection:
 
     stage 1    the projection alone                                                   projection.safetensors
     stage 2    freeze_gemma_vision false: Gemma's vision tower and its projector too  vision.safetensors
     stage 3    freeze_gemma_language false: the language model too, all of it         language.safetensors
                or, with lora_rank, low-rank matrices beside its linear layers         lora.safetensors
 
-A checkpoint holds each part that differs from the Gemma that was published, whether its own run trained it or the one
-that it started from, and nothing else of Gemma. What trains is in float32, and computed in the dtype of the rest.
+A checkpoint holds each part that differs from the published Gemma, whether its own run trained the part or the run
+that it started from. Parts that train are kept in float32 and computed in the dtype of the rest.
+
+Dimensions: B images, N image tokens an image (256 in the 4B), V vision width, D width of the language model.
 """
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ from transformers import (
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from theworld.config.config import Config
+from theworld.models.pretrained import load_pretrained
 from theworld.models.serialization import (
     LANGUAGE,
     LORA,
@@ -46,17 +47,75 @@ from theworld.models.serialization import (
     part_file,
     weights_sha256,
 )
-from theworld.utils.device import resolve_device, resolve_dtype, wants_compile
+from theworld.utils.device import resolve_device, resolve_dtype, seeded, wants_compile
 from theworld.utils.hub import hub_revision
+
+LORA_SCALE = 2  # factor of the low-rank product: lora_alpha / r (Hu et al. 2021, arXiv 2106.09685)
+_LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+_CLASSES = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
+
+
+@dataclass(frozen=True)
+class GemmaParts:
+    """Which parts of a Gemma differ from the published one, and which of these train."""
+
+    modified: tuple[str, ...] = ()  # some of VISION, LANGUAGE and LORA
+    trainable: tuple[str, ...] = ()  # some of `modified`
+    lora_rank: int | None = None  # None: no LoRA matrices
+
+    @property
+    def uses_hf_decoder(self) -> bool:
+        """Whether transformers' own decoder reads packed rows, as weights that train and LoRA matrices need."""
+        return LORA in self.modified or LANGUAGE in self.trainable
+
+
+PUBLISHED = GemmaParts()
+
+
+def trainable_parts(config: Config) -> list[str]:
+    """Return the parts of Gemma that the settings let train."""
+    parts = [] if config.freeze_gemma_vision else [VISION]
+    if not config.freeze_gemma_language:
+        parts.append(LANGUAGE if config.lora_rank is None else LORA)
+    return parts
+
+
+def decide_parts(config: Config, world: dict[str, Any] | None = None) -> GemmaParts:
+    """Return the parts of Gemma in a run with these settings.
+
+    `world` is the world.json of the checkpoint that the run starts from, or None. Raises ValueError for settings that
+    cannot go on from that checkpoint.
+    """
+    trains = trainable_parts(config)
+    held = list((world or {}).get("parts", []))
+    rank = (world or {}).get("lora_rank")
+    if LORA in trains and LORA in held and rank != config.lora_rank:
+        raise ValueError(
+            f"lora_rank is {config.lora_rank}, but the checkpoint to start from has LoRA matrices of rank {rank}"
+        )
+    modified = tuple(part for part in PARTS if part in {*held, *trains})
+    if LORA in modified and LANGUAGE in modified:
+        raise ValueError(
+            "the checkpoint to start from and this run train the language model in two ways, one by LoRA and one by "
+            f"its own weights (lora_rank is {json.dumps(config.lora_rank)}, the checkpoint's {json.dumps(rank)}): "
+            "go on in the same way"
+        )
+    lora_rank = (config.lora_rank if LORA in trains else rank) if LORA in modified else None
+    return GemmaParts(modified, tuple(trains), lora_rank)
+
+
+def saved_parts(world: dict[str, Any]) -> GemmaParts:
+    """Return the parts of Gemma in a saved model with this world.json; none of them trains."""
+    return GemmaParts(tuple(world["parts"]), (), world["lora_rank"] if LORA in world["parts"] else None)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt in two parts: what all statements of an image share, and one statement's branch.
+    """A tokenised prompt in two parts: the tokens that all statements of an image share, and one statement's branch.
 
     `world_at` is the index in `shared` before which the world tokens and their two brackets stand, or None
-    for a prompt without them. `caption` is the (start, end) range of the caption's tokens in `branch`, `spans` what
-    of the stripped caption each of them stands for: (start, end) in characters.
+    for a prompt without them. `caption` is the (start, end) range of the caption's tokens in `branch`; `spans` gives
+    for each of them the (start, end) characters of the stripped caption that it stands for.
     """
 
     shared: tuple[int, ...]
@@ -66,12 +125,16 @@ class Prompt:
     spans: tuple[tuple[int, int], ...]
 
     def tokens_of(self, start: int, end: int) -> list[int]:
-        """The indices in `branch` of the tokens that the caption's characters from `start` to `end` are in."""
+        """Return the indices in `branch` of the tokens that hold the caption's characters from `start` to `end`."""
         return [self.caption[0] + i for i, (a, b) in enumerate(self.spans) if b > start and a < end]
 
 
 class Gemma:
-    """A frozen Gemma 3 with its tokeniser and, where it has eyes, its image processor."""
+    """A Gemma 3 with its tokeniser and, if it is multimodal, its image processor.
+
+    In each layer of a frozen language model the weights of queries, keys and values are views of one matrix, `qkv`,
+    which every decoder of this Gemma shares; transformers' own forward goes on working with the views.
+    """
 
     def __init__(
         self,
@@ -80,34 +143,53 @@ class Gemma:
         device: str | torch.device = "cpu",
         attention: str = "sdpa",
         revision: str | None = None,
+        parts: GemmaParts = PUBLISHED,
+        seed: int = 0,
         weights: bool = True,
+        checkpointed: bool = False,
+        compiled: bool = False,
     ) -> None:
-        """`revision`: the commit of a hub model; None: the newest. `weights` False: shapes without values, which can be
-        counted and packed for, until `load_weights`.
+        """Load a Gemma from a folder or the hub.
 
         `attention`: how packed rows are read, "sdpa" with dense masks or "flex_attention" with block masks, which give
         the same; flex needs rows of whole blocks, and is for compiled code on a GPU. (The FlashAttention kernels ignore
         such masks without a word.) transformers' own forward always has sdpa.
+        `revision`: commit of a hub model; None is the newest.
+        `parts`: the parts that differ from the published Gemma. They have its weights until others are loaded
+        (`load_parts`); new LoRA matrices are drawn from `seed` and change nothing yet.
+        `weights`: False gives shapes without values, on the meta device, which can be counted and packed for.
+        `checkpointed`: layers of parts that train keep only their inputs for the backward pass.
+        `compiled`: transformers' decoder layers are compiled, where they read packed rows.
+
+        Raises ValueError for another model than a Gemma 3, or one that cannot have these parts.
         """
+        if attention not in ("sdpa", "flex_attention"):
+            raise ValueError(f"attention {attention!r}: wanted sdpa or flex_attention")
+        if attention == "flex_attention" and parts.uses_hf_decoder:
+            raise ValueError(
+                "attention 'flex_attention': transformers' decoder takes dense masks; wanted sdpa"
+            )
         self.name = name_or_path
         self.device = torch.device(device)
         self.dtype = dtype
         self.attention = attention
-        # See `theworld.models.gemma`, which sets these.
-        self.changed: tuple[str, ...] = ()  # parts that are not as they were published
-        self.trained: tuple[str, ...] = ()  # those of them that train
-        self.lora_rank: int | None = None
-        self.plain_decoder = False  # packed rows are read by transformers' own decoder
-        if self.attention not in ("sdpa", "flex_attention"):
-            raise ValueError(f"attention {self.attention!r}: wanted sdpa or flex_attention")
-        hub = {"revision": revision} if revision else {}
-        self._hub = hub
-        self.model = _load_model(name_or_path, dtype, self.device, hub, weights)
+        self.parts = parts
+        self._hub = {"revision": revision} if revision else {}
+        self._seed, self._checkpointed, self._compiled = seed, checkpointed, compiled
+        self.is_multimodal = is_multimodal(name_or_path, **self._hub)
+        if VISION in parts.trainable and not self.is_multimodal:
+            raise ValueError(
+                f"freeze_gemma_vision is false, but {name_or_path} is text-only: it has no vision tower to train"
+            )
+        self.model, self.qkv = self._build(weights)
         self.revision = revision or hub_revision(name_or_path, "config.json")
-        self.is_multimodal = isinstance(self.model, Gemma3ForConditionalGeneration)
-        self.processor = AutoProcessor.from_pretrained(name_or_path, **hub) if self.is_multimodal else None
+        self.processor = (
+            AutoProcessor.from_pretrained(name_or_path, **self._hub) if self.is_multimodal else None
+        )
         self.tokenizer = (
-            self.processor.tokenizer if self.processor else AutoTokenizer.from_pretrained(name_or_path, **hub)
+            self.processor.tokenizer
+            if self.processor
+            else AutoTokenizer.from_pretrained(name_or_path, **self._hub)
         )
         _check_template(self.tokenizer, self.processor, name_or_path)
         self.text_config = self.model.config.get_text_config()
@@ -115,16 +197,60 @@ class Gemma:
         self._control_tokens = sorted(token.content for token in added if token.special)
         self.answer_ids = tuple(_single_token(self.tokenizer, digit) for digit in "01")
 
+    def _build(self, weights: bool) -> tuple[PreTrainedModel, list[Tensor]]:
+        """Return the model with its parts, and for each layer of a frozen language model the merged matrix."""
+        kind = _CLASSES["gemma3" if self.is_multimodal else "gemma3_text"]
+        options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": "sdpa"}
+        if weights:
+            model = load_pretrained(kind, self.name, **options, device_map=str(self.device), **self._hub)
+        else:
+            with torch.device("meta"):
+                model = kind._from_config(AutoConfig.from_pretrained(self.name, **self._hub), **options)
+        model = model.eval().requires_grad_(False)
+        language = model.model.language_model if self.is_multimodal else model.model
+        if self.parts.lora_rank is not None:
+            with seeded(self._seed):
+                _add_lora(language, self.parts.lora_rank)
+        for name, parameter in model.named_parameters():
+            if _part_of(name) in self.parts.trainable:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        if self._checkpointed and self.parts.uses_hf_decoder:
+            _checkpoint_layers(language)
+        if self._checkpointed and VISION in self.parts.trainable:
+            _checkpoint_layers(model.model.vision_tower)
+        if self._compiled and self.parts.uses_hf_decoder:
+            for layer in language.layers:
+                layer.compile()
+        return model, [] if self.parts.uses_hf_decoder else [_merge_qkv(layer) for layer in language.layers]
+
     @property
     def has_weights(self) -> bool:
-        """Whether it is more than shapes."""
+        """Whether the parameters have values, and are more than shapes."""
         return not self.text_model.embed_tokens.weight.is_meta
 
-    def load_weights(self) -> None:
-        """The weights of a Gemma that was made without them, as they were published."""
-        self.model = _load_model(self.name, self.dtype, self.device, self._hub, weights=True)
+    def with_weights(self) -> "Gemma":
+        """Return this Gemma with the published weights; the two share the tokeniser and the image processor."""
+        loaded = copy.copy(self)
+        loaded.model, loaded.qkv = self._build(weights=True)
+        return loaded
 
     # ---- parts
+
+    @property
+    def modified_parts(self) -> tuple[str, ...]:
+        """The parts that differ from the published Gemma."""
+        return self.parts.modified
+
+    @property
+    def trainable_parts(self) -> tuple[str, ...]:
+        """The parts that train."""
+        return self.parts.trainable
+
+    @property
+    def uses_hf_decoder(self) -> bool:
+        """Whether transformers' own decoder reads packed rows."""
+        return self.parts.uses_hf_decoder
 
     @property
     def width(self) -> int:
@@ -138,7 +264,7 @@ class Gemma:
 
     @property
     def sliding_window(self) -> int:
-        """How many tokens back a sliding-window layer sees, itself included."""
+        """The number of tokens that a sliding-window layer sees back, a token itself included."""
         return int(self.text_config.sliding_window)
 
     @property
@@ -148,28 +274,28 @@ class Gemma:
 
     @property
     def image_token_id(self) -> int | None:
-        """The id of the soft token that stands where an image feature goes."""
+        """The id of the soft token in whose place an image feature comes."""
         return int(self.model.config.image_token_id) if self.is_multimodal else None
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """int64[...] -> dtype[..., D]: the embeddings as the first layer expects them (scaled by sqrt(D)).
 
-        The image token may lie outside the table; where it stands an image feature comes, so any row will do.
+        The image token may lie outside the table; an image feature takes its place, so any row will do.
         """
         if self.image_token_id is not None:
             token_ids = token_ids.masked_fill(token_ids == self.image_token_id, 0)
         return self.text_model.embed_tokens(token_ids).to(self.dtype)
 
     def computing(self) -> torch.autocast:
-        """What trains is kept in float32; within this it is computed in `dtype` all the same."""
-        enabled = bool(self.trained) and self.dtype != torch.float32
+        """Return a context in which parts that train, which are kept in float32, are computed in `dtype`."""
+        enabled = bool(self.trainable_parts) and self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=enabled)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """dtype[S, D] -> float32[S, vocabulary]: the head, as the model's own forward applies it."""
         with self.computing():
             logits = self.model.lm_head(hidden).float()
-        cap = getattr(self.text_config, "final_logit_softcapping", None)
+        cap = self.text_config.final_logit_softcapping
         return logits if cap is None or self.is_multimodal else torch.tanh(logits / cap) * cap
 
     @torch.no_grad()
@@ -180,8 +306,10 @@ class Gemma:
 
     @torch.no_grad()
     def bracket_embeddings(self) -> Tensor:
-        """float32[2, D]: where the two brackets around the world tokens start. They are the embeddings of the
-        tokens around an image or, in a text-only Gemma, of square brackets."""
+        """float32[2, D]: the initial values of the two brackets around the world tokens.
+
+        They are the embeddings of the tokens around an image or, in a text-only Gemma, of square brackets.
+        """
         config = self.model.config
         if self.is_multimodal:
             ids = [config.boi_token_index, config.eoi_token_index]
@@ -204,9 +332,9 @@ class Gemma:
             <bos><start_of_turn>user\\n [W] w1 ... wN [/W] \\n\\n<boi> i1 ... iN <eoi>    shared
             \\n\\nStatement: ...<end_of_turn>\\n<start_of_turn>model\\n                   branch
 
-        Without world tokens the whole is exactly what the processor makes of the same message. With them,
-        what is left and right of them is tokenised by itself. `world_position` "after": they follow <eoi>.
-        Without the image (`with_image` False) it is that of a message which is text and nothing else.
+        Without world tokens the whole is exactly what the processor makes of the same message. With them, the text on
+        their left and the text on their right are tokenised separately. `world_position` "after" puts them behind
+        <eoi>. `with_image` False gives the prompt of a message that is text alone.
         """
         image = self.processor.full_image_sequence if self.processor and with_image else ""
         caption = caption.strip()
@@ -248,32 +376,35 @@ class Gemma:
         return text
 
     def _question_start(self, text: str, question_template: str, image: str) -> int:
-        """Where the question begins in the rendered text."""
+        """Return the index of the question's first character in the rendered text."""
         head = question_template.split("{caption}")[0].strip()
         after_image = text.index(image) + len(image)
         return text.index(head, after_image) if head else after_image
 
     def _branch_start(self, ids: list[int], world_at: int | None, with_image: bool) -> int:
-        """Special tokens and the world's place are sure boundaries between tokens, so the parts may split there."""
+        """Return the index of the first token that is a statement's own.
+
+        Special tokens and the position of the world tokens are sure boundaries between tokens.
+        """
         if with_image:
             return ids.index(self.model.config.eoi_token_index) + 1
         return world_at if world_at is not None else 1
 
-    # ---- sight
+    # ---- vision
 
     def pixel_values(self, pixels: list[np.ndarray]) -> Tensor:
         """uint8[H, W, 3] photographs -> float32[B, 3, S, S], by Gemma's own image processor."""
-        assert self.processor is not None, "a text-only Gemma sees no photographs"
+        assert self.processor is not None, "a text-only Gemma takes no photographs"
         return self.processor.image_processor(images=pixels, return_tensors="pt")["pixel_values"]
 
     def vision_features(self, pixel_values: Tensor) -> Tensor:
-        """float[B, 3, S, S] -> dtype[B, N, V]: SigLIP's patches, pooled to N places as Gemma's projector does it.
+        """float[B, 3, S, S] -> dtype[B, N, V]: SigLIP's patches, pooled to N as Gemma's projector pools them.
 
-        This is what a cache keeps: smaller than image features and independent of the projector.
+        A cache keeps these: they are smaller than image features and independent of the projector.
         """
         tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
         if tower is None:
-            raise ValueError("this Gemma was without its vision tower (drop_vision)")
+            raise ValueError("this Gemma is without its vision tower (drop_vision)")
         with self.computing():
             patches = tower(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
         grid = patches.transpose(1, 2).unflatten(2, (projector.patches_per_image,) * 2)
@@ -287,13 +418,13 @@ class Gemma:
             return normed @ projector.mm_input_projection_weight
 
     def compile_vision(self) -> None:
-        """Compiles the layers of the vision tower: pays for thousands of photographs in batches of one size."""
+        """Compile the layers of the vision tower, which pays for thousands of photographs in batches of one size."""
         for module in self.model.model.vision_tower.modules():
             if isinstance(module, SiglipEncoderLayer):
                 module.compile()
 
     def drop_vision(self) -> None:
-        """Frees the vision tower: for runs whose features come from a cache."""
+        """Free the vision tower, which a run with cached features does not need."""
         self.model.model.vision_tower = None
 
     def vision_weights_sha256(self) -> str:
@@ -302,7 +433,7 @@ class Gemma:
 
 
 def is_multimodal(name_or_path: str, **hub: str) -> bool:
-    """Whether a Gemma sees photographs, from its config alone. ValueError for a model of another kind."""
+    """Return whether a Gemma takes photographs, from its config alone. Raises ValueError for another kind of model."""
     model_type = AutoConfig.from_pretrained(name_or_path, **hub).model_type
     if model_type not in _CLASSES:
         raise ValueError(
@@ -311,27 +442,11 @@ def is_multimodal(name_or_path: str, **hub: str) -> bool:
     return model_type == "gemma3"
 
 
-_CLASSES = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
-
-
-def _load_model(
-    name: str, dtype: torch.dtype, device: torch.device, hub: dict[str, str], weights: bool
-) -> PreTrainedModel:
-    kind = _CLASSES["gemma3" if is_multimodal(name, **hub) else "gemma3_text"]
-    options = {"dtype": dtype, "attn_implementation": "sdpa"}
-    if weights:
-        model = kind.from_pretrained(name, **options, device_map=str(device), **hub)
-    else:
-        with torch.device("meta"):
-            model = kind._from_config(AutoConfig.from_pretrained(name, **hub), **options)
-    return model.eval().requires_grad_(False)
-
-
 def _check_template(tokenizer: Any, processor: Any, name: str) -> None:
     template = processor.chat_template if processor is not None else tokenizer.chat_template
     if not template:
         raise ValueError(
-            f"model_name {name!r} has no chat template, so how it wants its prompts is unknown; use an "
+            f"model_name {name!r} has no chat template, so the form of its prompts is unknown; use an "
             "instruction-tuned Gemma (…-it) or put its chat_template.jinja into the folder"
         )
 
@@ -343,97 +458,57 @@ def _single_token(tokenizer: Any, text: str) -> int:
     return int(ids[0])
 
 
-IN_WORDS = {
+PART_DESCRIPTIONS = {
     VISION: "Gemma's vision tower and its projector",
     LANGUAGE: "Gemma's language model",
     LORA: "LoRA matrices beside Gemma's language model",
 }
-LORA_SCALE = 2  # of the low-rank product: lora_alpha / r (Hu et al. 2021, arXiv 2106.09685)
-_LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
-
-
-def trained_parts(config: Config) -> list[str]:
-    """The parts of Gemma that the settings let train."""
-    parts = [] if config.freeze_gemma_vision else [VISION]
-    if not config.freeze_gemma_language:
-        parts.append(LANGUAGE if config.lora_rank is None else LORA)
-    return parts
 
 
 def parameters_of(gemma: Gemma, part: str) -> dict[str, nn.Parameter]:
-    """The parameters of a part by transformers' names; tied ones once."""
-    found = {}
-    for name, parameter in gemma.model.named_parameters():
-        if "lora_" in name:
-            own = LORA
-        else:
-            own = VISION if "vision_tower." in name or "multi_modal_projector." in name else LANGUAGE
-        if own == part:
-            found[name] = parameter
-    return found
+    """Return the parameters of a part by transformers' names; tied parameters once."""
+    return {name: p for name, p in gemma.model.named_parameters() if _part_of(name) == part}
 
 
-def prepare_parts(gemma: Gemma, config: Config, world: dict[str, Any] | None = None) -> None:
-    """Makes of a Gemma as it was published the one that a run trains: adds the LoRA matrices that it wants, and sets
-    free what trains. `world`: the world.json of the checkpoint that the run starts from, if there is one.
-
-    Raises ValueError for settings that this Gemma or that checkpoint cannot serve.
-    """
-    trains = trained_parts(config)
-    held = list((world or {}).get("parts", []))
-    if VISION in trains and not gemma.is_multimodal:
-        raise ValueError(
-            f"freeze_gemma_vision is false, but {gemma.name} is text-only: it has no vision tower to train"
-        )
-    rank = (world or {}).get("lora_rank")
-    if LORA in trains and LORA in held and rank != config.lora_rank:
-        raise ValueError(
-            f"lora_rank is {config.lora_rank}, but the checkpoint to start from has LoRA matrices of rank {rank}"
-        )
-    if {LORA, LANGUAGE} <= {*held, *trains}:
-        raise ValueError(
-            "the checkpoint to start from and this run train the language model in two ways, one by LoRA and one by "
-            f"its own weights (lora_rank is {json.dumps(config.lora_rank)}, the checkpoint's {json.dumps(rank)}): "
-            "go on in the same way"
-        )
-    if LORA in {*held, *trains}:
-        torch.manual_seed(config.seed)
-        add_lora(gemma, config.lora_rank if LORA in trains else rank)
-    for part in trains:
-        for parameter in parameters_of(gemma, part).values():
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
-    set_parts(gemma, [part for part in PARTS if part in {*held, *trains}], trains)
+def _part_of(name: str) -> str:
+    if "lora_" in name:
+        return LORA
+    return VISION if "vision_tower." in name or "multi_modal_projector." in name else LANGUAGE
 
 
 def load_gemma(
     config: Config,
     device: torch.device | None = None,
     revision: str | None = None,
+    parts: GemmaParts = PUBLISHED,
     weights: bool = True,
+    sharded: bool = False,
 ) -> Gemma:
-    """The Gemma that the settings name, as it was published, computed as they want; `device` goes before theirs.
-    `weights`, `revision`: as for `Gemma`."""
+    """Load the Gemma that the settings name, in the dtype and with the attention that they want.
+
+    `device` takes precedence over the setting; `revision`, `parts` and `weights` are as for `Gemma`. `sharded`: FSDP
+    will put its layers together around their calls, which compiled code would take in.
+    """
     device = device or resolve_device(config.device)
+    compiled = wants_compile(config.compile, device)
     # Flex attention is only fast, and only small, in compiled code.
-    fast = device.type == "cuda" and wants_compile(config.compile, device)
-    attention = "flex_attention" if fast else "sdpa"
-    dtype = resolve_dtype(config.dtype, device)
-    if dtype == torch.bfloat16:
-        # What stays in float32 is the projection: TF32 rounds its products to 10 bits, the frozen models have 7.
-        torch.set_float32_matmul_precision("high")
-    return Gemma(config.model_name, dtype, device, attention, revision, weights)
+    flex = device.type == "cuda" and compiled and not parts.uses_hf_decoder
+    return Gemma(
+        config.model_name,
+        resolve_dtype(config.dtype, device),
+        device,
+        attention="flex_attention" if flex else "sdpa",
+        revision=revision,
+        parts=parts,
+        seed=config.seed,
+        weights=weights,
+        checkpointed=config.use_gradient_checkpointing,
+        compiled=compiled and not sharded,
+    )
 
 
-def set_parts(gemma: Gemma, changed: Sequence[str], trains: Sequence[str] = ()) -> None:
-    """Tells a Gemma what of it is not as it was published, and what of that trains."""
-    gemma.changed, gemma.trained = tuple(changed), tuple(trains)
-    if LORA in changed or LANGUAGE in trains:
-        gemma.plain_decoder, gemma.attention = True, "sdpa"
-
-
-def add_lora(gemma: Gemma, rank: int | None) -> None:
-    """Low-rank matrices beside every linear layer of the language model, which change nothing as yet. Frozen.
+def _add_lora(language_model: nn.Module, rank: int) -> None:
+    """Add frozen low-rank matrices beside every linear layer, which change nothing yet; their product is zero.
 
     Raises ValueError where peft is not installed.
     """
@@ -441,23 +516,30 @@ def add_lora(gemma: Gemma, rank: int | None) -> None:
         from peft import LoraConfig, inject_adapter_in_model  # optional, so not at the top
     except ImportError as error:
         raise ValueError(f"LoRA is asked for, but {error}; run `pip install peft`") from None
-    assert rank is not None
     settings = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=_LINEARS, lora_dropout=0.0)
-    inject_adapter_in_model(settings, gemma.text_model)
-    gemma.lora_rank = rank
-    for parameter in parameters_of(gemma, LORA).values():
-        parameter.requires_grad_(False)
+    inject_adapter_in_model(settings, language_model).requires_grad_(False)
 
 
-def restore_parts(gemma: Gemma, folder: Path, world: dict[str, Any]) -> None:
-    """Makes of a Gemma as it was published the one of a saved model; nothing of it trains."""
-    if LORA in world["parts"]:
-        add_lora(gemma, world["lora_rank"])
-    set_parts(gemma, world["parts"])
-    load_parts(gemma, folder, world["parts"])
+def _checkpoint_layers(module: Any) -> None:
+    """Let a transformers module keep only each layer's input for the backward pass.
+
+    That takes its training mode, which changes nothing else in a Gemma 3, as it has no dropout.
+    """
+    module.gradient_checkpointing_enable({"use_reentrant": False})
+    module.train()
+
+
+@torch.no_grad()
+def _merge_qkv(layer: Any) -> Tensor:
+    """Return the weights of a layer's queries, keys and values as one matrix, of which its modules then keep views."""
+    modules = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
+    merged = torch.cat([module.weight for module in modules])
+    for module, rows in zip(modules, merged.split([len(m.weight) for m in modules]), strict=True):
+        module.weight.data = rows
+    return merged
 
 
 def load_parts(gemma: Gemma, folder: Path, parts: Sequence[str]) -> None:
-    """Loads those parts of a checkpoint into a Gemma that has them, strictly: see `copy_strictly`."""
+    """Load these parts of a checkpoint into a Gemma that has them, strictly: see `copy_strictly`."""
     for part in parts:
         copy_strictly(folder / part_file(part), parameters_of(gemma, part))

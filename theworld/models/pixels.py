@@ -9,13 +9,11 @@ At 512 pixels a row is 1.5 MiB, twelve times that of a latent.
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from theworld.config.config import Config
-from theworld.data.images import square
+from theworld.data.images import Square
 from theworld.models.encoder import EncoderSpec, common_fields
 from theworld.utils.device import resolve_device, torch_dtype
 
@@ -30,7 +28,7 @@ class PixelEncoder:
     name = "pixels"
 
     def __init__(self, config: Config, like: Mapping[str, Any] | None = None) -> None:
-        self.device, self.size = resolve_device(config.device), config.latent_size
+        self.device, self.prepare = resolve_device(config.device), Square(config.latent_size)
         self.spec = self.describe(config, like)
 
     @staticmethod
@@ -51,10 +49,6 @@ class PixelEncoder:
         }
         demanded = frozenset({"storage_dtype"} if config.latent_dtype else ())
         return EncoderSpec("pixels", shape, dtype, None, fields, demanded)
-
-    def prepare(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> uint8[S, S, 3]."""
-        return torch.from_numpy(square(pixels, self.size))
 
     def encode(self, prepared: Tensor) -> Tensor:
         """uint8[B, S, S, 3] -> storage dtype[B, 192, S / 8, S / 8]."""

@@ -1,9 +1,10 @@
-"""Latents to world tokens: the one part that trains.
+"""The projection of latents to world tokens, the part that trains.
 
 An encoder's rows are a grid, [C, H, W], of which a patch or a channel becomes a token, or tokens already, [N, C].
 
-Dimensions: B images, T moments (the photograph, then those predicted from it), C, H, W the latent's channels, height
-and width, N world tokens of a moment, P values a token, h the width inside, D the width of Gemma's language model.
+Dimensions: B images, T latent frames (the photograph's, then the frames predicted after it), C, H, W the latent's
+channels, height and width, N world tokens a frame, P values a token, h the width inside, D the width of Gemma's
+language model.
 """
 
 from dataclasses import asdict, dataclass
@@ -15,24 +16,26 @@ from torch import Tensor, nn
 
 from theworld.config.config import PROJECTIONS, Config
 
-DEEP = ("conv", "transformer")  # see beyond their patch
-HEAD = 32  # width of an attention head of the transformer, at most
+DEEP = ("conv", "transformer")  # architectures in which a token depends on more than its own patch
+HEAD = 32  # largest width of an attention head of the transformer
 
 
 @dataclass(frozen=True)
 class ProjectionShape:
-    """What it takes to build a projection, and to know what its inputs mean."""
+    """The sizes of a projection, and the meaning of its inputs."""
 
     latent_shape: tuple[int, ...]  # C, H, W, or N, C
     width: int  # D
-    mode: str = "patch"  # of a grid: "patch": p x p places a token; "channel": one latent channel a token
+    mode: str = (
+        "patch"  # of a grid: "patch": p x p latent pixels a token; "channel": one latent channel a token
+    )
     patch: int = 4  # p, in latent pixels
     architecture: str = "mlp"  # one of PROJECTIONS
-    hidden: int | None = None  # width inside; None: D, and where it sees beyond its patch at most 512
-    positions: bool = False  # a trained vector for each place
-    steps: int = 0  # T - 1, predicted moments after the photograph
-    max_steps: int | None = None  # of which the time embedding has a row each; None: steps
-    depth: int = 2  # layers that see beyond their patch
+    hidden: int | None = None  # width inside; None: D, and at most 512 for one of DEEP
+    positions: bool = False  # add a trained vector for each patch or channel
+    steps: int = 0  # T - 1, the predicted frames
+    max_steps: int | None = None  # predicted frames with a row in the time embedding; None: steps
+    depth: int = 2  # convolutions or transformer layers of one of DEEP
 
     def __post_init__(self) -> None:
         if self.mode not in ("patch", "channel"):
@@ -41,7 +44,7 @@ class ProjectionShape:
             raise ValueError(f"projection {self.architecture!r}: wanted {', '.join(PROJECTIONS)}")
         if self.architecture == "conv" and self.mode != "patch":
             raise ValueError(
-                "projection 'conv' looks over the grid of patches, and world_mode 'channel' has none; wanted "
+                "projection 'conv' needs the grid of patches, and world_mode 'channel' has none; wanted "
                 "projection transformer, mlp or linear, or world_mode patch"
             )
         if self.architecture == "transformer" and self.inner > HEAD and self.inner % HEAD:
@@ -87,27 +90,27 @@ class ProjectionShape:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches from top to bottom and from left to right, in mode patch."""
+        """The numbers of patches from top to bottom and from left to right, in mode "patch"."""
         return self.latent_shape[1] // self.patch, self.latent_shape[2] // self.patch
 
     @property
     def time_rows(self) -> int:
-        """Rows of the time embedding where there is one: the photograph's and one for each step."""
+        """The rows of the time embedding if there is one: the photograph's and one for each predicted frame."""
         return 1 + (self.steps if self.max_steps is None else self.max_steps)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """The shape of what a cache holds of one image: `latent_shape`, or (T, C, H, W) where moments follow."""
+        """The shape of an image's rows in a cache: `latent_shape`, or (T, C, H, W) with predicted frames."""
         return (1 + self.steps, *self.latent_shape) if self.steps else self.latent_shape
 
     @property
     def num_tokens(self) -> int:
         """T x N, the world tokens of one image, without the two brackets."""
-        return (1 + self.steps) * self.tokens_per_moment
+        return (1 + self.steps) * self.tokens_per_frame
 
     @property
-    def tokens_per_moment(self) -> int:
-        """N, the first of which are the photograph's own."""
+    def tokens_per_frame(self) -> int:
+        """N; the photograph's own tokens come first."""
         if not self.has_grid:
             return self.latent_shape[0]
         channels, height, width = self.latent_shape
@@ -115,22 +118,22 @@ class ProjectionShape:
 
     @property
     def values_per_token(self) -> int:
-        """P, so that N x P = C x H x W: every latent value reaches some token."""
+        """P; N x P = C x H x W, so every latent value reaches some token."""
         if not self.has_grid:
             return self.latent_shape[1]
         channels, height, width = self.latent_shape
         return height * width if self.mode == "channel" else channels * self.patch**2
 
     def check_no_steps(self, instead: str) -> None:
-        """ValueError where world tokens take more than a photograph: moments predicted from it, minutes each."""
+        """Raise ValueError if world tokens need predicted frames, which take minutes a photograph."""
         if self.steps:
             raise ValueError(
-                f"this projection was trained on {self.steps} predicted moments a photograph (num_world_steps), which "
+                f"this projection was trained on {self.steps} predicted frames a photograph (num_world_steps), which "
                 f"only a cache holds: use tools/eval.py --cache; {instead}"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `from_dict` gives an equal object back. It says nothing of steps or depth where there are none."""
+        """Return the JSON form, without steps or depth where there are none; `from_dict` is the inverse."""
         values = asdict(self) | {"latent_shape": list(self.latent_shape)}
         absent = [] if self.steps else ["steps", "max_steps"]
         absent += [] if self.architecture in DEEP else ["depth"]
@@ -138,7 +141,7 @@ class ProjectionShape:
 
     @classmethod
     def from_settings(cls, config: Config, fingerprint: dict[str, Any], width: int) -> "ProjectionShape":
-        """That of a run, for the latents that `fingerprint` describes and a language model `width` wide."""
+        """Return the shape for a run's settings, the latents of `fingerprint` and a language model `width` wide."""
         steps = fingerprint.get("num_world_steps", 0)
         return cls(
             latent_shape=tuple(fingerprint["latent_shape"]),
@@ -155,7 +158,7 @@ class ProjectionShape:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ProjectionShape":
-        """The inverse of `to_dict`; TypeError for missing or unknown keys."""
+        """Return the shape of its JSON form. Raises TypeError for missing or unknown keys."""
         return cls(**(values | {"latent_shape": tuple(values["latent_shape"])}))
 
 
@@ -178,7 +181,7 @@ class ScaledNorm(nn.Module):
 class ConvLayers(nn.Module):
     """A linear layer, residual 3 x 3 convolutions over the grid of patches, a linear layer.
 
-    After k convolutions a token knows of the patches up to k away (He et al. 2016, arXiv 1603.05027, without norms).
+    After k convolutions a token depends on the patches up to k away (He et al. 2016, arXiv 1603.05027, without norms).
     """
 
     def __init__(self, shape: ProjectionShape) -> None:
@@ -199,7 +202,7 @@ class ConvLayers(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention among the tokens of a moment and a feed-forward layer, each after a norm (arXiv 2002.04745)."""
+    """Self-attention among the tokens of a frame and a feed-forward layer, each after a norm (arXiv 2002.04745)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -219,13 +222,13 @@ class TransformerLayer(nn.Module):
 
 
 class TransformerLayers(nn.Module):
-    """A linear layer, a trained vector for each place (attention by itself knows no places), transformer layers over
-    all tokens of a moment, a norm, a linear layer."""
+    """A linear layer, a trained vector for each token's position (attention by itself has no order), transformer layers
+    over all tokens of a frame, a norm, a linear layer."""
 
     def __init__(self, shape: ProjectionShape) -> None:
         super().__init__()
         self.first = nn.Linear(shape.values_per_token, shape.inner)
-        self.places = nn.Parameter(0.1 * torch.randn(shape.tokens_per_moment, shape.inner))
+        self.places = nn.Parameter(0.1 * torch.randn(shape.tokens_per_frame, shape.inner))
         self.layers = nn.ModuleList(TransformerLayer(shape.inner) for _ in range(shape.depth))
         self.norm = nn.RMSNorm(shape.inner)
         self.last = nn.Linear(shape.inner, shape.width)
@@ -239,7 +242,7 @@ class TransformerLayers(nn.Module):
 
 
 def make_layers(shape: ProjectionShape) -> nn.Module:
-    """float[B, N, P] -> float[B, N, D], by the shape's architecture."""
+    """Return the layers of the shape's architecture, float[B, N, P] -> float[B, N, D]."""
     if shape.architecture == "linear":
         return nn.Linear(shape.values_per_token, shape.width)
     if shape.architecture == "conv":
@@ -253,10 +256,10 @@ def make_layers(shape: ProjectionShape) -> nn.Module:
 class WorldProjection(nn.Module):
     """Normalised latents become T x N world tokens between two trained brackets, at the scale of Gemma's embeddings.
 
-    All of its parameters train, and nothing else does; they are float32 whatever Gemma's dtype is.
-    `latents_mean` and `latents_std` (one number a channel, from the VAE) are buffers: the normalisation that
-    the diffusion model sees, (z - mean) / std. Each moment goes through the same layers; what tells it from the others
-    is `time`, a trained vector a moment, which starts at zero and is there only where moments follow the photograph.
+    All of its parameters train; they are float32 whatever Gemma's dtype is. `latents_mean` and `latents_std` (one
+    number a channel, from the VAE) are buffers: the normalisation that the diffusion model gets, (z - mean) / std.
+    Each frame goes through the same layers. With predicted frames, `time`, a trained vector a frame that starts at
+    zero, tells them apart.
     """
 
     def __init__(
@@ -281,8 +284,8 @@ class WorldProjection(nn.Module):
         self.register_buffer("latents_mean", torch.tensor(latents_mean).view(a_channel))
         self.register_buffer("latents_std", torch.tensor(latents_std).view(a_channel))
         self.layers = make_layers(shape)
-        places, width = shape.tokens_per_moment, shape.width
-        self.positions = nn.Parameter(torch.zeros(places, width)) if shape.positions else None
+        tokens, width = shape.tokens_per_frame, shape.width
+        self.positions = nn.Parameter(torch.zeros(tokens, width)) if shape.positions else None
         self.time = nn.Parameter(torch.zeros(shape.time_rows, width)) if shape.steps else None
         self.norm = ScaledNorm(shape.width, scale)
         start = brackets if brackets is not None else torch.zeros(2, shape.width)
@@ -299,17 +302,17 @@ class WorldProjection(nn.Module):
         return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Raw latents as the VAE gives them, float[B, *row_shape] -> float32[B, T x N, D], moment after moment."""
+        """Raw latents as the VAE gives them, float[B, *row_shape] -> float32[B, T x N, D], frame after frame."""
         if tuple(latents.shape[1:]) != self.shape.row_shape:
             raise ValueError(
                 f"latents {tuple(latents.shape[1:])}; this projection takes {self.shape.row_shape}"
             )
         normalised = (latents.float() - self.latents_mean) / self.latents_std
-        moments = normalised.flatten(0, 1) if self.time is not None else normalised
-        tokens = self.layers(self.patches(moments))
+        frames = normalised.flatten(0, 1) if self.time is not None else normalised
+        tokens = self.layers(self.patches(frames))
         if self.positions is not None:
             tokens = tokens + self.positions
         if self.time is not None:
-            by_moment = tokens.unflatten(0, (len(latents), 1 + self.shape.steps))
-            tokens = (by_moment + self.time[: 1 + self.shape.steps, None]).flatten(1, 2)
+            by_frame = tokens.unflatten(0, (len(latents), 1 + self.shape.steps))
+            tokens = (by_frame + self.time[: 1 + self.shape.steps, None]).flatten(1, 2)
         return self.norm(tokens)

@@ -7,11 +7,11 @@ from typing import Any
 from theworld.config.config import load_config
 from theworld.data.images import photograph
 from theworld.models import world_encoder
-from theworld.models.inference import SYSTEMS, Photograph, ask
+from theworld.models.inference import CONDITIONS, Photograph
 from theworld.models.projection import ProjectionShape
-from theworld.models.serialization import CONFIG_FILE, WORLD_FILE, find_model, read_world, saved_folder
+from theworld.models.serialization import CONFIG_FILE, WORLD_FILE, SavedModel, find_model
 from theworld.models.theworld import TheWorld
-from theworld.utils.device import resolve_device, resolve_dtype
+from theworld.utils.device import resolve_device, resolve_dtype, set_up_torch
 from theworld.utils.hub import GEMMA_FILE, locate
 
 # "without" is a Gemma that a later stage trained, where "baseline" would be the published Gemma, as in an evaluation.
@@ -32,33 +32,34 @@ def load_for_asking(name: str, conditions: Sequence[str], overrides: dict[str, A
     `name` is a checkpoint, a folder whose newest checkpoint is taken, or a model on the hub. Raises ValueError and
     OSError as `TheWorld.from_pretrained` does; for a model trained on predicted frames before any weights load.
     """
-    folder = saved_folder(find_model(name) if Path(name).is_dir() else name)
-    _check_frames(folder, conditions)
-    model = TheWorld.from_pretrained(folder, **DEFAULTS | overrides)
+    saved = SavedModel.open(name)
+    _check_frames(saved, conditions)
+    model = TheWorld.from_pretrained(saved, **DEFAULTS | overrides)
+    set_up_torch(model.gemma.dtype)
     if "world" in conditions:
         _ = model.encoder  # load the VAE now and not at the first photograph
     return model
 
 
-def _check_frames(folder: Path, conditions: Sequence[str]) -> None:
+def _check_frames(saved: SavedModel, conditions: Sequence[str]) -> None:
     if "world" in conditions:
-        shape = ProjectionShape.from_dict(read_world(folder)["projection"])
+        shape = ProjectionShape.from_dict(saved.world["projection"])
         shape.check_no_steps("--conditions baseline zero needs none")
 
 
 def recorded_names(model: TheWorld, conditions: Sequence[str]) -> list[str]:
     """Return the names of these conditions in `answers`, which are those in the records of an evaluation."""
-    return ["without" if c == "baseline" and model.gemma.changed else c for c in conditions]
+    return ["without" if c == "baseline" and model.gemma.modified_parts else c for c in conditions]
 
 
 def answers(
-    model: TheWorld, image: Photograph, statements: Sequence[str], conditions: Sequence[str] = SYSTEMS
+    model: TheWorld, image: Photograph, statements: Sequence[str], conditions: Sequence[str] = CONDITIONS
 ) -> Answers:
     """Return {"statement": ..., "p_true": {name of the condition: P(true)}} for each statement.
 
     Raises ValueError and ImageError as `TheWorld.score` does.
     """
-    p_true = ask(model, image, statements, conditions)
+    p_true = model.ask(image, statements, conditions)
     names = dict(zip(recorded_names(model, conditions), conditions, strict=True))
     return [
         {"statement": statement, "p_true": {name: p_true[condition][i] for name, condition in names.items()}}
@@ -97,11 +98,12 @@ def plan(
         yield "projection", f"{name}: on the hub; what it needs is known once it is downloaded"
         config = load_config(None, DEFAULTS | overrides)
     else:
-        _check_frames(saved_folder(folder), conditions)
-        config = load_config(folder / CONFIG_FILE, DEFAULTS | overrides)
+        saved = SavedModel.open_folder(folder)
+        _check_frames(saved, conditions)
+        config = saved.config(DEFAULTS | overrides)
         device = resolve_device(config.device)
         arithmetic = f"{device}, {resolve_dtype(config.dtype, device)}"
-        yield "projection", f"{folder}, for {read_world(folder)['model_name']}"
+        yield "projection", f"{folder}, for {saved.world['model_name']}"
         yield "Gemma", f"{config.model_name}: {locate(config.model_name, GEMMA_FILE).words}; {arithmetic}"
         if "world" in conditions:
             weights = world_encoder.encoder_class(config).describe(config).weights

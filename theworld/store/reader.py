@@ -1,4 +1,4 @@
-"""The reading side of a store: any row of a finished one, checked as it is read. The format is in cache/README.md."""
+"""The reading side of a store: any row of a finished store, checked as it is read. Format: cache/README.md."""
 
 import bisect
 import difflib
@@ -18,6 +18,7 @@ from theworld.store.format import (
     StoreMismatch,
     check_entry,
     check_fingerprint,
+    extraction_command,
     fingerprint_differences,
     paths,
     read_manifest,
@@ -27,21 +28,30 @@ from theworld.utils.files import StoreError
 
 
 def max_open_files() -> int:
-    """How many shards of one store stay open: a quarter of the files that this process may have open, which is often
-    256 of 1,024, while a store can have thousands of shards."""
+    """Return how many shards of one store stay open: a quarter of the files that this process may have open.
+
+    That limit is often 1,024, while a store can have thousands of shards.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 4096 if limit == resource.RLIM_INFINITY else min(max(limit // 4, 1), 4096)
 
 
 class StoreReader:
-    """The reading side of a finished store. Opens shards when first used, and keeps the files of those used last
-    open; threads may share it; can be pickled and forked."""
+    """The reading side of a finished store.
+
+    A shard is opened when it is first used, and the files of the shards used last stay open. Threads may share a
+    reader; it can be pickled and forked.
+    """
 
     def __init__(self, root: str | os.PathLike, expected: dict | None = None):
         """`expected`: fields that the fingerprint must have; others may be there. Raises StoreMismatch if
         one differs, StoreError if the store is unfinished or its JSON damaged. Reads no shard."""
         self.root = Path(root)
-        self._plan = plan = Plan.load(self.root)
+        try:
+            self._plan = plan = Plan.load(self.root)
+            manifest = read_manifest(self.root)
+        except StoreError as error:
+            raise _with_command(error, self.root) from None
         self.fingerprint, self.images, self.num_rows = plan.fingerprint, plan.images, plan.num_rows
         self.arrays = {spec.name: spec for spec in plan.arrays}
         self._shards: dict[int, shards.ShardFile] = {}  # small: offsets and CRCs
@@ -52,12 +62,12 @@ class StoreReader:
         differences = fingerprint_differences(cached, expected)
         if differences:
             raise StoreMismatch(self.root, differences)
-        manifest = read_manifest(self.root)
         if manifest is None:
             there = sum(os.path.lexists(paths(self.root, shard)[1]) for shard in range(plan.num_shards))
-            command = f"python tools/extract_latents.py --cache {self.root.parent}"
             state = f"{there} of {plan.num_shards} shards are there"
-            raise StoreError(f"{self.root} is unfinished: {state}. Go on with: {command}")
+            raise StoreError(
+                f"{self.root} is unfinished: {state}. Go on with: {extraction_command(self.root)}"
+            )
         self._manifest = manifest
 
     def __contains__(self, path: object) -> bool:
@@ -70,13 +80,13 @@ class StoreReader:
         return {**self.__dict__, "_shards": {}, "_recent": OrderedDict()}
 
     def row(self, path: str) -> int:
-        """The row that holds an image; images of equal bytes share it. StoreError if the image is not there."""
+        """Return the row of an image; images of equal bytes share it. Raises StoreError for an unknown image."""
         if path not in self._plan.row_of:
             raise self._unknown(path, self.images)
         return self._plan.row_of[path]
 
     def read(self, path: str, array: str) -> np.ndarray:
-        """The row of one image: [*shape], float32, float16, or uint16 for bfloat16; the caller's own.
+        """Return the row of one image as a new array: [*shape], float32, float16, or uint16 for bfloat16.
 
         Raises StoreError if path or array is not in the store, and if what is read is not what was written.
         """
@@ -86,29 +96,31 @@ class StoreReader:
         return self.read_row(row, array)
 
     def read_row(self, row: int, array: str, out: np.ndarray | None = None) -> np.ndarray:
-        """As `read`, by row number; into `out` where it is given, whose values mean nothing after an error."""
+        """Return a row by its number, as `read` does; in `out` if given, whose values mean nothing after an error."""
         shard, position = divmod(row, self._plan.shard_size)
+        try:
+            return self._opened(shard).read(position, array, out)
+        except StoreError as error:
+            raise _with_command(error, self.root) from None
+
+    def _opened(self, shard: int) -> shards.ShardFile:
+        """Return the file of a shard, and mark it as the one used last."""
         opened = self._shards.get(shard)
         if opened is None:
             opened = self._shards[shard] = self._open_shard(shard)
-        try:
-            return opened.read(position, array, out)
-        except StoreError as error:
-            command = f"python tools/extract_latents.py --verify --cache {self.root.parent}"
-            raise StoreError(f"{error}; look for more with: {command}") from None
-        finally:
-            # Without a lock: each call is atomic, and a file closes only with the last reference to it.
-            self._recent.pop(shard, None)
-            self._recent[shard] = opened
-            if len(self._recent) > self.max_open_files:
-                self._recent.popitem(last=False)[1].file = None
+        # Without a lock: each call is atomic, and a file closes only with the last reference to it.
+        self._recent.pop(shard, None)
+        self._recent[shard] = opened
+        if len(self._recent) > self.max_open_files:
+            self._recent.popitem(last=False)[1].file = None
+        return opened
 
     def nbytes(self, array: str) -> int:
-        """Bytes of all rows of an array."""
+        """Return the bytes of all rows of an array."""
         return self.num_rows * self.arrays[array].row_nbytes
 
     def close(self) -> None:
-        """Closes the shards; the next read opens them again."""
+        """Close the shards; the next read opens them again."""
         self._recent.clear()
         self._shards.clear()
 
@@ -128,13 +140,21 @@ class StoreReader:
         return shards.ShardFile(path, self._read_record(shard), self._plan.arrays, rows)
 
     def verify(self) -> list[str]:
-        """Reads everything again from disk, and changes nothing. What is wrong, in words; [] if sound."""
+        """Read everything again from disk and return what is wrong, in words; [] if sound. Changes nothing."""
         return verify_store(self.root)
 
 
+def _with_command(error: StoreError, root: Path) -> StoreError:
+    """Return the error with the command that mends the store."""
+    return StoreError(f"{error}; mend it with: {extraction_command(root)}")
+
+
 def _nearest(name: str, known: Collection[str]) -> str:
-    """The most similar name. Among thousands only those of the same last part and the neighbours in alphabetical
-    order are compared, as each comparison takes far longer than a read."""
+    """Return the most similar name.
+
+    Among thousands, only names of the same last part and alphabetical neighbours are compared: each comparison takes
+    far longer than a read.
+    """
     names = sorted(known)
     if len(names) > 2000:
         place, last = bisect.bisect(names, name), name.rpartition("/")[2]
@@ -144,5 +164,5 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 
 def verify_store(root: str | os.PathLike) -> list[str]:
-    """As `StoreReader.verify`, also for a store too damaged for a reader. Raises nothing."""
+    """Return what is wrong, as `StoreReader.verify` does, also for a store too damaged for a reader. Raises nothing."""
     return [str(problem) for problem in examine(root)]

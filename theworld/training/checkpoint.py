@@ -1,16 +1,21 @@
 """Checkpoints for an exact resume: folders `checkpoint-N` that are there whole or not at all.
 
 projection.safetensors ... world.json  config.json    the model (see `theworld.models.serialization`)
-trainer.pt                                            optimizer and RNG state (read with weights_only=True)
-trainer.json                                          step and running figures
+trainer.pt                                            optimizer state (read with weights_only=True)
+optimizer/shard-*.safetensors                         of a sharded run: what each process holds of the optimizer state
+trainer.json                                          step and running sums
 checkpoint.json                                       size and SHA-256 of each of the others
 
-What a run goes on from: the newest checkpoint that is as it was saved, whether it is this run's, and what earlier
-starts left in the way.
+No random state is saved: the order of the statements is a function of seed and epoch, and nothing else in training is
+random. Checkpoints of version 1, which have one, are resumed as well.
+
+A run is resumed from its newest valid checkpoint. Checks that it is this run's, and files that earlier starts left in
+the way, are here too.
 """
 
 import errno
 import json
+import logging
 import os
 import pickle
 import re
@@ -25,30 +30,41 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from theworld.models.fsdp import (
+    State,
+    load_state,
+    read_shares,
+    split_state,
+    write_shares,
+    written_shapes,
+)
 from theworld.models.serialization import (
+    CONFIG_FILE,
     INDEX,
     INDEX_VERSION,
+    SHARDS,
     WORLD_FILE,
     CheckpointError,
-    check_hashes,
-    checkpoint_step,
-    find_checkpoint,
+    SavedModel,
+    find_model,
     fingerprint_of,
     list_checkpoints,
     model_files,
     number_of,
     numbered,
-    read_index,
-    read_world,
 )
 from theworld.models.theworld import TheWorld
 from theworld.training.logging import ASIDE, METRICS, set_aside
 from theworld.utils.files import STALE_SECONDS, sync_folder
 
+logger = logging.getLogger(__name__)
+
 STATE, PROGRESS = "trainer.pt", "trainer.json"
-
-
+DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
+SETTLED = 60.0  # seconds: the age of the last write of a process that is gone
+_TEMPORARY = re.compile(r"\.checkpoint-\d+\.(?:(.+)\.)?(\d+)\.tmp")
 _UNREADABLE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -67,46 +83,75 @@ def save_checkpoint(
     output_dir: Path,
     step: int,
     model: TheWorld,
-    state: dict[str, Any],
+    optimizer: State,
     progress: dict[str, Any],
-    weights: dict[str, dict[str, Tensor]] | None = None,
+    is_main: bool = True,
 ) -> Path:
-    """Publishes `output_dir/checkpoint-<step>` by rename, and returns it.
+    """Publish `output_dir/checkpoint-<step>` by rename, and return it.
 
-    `state` holds tensors, numbers and containers of them; `progress` is JSON; `weights` as `model.weights()` gives
-    them, where they had to be put together before. Raises CheckpointError if a checkpoint of that name is there
-    already: nothing that was published is overwritten; OSError with the bytes needed and free where it cannot be
-    written, and then nothing of it stays.
+    `optimizer` is the optimizer's state_dict(), `progress` is JSON. In a sharded run all processes call this: each
+    writes its shares of the optimizer state, and the main one everything else. Raises CheckpointError if there is a
+    checkpoint of that name, since nothing published is overwritten; OSError with the bytes needed and free if the
+    checkpoint cannot be written, and then nothing of it stays.
     """
     target = output_dir / f"checkpoint-{step}"
-    if target.exists():
+    if is_main and target.exists():
         raise CheckpointError(f"{target} is there already; resume from it, or choose another --output_dir")
+    state, shares = split_state(optimizer)
+    weights = model.weights()
     temporary = _temporary(target)
-    shutil.rmtree(temporary, ignore_errors=True)  # our own, of a save that failed
     try:
-        model.save_pretrained(temporary, weights)
-        torch.save(state, temporary / STATE)
-        (temporary / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
-        files = {path.name: fingerprint_of(path) for path in sorted(temporary.iterdir())}
-        index = {"format": INDEX_VERSION, "step": step, "files": files}
-        (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
-        os.rename(temporary, target)
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # our own, of a save that failed
+            model.save_pretrained(temporary, weights)
+            torch.save({"optimizer": state}, temporary / STATE)
+            (temporary / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
+        if shares:
+            _write_shares(shares, temporary)
+        if is_main:
+            _publish(temporary, target, step)
     except (
         OSError,
         SafetensorError,
         RuntimeError,
-    ) as error:  # the last is what torch.save makes of an OSError
-        raise _not_written(error, target, _num_bytes([weights or model.weights(), state])) from error
+    ) as error:  # torch.save turns an OSError into a RuntimeError
+        raise _not_written(error, target, _num_bytes([weights, optimizer])) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # gone after the rename
-    sync_folder(output_dir)
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # gone after the rename
     return target
 
 
+def _write_shares(shares: dict[str, Any], temporary: Path) -> None:
+    """Write the shares of all processes into the folder of the main process."""
+    folder = [temporary / SHARDS]
+    torch.distributed.broadcast_object_list(folder)
+    write_shares(shares, folder[0])
+    if torch.distributed.get_rank() > 0:
+        return
+    try:
+        written = written_shapes(folder[0])
+    except ValueError as error:
+        raise OSError(
+            errno.EIO, f"{error}; --output_dir has to be a folder that all machines share"
+        ) from None
+    assert written == {name: tuple(value.shape) for name, value in shares.items()}
+
+
+def _publish(temporary: Path, target: Path, step: int) -> None:
+    """Write the index of a complete temporary folder, make all of it durable, and rename it."""
+    paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+    files = {path.relative_to(temporary).as_posix(): fingerprint_of(path) for path in paths}
+    index = {"format": INDEX_VERSION, "step": step, "files": files}
+    (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for path in (*temporary.rglob("*"), temporary):
+        _fsync(path)
+    os.rename(temporary, target)
+    sync_folder(target.parent)
+
+
 def rotate(output_dir: Path, limit: int | None) -> list[Path]:
-    """Deletes the oldest checkpoints beyond `limit`, after the newest one is complete; returns what went. A stop in
+    """Delete the oldest checkpoints beyond `limit`, after the newest one is complete, and return them. A stop in
     between leaves a temporary folder, never half of a checkpoint."""
     old = list_checkpoints(output_dir)[:-limit] if limit else []
     for path in old:
@@ -116,7 +161,7 @@ def rotate(output_dir: Path, limit: int | None) -> list[Path]:
 
 
 def _temporary(target: Path) -> Path:
-    """Says who writes it: machine and process."""
+    """Return a temporary name that tells which process of which machine writes there."""
     return target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
@@ -125,7 +170,7 @@ def _not_written(error: Exception, target: Path, needed: int) -> OSError:
     code = getattr(error, "errno", None) or (errno.ENOSPC if free < needed else errno.EIO)
     older = list_checkpoints(target.parent)
     last = f"{older[-1].name} is as it was" if older else "there is none before it"
-    # An OSError of the store's own has a line of its own after its first reason.
+    # The message of an OSError of the store has a line of its own after its first reason.
     reason = str(getattr(error, "strerror", None) or error).partition(";")[0].partition("\n")[0]
     text = f"{reason}; {needed:,} bytes needed, {free:,} free; this checkpoint was not written, {last}"
     return OSError(code, text, str(target))
@@ -148,98 +193,134 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state on the CPU, progress) of a checkpoint, after the hash of every file was checked. CheckpointError."""
-    check_files(path)
-    try:
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        progress = json.loads((path / PROGRESS).read_text())
-        state["optimizer"]["state"], state["rng"], progress["window"]
-    except _UNREADABLE as error:
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{path}: {STATE} or {PROGRESS} cannot be read: {reason}; use another"
-        ) from None
-    if progress["step"] != checkpoint_step(path):
-        raise CheckpointError(
-            f"{path}: {INDEX} says step {checkpoint_step(path)}, {PROGRESS} {progress['step']}; use another checkpoint"
-        )
-    return state, progress
+# ---- reading
 
 
-def check_files(path: Path) -> None:
-    """CheckpointError unless every file of a checkpoint is there, and has the bytes that were saved."""
-    if not (path / INDEX).is_file():
-        raise CheckpointError(f"{path}: {INDEX} is missing; use another checkpoint")
-    index = read_index(path)
-    check_hashes(path, index, {*index["files"], STATE, PROGRESS, WORLD_FILE})
-    check_hashes(path, index, [name for name in model_files(read_world(path)) if name not in index["files"]])
+@dataclass
+class ResumePoint:
+    """A valid checkpoint that a run goes on from, and newer ones that are damaged, with what is wrong with them."""
 
-
-DAMAGED = "damaged-"  # before the name of a checkpoint that was set aside
-SETTLED = 60.0  # seconds: what a process that is gone wrote last is older
-_TEMPORARY = re.compile(r"\.checkpoint-\d+\.(?:(.+)\.)?(\d+)\.tmp")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint that is as it was saved, and newer ones that are not, with what is wrong with them."""
-
-    path: Path
-    state: dict[str, Any]
-    progress: dict[str, Any]
+    saved: SavedModel
+    progress: dict[str, Any]  # the content of trainer.json
+    optimizer: State | None  # mapped from trainer.pt; None once `load_optimizer` has loaded it
     skipped: dict[Path, str] = field(default_factory=dict)
 
+    @property
+    def path(self) -> Path:
+        """The folder of the checkpoint."""
+        return self.saved.folder
 
-def find_sound(path: str | Path) -> Found:
-    """What a run goes on from: `path` itself, which has to be as it was saved, or the newest one in it that is.
+    @property
+    def shards(self) -> Path | None:
+        """The folder with shares of the optimizer state; None if all of it is in trainer.pt."""
+        names = [] if self.saved.index is None else self.saved.index["files"]
+        return self.path / SHARDS if any(name.startswith(f"{SHARDS}/") for name in names) else None
 
-    CheckpointError if there is none.
+
+def latest_valid_checkpoint(path: str | Path) -> ResumePoint:
+    """Return the checkpoint `path`, which has to be valid, or the newest valid one in the folder `path`.
+
+    Raises CheckpointError if there is none.
     """
     path, skipped = Path(path), dict[Path, str]()
     if (path / INDEX).is_file() or not numbered(path):
-        path = find_checkpoint(path)
-        return Found(path, *load_checkpoint(path))
+        return read_checkpoint(find_model(path))
     for one in reversed(numbered(path)):
         try:
-            return Found(one, *load_checkpoint(one), skipped)
+            return read_checkpoint(one, skipped)
         except CheckpointError as error:
             skipped[one] = str(error)
     reasons = "".join(f"\n  {reason}" for reason in skipped.values())
-    raise CheckpointError(f"{path}: no checkpoint in it is as it was saved:{reasons}")
+    raise CheckpointError(f"{path}: no valid checkpoint in it:{reasons}")
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path) -> None:
-    """CheckpointError unless a whole optimiser's state fits this optimiser: torch itself asks for no shape."""
+def read_checkpoint(path: Path, skipped: dict[Path, str] | None = None) -> ResumePoint:
+    """Return a checkpoint, each file of which was compared with its recorded SHA-256. Raises CheckpointError."""
+    if not (path / INDEX).is_file():
+        raise CheckpointError(f"{path}: {INDEX} is missing; use another checkpoint")
+    saved = SavedModel.read(path)
+    assert saved.index is not None
+    progress_data = saved.read_file(PROGRESS)
+    names = {*saved.index["files"], *model_files(saved.world), STATE}
+    saved.verify(sorted(names - {WORLD_FILE, CONFIG_FILE, PROGRESS}))
+    try:
+        # Mapped and not read: each process of a run maps the same pages.
+        optimizer = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)["optimizer"]
+        progress = json.loads(progress_data)
+        optimizer["state"], optimizer["param_groups"], progress["window"]
+    except _UNREADABLE as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"{path}: {STATE} or {PROGRESS} cannot be read: {reason}; use another checkpoint"
+        ) from None
+    if progress["step"] != saved.step:
+        raise CheckpointError(
+            f"{path}: {INDEX} says step {saved.step}, {PROGRESS} {progress['step']}; use another checkpoint"
+        )
+    return ResumePoint(saved, progress, optimizer, {} if skipped is None else skipped)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, point: ResumePoint) -> None:
+    """Load the saved state into the optimizer of a resumed run and drop it from `point`.
+
+    Raises CheckpointError, before anything is changed, unless the state fits: torch itself compares no shapes.
+    """
+    state, point.optimizer = point.optimizer, None
+    assert state is not None, "a resume point is applied once"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     groups = [len(group["params"]) for group in optimizer.param_groups]
-    theirs = [len(group["params"]) for group in saved["param_groups"]]
+    theirs = [len(group["params"]) for group in state["param_groups"]]
     if groups != theirs:
-        raise CheckpointError(f"{path / STATE}: parameters in groups of {theirs}; this run has {groups}")
-    for number, state in saved["state"].items():
+        raise CheckpointError(
+            f"{point.path / STATE}: parameters in groups of {theirs}; this run has {groups}"
+        )
+    whole = {number: dict(own) for number, own in state["state"].items()}
+    if point.shards is not None:
+        try:
+            shapes = written_shapes(point.shards)
+        except ValueError as error:
+            raise CheckpointError(f"{error}; use another checkpoint") from None
+        for name, shape in shapes.items():
+            number, _, moment = name.partition(".")
+            whole.setdefault(int(number), {})[moment] = torch.empty(shape, device="meta")
+        _check_moments(whole, parameters, point.path)
+        like = {name: parameters[int(name.partition(".")[0])] for name in shapes}
+        for name, value in read_shares(point.shards, like).items():
+            number, _, moment = name.partition(".")
+            whole[int(number)][moment] = value
+    _check_moments(whole, parameters, point.path)
+    load_state(optimizer, state | {"state": whole})
+
+
+def _check_moments(
+    state: dict[int, dict[str, Any]], parameters: list[torch.nn.Parameter], path: Path
+) -> None:
+    """Raise CheckpointError unless the moments of an optimizer have its parameters' shapes and are finite."""
+    for number, own in state.items():
         if not 0 <= number < len(parameters):
             raise CheckpointError(f"{path / STATE}: there is no parameter {number} in this run")
         for name in ("exp_avg", "exp_avg_sq"):
-            have, wanted = tuple(state[name].shape), tuple(parameters[number].shape)
+            have = tuple(own[name].shape) if name in own else "missing"
+            wanted = tuple(parameters[number].shape)
             if have != wanted:
                 raise CheckpointError(
                     f"{path / STATE}: {name} of parameter {number} is {have}; wanted {wanted}"
                 )
-            if not state[name].isfinite().all():
+            value = own[name].to_local() if isinstance(own[name], DTensor) else own[name]
+            if not value.is_meta and not value.isfinite().all():
                 raise CheckpointError(f"{path / STATE}: {name} of parameter {number} is not finite")
 
 
-def check_same_run(found: Found, run: dict[str, Any]) -> None:
-    """CheckpointError where `run`, what its checkpoints are going to say of it, is not the run that a checkpoint is
-    of."""
-    path, record = found.path, found.progress
+def check_same_run(point: ResumePoint, run: dict[str, Any]) -> None:
+    """Raise CheckpointError unless `run`, its identity in the trainer.json of each checkpoint, is that of `point`."""
+    path, record = point.path, point.progress
     saved, now = record["num_statements"], run["num_statements"]
     if saved != now:
         raise CheckpointError(
             f"{path} was trained on {saved} statements, now there are {now}; use the same --annotations and cache"
         )
     saved, now = record.get("data_sha256"), run["data_sha256"]
-    if saved not in (None, now):  # checkpoints of before do not say
+    if saved not in (None, now):  # older checkpoints do not have it
         raise CheckpointError(
             f"{path} was trained on other statements or captions: their SHA-256 is {saved}, now {now}; use the same "
             "files of --annotations and --captions"
@@ -258,58 +339,46 @@ def check_same_run(found: Found, run: dict[str, Any]) -> None:
         )
 
 
-# ---- what lies in the way
+# ---- what earlier starts left
 
 
-def refuse_to_overwrite(output_dir: Path, found: Found | None) -> None:
-    """CheckpointError if checkpoints that a run would write again are there when it starts; those that are damaged
-    and were skipped are set aside by then."""
-    done = -1 if found is None else found.progress["step"]
-    skipped = found.skipped if found is not None else {}
+def refuse_to_overwrite(output_dir: Path, point: ResumePoint | None) -> None:
+    """Raise CheckpointError if a run would write checkpoints that are there when it starts. Damaged ones that were
+    skipped are set aside before."""
+    done = -1 if point is None else point.progress["step"]
+    skipped = point.skipped if point is not None else {}
     ahead = [p for p in numbered(output_dir) if number_of(p) > done and p not in skipped]
     if ahead:
-        cure = "use another --output_dir, or move them away"
-        if found is None:
-            cure = f"go on with --resume_from {output_dir}, " + cure
-        raise CheckpointError(f"{output_dir} already holds {', '.join(p.name for p in ahead)}; {cure}")
+        hint = "use another --output_dir, or move them away"
+        if point is None:
+            hint = f"go on with --resume_from {output_dir}, " + hint
+        raise CheckpointError(f"{output_dir} already holds {', '.join(p.name for p in ahead)}; {hint}")
 
 
-def set_random_state(found: Found) -> None:
-    """CheckpointError where torch cannot take the state that was saved."""
-    try:
-        torch.set_rng_state(found.state["rng"])
-    except (RuntimeError, TypeError) as error:
-        raise CheckpointError(
-            f"{found.path}: its random state cannot be used: {error}; use another"
-        ) from None
+def clean_up(output_dir: Path, skipped: Iterable[Path] = ()) -> None:
+    """Rename damaged checkpoints that are in the way, delete what killed saves left, and log each.
 
-
-def tidy(output_dir: Path, skipped: Iterable[Path] = ()) -> list[str]:
-    """Renames damaged checkpoints that are in the way, and deletes what killed saves left; a line for each.
-
-    A temporary folder goes if the process that its name tells of ran on this machine, is gone, and wrote nothing for a
+    A temporary folder is deleted if the process in its name ran on this machine, is gone, and wrote nothing for a
     minute; or if nobody wrote to it for a day.
     """
-    lines = []
     for path in skipped:
         if path.parent.resolve() == output_dir.resolve():
             aside, number = path.with_name(DAMAGED + path.name), 2
             while aside.exists():
                 aside, number = path.with_name(f"{DAMAGED}{path.name}-{number}"), number + 1
             os.rename(path, aside)
-            lines.append(f"{path.name} is now {aside}")
+            logger.warning("%s is now %s", path.name, aside)
     for path in sorted(output_dir.glob(".checkpoint-*.tmp")):
         match = _TEMPORARY.fullmatch(path.name)
         if match is None:
             continue
-        age = time.time() - max(p.stat().st_mtime for p in (path, *path.iterdir()))
+        age = time.time() - max(p.stat().st_mtime for p in (path, *path.rglob("*")))
         gone = match[1] == socket.gethostname() and not _lives(int(match[2])) and age > SETTLED
         if gone or age > STALE_SECONDS:
             shutil.rmtree(path)
-            lines.append(f"deleted {path}, which a killed save left")
+            logger.info("deleted %s, which a killed save left", path)
         else:
-            lines.append(f"{path} was left by a save that did not end, {age:.0f} s ago; it is not used")
-    return lines
+            logger.warning("%s was left by a save that did not end, %.0f s ago; it is not used", path, age)
 
 
 def _lives(process: int) -> bool:
@@ -322,15 +391,16 @@ def _lives(process: int) -> bool:
     return True
 
 
-def tidy_run(output_dir: Path, resumed: Found | None, last: int, owes_dev: bool) -> list[str]:
-    """Moves what earlier starts left out of the way of a run that goes on after step `last`; a line for each thing.
-    `owes_dev`: an evaluation of that step is made again."""
-    lines = tidy(output_dir, resumed.skipped if resumed is not None else ())
+def clean_up_run(output_dir: Path, point: ResumePoint | None, last: int, pending_dev_eval: bool) -> None:
+    """Move what earlier starts left out of the way of a run that goes on after step `last`, and log each thing.
+
+    With `pending_dev_eval` the evaluation of that step is made again.
+    """
+    clean_up(output_dir, point.skipped if point is not None else ())
 
     def keep(line: dict[str, Any]) -> bool:
-        return line["step"] < last or (line["step"] == last and not (owes_dev and "dev_loss" in line))
+        return line["step"] < last or (line["step"] == last and not (pending_dev_eval and "dev_loss" in line))
 
     moved = set_aside(output_dir, keep)
     if moved:
-        lines.append(f"{moved} lines of {METRICS} about steps that are taken again are now in {ASIDE}")
-    return lines
+        logger.warning("%d lines of %s about steps that are taken again are now in %s", moved, METRICS, ASIDE)

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+
 from theworld.config.config import Config
-from theworld.data.captions import Captions, captions_note, load_captions
+from theworld.data.captions import Captions, captions_note, load_captions, pick_captions
 from theworld.data.images import check_photographs
 from theworld.data.vsr import Statement, images_of, load_statements, relation_note
 from theworld.extraction.batches import FeatureSource
@@ -15,15 +18,16 @@ from theworld.extraction.features import (
     CachedFeatures,
     cached_latents,
     cached_vision,
-    check_vision_tower,
     in_cache,
     vision_note,
     vision_source,
 )
 from theworld.models.encoder import check_compatible
-from theworld.models.gemma import Gemma, prepare_parts
-from theworld.models.serialization import read_world
+from theworld.models.fsdp import asked
+from theworld.models.gemma import Gemma, decide_parts, load_gemma
+from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
+from theworld.training.schedule import Phase
 
 COMPARE_SECONDS = 60.0  # for comparing photographs before training; tools/doctor.py takes the time it needs
 
@@ -44,10 +48,18 @@ class Data:
         said = [[vars(statement) for statement in self.train], self.captions]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
+    def captions_of(
+        self, statements: Sequence[Statement], phase: Phase, seed: int, step: int
+    ) -> dict[str, str] | None:
+        """Return a caption for each of the statements' images, or None in a phase that predicts no captions."""
+        if self.captions is None or "statement" not in phase.word_losses:
+            return None
+        return pick_captions(self.captions, statements, seed, step)
+
 
 def load_data(config: Config, cache: Path) -> Data:
     """Return statements and cache, checked against the settings before any model loads. `vision` is what is cached: see
-    `prepare_gemma`."""
+    `with_vision`."""
     latents = cached_latents(config, cache)
     train = load_statements(config.annotations, "train", config.dataset_name)
     dev = load_statements(config.annotations, "dev", config.dataset_name) if config.do_eval else []
@@ -82,39 +94,36 @@ def compared(config: Config, latents: CachedFeatures, images: list[str]) -> list
     return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS)]
 
 
-def prepare_gemma(gemma: Gemma, config: Config, data: Data, start: Path | None) -> Data:
-    """Set up a Gemma as it was published, with or without its weights, to train as the settings say, and return the
-    data with its feature source. `start`: the checkpoint of this run or of an earlier stage, which has to be of the
-    same latents as the cache."""
-    assert data.vision is None or isinstance(data.vision, CachedFeatures)
-    _prepare_parts(gemma, config, data, start)
-    vision = vision_source(gemma, config, data.vision, data.latents.reader.images)
-    notes = [*data.notes, *vision_note(gemma, data.vision)]
-    _drop_vision(gemma, vision)
-    return replace(data, vision=vision, notes=notes)
+def plan_gemma(config: Config, device: torch.device, data: Data, start: SavedModel | None) -> Gemma:
+    """Return the Gemma of a run as shapes without weights.
+
+    `start` is the checkpoint of this run or of an earlier stage. Raises StoreMismatch if its latents are others than
+    those in the cache, ValueError for settings that cannot go on from it.
+    """
+    world = None if start is None else start.world
+    if world is not None:
+        check_compatible(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
+    parts = decide_parts(config, world)
+    return load_gemma(config, device, parts=parts, weights=False, sharded=asked())
 
 
-def load_model(gemma: Gemma, config: Config, data: Data, start: Path | None) -> TheWorld:
-    """Return the model of a run: a Gemma that `prepare_gemma` set up without its weights, now with them, and a new
-    projection or the weights of `start`."""
-    gemma.load_weights()
-    _prepare_parts(gemma, config, data, start)
-    if isinstance(data.vision, CachedFeatures):
-        check_vision_tower(gemma, config, data.vision)
-    _drop_vision(gemma, data.vision)
+def with_vision(data: Data, gemma: Gemma, config: Config) -> Data:
+    """Return the data with the source of this Gemma's vision features, and free its vision tower if they are cached."""
+    cached = data.vision if isinstance(data.vision, CachedFeatures) else None
+    vision = vision_source(gemma, config, cached, data.latents.reader.images)
+    if isinstance(vision, CachedFeatures):
+        gemma.drop_vision()
+    return replace(data, vision=vision, notes=[*data.notes, *vision_note(gemma, cached)])
+
+
+def load_model(planned: Gemma, config: Config, data: Data, start: SavedModel | None) -> tuple[TheWorld, Data]:
+    """Return the model of a run, with a new projection or the weights of `start`, and the data with its vision source.
+
+    `planned` and `data` are as `plan_gemma` and `with_vision` gave them.
+    """
+    gemma = planned.with_weights()
+    data = with_vision(data, gemma, config)
     model = TheWorld.from_config(config, gemma, data.latents.reader.fingerprint)
     if start is not None:
         model.load_weights(start)
-    return model
-
-
-def _prepare_parts(gemma: Gemma, config: Config, data: Data, start: Path | None) -> None:
-    world = None if start is None else read_world(start)
-    if world is not None:
-        check_compatible(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
-    prepare_parts(gemma, config, world)
-
-
-def _drop_vision(gemma: Gemma, vision: FeatureSource | None) -> None:
-    if isinstance(vision, CachedFeatures):
-        gemma.drop_vision()
+    return model, data

@@ -1,6 +1,6 @@
-"""Where the figures of a run are shown while it trains: TensorBoard, Weights & Biases, both or neither.
+"""The figures of a run: metrics.jsonl, and on request TensorBoard and Weights & Biases.
 
-metrics.jsonl, the figures of a run: one line a time, each step once however often the run was stopped.
+metrics.jsonl has the figures of each step once, however often the run was stopped.
 """
 
 import json
@@ -18,29 +18,31 @@ METRICS, ASIDE = "metrics.jsonl", "metrics.aside.jsonl"
 
 
 def append(folder: Path, line: dict[str, Any]) -> None:
-    """Adds a line."""
+    """Append a line to metrics.jsonl."""
     with open(folder / METRICS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def sync(folder: Path) -> None:
-    """Makes all lines durable: before the checkpoint that they lead to."""
+    """Make all lines durable, before the checkpoint after them is saved."""
     if (folder / METRICS).exists():
         with open(folder / METRICS, "rb") as file:
             os.fsync(file.fileno())
 
 
 def set_aside(folder: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
-    """Moves the lines that `keep` does not want, and those that are no whole lines, to the end of ASIDE: those of steps
-    that a run is about to take again. Returns how many."""
+    """Move lines that `keep` refuses, and incomplete ones, to the end of ASIDE, and return their number.
+
+    They are about steps that a run is about to take again.
+    """
     path = folder / METRICS
     if not path.exists():
         return 0
     kept, moved = bytearray(), bytearray()
     data = path.read_bytes()
     for raw in data.splitlines(keepends=True):
-        wanted = kept if _is_wanted(raw, keep) else moved
-        wanted += raw if raw.endswith(b"\n") else raw + b"\n"
+        target = kept if _is_wanted(raw, keep) else moved
+        target += raw if raw.endswith(b"\n") else raw + b"\n"
     if moved:
         with open(folder / ASIDE, "ab") as file:  # first, so that a stop in between loses nothing
             file.write(moved)
@@ -59,11 +61,11 @@ def _is_wanted(raw: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
     return isinstance(line, dict) and isinstance(line.get("step"), int) and keep(line)
 
 
-RUN_ID = "wandb_id.txt"  # in the output folder: a resumed run goes on in the same W&B run
+RUN_ID = "wandb_id.txt"  # in the output folder: a resumed run continues its W&B run
 
 
 def check_trackers(config: Config) -> None:
-    """Raises ValueError, with the cure, if what the settings ask for cannot be had. Loads W&B only if they do."""
+    """Raise ValueError with a hint if W&B is requested and cannot be used. Imports W&B only if it is requested."""
     if not config.log_to_wandb:
         return
     try:
@@ -81,20 +83,23 @@ def check_trackers(config: Config) -> None:
 
 
 class Trackers:
-    """What a run logs to, in its main process. `log` takes the same figures that metrics.jsonl gets."""
+    """TensorBoard and W&B, as the settings request, in the main process of a run."""
 
     def __init__(
         self, config: Config, settings: dict[str, Any], output_dir: Path, resumed: bool, step: int = 0
     ) -> None:
-        """`settings` are what W&B shows of the run's. `step`: that after which the run goes on; TensorBoard then drops
-        what an earlier start logged of later ones. Raises ValueError if W&B does not begin."""
+        """Start the trackers of a run that goes on after `step`.
+
+        W&B shows `settings`. TensorBoard drops what an earlier start logged about later steps. Raises ValueError if W&B
+        does not start.
+        """
         logs = output_dir / "logs"
         purge = step + 1 if logs.exists() else None
         self.writer = SummaryWriter(str(logs), purge_step=purge) if config.log_to_tensorboard else None
         self.run = _wandb_run(config, settings, output_dir, resumed) if config.log_to_wandb else None
 
     def log(self, figures: dict[str, float], step: int) -> None:
-        """Figures of one step; a step may have several calls."""
+        """Log figures of one step, the same as in metrics.jsonl. A step may have several calls."""
         if self.writer is not None:
             for key, value in figures.items():
                 self.writer.add_scalar(key, value, step)
@@ -102,7 +107,7 @@ class Trackers:
             self.run.log(figures, step=step)
 
     def close(self) -> None:
-        """Until everything is written or sent."""
+        """Wait until everything is written or sent."""
         if self.writer is not None:
             self.writer.close()
         if self.run is not None:
@@ -113,13 +118,13 @@ def _wandb_run(config: Config, settings: dict[str, Any], output_dir: Path, resum
     import wandb
 
     path = output_dir / RUN_ID
-    # Only of a run that goes on: a new one in a folder that was used before is another run.
+    # A new run in a folder that was used before is another W&B run.
     name = path.read_text().strip() if resumed and path.exists() else None
     try:
         run = wandb.init(
             project=config.wandb_project,
             name=config.run_name,
-            id=name,  # none: W&B makes one up
+            id=name,  # None: W&B makes one up
             resume="allow",
             config=settings,
             dir=str(output_dir),

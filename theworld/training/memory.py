@@ -1,8 +1,7 @@
-"""What a run is going to do, before it does it: what trains, how many steps, and about how much memory they take.
+"""The plan of a run before its weights load, with an estimate of its memory, and the errors of a step that failed.
 
-Whether a machine is enough for a training, estimated before any model is loaded.
-
-What a run says of a step that failed, and ends with: numbers that are not finite, or no memory left.
+Two steps fail for reasons that a user can mend: numbers that are not finite, and a micro-batch that does not fit into
+memory. Their errors name the images and the settings that would do.
 """
 
 import math
@@ -15,22 +14,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from theworld.config.config import Config
 from theworld.data.vsr import Statement
-from theworld.extraction.batches import Pass
+from theworld.extraction.batches import Microbatch
 from theworld.hub.card import Facts
 from theworld.hub.publish import check_hub
 from theworld.models.fsdp import wants_sharding
-from theworld.models.gemma import IN_WORDS, load_gemma, parameters_of
-from theworld.models.packing import ZERO, Packer
+from theworld.models.gemma import PART_DESCRIPTIONS, parameters_of
+from theworld.models.packing import Control, Packer
 from theworld.models.projection import ProjectionShape, WorldProjection
-from theworld.models.serialization import VISION, find_start, list_checkpoints
-from theworld.training.checkpoint import find_sound, refuse_to_overwrite
-from theworld.training.data import load_data, prepare_gemma
-from theworld.training.objectives import captions_for, check_align
-from theworld.training.schedule import Order, num_train_steps, parts_of_step
+from theworld.models.serialization import VISION, CheckpointError, SavedModel, find_model, list_checkpoints
+from theworld.training.checkpoint import ResumePoint, latest_valid_checkpoint, refuse_to_overwrite
+from theworld.training.data import load_data, plan_gemma, with_vision
+from theworld.training.objectives import check_align
+from theworld.training.schedule import Order, num_train_steps, phase_of, phases, split_step
 from theworld.utils.console import ExplainedError
 from theworld.utils.device import (
     GIB,
@@ -38,19 +37,20 @@ from theworld.utils.device import (
     memory_of,
     resolve_device,
     resolve_dtype,
+    seeded,
     wants_compile,
 )
 from theworld.utils.distributed import Processes
 from theworld.utils.hub import GEMMA_FILE, Fault, locate
 
-TEXT_TOKENS = 60  # of a statement with the guide's question, at most
+TEXT_TOKENS = 60  # of a statement with its question and the chat template, at most
+SURVEYED_EPOCHS = 3  # of the order, for the step that takes the most memory
 FP8_CAPABILITY = (9, 0)  # Hopper
-SURVEYED_EPOCHS = 3  # for the step that takes the most memory
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a Gemma decides how much memory it takes."""
+    """The shapes of a language model that decide how much memory it takes."""
 
     hidden: int
     layers: int
@@ -61,7 +61,7 @@ class Sizes:
     image_tokens: int
 
 
-# Published shapes of Gemma 3 (arXiv 2503.19786), for one whose config is not on this machine yet.
+# Published shapes of Gemma 3 (arXiv 2503.19786), for models whose config is not on this machine yet.
 PUBLISHED = {
     "270m": Sizes(640, 18, 2048, 10, 256, 0.27e9, 0),
     "1b": Sizes(1152, 26, 6912, 10, 256, 1.0e9, 0),
@@ -72,7 +72,8 @@ PUBLISHED = {
 
 
 def sizes_of(model_name: str) -> Sizes | None:
-    """Those of a Gemma by its config or, where that is not on this machine, by its published name; None: unknown."""
+    """Return the sizes of a Gemma from its config or, if that is not on this machine, from its published name; None for
+    an unknown model."""
     try:
         place = locate(model_name, GEMMA_FILE)
     except Fault:
@@ -80,7 +81,11 @@ def sizes_of(model_name: str) -> Sizes | None:
     if place is None or place.config is None:
         size = re.search(r"gemma-3-(270m|1b|4b|12b|27b)\b", model_name)
         return PUBLISHED[size[1]] if size else None
-    config = AutoConfig.from_pretrained(Path(place.config).parent)
+    return config_sizes(AutoConfig.from_pretrained(Path(place.config).parent))
+
+
+def config_sizes(config: PretrainedConfig) -> Sizes:
+    """Return the sizes of a Gemma from its config."""
     text = config.get_text_config()
     heads = 2 * text.num_attention_heads + 2 * text.num_key_value_heads
     layer = text.hidden_size * (heads * text.head_dim + 3 * text.intermediate_size)
@@ -96,66 +101,64 @@ def sizes_of(model_name: str) -> Sizes | None:
 
 
 def training_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
-    """What the frozen language model takes, and what one pass keeps for its backward, at most: as if no two of its
-    statements were about one image. RESULTS.md says how the values that a layer keeps were counted."""
+    """Return the bytes of the frozen language model and those that a micro-batch keeps for its backward pass, at most:
+    as if each of its statements were about another image."""
     device = resolve_device(config.device)
     width = resolve_dtype(config.dtype, device).itemsize
     side = config.latent_size // 8
     world = 16 if config.world_mode == "channel" else (side // config.world_patch) ** 2
     world *= 1 + config.num_world_steps
     tokens = config.batch_size * (world + sizes.image_tokens + TEXT_TOKENS)
-    heads = sizes.heads * sizes.head_dim
-    kept = decoder_values(config, sizes.layers, sizes.hidden, sizes.feed_forward, heads)
-    return sizes.parameters * width, tokens * width * kept
+    return sizes.parameters * width, tokens * width * kept_values(config, sizes)
 
 
-def layer_values(hidden: int, feed_forward: int, heads: int) -> int:
-    """Values that a decoder layer of ours keeps of a token for the backward pass: its input and two products of that
-    width, gate and up, queries, keys and values, queries and keys once more after norm and rotation, and the output of
-    attention. `heads`: the width of all heads of queries, keys, values and outputs together."""
-    return 3 * hidden + 2 * feed_forward + heads * 3 // 2
+def kept_values(config: Config, sizes: Sizes, multiple: float = 1.0) -> float:
+    """Return the number of values that all decoder layers keep of a token for the backward pass.
 
-
-def decoder_values(config: Config, layers: int, hidden: int, feed_forward: int, heads: int) -> float:
-    """Values a token that our decoder holds where a backward pass needs most, at its beginning: what all layers but the
-    last keep, which goes on with few tokens, and gradients of gate and up; in 8 bits what is made of them, too."""
-    layer = layer_values(hidden, feed_forward, heads)
-    if config.use_gradient_checkpointing:
-        return kept_values(config, layers, hidden, layer)
-    return (layers - 1) * layer + (4 if config.fp8 else 2) * feed_forward
+    A layer of ours keeps its input and two products of that width, gate and up, all heads of queries, keys, values and
+    outputs, and queries and keys once more after norm and rotation (measured: RESULTS.md). The last layer keeps little;
+    most memory is taken as the backward pass begins, with the gradients of gate and up and, with `fp8`, their products.
+    Other decoders keep a `multiple` of that in every layer.
+    """
+    layer = 3 * sizes.hidden + 2 * sizes.feed_forward + sizes.heads * sizes.head_dim * 3 // 2
+    if multiple != 1 or config.use_gradient_checkpointing:
+        return _over_layers(config, sizes.layers, sizes.hidden, multiple * layer)
+    return (sizes.layers - 1) * layer + (4 if config.fp8 else 2) * sizes.feed_forward
 
 
 def projection_bytes(shape: ProjectionShape) -> int:
-    """Bytes that the projection keeps of an image for the backward pass, in float32: its inner values before and after
-    GELU, its tokens before and after their norm, and between brackets."""
+    """Return the bytes that the projection keeps of an image for the backward pass, in float32: its inner values before
+    and after GELU, and its tokens before and after their norm and between the brackets."""
     inner = 0 if shape.architecture == "linear" else shape.inner
     return 4 * shape.num_tokens * (2 * inner + 3 * shape.width)
 
 
-def kept_values(config: Config, layers: int, hidden: int, layer: float) -> float:
-    """Values that all layers keep of a token; with checkpointing only their inputs, and one layer at work: its values
-    again, their gradients, and what is between the two."""
+def _over_layers(config: Config, layers: int, hidden: int, layer: float) -> float:
+    """Return the values that all layers keep of a token. With checkpointing these are their inputs, and of one layer at
+    work its values, their gradients, and intermediate values."""
     return layers * hidden + 3 * layer if config.use_gradient_checkpointing else layers * layer
 
 
-TRAINED_BYTES = 16  # of a parameter: weight, gradient and AdamW's two moments, in float32
-# What transformers' own layers keep for the backward pass, in multiples of what is counted here, which is what ours
-# keep. Fitted to what was measured: RESULTS.md.
-PLAIN, PLAIN_UNCOMPILED = 1.93, 2.75
+TRAINED_BYTES = 16  # for each parameter: weight, gradient and AdamW's two moments, in float32
+# Values that transformers' own layers keep for the backward pass, in multiples of those of ours; measured: RESULTS.md.
+HF_LAYER, HF_LAYER_UNCOMPILED = 1.93, 2.75
+VISION_LAYER = (
+    2.1  # the same of the vision tower, in multiples of eight widths and two of the feed-forward layer
+)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device, about."""
+    """An estimate of the bytes on one device."""
 
     frozen: float  # weights
     trained: float  # weights, gradients and moments
-    activations: float  # what the largest pass of a step keeps for its backward pass
+    activations: float  # kept by the largest micro-batch of a step for its backward pass
     available: float
 
     @property
     def total(self) -> float:
-        """All of what is used."""
+        """The sum of all that is used."""
         return self.frozen + self.trained + self.activations
 
     def __str__(self) -> str:
@@ -165,7 +168,7 @@ class Memory:
         )
         return (
             f"memory: about {total} of {available} GiB: frozen weights {frozen}, what trains with its gradients and "
-            f"moments {trained}, a pass {activations}"
+            f"moments {trained}, a micro-batch {activations}"
         )
 
 
@@ -173,47 +176,53 @@ class Plan:
     """A run before its weights load: data, order, steps, and counts from the shapes of the models alone."""
 
     def __init__(self, config: Config, cache: Path) -> None:
-        """Raises ValueError, StoreError and CheckpointError for what stands in the way of the run."""
-        self.config = config
+        """Raises ValueError, StoreError or CheckpointError if the run could not start."""
         self.output_dir = Path(config.output_dir)
         self.processes = Processes(config.device)
         if self.processes.is_main_process:  # the only one that uploads
             check_hub(config)
         count = self.processes.count
-        self.per_step = config.batch_size * config.gradient_accumulation_steps * count
+        self.global_batch_size = config.batch_size * config.gradient_accumulation_steps * count
         self.data = load_data(config, cache)
-        self.resumed = find_sound(config.resume_from) if config.resume_from else None
+        self.resumed = latest_valid_checkpoint(config.resume_from) if config.resume_from else None
         refuse_to_overwrite(self.output_dir, self.resumed)
-        init = find_start(config.init_from) if config.init_from else None
-        self.start = self.resumed.path if self.resumed is not None else init
+        self.start, init_from = _start(config, self.resumed)
+        self.config = config = replace(config, init_from=init_from)
         self.order = Order(self.data.train, config.seed)
         before = config.align_steps + config.statement_steps
-        self.num_steps = before + num_train_steps(config, len(self.data.train), self.per_step)
-        self.gemma = load_gemma(config, self.processes.device, weights=False)
-        self.data = prepare_gemma(self.gemma, config, self.data, self.start)
+        self.num_steps = before + num_train_steps(config, len(self.data.train), self.global_batch_size)
+        self.phases = phases(config, self.num_steps)
+        self.gemma = plan_gemma(config, self.processes.device, self.data, self.start)
+        self.data = with_vision(self.data, self.gemma, config)
         self.sharded = wants_sharding(count, self.gemma)
         fingerprint = self.data.latents.reader.fingerprint
         shape = ProjectionShape.from_settings(config, fingerprint, self.gemma.width)
         check_align(config, shape, self.gemma.num_image_tokens)
-        own, _ = count_parameters(
-            WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
-        )
+        with seeded(config.seed):  # its values count for nothing
+            own, _ = count_parameters(
+                WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
+            )
         self.facts = self._facts(own)
         self.sizes = own, shape
-        self.heaviest = self._heaviest()
+        self.heaviest_start = self._heaviest_start()
         self.memory = self.estimate(config)
         check_memory(self.memory, self.sharded)
         self.lines = self._lines(own, shape)
 
     def _facts(self, projection: int) -> Facts:
         gemma = self.gemma
-        also = {IN_WORDS[part]: _number(parameters_of(gemma, part).values()) for part in gemma.trained}
+        also = {
+            PART_DESCRIPTIONS[part]: _number(parameters_of(gemma, part).values())
+            for part in gemma.trainable_parts
+        }
         trains = sum(also.values())
         frozen = _number(gemma.model.parameters()) - trains
-        return Facts(projection + trains, frozen, self.num_steps, self.per_step, self.data.notes, also)
+        return Facts(
+            projection + trains, frozen, self.num_steps, self.global_batch_size, self.data.notes, also
+        )
 
     def _lines(self, projection: int, shape: ProjectionShape) -> list[str]:
-        """What trains and what is frozen, on what, in how many steps: lines to show before the start."""
+        """Return the lines to show before the start: trained and frozen parameters, data, steps and memory."""
         config, facts, count = self.config, self.facts, self.processes.count
         share = facts.trainable / (facts.trainable + facts.frozen)
         trains = f"projection, {projection:,} parameters"
@@ -234,57 +243,70 @@ class Plan:
             lines.append(f"resumed after step {self.resumed.progress['step']:,}, from {self.resumed.path}")
         return lines
 
-    def _heaviest(self) -> int:
-        """The place in the order of the first statement of the step with the most images, in the first epochs."""
-        stop = min(self.num_steps * self.per_step, SURVEYED_EPOCHS * self.order.num_statements)
-        starts = range(0, stop, self.per_step)
-        return max(starts, key=lambda start: len({s.image for s in self.order.take(start, self.per_step)}))
+    def _heaviest_start(self) -> int:
+        """Return the place in the order of the first statement of the step with the most images."""
+        steps_end = min(self.num_steps * self.global_batch_size, SURVEYED_EPOCHS * self.order.num_statements)
+        starts = range(0, steps_end, self.global_batch_size)
+        return max(starts, key=lambda i: len({s.image for s in self.order.take(i, self.global_batch_size)}))
 
     def estimate(self, config: Config, start: int | None = None) -> Memory:
-        """What settings take that differ from the run's in how a step is divided; for the step of the main phase whose
-        first statement is the `start`-th of the order, by default the heaviest."""
+        """Return the memory of a step with these settings, which may divide it otherwise than the run's: of the step in
+        the main phase whose first statement is the `start`-th of the order, by default of that with the most images."""
         (projection, shape), gemma = self.sizes, self.gemma
         share = self.processes.count if self.sharded else 1
-        trained = [p for part in gemma.trained for p in parameters_of(gemma, part).values()]
+        trained = [p for part in gemma.trainable_parts for p in parameters_of(gemma, part).values()]
         every = sum(p.numel() * p.element_size() for p in gemma.model.parameters())
         frozen = every - sum(p.numel() * p.element_size() for p in trained)
         packer = Packer(
             gemma, config.question_template, shape.num_tokens, world_position=config.world_position
         )
-        start = self.heaviest if start is None else start
-        parts = parts_of_step(config, packer, self.order, start, self.processes.count)
-        phase = (
-            "words" if config.statement_steps else "train"
-        )  # captions that the second reads, the first does, too
+        start = self.heaviest_start if start is None else start
+        parts = split_step(config, packer, self.order, start, self.processes.count)
+        # The first phase with a language model reads captions if any does.
+        phase, seed = phase_of(self.phases, config.align_steps), config.seed
         batches = [
-            packer.pack(part, captions=captions_for(config, self.data, phase, part, 0))
-            for part in parts
-            if part
+            packer.pack(part, captions=self.data.captions_of(part, phase, seed, 0)) for part in parts if part
         ]
-        text = gemma.text_config
-        heads = 2 * (text.num_attention_heads + text.num_key_value_heads) * text.head_dim
-        sizes = text.num_hidden_layers, text.hidden_size, text.intermediate_size
-        if gemma.plain_decoder:
+        multiple = 1.0
+        if gemma.uses_hf_decoder:
             compiled = wants_compile(config.compile, gemma.device) and not self.sharded
-            layer = (PLAIN if compiled else PLAIN_UNCOMPILED) * layer_values(*sizes[1:], heads)
-            values = kept_values(config, *sizes[:2], layer)
-        else:
-            values = decoder_values(config, *sizes, heads)
+            multiple = HF_LAYER if compiled else HF_LAYER_UNCOMPILED
         tokens = max(batch.token_ids.numel() for batch in batches)
-        kept = tokens * values
-        if VISION in gemma.trained:
-            eyes = gemma.model.config.vision_config
-            patches = (eyes.image_size // eyes.patch_size) ** 2
-            layer = PLAIN * (8 * eyes.hidden_size + 2 * eyes.intermediate_size)
+        kept = tokens * kept_values(config, config_sizes(gemma.model.config), multiple)
+        if VISION in gemma.trainable_parts:
+            tower = gemma.model.config.vision_config
+            patches = (tower.image_size // tower.patch_size) ** 2
+            layer = VISION_LAYER * (8 * tower.hidden_size + 2 * tower.intermediate_size)
             images = max(len(batch.images) for batch in batches)
-            kept += images * patches * kept_values(config, eyes.num_hidden_layers, eyes.hidden_size, layer)
-        worlds = max(len(batch.worlds) for batch in batches)
+            kept += images * patches * _over_layers(config, tower.num_hidden_layers, tower.hidden_size, layer)
         held = TRAINED_BYTES * (_number(trained) / share + projection)
         width = gemma.dtype.itemsize
         if gemma.dtype != torch.float32 and not self.sharded:
-            held += width * _number(trained)  # copies to compute with, for the time of a pass
-        activations = kept * width + worlds * projection_bytes(shape)
+            held += width * _number(trained)  # copies to compute with, while a micro-batch is computed
+        activations = kept * width + max(len(batch.worlds) for batch in batches) * projection_bytes(shape)
         return Memory(frozen / share, held, activations, memory_of(gemma.device).total)
+
+
+def _start(config: Config, resumed: ResumePoint | None) -> tuple[SavedModel | None, str | None]:
+    """Return the saved model that a run starts from, if any, and the checkpoint to record as `init_from`.
+
+    A folder as `init_from` means its newest checkpoint when the run first starts, and the same one after a resume.
+    """
+    if resumed is None:
+        start = SavedModel.open_folder(config.init_from) if config.init_from else None
+        return start, None if start is None else str(start.folder)
+    recorded = resumed.saved.config().init_from
+    if config.init_from is None:
+        return resumed.saved, recorded
+    if recorded is None:  # as in a checkpoint from the hub, whose settings are without paths
+        return resumed.saved, str(find_model(config.init_from))
+    meant = Path(recorded).resolve()
+    if Path(config.init_from).resolve() not in (meant, meant.parent):
+        raise CheckpointError(
+            f"init_from is {config.init_from}, but the run of {resumed.path} started from {recorded}; leave "
+            "--init_from out to go on with that run, or leave --resume_from out to start another"
+        )
+    return resumed.saved, recorded
 
 
 def _number(parameters: Iterable[nn.Parameter]) -> int:
@@ -292,19 +314,19 @@ def _number(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def check_memory(memory: Memory, sharded: bool) -> None:
-    """ValueError where what is held from the first step to the last does not fit; a pass can be made smaller."""
+    """Raise ValueError if what is held in every step does not fit. Micro-batches can be made smaller."""
     held = memory.frozen + memory.trained
     if held > memory.available:
-        cure = "more GPUs" if sharded else "more GPUs with `accelerate launch --use_fsdp`"
+        hint = "more GPUs" if sharded else "more GPUs with `accelerate launch --use_fsdp`"
         raise ValueError(
             f"weights, gradients and moments take {held / GIB:,.1f} GiB, and there are {memory.available / GIB:,.1f}: "
-            f"train less of Gemma (--lora_rank 16), or use {cure}"
+            f"train less of Gemma (--lora_rank 16), or use {hint}"
         )
 
 
-SHOWN = 8  # images that are named
-ROOM = 0.95  # of the memory that settings may fill to be said to fit
-# How torch says it where it has no type for it: the CPU, and a library that asks the device itself.
+SHOWN = 8  # images that a message names
+ROOM = 0.95  # part of the memory that suggested settings may fill
+# Messages of torch where it has no error type of its own: on the CPU, and from a library that allocates by itself.
 _WORDS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -313,25 +335,32 @@ class NotFinite(ExplainedError, ArithmeticError):
 
 
 class OutOfMemory(ExplainedError, MemoryError):
-    """A step that did not fit; its pass, and settings that would fit, are in the message."""
+    """A step that did not fit; its micro-batch, and settings that would fit, are in the message."""
 
 
 # ---- numbers
 
 
-def not_finite(step: int, loss: float, norm: float, rate: float, passes: Sequence[Pass]) -> NotFinite:
-    """The loss or the gradient norm of the `step`-th step, over all processes, is not finite; `passes`: of this one."""
+def not_finite(
+    step: int, loss: float, norm: float, rate: float, microbatches: Sequence[Microbatch]
+) -> NotFinite:
+    """Return the error for a loss or gradient norm of the `step`-th step that is not finite.
+
+    Both are over all processes; `microbatches` are those of this process.
+    """
     what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient norm", norm)
-    culprits = "; ".join(f"{kind} of {named(images)} are not finite" for kind, images in _faulty(passes))
+    culprits = "; ".join(
+        f"{kind} of {named(images)} are not finite" for kind, images in _faulty(microbatches)
+    )
     return NotFinite(
-        f"step {step}: the {what} is {value} (learning rate {rate:.3g}; images {_images(passes)}; gradient norm "
+        f"step {step}: the {what} is {value} (learning rate {rate:.3g}; images {_images(microbatches)}; gradient norm "
         f"{norm:.3g}{'; ' + culprits if culprits else ''}); nothing was updated or overwritten. Lower --learning_rate, "
         "or resume from the last checkpoint"
     )
 
 
 def check_answers(step: int, statements: Sequence[Statement], logits: np.ndarray) -> None:
-    """NotFinite if the answers to some statements of dev, float32[n, _], are not finite after `step` steps."""
+    """Raise NotFinite if answers to dev statements, float32[n, _], are not finite after `step` steps."""
     bad = sorted({s.image for s, row in zip(statements, logits, strict=True) if not np.isfinite(row).all()})
     if bad:
         raise NotFinite(
@@ -340,28 +369,29 @@ def check_answers(step: int, statements: Sequence[Statement], logits: np.ndarray
         )
 
 
-def _faulty(passes: Sequence[Pass]) -> Iterator[tuple[str, list[str]]]:
-    """What the passes read that is not finite itself, and of which images."""
+def _faulty(microbatches: Sequence[Microbatch]) -> Iterator[tuple[str, list[str]]]:
+    """Yield each kind of input of the micro-batches that is not finite itself, with its images."""
     for kind in ("latents", "vision features"):
         found = set[str]()
-        for one in passes:
+        for one in microbatches:
             rows = one.latents if kind == "latents" else one.vision
-            names: Sequence[str] = [s.image for s in one.statements]
+            names: Sequence[str | Control] = [s.image for s in one.statements]
             if one.batch is not None:
                 names = one.batch.worlds if kind == "latents" else one.batch.images
             if rows is not None:
                 finite = rows.flatten(1).isfinite().all(1).tolist()
-                found |= {name for name, good in zip(names, finite, strict=True) if not good and name != ZERO}
+                bad = (name for name, good in zip(names, finite, strict=True) if not good)
+                found |= {name for name in bad if isinstance(name, str)}
         if found:
             yield kind, sorted(found)
 
 
-def _images(passes: Sequence[Pass]) -> str:
-    return named(sorted({s.image for one in passes for s in one.statements}))
+def _images(microbatches: Sequence[Microbatch]) -> str:
+    return named(sorted({s.image for one in microbatches for s in one.statements}))
 
 
 def named(images: Sequence[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """Return the first few images, and how many more there are."""
     more = f" and {len(images) - SHOWN} more" if len(images) > SHOWN else ""
     return ", ".join(images[:SHOWN]) + more
 
@@ -370,14 +400,17 @@ def named(images: Sequence[str]) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left, on a GPU or here."""
+    """Return whether an error means that there is no memory left, on a GPU or here."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
 
 
-def out_of_memory(plan: Plan, step: int, start: int, one: Pass) -> OutOfMemory:
-    """Memory ran out in a pass of the `step`-th step, whose first statement is the `start`-th of the order."""
+def out_of_memory(plan: Plan, step: int, start: int, one: Microbatch) -> OutOfMemory:
+    """Return the error for a micro-batch of the `step`-th step that did not fit.
+
+    The first statement of the step is the `start`-th of the order.
+    """
     device = plan.gemma.device
     tokens = f", {one.batch.token_ids.numel():,} tokens" if one.batch is not None else ""
     images = sorted({s.image for s in one.statements})
@@ -386,20 +419,20 @@ def out_of_memory(plan: Plan, step: int, start: int, one: Pass) -> OutOfMemory:
     else:
         peak, room = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, memory_of(device).total
     older = list_checkpoints(plan.output_dir)
-    cure = (
+    hint = (
         f"go on from {older[-1]} with --resume_from {plan.output_dir}"
         if older
         else "no checkpoint was saved yet"
     )
     return OutOfMemory(
-        f"step {step}: out of memory in a pass of {len(one.statements)} statements about {len(images)} images{tokens} "
-        f"({named(images)}): this process had {peak / GIB:.1f} GiB at most, {device} has {room / GIB:.1f} for it. "
-        f"{_advice(settings_that_fit(plan, start, room))}; {cure}"
+        f"step {step}: out of memory in a micro-batch of {len(one.statements)} statements about {len(images)} "
+        f"images{tokens} ({named(images)}): this process had {peak / GIB:.1f} GiB at most, {device} has "
+        f"{room / GIB:.1f} for it. {_advice(settings_that_fit(plan, start, room))}; {hint}"
     )
 
 
 def _room_on_gpu(device: torch.device) -> float:
-    """What this process could have, beside others on the same GPU."""
+    """Return the bytes that this process could have, beside others on the same GPU."""
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
@@ -413,8 +446,8 @@ def _advice(found: Sequence[str]) -> str:
 
 
 def settings_that_fit(plan: Plan, start: int, room: float) -> list[str]:
-    """Flags that divide the same step so that it fits into `room` bytes: the largest passes that do, and gradient
-    checkpointing. A pass is taken to need what is estimated or, since it did not fit, at least what there was."""
+    """Return flags that divide the same step so that it fits into `room` bytes: the largest micro-batches that do, and
+    gradient checkpointing. A micro-batch is taken to need the estimate or, since it did not fit, at least `room`."""
     now = plan.estimate(plan.config, start)
     factor = max(1.0, (room - now.frozen - now.trained) / now.activations)
 
@@ -430,7 +463,7 @@ def settings_that_fit(plan: Plan, start: int, room: float) -> list[str]:
         changed = replace(
             plan.config, use_gradient_checkpointing=checkpointing or plan.config.use_gradient_checkpointing
         )
-        # As it was, but checkpointed, or else in smaller passes.
+        # The same micro-batches, but checkpointed, or else smaller ones.
         divided = next((d for d in _divided(changed) if (checkpointing or d != changed) and fits(d)), None)
         if divided is not None:
             if divided.batch_size != plan.config.batch_size:
@@ -441,7 +474,7 @@ def settings_that_fit(plan: Plan, start: int, room: float) -> list[str]:
 
 
 def _divided(config: Config) -> Iterator[Config]:
-    """The same statements a step in passes of a half, a quarter and so on, where that comes out even; itself first."""
+    """Yield the settings, then the same with smaller micro-batches that divide a step evenly."""
     total = config.batch_size * config.gradient_accumulation_steps
     for size in range(config.batch_size, 0, -1):
         if total % size == 0:

@@ -1,34 +1,25 @@
 """Many small runs from one cache, ranked on dev: which settings move the loss off chance, and do the controls agree.
 
-runs/<name>-<seed>/      a training run's own folder; its `key` says of which settings, and so whether it may go on
-results.jsonl            a line for each run that has ended, from which everything that is shown follows
-table.md                 the ranking
+runs/<name>-<seed>/       a training run's own folder; its `key` says which settings may go on in it
+results.jsonl             a line for each run that has ended, from which everything that is shown follows
+results-<I>-of-<N>.jsonl  the lines of the runs that part I of N trained
+table.md                  the ranking
 
-A task for each of many items, in processes of their own: they stop when the main one is asked to, and end with it.
-
-the main process    hears signals, gives out the items, takes what is made of them
-a worker            is deaf to signals: the end of a pipe tells it to stop; it ends at once when the main one is gone
+Parts share the runs: run n belongs to part n modulo the number of parts. Each writes to its own runs and lines only, so
+parts may run at the same time, on any machines that share the folder; whichever ends last makes the table of all runs.
 """
 
-import contextlib
 import itertools
 import json
-import os
+import logging
 import re
 import shutil
-import signal
 import statistics
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from multiprocessing import get_context, parent_process, resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -36,133 +27,22 @@ from theworld.config.config import FIELDS, Config
 from theworld.evaluation.metrics import accuracy, label_loss
 from theworld.evaluation.predict import predict
 from theworld.models.serialization import CheckpointError, numbered
-from theworld.training.checkpoint import find_sound
+from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import NotFinite, OutOfMemory, Plan
-from theworld.training.monitor import chance_loss, left_at
+from theworld.training.monitor import below_chance_from, chance_loss
 from theworld.training.trainer import Trainer
+from theworld.utils.distributed import Part
 from theworld.utils.files import canonical_sha256, check_folder, holds, make_folder, publish_bytes
 from theworld.utils.jsonc import read_json_with_comments
-from theworld.utils.signals import SIGNALS, StopRequest
+from theworld.utils.signals import StopRequest
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-SPAWN = get_context("spawn")  # a fork would carry a CUDA context of the main process along
-HEARD = {*SIGNALS, signal.SIGINT}  # by the main process alone, even if they are sent to all
-
-
-def in_processes(
-    task: Callable[[Item, StopRequest], Result], items: Sequence[Item], count: int, stop: StopRequest
-) -> Iterator[Result]:
-    """What `task` makes of each item, `count` at a time, as it comes. Once `stop` is asked no other item is given out.
-
-    Raises OSError that a task raised, or where a process is gone, after the others have stopped as if they were asked.
-    """
-    told, asks = SPAWN.Pipe(duplex=False)
-    stop.then = asks.close
-    waiting, workers = deque(items), list[tuple[BaseProcess, Connection]]()
-    busy: dict[Connection, BaseProcess] = {}
-    error: OSError | None = None
-
-    def give(process: BaseProcess, pipe: Connection) -> None:
-        if waiting and not stop.asked:
-            pipe.send(waiting.popleft())
-            busy[pipe] = process
-
-    try:
-        while len(workers) < min(count, len(items)) and not stop.asked:
-            workers.append(_start(task, told))
-            give(*workers[-1])
-        while busy:
-            ready = wait(list(busy))
-            for pipe in [pipe for pipe in busy if pipe in ready]:
-                process = busy.pop(pipe)
-                outcome = _outcome(process, pipe)
-                if isinstance(outcome, OSError):
-                    error = error or outcome
-                    stop.ask(repr(outcome))
-                else:
-                    yield outcome
-                give(process, pipe)
-    finally:
-        _end(workers, at_once=bool(busy))
-    if error is not None:
-        raise error
-
-
-def _start(task: Callable[..., Any], told: Connection) -> tuple[BaseProcess, Connection]:
-    here, there = SPAWN.Pipe()
-    process = SPAWN.Process(target=_work, args=(task, told, there))
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # a process that just begins would die of them
-    try:
-        resource_tracker.ensure_running()  # Python's own helper would, too; it unblocks some as it starts
-        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    there.close()
-    return process, here
-
-
-def _outcome(process: BaseProcess, pipe: Connection) -> Any:
-    try:
-        return pipe.recv()
-    except (EOFError, ConnectionError):
-        process.join()
-        return ChildProcessError(f"a process ended with status {process.exitcode}")
-
-
-def _end(workers: Sequence[tuple[BaseProcess, Connection]], at_once: bool) -> None:
-    """Waits for workers that have nothing to do, or kills them `at_once`: where this process is interrupted."""
-    try:
-        if not at_once:
-            for process, pipe in workers:
-                if process.is_alive():
-                    pipe.send(None)
-                process.join()
-    finally:
-        for process, _ in workers:
-            process.kill()
-            process.join()
-
-
-# ---- a worker
-
-
-def _work(task: Callable[[Any, StopRequest], Any], told: Connection, pipe: Connection) -> None:
-    for number in HEARD:
-        signal.signal(number, lambda *_: None)  # SIG_IGN would be handed down to programs that it starts
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    stop = StopRequest(told=told)
-    while (item := _next(pipe)) is not None:
-        try:
-            outcome = task(item, stop)
-        except OSError as error:
-            outcome = error
-        with contextlib.suppress(ConnectionError):  # the main process is gone
-            pipe.send(outcome)
-
-
-def _next(pipe: Connection) -> Any:
-    try:
-        return pipe.recv()
-    except (EOFError, ConnectionError):  # the main process is gone
-        return None
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the main one is gone: whoever starts it again is alone with its folders."""
-    parent = parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
+logger = logging.getLogger(__name__)
 
 ASKED = ("world", "baseline", "zero", "shuffled")  # with world tokens, and the controls
 WORDS = [f"{of}{words}_loss" for words in ("statement", "relation") for of in ("", "dev_")]
 LINES = 5  # of metrics.jsonl, which a loss that has left chance is averaged over
 NEVER = 10**9  # steps
+ALL = Part()  # the part that has all runs
 KEY = "key"  # the file with the key of the run whose folder it is
 # What a sweep decides for its runs; they make no difference to what is learnt.
 OWN = ("output_dir", "seed", "do_eval", "eval_steps", "save_steps", "save_total_limit", "resume_from")
@@ -180,7 +60,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Its own."""
+        """The folder of this run alone."""
         return Path(self.config.output_dir)
 
     @property
@@ -193,7 +73,7 @@ class Run:
 
 
 def read_changes(path: Path) -> list[Changes]:
-    """The settings of each run of a file. ValueError for anything else."""
+    """Return the settings of each run of a file. Raises ValueError for anything else."""
     found = read_json_with_comments(path).get("runs")
     if not isinstance(found, list) or not all(isinstance(own, dict) for own in found):
         raise ValueError(f'{path}: wanted {{"runs": [{{"projection": "conv"}}, ...]}}')
@@ -201,7 +81,7 @@ def read_changes(path: Path) -> list[Changes]:
 
 
 def grid(options: Sequence[str]) -> list[Changes]:
-    """All combinations of `key=a,b,c`. ValueError for an unknown key, or a value that its setting cannot have."""
+    """Return all combinations of `key=a,b,c`. Raises ValueError for an unknown key or a value that is not allowed."""
     values: dict[str, list[Any]] = {}
     for option in options:
         key, equals, rest = option.partition("=")
@@ -219,14 +99,16 @@ def _parsed(key: str, text: str) -> Any:
 
 
 def name_of(changes: Changes) -> str:
-    """In words: its own "name", or what is changed."""
+    """Return a run's name in words: its own "name", or the settings that are changed."""
     said = ", ".join(f"{key} {value}" for key, value in changes.items() if key != "name")
     return str(changes.get("name", said or "unchanged"))
 
 
 def make_runs(base: Config, changes: Sequence[Changes], seeds: Sequence[int], output: Path) -> list[Run]:
-    """A run for each of the changes and seeds. ValueError that names the run for a setting that is refused, and for
-    two runs of one name."""
+    """Return a run for each of the changes and seeds.
+
+    Raises ValueError that names the run for a refused setting, and for two runs of one name.
+    """
     runs = []
     for own in changes:
         name = name_of(own)
@@ -255,10 +137,11 @@ def make_runs(base: Config, changes: Sequence[Changes], seeds: Sequence[int], ou
 
 
 def train_one(run: Run, stop: StopRequest, cache: Path) -> dict[str, Any] | None:
-    """Trains, from the newest sound checkpoint of this very run if it has any, asks every system on dev, and gives the
-    line of results.jsonl, which of a failed run says why; None where it was stopped before its last step.
+    """Train a run, from its newest valid checkpoint if it has any, evaluate it on dev, and return its line of
+    results.jsonl.
 
-    `seconds` are those of the start that ended it, without what earlier ones took that were stopped or killed.
+    The line of a failed run states why. Returns None if the run was stopped before its last step. `seconds` are those
+    of the start that ended the run, without earlier starts that were stopped or killed.
     """
     if stop.asked:
         return None
@@ -284,7 +167,7 @@ def train_one(run: Run, stop: StopRequest, cache: Path) -> dict[str, Any] | None
 
 
 def measure(trainer: Trainer) -> dict[str, Any]:
-    """What a trained model and its controls say on dev, and when the loss left chance."""
+    """Return the figures of a trained model and its controls on dev, and when the loss fell below chance."""
     config, dev = trainer.config, trainer.data.dev
     fetch = (trainer.data.latents, trainer.data.vision)
     logits = predict(trainer.model, dev, *fetch, ASKED, batch_size=config.eval_statements)
@@ -295,10 +178,10 @@ def measure(trainer: Trainer) -> dict[str, Any]:
     lines = [line for line in logged if "loss" in line]
     newest = {key: value for line in logged for key, value in line.items()}
     losses, chance = [line["loss"] for line in lines], chance_loss([s.label for s in trainer.data.train])
-    left = left_at(losses, chance, LINES)
+    left = below_chance_from(losses, chance, LINES)
     return {
         "steps": trainer.step,
-        "statements_per_step": trainer.per_step,
+        "statements_per_step": trainer.global_batch_size,
         "n": len(dev),
         "correct": {name: int(own.sum()) for name, own in right.items()},
         "dev_loss": {name: round(label_loss(values, labels), 5) for name, values in logits.items()},
@@ -311,31 +194,45 @@ def measure(trainer: Trainer) -> dict[str, Any]:
 # ---- all of them
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines so far. ValueError for a line that is not whole."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    try:
-        return [json.loads(line) for line in text.splitlines()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} has a line that is not whole ({error}); remove that line") from None
+def read_results(output: Path) -> list[dict[str, Any]]:
+    """Return the lines of a sweep so far, of all parts. Raises ValueError for a line that is not whole."""
+    lines: list[dict[str, Any]] = []
+    for path in sorted(output.glob("results*.jsonl")):
+        try:
+            lines += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} has a line that is not whole ({error}); remove that line") from None
+    return lines
 
 
-def still_to_do(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> list[Run]:
-    """Those without a line; a run that failed is tried again."""
-    done = {line["key"] for line in results if "failed" not in line}
+def results_file(output: Path, part: Part) -> Path:
+    """Return the file to which a part appends the lines of its runs."""
+    own = "" if part.count == 1 else f"-{part.index + 1}-of-{part.count}"
+    return output / f"results{own}.jsonl"
+
+
+def unfinished(runs: Sequence[Run], output: Path) -> list[Run]:
+    """Return the runs without a line, or with that of a failure only, which are tried again."""
+    done = {line["key"] for line in read_results(output) if "failed" not in line}
     return [run for run in runs if run.key not in done]
 
 
-def plan_sweep(runs: Sequence[Run], cache: Path, output: Path) -> Iterator[str]:
-    """What `run_sweep` would do, in lines; ValueError for the first run that could not start."""
+def waiting_runs(runs: Sequence[Run], output: Path, part: Part) -> list[Run]:
+    """Return the runs of this part that still have to be trained."""
+    own = [run for number, run in enumerate(runs) if part.owns(number)]
+    return unfinished(own, output)
+
+
+def plan_sweep(runs: Sequence[Run], cache: Path, output: Path, part: Part = ALL) -> Iterator[str]:
+    """Yield what `run_sweep` would do, in lines. Raises ValueError for the first run that could not start."""
     check_folder(output, "--output")
-    waiting = still_to_do(runs, read_results(output / "results.jsonl"))
-    yield f"runs         {len(runs)}, of which {len(runs) - len(waiting)} are done"
+    left, waiting = unfinished(runs, output), waiting_runs(runs, output, part)
+    yield f"runs         {len(runs)}, of which {len(runs) - len(left)} are done"
+    if part.count > 1:
+        yield f"part         {part.index + 1} of {part.count} trains {len(waiting)} of the others"
     for run in waiting:
         if run.started:
-            step = find_sound(run.folder).progress["step"]
+            step = latest_valid_checkpoint(run.folder).progress["step"]
             yield f"goes on      {run.name}, seed {run.config.seed}: after step {step:,}"
     for name in dict.fromkeys(run.name for run in waiting):
         own = [run for run in waiting if run.name == name]
@@ -349,45 +246,49 @@ def plan_sweep(runs: Sequence[Run], cache: Path, output: Path) -> Iterator[str]:
 
 
 def run_sweep(
-    runs: Sequence[Run], cache: Path, output: Path, processes: int = 1, stop: StopRequest | None = None
+    runs: Sequence[Run], cache: Path, output: Path, part: Part = ALL, stop: StopRequest | None = None
 ) -> tuple[str, list[Run]]:
-    """Trains what has no line yet, `processes` runs at a time, and returns the table of all of these runs that have
-    ended, and the others: none, unless `stop` was asked."""
+    """Train the runs of a part that have no line yet, one after the other.
+
+    Returns the table of all runs that have ended, and this part's runs that have not: none, unless `stop` was asked.
+    """
     output.mkdir(parents=True, exist_ok=True)
-    results = output / "results.jsonl"
-    waiting, ended = still_to_do(runs, read_results(results)), set[str]()
-    for line in _lines(waiting, cache, processes, stop or StopRequest()):
-        ended.add(line["key"])
-        with open(results, "a", encoding="utf-8") as file:
+    waiting, stop = waiting_runs(runs, output, part), stop or StopRequest()
+    left = list(waiting)
+    for run in waiting:
+        line = train_one(run, stop, cache)
+        if line is None:
+            continue
+        left.remove(run)
+        with open(results_file(output, part), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{line['name']}, seed {line['seed']}: {line.get('failed') or _said(line)}", flush=True)
+        logger.info("%s, seed %s: %s", line["name"], line["seed"], line.get("failed") or _figures(line))
     keys = {run.key for run in runs}
-    table = rank([line for line in read_results(results) if line["key"] in keys])
-    (output / "table.md").write_text(table + "\n", encoding="utf-8")
-    return table, [run for run in waiting if run.key not in ended]
+    table = rank([line for line in read_results(output) if line["key"] in keys])
+    publish_bytes(output / "table.md", f"{table}\n".encode(), overwrite=True)
+    return table, left
 
 
-def _lines(
-    waiting: Sequence[Run], cache: Path, processes: int, stop: StopRequest
-) -> Iterator[dict[str, Any]]:
-    task = partial(train_one, cache=cache)
-    if processes == 1:
-        lines: Iterable[dict[str, Any] | None] = (task(run, stop) for run in waiting)
-    else:
-        lines = in_processes(task, waiting, processes, stop)
-    return (line for line in lines if line is not None)
+def summary(runs: Sequence[Run], output: Path, part: Part, table: str, left: Sequence[Run]) -> str:
+    """Return what to show at the end: the table, or why it is not complete; `left`: the part's runs without a line."""
+    if left:
+        own = sum(part.owns(number) for number in range(len(runs)))
+        started = sum(run.started for run in left)
+        return (
+            f"stopped as asked: {own - len(left)} of {own} runs have ended; the same command goes on with {started} "
+            f"from where they are, and starts {len(left) - started}"
+        )
+    ended = {line["key"] for line in read_results(output)}
+    missing = sum(run.key not in ended for run in runs)
+    if missing:
+        return (
+            f"part {part.index + 1} of {part.count} is done; {missing} of {len(runs)} runs are still missing: those "
+            "of other parts. Whichever part ends last shows the table"
+        )
+    return table
 
 
-def said_of_stop(runs: Sequence[Run], left: Sequence[Run]) -> str:
-    """What became of a sweep that was asked to stop, in a sentence; `left`: the runs that have not ended."""
-    started = sum(run.started for run in left)
-    return (
-        f"stopped as asked: {len(runs) - len(left)} of {len(runs)} runs have ended; the same command goes on with "
-        f"{started} from where they are, and starts {len(left) - started}"
-    )
-
-
-def _said(line: dict[str, Any]) -> str:
+def _figures(line: dict[str, Any]) -> str:
     return f"dev {line['correct']['world'] / line['n']:.1%}, loss {line['last_loss']:.3f}, {line['seconds']:.0f} s"
 
 
@@ -395,10 +296,16 @@ def _said(line: dict[str, Any]) -> str:
 
 
 def rank(lines: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table, best first. Accuracies are pooled over seeds, with Wilson's 95 % interval: it counts
-    statements, not seeds, whose own spread stands beside it."""
-    # The last line of a run holds: one that failed may have been tried again.
-    ended = list({line["key"]: line for line in lines}.values())
+    """Return a Markdown table, best first.
+
+    Accuracies are pooled over seeds, with Wilson's 95 % interval: it counts statements, not seeds, whose own spread is
+    shown beside it.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for line in lines:  # a run that failed may have been tried again
+        if "failed" not in line or "failed" in results.get(line["key"], line):
+            results[line["key"]] = line
+    ended = list(results.values())
     names = list(dict.fromkeys(line["name"] for line in ended))
     groups = {name: [x for x in ended if x["name"] == name and "failed" not in x] for name in names}
     order = sorted(

@@ -1,13 +1,13 @@
-"""Phase 2: only the projection trains, against a frozen Gemma, from the cache. The VAE never loads.
+"""Phase 2: the projection trains against a frozen Gemma, from the cache; no world encoder loads.
 
-Everything that a step does is a function of (settings, cache, step): the order of the statements, the learning
-rate, nothing else is random. So a run that was resumed gives the same weights, bit for bit on the CPU.
+A step is a function of (settings, cache, step): the order of the statements, their captions and the learning rate are,
+and nothing else is random. So a run that was resumed gives the same weights, bit for bit on the CPU.
 """
 
 import math
 import time
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event
@@ -22,68 +22,66 @@ from theworld.config.config import Config
 from theworld.data.vsr import Statement
 from theworld.evaluation.metrics import label_loss
 from theworld.evaluation.predict import predict, word_losses
-from theworld.extraction.batches import Pass, ahead, make_pass
+from theworld.extraction.batches import Microbatch, make_microbatch, prefetch
 from theworld.hub.card import public_settings
 from theworld.hub.publish import Publisher
-from theworld.models.fsdp import clip, load_state, sum_over, whole_state
+from theworld.models.fsdp import clip, sum_over
 from theworld.models.packing import Packer
 from theworld.training.checkpoint import (
-    Found,
-    check_optimizer,
+    ResumePoint,
     check_same_run,
+    clean_up_run,
+    load_optimizer,
     rotate,
     save_checkpoint,
-    set_random_state,
-    tidy_run,
 )
 from theworld.training.data import load_model
 from theworld.training.logging import Trackers, append, check_trackers, sync
 from theworld.training.memory import Plan, check_answers, is_out_of_memory, not_finite, out_of_memory
-from theworld.training.monitor import LossWatch, Reading, chance_loss, warning, what_to_try
-from theworld.training.objectives import (
-    align_loss,
-    align_pass,
-    answer_loss,
-    asked_words,
-    captions_for,
-    make_optimizer,
-    on_image_tokens,
-)
-from theworld.training.schedule import Phase, learning_rate, num_warmup_steps, parts_of_step, phase_at
+from theworld.training.monitor import LossMonitor, LossWindow, chance_loss, warning, what_to_try
+from theworld.training.objectives import align_losses, align_microbatch, make_optimizer, on_image_tokens
+from theworld.training.schedule import Phase, learning_rate, num_warmup_steps, phase_of, split_step
 from theworld.utils.console import progress
+from theworld.utils.device import set_up_torch
 from theworld.utils.signals import StopRequest
 
-FIGURES = ("total", "label", "statement", "relation", "correct")  # of each pass, summed over its statements
+LOSSES = ("total", "label", "statement", "relation", "correct")  # those of a micro-batch that a step adds up
 
 
 class Trainer:
-    """One run: `Trainer(config, cache).run()`. Progress counts optimizer steps, those of the start at Gemma's image
-    tokens (`align_steps`) first, then those with words alone (`statement_steps`), then those of the main phase."""
+    """One run: `Trainer(config, cache).run()`. Progress counts the optimizer steps of all phases."""
 
     def __init__(self, config: Config, cache: str | Path, stop: StopRequest | None = None) -> None:
-        """`stop`: where a request to stop is heard of; all processes then stop after the same step, and save."""
+        """`stop` receives requests to stop; all processes then stop after the same step, and save.
+
+        Sets torch's process-wide precision (`set_up_torch`).
+        """
         self.stop = stop or StopRequest()
         self.stopping = False  # all processes know that one of them was asked
-        self.owes_dev = False  # an evaluation was due when the run was stopped
+        self.pending_dev_eval = False  # an evaluation was due when the run was stopped
         plan = Plan(config, Path(cache))
+        config = plan.config  # init_from is the checkpoint that it meant
         self.config, self.plan, self.data, self.order = config, plan, plan.data, plan.order
-        self.processes, self.per_step, self.num_steps = plan.processes, plan.per_step, plan.num_steps
+        self.processes, self.phases, self.num_steps = plan.processes, plan.phases, plan.num_steps
+        self.global_batch_size = plan.global_batch_size
         self.output_dir = plan.output_dir
         self.step = 0
-        self.packing = Event()  # set while a thread may pack: see `ahead`
+        self.packing = Event()  # set while a thread may pack: see `prefetch`
         self.packing.set()
-        sums = ("loss", "statement_loss", "relation_loss", "correct", "statements")
-        self.window = dict.fromkeys(sums, 0.0)
-        main_steps = self.num_steps - config.align_steps - config.statement_steps
+        # Sums over the statements since the last log.
+        names = ("loss", "statement_loss", "relation_loss", "correct", "statements")
+        self.window = dict.fromkeys(names, 0.0)
+        main_steps = self.phases[-1].stop - self.phases[-1].start
         warmup, chance = num_warmup_steps(config, main_steps), chance_loss([s.label for s in self.data.train])
-        self.watch = LossWatch(main_steps, warmup, chance)
-        self.at_chance: Reading | None = None  # what the watch has found and nobody said yet
+        self.monitor = LossMonitor(main_steps, warmup, chance)
+        self.at_chance: LossWindow | None = None  # a window at chance that has not been reported yet
         self.processes.barrier()  # until all have looked: the main one is going to write there
         main = self.processes.is_main_process
         if main:
             check_trackers(config)
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
-        self.model = load_model(plan.gemma, config, self.data, plan.start)
+        set_up_torch(plan.gemma.dtype)
+        self.model, self.data = load_model(plan.gemma, config, plan.data, plan.start)
         self.packer: Packer = self.model.packer()
         self.sharded = plan.sharded
         # FSDP averages gradients; here they are sums.
@@ -97,21 +95,23 @@ class Trainer:
 
     # ---- one step
 
-    def prepare(self, step: int) -> list[Pass]:
-        """What this process reads at a step, put together on the host: its share of the step's statements, in
-        gradient_accumulation_steps passes of about equal length."""
-        config = self.config
-        phase = phase_at(config, step, self.num_steps)
-        parts = parts_of_step(config, self.packer, self.order, self._start(step), self.processes.count)
-        passes = config.gradient_accumulation_steps
-        own = parts[self.processes.rank * passes : (self.processes.rank + 1) * passes]
-        if phase.name == "align":
-            return [align_pass(self.model, self.data, part) for part in own if part]
-        fetch = (self.data.latents, self.data.vision)
+    def microbatches(self, step: int) -> list[Microbatch]:
+        """Return the micro-batches of this process at a step, put together on the host.
 
-        def made(part: list[Statement]) -> Pass:
-            captions = captions_for(config, self.data, phase.name, part, step)
-            return make_pass(self.model, self.packer, part, *fetch, captions=captions)
+        They are its share of the step's statements, in gradient_accumulation_steps parts of about equal length.
+        """
+        config, phase = self.config, phase_of(self.phases, step)
+        start = (step - phase.start) * self.global_batch_size
+        parts = split_step(config, self.packer, self.order, start, self.processes.count)
+        count = config.gradient_accumulation_steps
+        own = parts[self.processes.rank * count : (self.processes.rank + 1) * count]
+        if phase.name == "align":
+            return [align_microbatch(self.model, self.data, part) for part in own if part]
+
+        def made(part: list[Statement]) -> Microbatch:
+            captions = self.data.captions_of(part, phase, config.seed, step)
+            sources = self.data.latents, self.data.vision
+            return make_microbatch(self.model, self.packer, part, *sources, captions=captions)
 
         if not self.sharded:
             return [made(part) for part in own if part]
@@ -119,82 +119,101 @@ class Trainer:
         filled = next(part for part in parts if part)
         return [replace(made(part or filled[:1]), weight=float(bool(part))) for part in own]
 
-    def _start(self, step: int) -> int:
-        """The place in the order of a step's first statement."""
-        return (step - phase_at(self.config, step, self.num_steps).start) * self.per_step
+    def train_step(self, microbatches: list[Microbatch] | None = None) -> dict[str, float]:
+        """Take an optimizer step and return its learning rate and gradient norm.
 
-    def train_step(self, passes: list[Pass] | None = None) -> dict[str, float]:
-        """Forward, backward, clip, step. `passes`: what `prepare` gave for this step, if it was called already."""
-        config, step = self.config, self.step
-        phase = phase_at(config, step, self.num_steps)
+        `microbatches` are those of this step, if they have been put together already.
+        """
+        step, phase = self.step, phase_of(self.phases, self.step)
+        microbatches = self.microbatches(step) if microbatches is None else microbatches
         if step == phase.start and step > 0:
-            self.optimizer = make_optimizer(self.model, config)  # another objective, so no old momentum
-        rate = self._set_learning_rate(phase)
-        passes = self.prepare(step) if passes is None else passes
-        sums = torch.zeros(len(FIGURES) + 1, device=self.model.gemma.device)  # and who was asked to stop
-        for one in passes:
-            sums[:-1] += self._backward(one, phase)
-        sums[-1:].fill_(self.stop.asked)  # an assignment would wait for the device
+            self.optimizer = make_optimizer(self.model, self.config)  # another objective, so no old momentum
+        rate = learning_rate(self.config, phase, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        device, scale = self.model.gemma.device, self.scale / self.global_batch_size
+        sums = {name: torch.zeros((), device=device) for name in LOSSES}
+        for microbatch in microbatches:
+            with self._explaining_out_of_memory(microbatch, phase):
+                losses = self._forward(microbatch.to(device), phase)
+                (losses["total"] * (microbatch.weight * scale)).backward()
+            for name in LOSSES:
+                sums[name] += losses[name].detach() * microbatch.weight
+        sums["stop_requests"] = torch.full(
+            (), float(self.stop.asked), device=device
+        )  # without waiting for the GPU
         parameters = list(self.model.trainable().values())
-        sums = sum_over(self.processes, parameters, sums, self.scale)
-        norm = clip(parameters, config.max_grad_norm)
+        summed = sum_over(self.processes, parameters, torch.stack(list(sums.values())), self.scale)
+        norm = clip(parameters, self.config.max_grad_norm)
         if self.fused:
             # The kernel leaves out a step that is not finite, so that it need not wait until the host has looked.
-            finite = torch.stack([sums[0], norm]).isfinite().all()
+            finite = torch.stack([summed[0], norm]).isfinite().all()
             self.optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        total, *figures, asked, gradient_norm = self._read(torch.cat([sums, norm[None]]))
-        if not (math.isfinite(total) and math.isfinite(gradient_norm)):
-            raise not_finite(step + 1, total, gradient_norm, rate, passes)
-        self.stopping = asked > 0
+        *values, gradient_norm = self._read(torch.cat([summed, norm[None]]))
+        figures = dict(zip(sums, values, strict=True))
+        if not (math.isfinite(figures["total"]) and math.isfinite(gradient_norm)):
+            raise not_finite(step + 1, figures["total"], gradient_norm, rate, microbatches)
+        self.stopping = figures["stop_requests"] > 0
         if not self.fused:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        for key, value in zip(self.window, (*figures, self.per_step), strict=True):
-            self.window[key] += value
-        if phase.name == "train":
-            self.at_chance = self.watch.add(self.step - phase.start, figures[0] / self.per_step)
+        self._count(figures, phase)
         return {"learning_rate": rate, "gradient_norm": gradient_norm}
 
     def _read(self, figures: Tensor) -> list[float]:
-        """The only wait for the device in a step, and the time to pack further ones: see `ahead`."""
+        """Return the values of a tensor. This is a step's only wait for the device, and the time to pack for others."""
         self.packing.set()
-        read = figures.tolist()
+        values = figures.tolist()
         if figures.is_cuda:
             self.packing.clear()
-        return read
+        return values
 
-    def _backward(self, one: Pass, phase: Phase) -> Tensor:
-        """Adds the gradients of a pass; its FIGURES."""
+    def _forward(self, microbatch: Microbatch, phase: Phase) -> dict[str, Tensor]:
+        if phase.name == "align":
+            return align_losses(self.model, microbatch)
+        assert microbatch.batch is not None
+        return self.model.losses(
+            microbatch.batch, microbatch.latents, microbatch.vision, **phase.loss_weights
+        )
+
+    def _count(self, figures: dict[str, float], phase: Phase) -> None:
+        """Add the sums of a step, over all processes, to the window since the last log."""
+        step = {
+            "loss": figures["label"],
+            "statement_loss": figures["statement"],
+            "relation_loss": figures["relation"],
+            "correct": figures["correct"],
+            "statements": self.global_batch_size,
+        }
+        for name, value in step.items():
+            self.window[name] += value
+        if phase.name == "train":
+            self.at_chance = self.monitor.add(
+                self.step - phase.start, figures["label"] / self.global_batch_size
+            )
+
+    @contextmanager
+    def _explaining_out_of_memory(self, microbatch: Microbatch, phase: Phase) -> Iterator[None]:
+        """Raise OutOfMemory, with settings that would fit, where memory runs out within the block."""
         try:
-            there = one.to(self.model.gemma.device)
-            aligning = phase.name == "align"
-            losses = align_loss(self.model, there) if aligning else answer_loss(self.model, there, phase.name)
-            (losses["total"] * (one.weight * self.scale / self.per_step)).backward()
+            yield
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            start = 0 if phase.name == "align" else self._start(self.step)
-            raise out_of_memory(self.plan, self.step + 1, start, one) from error
-        return torch.stack([losses[name].detach() for name in FIGURES]) * one.weight
-
-    def _set_learning_rate(self, phase: Phase) -> float:
-        peak = self.config.align_learning_rate if phase.name == "align" else self.config.learning_rate
-        rate = learning_rate(self.config, self.step - phase.start, phase.stop - phase.start, peak)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        return rate
+            start = 0 if phase.name == "align" else (self.step - phase.start) * self.global_batch_size
+            raise out_of_memory(self.plan, self.step + 1, start, microbatch) from error
 
     # ---- the run
 
     def run(self) -> Path:
-        """Trains to the end, or until it was asked to stop (`stopped`), and returns the last checkpoint."""
+        """Train to the end, or until a request to stop (`stopped`), and return the last checkpoint."""
         main = self.processes.is_main_process
         if main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            tidied = tidy_run(self.output_dir, self.plan.resumed, self.step, self.owes_dev)
-            tqdm.write("\n".join([*self.plan.lines, *tidied]))
+            tqdm.write("\n".join(self.plan.lines))
+            clean_up_run(self.output_dir, self.plan.resumed, self.step, self.pending_dev_eval)
         settings = public_settings(self.config)
         trackers = (
             Trackers(self.config, settings, self.output_dir, self.step > 0, self.step) if main else None
@@ -206,22 +225,24 @@ class Trainer:
             self.stop.working(),
             closing(self._steps()) as steps,
         ):
-            if self.owes_dev:
+            if self.pending_dev_eval:
                 self._log(self.evaluate_dev(), trackers, bar)
-                self.owes_dev = False
+                self.pending_dev_eval = False
             start, done = time.perf_counter(), 0
             for figures in steps:
                 bar.update()
                 done += 1
                 if self._due(self.config.logging_steps):
-                    figures["statements_per_second"] = done * self.per_step / (time.perf_counter() - start)
+                    figures["statements_per_second"] = (
+                        done * self.global_batch_size / (time.perf_counter() - start)
+                    )
                     self._log(self._averages() | figures, trackers, bar)
                     start, done = time.perf_counter(), 0
                 if self.at_chance is not None:
                     self._warn(self.at_chance, trackers, bar)
                 if self.data.dev and self._due(self.config.eval_steps):
                     if self.stopped:
-                        self.owes_dev = True  # there may be no time for it now
+                        self.pending_dev_eval = True  # there may be no time for it now
                     else:
                         self._log(self.evaluate_dev(), trackers, bar)
                 if self._due(self.config.save_steps) or self.stopped:
@@ -236,17 +257,17 @@ class Trainer:
 
     @property
     def stopped(self) -> bool:
-        """Whether the run ends here because it was asked to, before its last step."""
+        """Whether the run ends here on request, before its last step."""
         return self.stopping and self.step < self.num_steps
 
     def _steps(self) -> Generator[dict[str, float], None, None]:
-        coming = (self.prepare(step) for step in range(self.step, self.num_steps))
-        for passes in ahead(coming, gate=self.packing):
-            yield self.train_step(passes)
+        coming = (self.microbatches(step) for step in range(self.step, self.num_steps))
+        for microbatches in prefetch(coming, gate=self.packing):
+            yield self.train_step(microbatches)
 
-    def _phase(self) -> str:
-        """That of the last step."""
-        return phase_at(self.config, self.step - 1, self.num_steps).name
+    def _last_phase(self) -> Phase:
+        """Return the phase of the last step."""
+        return phase_of(self.phases, self.step - 1)
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.num_steps
@@ -254,16 +275,15 @@ class Trainer:
     def _averages(self) -> dict[str, float]:
         window, n = self.window, max(1.0, self.window["statements"])
         averages = {"loss": window["loss"] / n}
-        phase = self._phase()
-        if phase != "align":
+        phase = self._last_phase()
+        if phase.name != "align":
             averages["accuracy"] = window["correct"] / n
-            words = [f"{name}_loss" for name in asked_words(self.config, phase)]
-            averages |= {name: window[name] / n for name in words}
+            averages |= {f"{name}_loss": window[f"{name}_loss"] / n for name in phase.word_losses}
         self.window = dict.fromkeys(window, 0.0)
         return averages
 
     def evaluate_dev(self) -> dict[str, float]:
-        """Loss and accuracy on dev, with world tokens, and the losses of words that the phase asks for."""
+        """Return loss and accuracy on dev, with world tokens, and the next-word losses that count in this phase."""
         config, processes = self.config, self.processes
         dev = (self.data.dev, self.data.latents, self.data.vision)
         size = config.eval_statements
@@ -272,28 +292,29 @@ class Trainer:
         correct = (logits[:, 1] > logits[:, 0]) == (labels == 1)
         check_answers(self.step, self.data.dev, logits)
         figures = {"dev_loss": label_loss(logits, labels), "dev_accuracy": float(correct.mean())}
-        words = asked_words(config, self._phase())
+        words = self._last_phase().word_losses
         if self.data.captions is not None and "statement" in words:
-            words.remove("statement")  # of other texts than those that are trained on
-        # In the passes of training: each word has logits of the whole vocabulary.
+            words.remove("statement")  # training reads other texts, the captions
+        # In micro-batches of training: each word has logits of the whole vocabulary.
         losses = word_losses(self.model, *dev, words, config.batch_size, processes) if words else {}
         return figures | {f"dev_{name}_loss": value for name, value in losses.items()}
 
-    def _warn(self, reading: Reading, trackers: Trackers | None, bar: tqdm) -> None:
-        """Says once that the loss is at chance, and what to try."""
+    def _warn(self, window: LossWindow, trackers: Trackers | None, bar: tqdm) -> None:
+        """Report that the loss is at chance, and what to try."""
         gemma, shape = self.model.gemma, self.model.projection.shape
-        same_places = on_image_tokens(self.config, shape, gemma.num_image_tokens) and not gemma.trained
+        on_patches = on_image_tokens(self.config, shape, gemma.num_image_tokens)
+        same_places = on_patches and not gemma.trainable_parts
         if self.processes.is_main_process:
-            tqdm.write(warning(reading, what_to_try(self.config, same_places)))
-        self._log({f"watch_{name}": value for name, value in asdict(reading).items()}, trackers, bar)
+            tqdm.write(warning(window, what_to_try(self.config, same_places)))
+        self._log({f"watch_{name}": value for name, value in asdict(window).items()}, trackers, bar)
 
     def _log(self, figures: dict[str, float], trackers: Trackers | None, bar: tqdm) -> None:
         if trackers is None:
             return
         line = {
             "step": self.step,
-            "epoch": self.step * self.per_step / len(self.data.train),
-            "phase": self._phase(),
+            "epoch": self.step * self.global_batch_size / len(self.data.train),
+            "phase": self._last_phase().name,
             **figures,
         }
         append(self.output_dir, line)
@@ -304,41 +325,36 @@ class Trainer:
     # ---- checkpoints
 
     def save(self) -> Path:
-        """Publishes checkpoint-<step>, then removes the oldest ones beyond save_total_limit."""
-        main = self.processes.is_main_process
-        weights = optimizer = None
-        if main or self.sharded:  # the others give their shares
-            weights, optimizer = self.model.weights(), whole_state(self.optimizer.state_dict())
-        if not main:
-            self.processes.barrier()
-            return self.output_dir / f"checkpoint-{self.step}"
-        state = {"optimizer": optimizer, "rng": torch.get_rng_state()}
+        """Publish checkpoint-<step>, then remove the oldest ones beyond save_total_limit; return the new one."""
+        main, path = self.processes.is_main_process, self.output_dir / f"checkpoint-{self.step}"
         record = {"step": self.step, "window": self.window}
-        record |= {"watch": self.watch.state(), "owes_dev": self.owes_dev} | self._identity()
-        sync(self.output_dir)
-        path = save_checkpoint(self.output_dir, self.step, self.model, state, record, weights)
-        if self.publisher is not None:
-            self.publisher.saved(path, self.plan.facts)
-        rotate(self.output_dir, self.config.save_total_limit)
+        record |= {"watch": self.monitor.state(), "owes_dev": self.pending_dev_eval} | self._identity()
+        if main:
+            sync(self.output_dir)
+        if main or self.sharded:  # the others write their shares
+            state = self.optimizer.state_dict()
+            save_checkpoint(self.output_dir, self.step, self.model, state, record, main)
+        if main:
+            if self.publisher is not None:
+                self.publisher.saved(path, self.plan.facts)
+            rotate(self.output_dir, self.config.save_total_limit)
         self.processes.barrier()
         return path
 
     def _identity(self) -> dict[str, Any]:
-        """What has to be the same where a run goes on."""
+        """Return the facts about a run that have to be the same where it is resumed."""
         return {
             "num_statements": len(self.data.train),
             "data_sha256": self.data.sha256(),
-            "statements_per_step": self.per_step,
-            "trained": list(self.model.gemma.trained),
+            "statements_per_step": self.global_batch_size,
+            "trained": list(self.model.gemma.trainable_parts),
         }
 
-    def _resume(self, found: Found) -> None:
-        path, record = found.path, found.progress
-        check_same_run(found, self._identity())
-        check_optimizer(self.optimizer, found.state["optimizer"], path)
+    def _resume(self, point: ResumePoint) -> None:
+        record = point.progress
+        check_same_run(point, self._identity())
+        load_optimizer(self.optimizer, point)
         self.step, self.window = record["step"], self.window | record["window"]
-        if "watch" in record:  # not in checkpoints of before there was one
-            self.watch.restore(**record["watch"])
-        self.owes_dev = record.get("owes_dev", False)
-        load_state(self.optimizer, found.state["optimizer"])
-        set_random_state(found)
+        if "watch" in record:  # older checkpoints have none
+            self.monitor.restore(record["watch"])
+        self.pending_dev_eval = record.get("owes_dev", False)

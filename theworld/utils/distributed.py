@@ -10,6 +10,7 @@ is used, so that tools can parse `--part` and show `--help` without it.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,11 @@ class Part:
     def is_main_process(self) -> bool:
         """Whether this process prints and publishes: of processes launched together, only the first does."""
         return self.index == 0 or not self.together
+
+    @property
+    def log_level(self) -> int:
+        """The level at which this process logs what is the same in all processes: INFO in the main process alone."""
+        return logging.INFO if self.is_main_process else logging.DEBUG
 
     def owns(self, item: int) -> bool:
         """Whether an item of the work belongs to this part."""

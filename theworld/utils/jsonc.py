@@ -12,12 +12,17 @@ def read_json_with_comments(path: Path) -> dict[str, Any]:
 
     Raises ValueError with file:line:column for a syntax error; OSError for a file that cannot be read.
     """
+    return parse_json_with_comments(path.read_bytes(), path)
+
+
+def parse_json_with_comments(data: bytes, path: Path) -> dict[str, Any]:
+    """Return the object in the content of the file `path`, as `read_json_with_comments` does."""
 
     def constant(text: str) -> Any:
         raise ValueError(f"{text} is not a finite number")
 
     try:
-        text = _without_comments(path.read_bytes().decode("utf-8-sig"))
+        text = _without_comments(data.decode("utf-8-sig"))
         values = json.loads(
             text, object_pairs_hook=unique_keys("key", json.dumps, is_comment), parse_constant=constant
         )

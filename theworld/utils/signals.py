@@ -1,8 +1,8 @@
-"""A run that is asked to stop: by SIGTERM or SIGUSR1, as clusters ask, by the sweep that it is part of, or because its
-launcher is gone.
+"""A request to stop a run: by SIGTERM or SIGUSR1, as clusters send, or because its launcher is gone.
 
-The first request waits for the optimizer step under way; the run then saves, and ends with STATUS. A second one, and
-any while no step is under way, ends the process at once: nothing that was published is touched. Ctrl-C is Python's own.
+After the first request the run finishes its optimizer step, saves, and ends with STATUS. A second request, and any
+request while no step is under way, ends the process at once: nothing that was published is touched. Ctrl-C raises
+KeyboardInterrupt, as in any Python program.
 """
 
 import contextlib
@@ -10,8 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -27,11 +26,10 @@ ONE_REQUEST = (
 class StopRequest:
     """Whether this process was asked to stop. As a context manager it listens to SIGNALS; else only to `ask`."""
 
-    def __init__(self, tool: str = "train", told: Connection | None = None) -> None:
-        """`tool`: whose words these are. `told`: a pipe whose other end is closed to ask, too."""
+    def __init__(self, tool: str = "train") -> None:
+        """`tool`: the name before its messages."""
         self.reason = ""  # of the request; empty: there was none
-        self.then: Callable[[], None] | None = None  # what is done at once when it comes
-        self._tool, self._told = tool, told
+        self._tool = tool
         self._at = 0.0
         self._working = False
         self._before: dict[int, Any] = {}
@@ -43,26 +41,21 @@ class StopRequest:
         """Whether the run should save and end."""
         if not self.reason and self._parent is not None and os.getppid() != self._parent:
             self.ask("its launcher is gone")
-        if not self.reason and self._told is not None and self._told.poll():
-            self.ask("told so")
         return bool(self.reason)
 
     def ask(self, reason: str) -> None:
-        """Asks the run to stop."""
+        """Ask the run to stop."""
         self.reason, self._at = reason, time.monotonic()
-        if self.then is not None:
-            self.then()
 
     def end(self) -> None:
-        """The run has ended and its process is going to: to be asked to stop changes nothing any more, not even the
-        exit status."""
+        """Ignore further requests: the run has ended, and none may change the exit status any more."""
         self._before = {}
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """While steps are taken, after which a request can be answered; of a sweep from the first run to the last."""
+        """Mark the time in which steps are taken, after which a request can be answered; in a sweep, of all runs."""
         before, self._working = self._working, True
         try:
             yield

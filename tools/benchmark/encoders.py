@@ -39,7 +39,7 @@ PLAIN_IMAGES = 1024  # at most, for the plain loop: its rate does not depend on 
 
 
 def part_chip(bench: Workbench) -> None:
-    """The machine's ceilings, and what each frozen model costs at them."""
+    """Measure the machine's rates, and derive the floors of the frozen models."""
     cuda = bench.device.type == "cuda"
     size = 8192 if cuda else 1024
     bench.rates["flops"] = matmul_flops_per_second(bench.device, bench.dtype, size)
@@ -55,7 +55,7 @@ def part_chip(bench: Workbench) -> None:
     )
     config, rate = bench.config(), bench.rates["flops"]
     with bench.results.attempt("chip", "floors"):
-        counted = vae_encode_flops(load_vae(config.cosmos_model_name), config.latent_size)
+        counted = vae_encode_flops(config.cosmos_model_name, config.latent_size)
         for name, flops in (("VAE floor", counted["frame"]), ("VAE floor as it is", counted["as_it_is"])):
             bench.results.add("chip", name, {"rate": rate / flops, "unit": "images/s", "gflop": flops / 1e9})
         flops = vision_flops(AutoConfig.from_pretrained(config.model_name).vision_config)
@@ -68,7 +68,7 @@ def part_chip(bench: Workbench) -> None:
 
 
 def part_encode(bench: Workbench) -> None:
-    """Pixels on the device to latents: diffusers as it is, and ours, in turns."""
+    """Measure encoding from pixels on the device to latents: diffusers and TheWorld, in turns."""
     config, size, device = bench.config(), bench.shapes.encode_batch_size, bench.device
     count = size * (4 if device.type == "cuda" else 1)
     pixels = torch.rand(count, 3, config.latent_size, config.latent_size, device=device) * 2 - 1
@@ -99,7 +99,7 @@ def part_encode(bench: Workbench) -> None:
         call()
         memory[name] = bench.peak_gib()
     seconds = in_turns(kinds, bench)
-    flops = vae_encode_flops(vae, config.latent_size)["frame"]
+    flops = vae_encode_flops(config.cosmos_model_name, config.latent_size)["frame"]
     for name, batch_size in (("diffusers as it is", baseline_size), ("ours", size)):
         row = spread([count / s for s in seconds[name]]) | {"unit": "images/s", "batch_size": batch_size}
         row |= {"mfu": flops * row["rate"] / bench.rates["flops"], "memory_gib": memory[name]}
@@ -109,8 +109,10 @@ def part_encode(bench: Workbench) -> None:
 
 
 def _encoding_error(bench: Workbench, encoder: CosmosEncoder) -> dict[str, float]:
-    """How far latents as phase 1 makes them are from diffusers' own in float32, over a batch of photographs: the norm
-    of the difference over the norm; of all together, and of the worst one."""
+    """Return the relative error of phase 1's latents against diffusers in float32, over a batch of photographs.
+
+    It is the norm of the difference over the norm, of all photographs together and of the worst one.
+    """
     config, size = bench.config(), bench.shapes.encode_batch_size
     drawn = [decode(draw_photograph(seed, bench.shapes.photograph), str(seed)) for seed in range(4)]
     one = torch.from_numpy(np.stack([square(pixels, config.latent_size) for pixels in drawn]))

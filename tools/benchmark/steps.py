@@ -26,8 +26,11 @@ def main(settings: str, cache: str, steps: str) -> None:
         start = time.perf_counter()
         step()  # which waits for the device
         seconds.append(time.perf_counter() - start)
-    row = {"rate": trainer.per_step / statistics.median(seconds[3:]), "unit": "statements/s"}
-    row |= {"lowest": trainer.per_step / max(seconds[3:]), "highest": trainer.per_step / min(seconds[3:])}
+    row = {"rate": trainer.global_batch_size / statistics.median(seconds[3:]), "unit": "statements/s"}
+    row |= {
+        "lowest": trainer.global_batch_size / max(seconds[3:]),
+        "highest": trainer.global_batch_size / min(seconds[3:]),
+    }
     row |= {"sharded": trainer.sharded, "estimated_gib": trainer.plan.memory.total / 2**30}
     if torch.cuda.is_available():
         row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
