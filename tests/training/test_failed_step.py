@@ -48,9 +48,9 @@ def spoil(where: str, value: float) -> None:
     steps, seen = iter(range(1000)), {"step": 0}
     train_step = Trainer.train_step
 
-    def counted(trainer: Trainer, passes: list[Microbatch] | None = None) -> dict[str, float]:
+    def counted(trainer: Trainer, microbatches: list[Microbatch] | None = None) -> dict[str, float]:
         seen["step"] = next(steps) + 1
-        return train_step(trainer, passes)
+        return train_step(trainer, microbatches)
 
     Trainer.train_step = counted  # type: ignore[method-assign]
     if where in ("latents", "vision"):
@@ -58,7 +58,7 @@ def spoil(where: str, value: float) -> None:
 
         def rows(self: CachedFeatures, images: list[str]) -> torch.Tensor:
             found = call(self, images)
-            if (self.array == "latents") == (where == "latents"):
+            if (self.array.name == "latents") == (where == "latents"):
                 found[[image == "b.png" for image in images], ..., 0] = value
             return found
 
