@@ -61,7 +61,7 @@ def main() -> int:
         from theworld.cli.dry_run import extraction
         from theworld.extraction.audit import audit
         from theworld.extraction.extract import extract, mending_command, verify
-        from theworld.store.verify import DAMAGED, status
+        from theworld.store.verify import DAMAGED, SOUND, status
 
     options = (arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part)
     if arguments.dry_run and not arguments.verify:
@@ -76,7 +76,9 @@ def main() -> int:
         return status(problems)
     config = config_from_arguments(arguments)
     if arguments.audit is not None:
-        return audit(config, arguments.cache, arguments.audit)
+        audits = audit(config, arguments.cache, arguments.audit)
+        print("\n".join(map(str, audits)))
+        return SOUND if all(one.holds for one in audits) else DAMAGED
     if extract(config, *options):
         print(f"done: {arguments.cache}. Next: python tools/train.py --cache {arguments.cache}")
     return 0

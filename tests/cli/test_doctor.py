@@ -44,7 +44,15 @@ def test_where_all_is_well_nothing_is_in_the_way(config: Config, cache: Path) ->
     assert page["statements"].message == "6 train, 1 dev, 4 test, about 3 photographs"
     assert page["photographs"].message.endswith("; 3 of 3 looked at can be read")
     assert page["latents"].message == "3 images, every byte as it was written"
-    assert page["compared"].message == "photographs: all 3 are those that were extracted"
+    assert page["compared"].message == "photographs: all 3 are as they were extracted"
+
+
+def test_a_text_only_gemma_is_not_asked_for_vision_features(
+    config: Config, tmp_path: Path, text_gemma_folder: Path
+) -> None:
+    page = by_topic(look_over(replace(config, model_name=str(text_gemma_folder)), tmp_path / "none"))
+    assert "vision" not in page
+    assert page["latents"].state == NOTE
 
 
 def test_what_is_not_there_yet_is_a_note_with_the_command(config: Config, tmp_path: Path) -> None:

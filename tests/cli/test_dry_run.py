@@ -25,7 +25,7 @@ from theworld.store.reader import StoreReader
 from theworld.training.trainer import Trainer
 from theworld.utils.console import NOTHING_WRITTEN
 from theworld.utils.files import StoreError
-from theworld.utils.hub import Fault
+from theworld.utils.hub import Fault, Place
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_no_tool_leaves_a_trace(
         ("eval", ["--from", "nowhere.jsonl"], "nowhere.jsonl"),
         ("report", ["nowhere"], "nowhere: no such folder"),
         ("visualize_alignment", ["--model_name", "nowhere", "--cache", "c"], "nowhere: neither a checkpoint"),
-        ("demo", ["--output", "tests"], "tests holds something that no demo wrote"),
+        ("demo", ["--output", "tests"], "tests holds files that no demo wrote"),
         ("demo", ["--config", "nowhere.json"], "nowhere.json"),
         ("bench", ["--changes", '{"sead": 1}'], "the nearest known key is seed"),
         ("bench", ["--sizes", '{"repeat": 1}'], "--sizes: no size 'repeat'; the nearest is repeats"),
@@ -151,6 +151,20 @@ def test_a_new_cache_then_a_finished_one(config: Config, tmp_path: Path) -> None
     assert [lines[4], lines[6]] == [
         f"cache        {root / name}: {complete}" for name in ("latents", "gemma_vision")
     ]
+
+
+def test_the_size_of_rows_of_a_model_that_is_not_downloaded_is_not_guessed_at(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("theworld.cli.dry_run", "theworld.extraction.extract"):
+        monkeypatch.setattr(f"{module}.locate", lambda name, file: Place(None, "on the hub"))
+    config = replace(config, cosmos_model_name="somebody/vae")
+    *_, model, cache = extraction(config, tmp_path / "cache", False, False, None)
+    assert model == "model        Cosmos VAE, somebody/vae: on the hub"
+    assert cache == (
+        f"cache        {tmp_path / 'cache' / 'latents'}: new; the size of a row is known once the model's config "
+        "file is on this machine"
+    )
 
 
 def test_an_unfinished_cache_goes_on_with_what_is_missing(config: Config, tmp_path: Path) -> None:

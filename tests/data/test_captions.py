@@ -41,7 +41,7 @@ def test_both_forms_give_the_captions_of_the_photographs_that_are_asked_for(tmp_
     written = lines(tmp_path / "own.jsonl", *rows, {"image": "other.jpg", "caption": "Nobody asks for this."})
     assert load_captions(written, ["b.jpg", "a.jpg", "none.jpg"]) == OWN
     assert load_captions(coco(tmp_path / "coco.json"), ["a.jpg", "b.jpg"]) == OWN
-    assert captions_note(OWN, ["a.jpg", "b.jpg", "none.jpg"]) == "captions: 3 of 2 of 3 training photographs"
+    assert captions_note(OWN, ["a.jpg", "b.jpg", "none.jpg"]) == "captions: 3 for 2 of 3 training photographs"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_line_that_is_wrong_is_refused(row: object, says: str, tmp_path: Path)
         ({"annotations": 3}, r"annotations is 3; wanted a list"),
         (
             {"annotations": [{"image_id": 8, "caption": "A."}]},
-            r"annotations\[0\]: image_id 8 is the id of no image",
+            r"annotations\[0\]: image_id 8 is not the id of an image",
         ),
         (
             {"annotations": [{"image_id": 7, "caption": None}]},
@@ -90,7 +90,7 @@ def test_a_coco_file_that_is_wrong_is_refused(changes: dict[str, object], says: 
         load_captions(coco(tmp_path / "coco.json", **changes), ["a.jpg"])
 
 
-def test_what_is_no_file_of_captions_is_refused(tmp_path: Path) -> None:
+def test_another_file_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"captions: no file .*; wanted COCO's captions_\*\.json, or a \.jsonl"
     ):

@@ -94,7 +94,7 @@ def test_a_split_that_is_there_twice_or_not_at_all_is_refused(tmp_path: Path) ->
 
 def test_a_file_of_another_split_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", ROW)
-    with pytest.raises(ValueError, match=r"train\.jsonl is asked for the split test"):
+    with pytest.raises(ValueError, match=r"train\.jsonl is not a file of the split test"):
         load_statements(path, "test")
 
 
@@ -147,7 +147,7 @@ def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
     assert message.startswith(f"train.jsonl:2: has no field {field}; give ")
 
 
-def test_a_data_set_of_ones_own_needs_image_statement_and_label(tmp_path: Path) -> None:
+def test_your_own_data_needs_image_statement_and_label(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(
         '{"image": "a/1.png", "statement": "It is so.", "label": 1}\n'
         '{"image": "2.png", "statement": "It is not.", "label": 0, "relation": "on"}\n'
@@ -178,7 +178,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         load_statements(tmp_path, "train")
 
 
-def test_the_hub_gives_what_the_files_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_and_the_files_give_equal_statements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "vsr"
@@ -219,7 +219,7 @@ def test_every_relation_has_one_meta_category() -> None:
 
 
 @needs_real
-def test_the_meta_categories_are_those_of_the_paper() -> None:
+def test_the_meta_categories_match_the_paper() -> None:
     paper: dict[str, str] = {}
     for line in (REAL / "relation_meta_categories.txt").read_text(encoding="utf-8").splitlines():
         category, _, relations = line.partition(":")
@@ -272,7 +272,7 @@ def test_the_overlaps_of_the_releases_are_found() -> None:
         ("The c.t is", "c(t", None),
     ],
 )
-def test_the_words_of_a_relation_are_whole_words_that_stand_once(
+def test_a_relation_span_is_whole_words_that_occur_once(
     caption: str, relation: str, words: str | None
 ) -> None:
     span = relation_span(caption, relation)
@@ -286,18 +286,18 @@ def test_statements_without_the_words_of_their_relation_are_counted() -> None:
     found, lost, false = make("It is on it."), make("It is under it."), make("It is under it.", label=0)
     assert relation_note([found, found, false]) == "relation words: in 2 of 2 true statements"
     assert relation_note([found, lost]) == (
-        "relation words: in 1 of 2 true statements; nowhere or more than once in the others, such as 'It is under it.' "
+        "relation words: in 1 of 2 true statements; not exactly once in the others, such as 'It is under it.' "
         "with 'on'"
     )
     with pytest.raises(
-        ValueError, match=r"none of 1 true statements .* such as 'It is under it\.' with 'on'; give"
+        ValueError, match=r"none of 1 true statements .* such as 'It is under it\.' with 'on'; write"
     ):
         relation_note([lost, false])
 
 
 @needs_real
 @pytest.mark.parametrize(("release", "count"), [("vsr_random", 10972), ("vsr_zeroshot", 5051)])
-def test_every_relation_of_vsr_stands_once_in_its_statement(release: str, count: int) -> None:
+def test_every_relation_of_vsr_occurs_once_in_its_statement(release: str, count: int) -> None:
     statements = [s for own in load_all(REAL, release).values() for s in own]
     assert (
         sum(relation_span(s.caption, s.relation) is not None for s in statements) == count == len(statements)

@@ -367,11 +367,26 @@ def test_a_store_of_other_shards_or_rows_is_refused_before_any_model_loads(
         spec.check_store(tmp_path / "rows", 512)
 
 
-def test_an_encoder_that_a_checkpoint_was_not_trained_on_is_refused_before_it_loads(
+def test_an_evaluation_from_photographs_refuses_another_encoder_before_it_loads(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = CosmosLatents.describe(tiny).having(cosmos_weights_sha256="x").fingerprint()
+    config = replace(tiny, output_dir=tiny.output_dir + "-alone")
+    checkpoint, folder = Trainer(config, cache_of(tiny)).run(), Path(str(tiny.image_folder))
     monkeypatch.setattr(cosmos, "load_vae", None)
-    with pytest.raises(StoreMismatch, match=r"latent_size: cached 80, wanted 64"):
-        CosmosLatents.describe(replace(tiny, latent_size=80)).check_serves(trained)
-    CosmosLatents.describe(tiny).check_serves(trained)
+    found = []
+    for call in (
+        lambda: score(checkpoint, None, folder, "test", ["world"], {"latent_size": 80}),
+        lambda: list(
+            dry_run.evaluation(
+                [checkpoint], None, folder, "test", ["world"], folder / "records.jsonl", {"latent_size": 80}
+            )
+        ),
+    ):
+        with pytest.raises(StoreMismatch) as caught:
+            call()
+        found.append(str(caught.value))
+    assert found[0] == found[1]
+    assert caught.value.differences == [
+        ("latent_shape", [16, 10, 10], [16, 8, 8]),
+        ("latent_size", 80, 64),
+    ]

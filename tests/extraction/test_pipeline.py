@@ -3,7 +3,6 @@
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +14,9 @@ from theworld.data.images import ImageError, read_image, sha256
 from theworld.extraction import pipeline, reading
 from theworld.extraction.pipeline import ShardWriter, Stages, batches_of, encode_shards
 from theworld.extraction.reading import Prepared, Source, Spool
+from theworld.models.encoder import EncoderSpec
 from theworld.store.reader import StoreReader
-from theworld.store.shard import ArraySpec, ImageEntry
+from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store
 
 
@@ -24,15 +24,11 @@ class Mean:
     """Photographs to the mean of each channel."""
 
     name = "means"
-    arrays = [ArraySpec("means", (3,), "float32")]  # noqa: RUF012
+    spec = EncoderSpec("means", (3,), "float32", None, {"model": "mean"})
     device = torch.device("cpu")
-    compiled = False
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
-
-    def fingerprint(self) -> dict[str, Any]:
-        return {"model": "mean"}
 
     def prepare(self, pixels: np.ndarray) -> Tensor:
         return torch.from_numpy(pixels.astype(np.float32).mean((0, 1)))
@@ -57,7 +53,7 @@ def folder(tmp_path: Path) -> Path:
 def store(folder: Path, tmp_path: Path) -> Store:
     """Shards of 5, 5 and 1."""
     rows = [ImageEntry(p.name, sha256(p.read_bytes())) for p in sorted(folder.iterdir())]
-    return Store.create(tmp_path / "store", Mean().fingerprint(), rows, Mean.arrays, 5)
+    return Store.create(tmp_path / "store", Mean.spec.fingerprint(), rows, [Mean.spec.array], 5)
 
 
 def test_no_batch_reaches_into_the_next_shard(store: Store) -> None:

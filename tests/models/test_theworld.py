@@ -13,7 +13,7 @@ from theworld.config.config import Config
 from theworld.data.images import read_image
 from theworld.data.vsr import Statement, images_of
 from theworld.models.attention import attention_masks
-from theworld.models.gemma import Gemma
+from theworld.models.gemma import Gemma, load_gemma
 from theworld.models.packing import Control, Packer
 from theworld.models.theworld import TheWorld
 
@@ -295,6 +295,33 @@ def test_what_trains_is_what_is_optimised_is_what_is_saved(gemma: Gemma, tmp_pat
         "projection.safetensors",
         "world.json",
     ]
+
+
+def test_making_a_model_sets_no_state_of_the_process(gemma: Gemma) -> None:
+    def state() -> tuple[object, ...]:
+        limit = torch._dynamo.config.recompile_limit
+        return torch.get_rng_state().tolist(), torch.get_float32_matmul_precision(), limit
+
+    before = state()
+    config = Config(world_patch=2, compile=True, model_name=gemma.name, device="cpu", dtype="bfloat16")
+    fingerprint = {"latent_shape": [16, 8, 8], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    model = TheWorld.from_config(config, load_gemma(config), fingerprint)
+    assert model.gemma.dtype == torch.bfloat16
+    assert state() == before
+
+
+def test_the_first_weights_are_a_function_of_the_seed(gemma: Gemma) -> None:
+    fingerprint = {"latent_shape": [16, 8, 8], "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    found = []
+    for seed, before in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(before)
+        found.append(TheWorld.from_config(Config(world_patch=2, seed=seed), gemma, fingerprint).projection)
+    torch.manual_seed(3)  # as a generator of that seed gives them
+    wanted = torch.nn.Linear(64, 64).weight
+    first, again, other = (projection.layers[0].weight for projection in found)
+    assert torch.equal(first, wanted)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 def test_the_size_of_world_tokens_at_the_start_is_a_setting(gemma: Gemma) -> None:

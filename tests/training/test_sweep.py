@@ -1,5 +1,6 @@
 """A sweep: which runs, what each leaves, none twice, what goes on after a stop, how parts share it, and the ranking."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -506,8 +507,16 @@ class Held:
             self.kill()
             raise
 
+    def __enter__(self) -> "Held":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate(timeout=60)
 
     def ends(self) -> tuple[int, str, str]:
@@ -520,9 +529,8 @@ class Held:
         return self.process.returncode, out, errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_parts_are_stopped_and_killed_and_the_last_shows_the_table_of_a_sweep_that_was_not(
-    long: Config, cache: Path, whole: Path, tmp_path: Path, number: signal.Signals
+    long: Config, cache: Path, whole: Path, tmp_path: Path
 ) -> None:
     settings, output = tmp_path / "settings.json", tmp_path / "sweep"
     settings.write_text(json.dumps(long.to_dict()))
@@ -532,25 +540,26 @@ def test_parts_are_stopped_and_killed_and_the_last_shows_the_table_of_a_sweep_th
     def start(part: int, folder: Path, hold: int) -> Held:
         return Held(tmp_path / f"held-{part}.py", (*given, "--part", f"{part}/2"), [folder], hold)
 
-    first, second = start(1, folders[0], 1), start(2, folders[1], 1)
-    for held, ended in ((first, "0 of 2"), (second, "0 of 1")):
-        os.killpg(held.process.pid, number)
-        status, out, errors = held.ends()
-        assert status == STATUS, errors
-        rest = 1 if held is first else 0
-        assert out.splitlines()[-1] == (
-            f"stopped as asked: {ended} runs have ended; the same command goes on with 1 from where they are, and "
-            f"starts {rest}"
-        )
-        assert f"sweep: {number.name}: saving after this step" in errors
+    with start(1, folders[0], 1) as first, start(2, folders[1], 1) as second:
+        stops = ((first, signal.SIGTERM, "0 of 2", 1), (second, signal.SIGUSR1, "0 of 1", 0))
+        for held, number, ended, rest in stops:
+            os.killpg(held.process.pid, number)
+            status, out, errors = held.ends()
+            assert status == STATUS, errors
+            assert out.splitlines()[-1] == (
+                f"stopped as asked: {ended} runs have ended; the same command goes on with 1 from where they are, and "
+                f"starts {rest}"
+            )
+            assert f"sweep: {number.name}: saving after this step" in errors
     assert [sorted(path.name for path in f.glob("checkpoint-*")) for f in folders[:2]] == [
         ["checkpoint-2"]
     ] * 2
 
-    first, second = start(1, folders[0], 4), start(2, folders[1], 4)
-    first.kill()
-    second.kill()
-    assert tool("sweep", *given, "--part", "1/2", "--dry_run").stdout.splitlines()[:3] == [
+    with start(1, folders[0], 4) as first, start(2, folders[1], 4) as second:
+        first.kill()
+        second.kill()
+    runs = make_runs(long, [{}], [0, 1, 2], output)
+    assert list(plan_sweep(runs, cache, output, Part(0, 2)))[:3] == [
         "runs         3, of which 0 are done",
         "part         1 of 2 trains 2 of the others",
         "goes on      unchanged, seed 0: after step 4",
@@ -570,7 +579,7 @@ def test_parts_are_stopped_and_killed_and_the_last_shows_the_table_of_a_sweep_th
     ]
     # A later call finds everything done, whatever its parts are.
     table = (output / "table.md").read_text()
-    assert tool("sweep", *given).stdout == tool("sweep", *given, "--part", "3/7").stdout == table
+    assert tool("sweep", *given, "--part", "3/7").stdout == table
     wrong = tool("sweep", *given, "--grid", "colour=1", check=False)
     assert (wrong.returncode, "wanted key=a,b,c" in wrong.stderr) == (1, True)
 
@@ -579,9 +588,9 @@ def test_an_interrupted_sweep_says_one_line(long: Config, cache: Path, tmp_path:
     settings, output = tmp_path / "settings.json", tmp_path / "sweep"
     settings.write_text(json.dumps(long.to_dict()))
     given = ("--config", settings, "--cache", cache, "--output", output, "--seeds", 0)
-    held = Held(tmp_path / "held.py", given, [output / "runs" / "unchanged-0"], 1)
-    os.killpg(held.process.pid, signal.SIGINT)
-    status, _, errors = held.ends()
+    with Held(tmp_path / "held.py", given, [output / "runs" / "unchanged-0"], 1) as held:
+        os.killpg(held.process.pid, signal.SIGINT)
+        status, _, errors = held.ends()
     assert (status, errors.splitlines()[-1]) == (130, "sweep: interrupted")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from theworld.config.config import Config
-from theworld.utils.device import device_setting
+from theworld.utils.device import device_setting, seeded, set_up_torch
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,24 @@ def test_a_device_map_is_the_setting_device(device_map: object, setting: str) ->
 def test_a_model_in_parts_is_refused(device_map: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"device_map \{.*\}: all models lie on one device"):
         device_setting(device_map)
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "high"), (torch.float32, "highest")])
+def test_products_in_float32_are_rounded_beside_models_in_bfloat16_alone(
+    dtype: torch.dtype, precision: str
+) -> None:
+    try:
+        set_up_torch(dtype)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_seeded_block_draws_from_its_seed_and_leaves_the_generator_as_it_was() -> None:
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    with seeded(2):
+        inside = torch.rand(3)
+    assert torch.equal(inside, torch.rand(3, generator=torch.Generator().manual_seed(2)))
+    assert torch.equal(torch.rand(3), wanted)

@@ -257,7 +257,7 @@ def test_a_run_on_captions_is_resumed_bitwise_and_not_on_others(
     config = replace(config, captions=str(path), statement_loss_weight=0.5, statement_steps=2, save_steps=1)
     config = replace(config, save_total_limit=None)
     trainer = Trainer(config, cache)
-    assert "captions: 4 of 2 of 3 training photographs" in trainer.plan.lines
+    assert "captions: 4 for 2 of 3 training photographs" in trainer.plan.lines
     read = [one.batch for step in range(6) for one in trainer.microbatches(step)]
     assert all(batch is not None and len(batch.words) > 0 for batch in read if "a.png" in batch.images)
     plain = replace(config, captions=None, output_dir=str(tmp_path / "statements"))

@@ -121,9 +121,9 @@ def test_what_takes_a_photograph_alone_is_refused_with_the_cure(
     with pytest.raises(ValueError, match=message + "; generate needs no cache with enable_world=False"):
         model.generate(photographs / "a.png", "Where?")
     model.generate(photographs / "a.png", "Where?", enable_world=False, max_new_tokens=1)
-    with pytest.raises(ValueError, match=message + "; photographs alone, --image-dir, are not enough"):
+    with pytest.raises(ValueError, match=message + "; photographs alone, --image_folder, are not enough"):
         score(checkpoint, None, photographs, "test", ("world",), {})
-    with pytest.raises(ValueError, match=message + "; photographs alone, --image-dir, are not enough"):
+    with pytest.raises(ValueError, match=message + "; photographs alone, --image_folder, are not enough"):
         list(evaluation([checkpoint], None, photographs, "test", ("world",), tmp_path / "out.jsonl", {}))
 
 
@@ -153,7 +153,9 @@ def test_alignment_measures_the_photographs_own_tokens_and_says_so(checkpoint: P
     assert result["comparison"] == SAME_PLACE
     assert (result["world_tokens"], result["predicted_moments_left_out"]) == (16, 2)
     assert measured["trained"].cosine.shape == (3 * 16,)
-    assert "those of 2 predicted moments have no place in the photograph and are left out" in report(result)
+    assert "world tokens of 2 predicted frames have no place in the photograph and are left out" in report(
+        result
+    )
 
 
 def test_the_model_card_names_the_moments(checkpoint: Path) -> None:

@@ -1,1 +1,1 @@
-"""What spans all phases: dry runs, the doctor and the demo."""
+"""Tools that span all phases: dry runs, the doctor and the demo."""

@@ -14,7 +14,7 @@ from theworld.data.images import ImageError, check_photographs, missing_photogra
 from theworld.data.vsr import Statement, images_of, load_all, statements_at_hand
 from theworld.extraction.encoders import VisionEncoder
 from theworld.models import world_encoder
-from theworld.models.encoder import EncoderSpec, NotYetKnown, file_at_hand
+from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
 from theworld.models.serialization import checkpoint_step, list_checkpoints
 from theworld.store.format import read_failures, read_manifest
@@ -23,7 +23,7 @@ from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
 from theworld.utils.device import GIB, memory_of, resolve_device
 from theworld.utils.files import check_folder, check_room, free_bytes
-from theworld.utils.hub import GEMMA_FILE, Fault, locate
+from theworld.utils.hub import GEMMA_FILE, Fault, file_at_hand, locate
 
 SAMPLE = 100  # photographs that are decoded; extraction decodes all
 OK, NOTE, FAULT = "ok", "note", "FAULT"

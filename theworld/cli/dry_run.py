@@ -13,7 +13,7 @@ from typing import Any
 
 from theworld.config.config import Config
 from theworld.data.images import missing_photographs
-from theworld.data.vsr import Elsewhere, Statement, images_of, split_at_hand, statements_at_hand
+from theworld.data.vsr import NotDownloaded, Statement, images_of, split_at_hand, statements_at_hand
 from theworld.evaluation.alignment import chosen_images, vision_to_compare
 from theworld.evaluation.predict import possible_conditions, shuffled_images
 from theworld.evaluation.records import read_jsonl
@@ -150,7 +150,7 @@ def evaluation(
         saved.append((yield from _saved_model(checkpoint, overrides)))
     try:
         data = held_out(checkpoints, split, overrides, train_annotations, allow_trained, split_at_hand)
-    except Elsewhere as error:
+    except NotDownloaded as error:
         yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
         data = None
     for config, world, sees in saved:
@@ -190,7 +190,7 @@ def _reads(
         if sees and not vision and config.image_folder is None:
             raise ValueError(
                 f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or "
-                "score from photographs with --image-dir"
+                "score from photographs with --image_folder"
             )
         yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
         photographs = Path(str(config.image_folder)) if sees and not vision else None
@@ -262,6 +262,6 @@ def _split(config: Config, split: str) -> Generator[str, None, list[Statement]]:
     line."""
     try:
         return split_at_hand(config.annotations, split, config.dataset_name)
-    except Elsewhere as error:
+    except NotDownloaded as error:
         yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
         return []

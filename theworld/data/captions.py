@@ -1,6 +1,4 @@
-"""Captions of photographs: what a picture shows, in words, which the next-word loss can be about in place of true
-statements.
-"""
+"""Captions of photographs, on which the next-token loss can be computed instead of on true statements."""
 
 import json
 import random
@@ -12,14 +10,14 @@ from theworld.config.fields import shown
 from theworld.data.vsr import Statement, is_filled, parsed_lines
 from theworld.utils.jsonc import unique_keys
 
-Captions = Mapping[str, Sequence[str]]  # image path -> its captions, in the order of the file
+Captions = Mapping[str, Sequence[str]]  # captions by the path of their image, in the order of the file
 WANTED = 'COCO\'s captions_*.json, or a .jsonl of lines {"image": "a.jpg", "caption": "A dog on a bed."}'
 
 
 def load_captions(path: str | Path, images: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """The captions of these photographs; an image without one has no key.
+    """Return the captions of these photographs; a photograph without any has no key.
 
-    Raises ValueError for a file that is neither, for a bad caption and where no image has one, FileNotFoundError.
+    Raises FileNotFoundError, and ValueError for another format, for a bad caption and if no photograph has a caption.
     """
     path = Path(path)
     if not path.is_file():
@@ -29,7 +27,7 @@ def load_captions(path: str | Path, images: Collection[str]) -> dict[str, tuple[
     wanted, other = set(images), ""
     for where, image, caption in pairs:
         if not is_filled(image):
-            raise ValueError(f"{where}: the image is {shown(image)}; give its path, as the annotations do")
+            raise ValueError(f"{where}: the image is {shown(image)}; give its path as in the annotations")
         if not is_filled(caption):
             raise ValueError(f"{where}: caption is {shown(caption)}; give text that is not empty")
         if image in wanted:
@@ -40,20 +38,20 @@ def load_captions(path: str | Path, images: Collection[str]) -> dict[str, tuple[
         example = f" (such as {other})" if other else ""
         raise ValueError(
             f"captions: {path} has none of the {len(wanted)} training photographs (such as {min(wanted)}){example}; "
-            "give a file that names photographs as the annotations do"
+            "give a file that names photographs as in the annotations"
         )
     return {image: tuple(own) for image, own in found.items()}
 
 
 def _lines(path: Path) -> list[tuple[str, Any, Any]]:
-    """Of every line where it stands, its image and its caption."""
+    """Return for each line of a .jsonl file its place (file:line), its image and its caption."""
     if path.suffix != ".jsonl":
         raise ValueError(f"captions: {path}; wanted {WANTED}")
     return [(where, *_fields(row, ("image", "caption"), where)) for where, row in parsed_lines(path)]
 
 
 def _coco(path: Path) -> list[tuple[str, Any, Any]]:
-    """The same of COCO's format: images with id and file_name, annotations with image_id and caption."""
+    """Return the same for COCO's format: images with id and file_name, annotations with image_id and caption."""
     try:
         data = json.loads(path.read_bytes(), object_pairs_hook=unique_keys("key"))
     except (ValueError, RecursionError) as error:
@@ -72,7 +70,7 @@ def _coco(path: Path) -> list[tuple[str, Any, Any]]:
         where = f"{path}: annotations[{index}]"
         number, caption = _fields(row, ("image_id", "caption"), where)
         if _number(number, f"{where}: image_id") not in names:
-            raise ValueError(f"{where}: image_id {number} is the id of no image in this file")
+            raise ValueError(f"{where}: image_id {number} is not the id of an image in this file")
         found.append((where, names[number], caption))
     return found
 
@@ -92,13 +90,15 @@ def _number(value: Any, where: str) -> int:
 def pick_captions(
     captions: Captions, statements: Sequence[Statement], seed: int, step: int
 ) -> dict[str, str]:
-    """One caption of each of the statements' photographs that has any: a pure function of its arguments, so that a run
-    that was resumed reads the same."""
+    """Return one caption for each photograph of the statements that has any.
+
+    It is a pure function of the arguments, so that a resumed run uses the same captions.
+    """
     images = sorted({s.image for s in statements if s.image in captions})
     return {image: random.Random(f"{seed}/{step}/{image}").choice(captions[image]) for image in images}
 
 
 def captions_note(captions: Captions, images: Collection[str]) -> str:
-    """How many of the photographs have captions, and how many."""
+    """Return a line with the number of captions and of the photographs that have any."""
     own = [captions[image] for image in images if image in captions]
-    return f"captions: {sum(map(len, own)):,} of {len(own):,} of {len(images):,} training photographs"
+    return f"captions: {sum(map(len, own)):,} for {len(own):,} of {len(images):,} training photographs"

@@ -1,9 +1,9 @@
-"""A photograph file becomes an RGB array, under limits, the same way everywhere.
+"""Read photographs under limits, and check that they have not changed since they were extracted.
 
-H and W are the height and width in pixels. `PREPROCESSING` says in words what happens to the pixels; it is
-part of a cache's fingerprint, so a change here is a change there.
+`PREPROCESSING` describes how a file becomes pixels. It is part of a cache's fingerprint: after a change, caches have
+to be extracted again.
 
-Whether photographs are still those that were extracted.
+Dimensions: H and W, height and width in pixels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from theworld.utils.console import progress
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 64 * 1024 * 1024
-# The most that PIL opens without a warning; it refuses twice as much by itself.
+# Largest number of pixels that PIL opens without a warning; it refuses twice as many by itself.
 MAX_PIXELS = 89_478_485
 
 PREPROCESSING: dict[str, str] = {
@@ -55,12 +55,12 @@ _ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXIF_ORIENTATION = 0x0112
-# (bits, colour type) of PNGs whose transparent colour PIL compares with pixels that it has scaled.
+# (bits, colour type) of PNGs whose transparent colour PIL loses, as it compares it with pixels that it has scaled.
 _LOST_KEYS = {(2, 0), (4, 0), (16, 2)}
 
 
 class ImageError(ValueError):
-    """A photograph that cannot be used: `path` as it was asked for, `reason` in words."""
+    """A photograph that cannot be used: its `path` as it was given, and the `reason`."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(path, reason)  # both as arguments, so that worker processes can pickle it
@@ -72,10 +72,10 @@ class ImageError(ValueError):
 
 
 def read_bytes(root: str | Path, relative_path: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """The bytes of a regular file below `root`.
+    """Return the bytes of a regular file below `root`.
 
-    Raises ImageError for a missing, empty, unreadable or too large file, for what is no regular file (a FIFO
-    is never waited for), and for a path or a symbolic link that leaves `root`.
+    Raises ImageError for a missing, empty, unreadable or too large file, for anything but a regular file (without
+    waiting for a FIFO), and for a path or a symbolic link that leads out of `root`.
     """
     return _read_regular(_inside(root, relative_path), relative_path, root, max_bytes)
 
@@ -85,7 +85,7 @@ def _read_regular(location: str, name: str, root: str | Path, max_bytes: int = M
     try:
         if not stat.S_ISREG(os.lstat(location).st_mode):  # before opening: to open a device can act on it
             raise ImageError(name, "not a regular file")
-        # Should the file be exchanged in between, NONBLOCK keeps a FIFO from waiting for its writer.
+        # O_NONBLOCK: if the file is replaced by a FIFO in between, do not wait for its writer.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with open(os.open(location, flags), "rb") as file:
             status = os.fstat(file.fileno())
@@ -100,12 +100,12 @@ def _read_regular(location: str, name: str, root: str | Path, max_bytes: int = M
     if not data:
         raise ImageError(name, "zero bytes")
     if len(data) != status.st_size:
-        raise ImageError(name, f"{status.st_size} bytes, but {len(data)} were read: it is changing")
+        raise ImageError(name, f"{status.st_size} bytes, but {len(data)} were read: the file is changing")
     return data
 
 
 def _inside(root: str | Path, relative_path: str) -> str:
-    """The real location of a path below `root`, symbolic links followed; ImageError if it leaves `root`."""
+    """Return the location of a path below `root` with links followed. Raises ImageError if it leads out of `root`."""
     if "\0" in relative_path or os.path.isabs(relative_path) or ".." in Path(relative_path).parts:
         raise ImageError(relative_path, "not a path below the image folder")
     try:
@@ -119,17 +119,15 @@ def _inside(root: str | Path, relative_path: str) -> str:
 
 
 def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The pixels of a photograph, uint8[H, W, 3], as `PREPROCESSING` says; `path` is for messages only.
+    """Return the pixels of a photograph, uint8[H, W, 3], as in `PREPROCESSING`; `path` is for messages only.
 
-    Of a JPEG with further pictures (a preview, a gain map, the other eye) the first one is read.
-
-    Raises ImageError for another format, too many pixels (before any is decoded), an animation, a JPEG that
-    `check_jpeg` refuses, and whatever PIL cannot decode to its end. PIL's own warnings speak of sizes and metadata,
-    never of damaged pixels.
+    A JPEG may have further pictures (a preview, a gain map, the other eye): the first one is read. Raises ImageError
+    for another format, too many pixels (before any is decoded), an animation, a JPEG that `check_jpeg` refuses, and
+    data that PIL cannot decode to the end. PIL only warns about sizes and metadata, never about damaged pixels.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set: damaged photographs would pass unseen"
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set, so damaged photographs would be accepted; set it to False"
         )
     try:
         data = without_large_texts(data)
@@ -144,11 +142,11 @@ def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             image.load()
             if image.size != (width, height):
                 raise ImageError(
-                    path, f"{image.width} x {image.height} pixels, but its header says otherwise"
+                    path, f"{image.width} x {image.height} pixels; its header has {width} x {height}"
                 )
             if "transparency" in image.info and image.format == "PNG" and tuple(data[24:26]) in _LOST_KEYS:
                 raise ImageError(
-                    path, "a transparent colour at a depth where PIL loses it; save it with 8 bits"
+                    path, "a transparent colour at a bit depth where PIL loses it; save it with 8 bits"
                 )
             return _to_rgb(_upright(image), path)
     except (ImageError, MemoryError):
@@ -156,7 +154,7 @@ def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     except Image.DecompressionBombError as error:
         raise ImageError(path, f"more than {max_pixels} pixels: {error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError(path, _what_it_is(data)) from error
+        raise ImageError(path, _describe(data)) from error
     except Exception as error:  # PIL's decoders raise nearly everything on damaged bytes
         raise ImageError(path, f"damaged or not complete: {error}") from error
 
@@ -164,10 +162,10 @@ def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def check_jpeg(data: bytes, path: str) -> None:
     """Raise ImageError for a JPEG whose compressed pixels are damaged or end too early.
 
-    PIL passes over what libjpeg only warns about, such as a scan that ends in the middle: the rest of the picture is
-    grey or repeated, without a word. simplejpeg takes these warnings as errors. An eighth of the size is decoded, which
-    reads all of the scan and takes a third of the time. What no decoder can notice: bytes that were changed into other
-    valid codes (of 300 single bits flipped in the scan of a photograph, 55 were noticed).
+    PIL ignores what libjpeg only warns about, such as a scan that ends in the middle: the rest of the picture is then
+    grey or repeated. simplejpeg treats these warnings as errors. It decodes to an eighth of the size, which reads the
+    whole scan in a third of the time. No decoder notices bytes that changed into other valid codes: of 300 single bits
+    flipped in the scan of a photograph, 55 were noticed.
     """
     try:
         _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
@@ -219,8 +217,8 @@ def _text_bytes(kind: bytes, content: bytes) -> int | None:
     return size if size <= MAX_COMPRESSED_TEXT else None
 
 
-def _what_it_is(data: bytes) -> str:
-    """Why bytes that PIL does not know may lie where a photograph should be."""
+def _describe(data: bytes) -> str:
+    """Return what data may be that PIL does not recognise as a photograph."""
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not data:
         return "zero bytes"
@@ -232,21 +230,21 @@ def _what_it_is(data: bytes) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF orientation says."""
+    """Return the picture turned according to its EXIF orientation."""
     try:
         orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # noqa: BLE001 - a broken header raises nearly everything; viewers ignore it too
+    except Exception:  # noqa: BLE001 - PIL raises nearly everything for a broken header; viewers ignore it too
         return image
     turn = _ORIENTATIONS.get(orientation) if isinstance(orientation, int) else None
     return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
-    """A loaded picture of any mode that `FORMATS` can give, as uint8[H, W, 3]."""
+    """Return a loaded picture as uint8[H, W, 3], from any colour mode that `FORMATS` can have."""
     if image.mode.startswith("I"):
         return _from_16_bit_grey(image, path)
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK"):
-        raise ImageError(path, f"colour mode {image.mode} is not read")
+        raise ImageError(path, f"colour mode {image.mode} is not supported")
     if image.has_transparency_data:
         picture = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -254,7 +252,7 @@ def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
 
 
 def _from_16_bit_grey(image: Image.Image, path: str) -> np.ndarray:
-    """16-bit grey as uint8[H, W, 3]. By itself PIL cuts everything above 255."""
+    """Return 16-bit grey as uint8[H, W, 3]. PIL's own conversion clips at 255."""
     grey = np.asarray(image).astype(np.uint32)
     if grey.max(initial=0) > 65_535:
         raise ImageError(path, "grey values of more than 16 bits")
@@ -266,21 +264,21 @@ def _from_16_bit_grey(image: Image.Image, path: str) -> np.ndarray:
 
 
 def read_image(root: str | Path, relative_path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """The pixels of a photograph file below `root`, uint8[H, W, 3]. Raises ImageError."""
+    """Return the pixels of a photograph file below `root`, uint8[H, W, 3]. Raises ImageError."""
     return decode(read_bytes(root, relative_path), relative_path, max_pixels)
 
 
 def photograph(image: str | Path | np.ndarray | Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """uint8[H, W, 3] of a file, of an array that is that already, or of a PIL image, as `PREPROCESSING` says.
+    """Return the pixels, uint8[H, W, 3], of a file, of a PIL image, or of an array that holds them already.
 
-    A symbolic link is followed wherever it leads. Raises ImageError for a file that cannot be read and for an address,
-    ValueError for another array.
+    A symbolic link is followed wherever it leads. Raises ImageError for a file that cannot be read and for a web
+    address, ValueError for an array of another type or shape.
     """
     if isinstance(image, np.ndarray):
         _check_pixels(image)
         return image
     if isinstance(image, Image.Image):
-        return _to_rgb(_upright(image), "the picture given")
+        return _to_rgb(_upright(image), "the given picture")
     refuse_address(image)
     path = Path(image)
     name = path.name or str(path)
@@ -294,25 +292,25 @@ def photograph(image: str | Path | np.ndarray | Image.Image, max_pixels: int = M
 def refuse_address(image: str | Path) -> None:
     """Raise ImageError for an address such as https://... where a file is wanted."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(image)) and not os.path.lexists(image):
-        raise ImageError(str(image), "an address, but only files are read: download the photograph first")
+        raise ImageError(str(image), "an address; only files are read, so download the photograph first")
 
 
 def sha256(data: bytes) -> str:
-    """The SHA-256 of a file's bytes, 64 hex digits: what makes two photographs the same."""
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits, by which photographs are compared."""
     return hashlib.sha256(data).hexdigest()
 
 
 def square(pixels: np.ndarray, size: int) -> np.ndarray:
-    """uint8[H, W, 3] stretched to uint8[size, size, 3], the whole picture.
+    """Return the whole picture, uint8[H, W, 3], stretched to uint8[size, size, 3].
 
-    Gemma's processor stretches too, so Gemma's grid and the latent's lie on the same places of the picture.
+    Gemma's processor stretches too, so that the grid of its image tokens and that of the latent coincide.
     """
     _check_pixels(pixels)
     return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def to_unit_range(pixels: np.ndarray) -> np.ndarray:
-    """uint8[H, W, 3] as the VAE wants it: float32[3, H, W] in [-1, 1], 0 being -1 and 255 being 1."""
+    """Return uint8[H, W, 3] as the VAE's input, float32[3, H, W]: 0 becomes -1 and 255 becomes 1."""
     _check_pixels(pixels)
     channels_first = np.ascontiguousarray(pixels.transpose(2, 0, 1))
     return channels_first.astype(np.float32) / np.float32(127.5) - np.float32(1)
@@ -323,13 +321,13 @@ def _check_pixels(pixels: np.ndarray) -> None:
         raise ValueError(f"pixels are {pixels.dtype}{list(pixels.shape)}; wanted uint8[H, W, 3]")
 
 
-THREADS = 8  # hashing leaves Python's lock, and a network disk answers several at once
-CHUNK = 64
-SHOWN = 5
+THREADS = 8  # hashing releases Python's lock, and a network disk serves several reads at once
+CHUNK = 64  # photographs between two looks at the clock
+SHOWN = 5  # changed photographs that a message names
 
 
 class PhotographsChanged(ValueError):
-    """`changes`: path -> (SHA-256 when extracted, SHA-256 now or the reason why there is none)."""
+    """Photographs that changed. `changes`: path -> (SHA-256 when extracted, SHA-256 now or why there is none)."""
 
     def __init__(self, folder: Path, changes: Mapping[str, tuple[str, str]], number: int) -> None:
         self.folder, self.changes = folder, dict(changes)
@@ -337,8 +335,7 @@ class PhotographsChanged(ValueError):
         shown = sorted(changes.items())[:SHOWN]
         lines += [f"  {path}: SHA-256 was {old}, now {new}" for path, (old, new) in shown]
         lines += [f"  and {len(changes) - SHOWN:,} more"] if len(changes) > SHOWN else []
-        cure = "Put them back, or extract into another --cache"
-        super().__init__("\n".join([*lines, cure]))
+        super().__init__("\n".join([*lines, "Put them back, or extract into another --cache"]))
 
 
 def check_photographs(
@@ -348,11 +345,11 @@ def check_photographs(
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> str:
-    """Compares photographs with their SHA-256 (`images`: path -> hash); a line that says how many.
+    """Compare photographs with their SHA-256 (`images`: path -> hash); return a line with their number.
 
-    Without `seconds` all are read. With it those that changed after `since` (seconds since 1970, by the files' own
-    time stamps) are read, whatever it takes, and of the others as many, in random order, as the time allows; whether
-    they are there is always looked at. Raises PhotographsChanged, which names them.
+    Without `seconds` all are read. Otherwise those whose time stamp is later than `since` (seconds since 1970) are all
+    read, and of the others, in random order, as many as the time allows; a missing file is always found. Raises
+    PhotographsChanged, which names them.
     """
     changes: dict[str, tuple[str, str]] = {}
     bar = progress(total=len(images), desc="comparing photographs", unit=" images", leave=False)
@@ -362,8 +359,8 @@ def check_photographs(
         rest = sorted(images.keys() - set(first))
         random.shuffle(rest)
         compared, end = 0, None if seconds is None else clock() + seconds
-        for chunk, must in [(c, True) for c in _chunks(first)] + [(c, False) for c in _chunks(rest)]:
-            if not must and end is not None and clock() >= end:
+        for chunk, is_first in [(c, True) for c in _chunks(first)] + [(c, False) for c in _chunks(rest)]:
+            if not is_first and end is not None and clock() >= end:
                 break
             for path, now in zip(chunk, pool.map(lambda path: _hash_now(folder, path), chunk), strict=True):
                 if now != images[path]:
@@ -373,10 +370,10 @@ def check_photographs(
     if changes:
         raise PhotographsChanged(folder, changes, compared)
     if compared == len(images):
-        return f"photographs: all {compared:,} are those that were extracted"
+        return f"photographs: all {compared:,} are as they were extracted"
     return (
         f"photographs: {compared:,} of {len(images):,} compared in {seconds:.0f} s ({len(first):,} with newer time "
-        "stamps, the others at random): they are those that were extracted; tools/doctor.py compares all"
+        "stamps, the others at random): all are as they were extracted; tools/doctor.py compares every one"
     )
 
 
@@ -385,7 +382,7 @@ def _chunks(paths: Sequence[str]) -> list[Sequence[str]]:
 
 
 def _changed_at(path: Path) -> float:
-    """When a file's content or name last changed (not what `touch` or `cp -p` set); infinity if it is not there."""
+    """Return when a file's content or name last changed (`touch` and `cp -p` do not set this); infinity if missing."""
     try:
         return os.stat(path).st_ctime
     except (OSError, ValueError):
@@ -399,25 +396,22 @@ def _hash_now(folder: Path, path: str) -> str:
         return error.reason
 
 
-# ---- photographs
-
-
 def missing_photographs(names: Sequence[str], folder: Path) -> list[str]:
-    """Those of the names that are no file in the folder. Opens none of them: a damaged one is not found here."""
+    """Return the names without a file in the folder. Does not open the files, so damaged ones are not found."""
     return [name for name in names if not (folder / name).is_file()]
 
 
 @dataclass(frozen=True)
 class Square:
-    """Photographs as the world encoders take them: the whole picture, stretched to a square."""
+    """A photograph as the input of a world encoder: the whole picture, stretched to a square."""
 
     size: int  # side in pixels
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> uint8[S, S, 3]: a quarter of the bytes of pixels in [-1, 1]."""
+        """Return uint8[S, S, 3] for uint8[H, W, 3]: a quarter of the bytes of float32 pixels."""
         return torch.from_numpy(square(pixels, self.size))
 
 
 def latent_pixels(pixels: np.ndarray, size: int) -> Tensor:
-    """uint8[H, W, 3] -> float32[3, size, size] in [-1, 1]: a photograph as the VAE takes it."""
+    """Return a photograph, uint8[H, W, 3], as the VAE's input, float32[3, size, size] in [-1, 1]."""
     return torch.from_numpy(to_unit_range(square(pixels, size)))

@@ -1,9 +1,9 @@
-"""Drawn scenes in the shape of VSR: two coloured things on a marbled ground, and statements about them.
+"""A synthetic data set in the format of VSR: two coloured things on a marbled ground, and statements about them.
 
-A scene is a pure function of (seed, split, index), so a data set is drawn where it is needed and never shipped.
-Who sees a picture as 4 x 4 points misses most of the things; the picture itself shows them plainly.
+A scene is a pure function of (seed, split, index), so a data set is drawn where it is needed and never shipped. The
+things are plain in the picture, and mostly invisible to a Gemma that sees it as 4 x 4 image tokens.
 
-Letters: H = W = size, the picture's height and width in pixels.
+Dimensions: H = W = size, height and width of the picture in pixels.
 """
 
 import json
@@ -14,23 +14,26 @@ import numpy as np
 from PIL import Image
 
 SPLITS = ("train", "dev", "test")
-# Strong, far apart hues: a statement names a thing by its colour, its shape is told as well.
+# Strong, well separated hues. A statement names a thing by colour and shape.
 COLOURS = {"red": (214, 40, 46), "green": (36, 148, 66), "blue": (38, 84, 206), "yellow": (246, 196, 28)}
 SHAPES = ("ball", "box", "cone")
-# Words of VSR's own vocabulary, with the direction (x to the right, y down) in which the first thing lies.
+# Relations of VSR, with the direction (x to the right, y down) of the first thing from the second.
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 PICTURE_SIZE = 192  # pixels
 
-_MARGIN = 0.13  # of the width: no centre lies nearer to an edge
-RADIUS = (0.075, 0.105)  # smallest and largest, of the width
-_APART_AXIS = 0.12  # of the width: on each axis, so that every relation is plainly true or plainly false
-_APART = 0.27  # of the width: centre to centre, so that things do not touch
-_CLOUDS = ((5, 9.0), (10, 4.0))  # (cells a side, strength of 255): soft
+# Lengths as a share of the picture's width.
+_MARGIN = 0.13  # smallest distance of a centre from an edge
+RADIUS = (0.075, 0.105)  # smallest and largest radius
+_APART_AXIS = (
+    0.12  # smallest distance of the centres on each axis, so that every relation is clearly true or false
+)
+_APART = 0.27  # smallest distance of the centres, so that things do not touch
+_CLOUDS = ((5, 9.0), (10, 4.0))  # (cells a side, amplitude of 255)
 
 
 @dataclass(frozen=True)
 class Thing:
-    """One thing: a key of COLOURS, one of SHAPES, centre and radius as fractions of the picture's width."""
+    """One thing: its colour and shape, its centre and radius as a share of the picture's width."""
 
     colour: str
     shape: str
@@ -45,7 +48,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Two things of different colours, and the key that its ground and its statements are drawn from."""
+    """Two things of different colours, and the random key of the ground and of the statements."""
 
     key: tuple[int, int, int]
     things: tuple[Thing, Thing]
@@ -53,7 +56,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneStatement:
-    """A sentence about a scene, with its relation and whether it is true."""
+    """A sentence about a scene, its relation, and its label: 1 if it is true."""
 
     caption: str
     relation: str
@@ -61,9 +64,9 @@ class SceneStatement:
 
 
 def make_scene(seed: int, split: str, index: int, radius: tuple[float, float] = RADIUS) -> Scene:
-    """The scene of (seed, split, index): the same on every call, different from every other one.
+    """Return the scene of (seed, split, index), the same at every call.
 
-    `radius`: smallest and largest of a thing, as a share of the picture's width.
+    `radius`: smallest and largest radius of a thing, as a share of the picture's width.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: wanted one of {', '.join(SPLITS)}")
@@ -85,16 +88,16 @@ def make_scene(seed: int, split: str, index: int, radius: tuple[float, float] = 
 
 
 def is_true(first: Thing, relation: str, second: Thing) -> bool:
-    """Whether "first is `relation` second" holds between the centres of the things."""
+    """Return whether "first is `relation` second" is true of the centres of the things."""
     x, y = RELATIONS[relation]
     return (first.x - second.x) * x + (first.y - second.y) * y > 0
 
 
 def make_statements(scene: Scene, num_statements: int = 2) -> list[SceneStatement]:
-    """Statements with labels true and false in turn, in shuffled order, about either thing first.
+    """Return statements in shuffled order, as many true as false ones, naming either thing first.
 
-    A relation is drawn evenly from the two that give the wanted label, so neither the relation nor the things
-    say anything about the label without the picture.
+    The relation is drawn evenly from the two that give the wanted label, so that neither the relation nor the things
+    predict the label without the picture.
     """
     rng = np.random.default_rng([*scene.key, 1])
     labels = rng.permutation([k % 2 for k in range(num_statements)])
@@ -109,7 +112,7 @@ def make_statements(scene: Scene, num_statements: int = 2) -> list[SceneStatemen
 
 
 def draw_scene(scene: Scene, size: int = PICTURE_SIZE) -> np.ndarray:
-    """The picture as uint8[H, W, 3]."""
+    """Return the picture, uint8[H, W, 3]."""
     picture = _draw_ground(scene, size)
     for thing in scene.things:
         _draw_thing(picture, thing, thing.radius * size)
@@ -117,7 +120,7 @@ def draw_scene(scene: Scene, size: int = PICTURE_SIZE) -> np.ndarray:
 
 
 def _draw_ground(scene: Scene, size: int) -> np.ndarray:
-    """A plain pastel ground with coloured clouds of two sizes, float32[H, W, 3]."""
+    """Return a pastel ground with coloured clouds of two sizes, float32[H, W, 3]."""
     rng = np.random.default_rng([*scene.key, 2])
     ground = np.full((size, size, 3), rng.uniform(150, 205, size=3), dtype=np.float32)
     for cells, amplitude in _CLOUDS:
@@ -129,7 +132,7 @@ def _draw_ground(scene: Scene, size: int) -> np.ndarray:
 
 
 def _draw_thing(picture: np.ndarray, thing: Thing, radius: float) -> None:
-    """Draws a shaded thing with a soft shadow into float32[H, W, 3], in place; `radius` in pixels."""
+    """Draw a shaded thing with a soft shadow into float32[H, W, 3], in place; `radius` in pixels."""
     size = len(picture)
     centre_x, centre_y, reach = thing.x * size - 0.5, thing.y * size - 0.5, 1.9 * radius + 2
     top, bottom = max(0, int(centre_y - reach)), min(size, int(centre_y + reach) + 2)
@@ -138,7 +141,7 @@ def _draw_thing(picture: np.ndarray, thing: Thing, radius: float) -> None:
     x, y = (x - centre_x) / radius, (y - centre_y) / radius
     window = picture[top:bottom, left:right]
     window *= 1 - 0.45 * np.clip(1.4 - np.hypot(x - 0.15, (y - 0.75) / 0.55), 0, 1)[..., None]
-    # Distance outside the outline in pixels, negative inside; half a pixel of it each side smooths the edge.
+    # Distance to the outline in pixels, negative inside; half a pixel on each side smooths the edge.
     distance = {"ball": _ball, "box": _box, "cone": _cone}[thing.shape](x, y) * radius
     cover = np.clip(0.5 - distance, 0, 1)[..., None]
     light = (1 - 0.28 * np.clip(0.6 * x + y, -1, 1))[..., None]
@@ -160,7 +163,7 @@ def _cone(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def scene_rows(scene: Scene, image: str, num_statements: int = 2) -> list[dict[str, object]]:
-    """The scene's statements as rows with VSR's fields; `image` is the file name of its picture."""
+    """Return the scene's statements as rows with VSR's fields; `image` is the file name of its picture."""
     return [
         {
             "image": image,
@@ -178,9 +181,9 @@ def scene_rows(scene: Scene, image: str, num_statements: int = 2) -> list[dict[s
 
 
 def write_scenes(folder: Path, sizes: dict[str, int], seed: int = 0, num_statements: int = 2) -> None:
-    """Writes `images/scene-train-000000.png` and so on, and one `train.jsonl` (`dev`, `test`) per split.
+    """Write `images/scene-train-000000.png` and so on, and `train.jsonl`, `dev.jsonl` and `test.jsonl`.
 
-    `sizes` holds the number of scenes of each split; each gets `num_statements` rows.
+    `sizes` is the number of scenes of each split; each scene has `num_statements` rows.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, num_scenes in sizes.items():

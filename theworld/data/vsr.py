@@ -1,10 +1,8 @@
-"""Annotations of Visual Spatial Reasoning (Liu, Emerson, Collier, TACL 2023) as `Statement` records.
+"""Visual Spatial Reasoning (Liu, Emerson, Collier, TACL 2023): its statements, and the published results on it.
 
-A statement ("The cat is left of the laptop.") is true or false of one photograph. The releases are random and
-zeroshot, each with the splits train, dev ("validation" is the same) and test, one JSON object a line. Data sets of
-one's own have the same files, of lines with the fields image, statement and label.
-
-What others published on Visual Spatial Reasoning: quoted from their papers, measured by nobody here.
+A statement ("The cat is left of the laptop.") is true or false of one photograph. There are two releases, random and
+zeroshot, each with the splits train, dev (also called validation) and test: one JSON object a line. Your own data has
+the same files, with the fields image, statement and label on each line.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from theworld.utils.jsonc import unique_keys
 
 # dataset_name -> the release's folder name; the hub's is cambridgeltl/vsr_<release>.
 RELEASES = {"vsr": "random", "vsr_random": "random", "vsr_zeroshot": "zeroshot"}
-# split -> the names that its file may have.
+# split -> the names that its file can have.
 SPLITS = {
     "train": ("train",),
     "dev": ("dev", "validation"),
@@ -33,7 +31,7 @@ SPLITS = {
     "test": ("test",),
 }
 
-# Meta-category -> its relations. The paper's table has "among" under topological too; the later place holds.
+# Meta-category -> its relations. The paper's table has "among" under topological too; here it is unallocated.
 _TABLE = {
     "adjacency": "adjacent to, against, ahead of, alongside, at the back of, at the edge of, "
     "at the left side of, at the right side of, at the side of, attached to",
@@ -53,7 +51,7 @@ RELATIONS: dict[str, str] = {
 }
 
 
-NO_RELATION = "(none)"  # of statements of a data set that names none
+NO_RELATION = "(none)"  # the relation of statements in data without that field
 
 
 @dataclass(frozen=True)
@@ -64,45 +62,47 @@ class Statement:
     caption: str
     label: int  # 1: true of the photograph, 0: false
     relation: str
-    index: int  # place in its file, from 0: line index + 1
-    image_link: str = ""  # where the photograph was published
+    index: int  # position in its file, counted from 0: line index + 1
+    image_link: str = ""  # URL at which the photograph was published
 
 
 def meta_category(relation: str) -> str:
-    """The paper's meta-category of a relation; "unknown" for one it does not list ("congruent")."""
+    """Return the paper's meta-category of a relation; "unknown" for one that it does not list ("congruent")."""
     return RELATIONS.get(relation, "unknown")
 
 
 def relation_span(caption: str, relation: str) -> tuple[int, int] | None:
-    """Where the words of the relation stand in the stripped caption, as whole words in any case: (start, end). None
-    where they stand nowhere or more than once. (In VSR they stand once in every statement.)"""
+    """Return start and end of the relation's words in the stripped caption, as whole words in any case.
+
+    None if they are not there exactly once; in VSR they are, in every statement.
+    """
     found = list(re.finditer(rf"(?<!\w){re.escape(relation.strip())}(?!\w)", caption.strip(), re.IGNORECASE))
     return found[0].span() if len(found) == 1 else None
 
 
 def relation_note(statements: Iterable[Statement]) -> str:
-    """In how many true statements the words of the relation are found, and where not. ValueError if in none."""
+    """Return a line with the number of true statements that contain their relation. Raises ValueError if none does."""
     true = [s for s in statements if s.label == 1]
     lost = [s for s in true if relation_span(s.caption, s.relation) is None]
     if len(lost) == len(true):
         example = f", such as {lost[0].caption!r} with {lost[0].relation!r}" if lost else ""
         raise ValueError(
-            f"relation_loss_weight: none of {len(true)} true statements has the words of its field relation once in "
-            f"it{example}; give the field as it stands in the statement, or use statement_loss_weight"
+            f"relation_loss_weight: none of {len(true)} true statements contains the words of its field relation "
+            f"exactly once{example}; write the field as it stands in the statement, or use statement_loss_weight"
         )
     note = f"relation words: in {len(true) - len(lost):,} of {len(true):,} true statements"
     if lost:
-        note += f"; nowhere or more than once in the others, such as {lost[0].caption!r} with {lost[0].relation!r}"
+        note += f"; not exactly once in the others, such as {lost[0].caption!r} with {lost[0].relation!r}"
     return note
 
 
 def load_statements(annotations: str | Path | None, split: str, dataset_name: str = "vsr") -> list[Statement]:
-    """The statements of a split, in the order of its file.
+    """Return the statements of a split, in the order of its file.
 
-    `annotations` is a folder with train.jsonl, dev.jsonl and test.jsonl (or validation.jsonl), a folder with
-    random/ and zeroshot/ that hold them, the file of the split itself, or None for the hub's dataset_name.
-    Raises ValueError for an unknown split or dataset name and for a bad line (naming file, line, field, value
-    and cure), FileNotFoundError, and OSError where the hub cannot be reached.
+    `annotations` is a folder with train.jsonl, dev.jsonl (or validation.jsonl) and test.jsonl, a folder with random/
+    and zeroshot/ that hold them, the file of the split itself, or None for dataset_name on the hub. Raises ValueError
+    for an unknown split or dataset name and for a bad line (naming file, line, field, value and what is wanted),
+    FileNotFoundError, and OSError if the hub cannot be reached.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
@@ -114,9 +114,9 @@ def load_statements(annotations: str | Path | None, split: str, dataset_name: st
 
 
 def load_all(annotations: str | Path | None, dataset_name: str = "vsr") -> dict[str, list[Statement]]:
-    """The statements of every split that is there: all three of VSR, one at least of a folder of one's own.
+    """Return the statements of every split that exists: all three of VSR, at least one of your own folder.
 
-    Raises as `load_statements`.
+    Raises the errors of `load_statements`.
     """
     splits = ("train", "dev", "test")
     if annotations is None or Path(annotations).is_file():
@@ -129,23 +129,25 @@ def load_all(annotations: str | Path | None, dataset_name: str = "vsr") -> dict[
             continue
         found[split] = _read_statements(path)
     if not found:
-        _split_file(Path(annotations), "train", dataset_name)  # which says what is missing
+        _split_file(Path(annotations), "train", dataset_name)  # raises and names what is missing
     return found
 
 
 def _split_file(path: Path, split: str, dataset_name: str) -> Path:
-    """The file that holds a split."""
+    """Return the file that holds a split."""
     names = [f"{name}.jsonl" for name in SPLITS[split]]
     if path.is_file():
         if path.name not in names:
-            raise ValueError(f"{path} is asked for the split {split}; its file is named {' or '.join(names)}")
+            raise ValueError(
+                f"{path} is not a file of the split {split}, which is named {' or '.join(names)}"
+            )
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"annotations: no file or folder {path}")
     release = RELEASES[dataset_name]
     if path.name in RELEASES.values() and path.name != release:
         raise ValueError(
-            f"{path} holds {path.name}, dataset_name is {dataset_name}; set it to vsr_{path.name}"
+            f"{path} holds {path.name}, and dataset_name is {dataset_name}; set it to vsr_{path.name}"
         )
     folder = path / release if (path / release).is_dir() else path
     found = [folder / name for name in names if (folder / name).is_file()]
@@ -157,7 +159,7 @@ def _split_file(path: Path, split: str, dataset_name: str) -> Path:
 
 
 def load_hub_statements(repository: str, split: str) -> list[Statement]:
-    """The statements of a split of a data set on the hub, or of a local folder, through `datasets`."""
+    """Return the statements of a split of a data set on the hub, or of a local folder, through `datasets`."""
     from datasets import load_dataset
 
     # Named files: by itself `datasets` would guess the splits and call dev "validation".
@@ -165,14 +167,16 @@ def load_hub_statements(repository: str, split: str) -> list[Statement]:
     try:
         rows = load_dataset(repository, data_files={"rows": file}, split="rows")
     except OSError as error:
-        cure = "check the network, or set annotations to a folder with the JSONL files"
-        raise OSError(f"cannot load {file} of {repository}: {error}; {cure}") from error
+        hint = "check the network, or set annotations to a folder with the JSONL files"
+        raise OSError(f"cannot load {file} of {repository}: {error}; {hint}") from error
     return [_statement(row, index, f"{repository}/{file}") for index, row in enumerate(rows)]
 
 
 def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Of every line of a JSONL file where it stands (file:line) and its JSON. ValueError for a line that is none. Only
-    \\n ends a line: captions may hold other separators."""
+    """Yield the place (file:line) and the value of each line of a JSONL file. Raises ValueError for a bad line.
+
+    Only \\n ends a line: captions may contain other separators.
+    """
     lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     if lines and not lines[-1].strip():
         lines.pop()
@@ -200,11 +204,11 @@ def _parsed(line: bytes, where: str) -> Any:
 
 
 def _statement(row: Any, index: int, path: str) -> Statement:
-    """A checked row; fields that VSR has beyond ours may be there and are not read."""
+    """Return a checked row as a statement; other fields of VSR are allowed and not read."""
     where = f"{path}:{index + 1}"
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: is {shown(row)}; wanted one JSON object a line")
-    own = "statement" in row and "caption" not in row  # a data set of one's own: relations are VSR's
+    own = "statement" in row and "caption" not in row  # your own data, which has no relations
     if own:
         row = {"relation": NO_RELATION, **row, "caption": row["statement"]}
     for field, wanted, is_right in _FIELDS:
@@ -219,19 +223,19 @@ def _statement(row: Any, index: int, path: str) -> Statement:
 
 
 def _is_text(value: object) -> bool:
-    """Valid Unicode without NUL: what can be written to files and named on a file system."""
+    """Return whether a value is valid Unicode without NUL, which can be written to files and used in paths."""
     if not isinstance(value, str) or "\0" in value:
         return False
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def is_filled(value: object) -> bool:
-    """Whether it is text with more than spaces in it."""
+    """Return whether a value is text with more than white space."""
     return _is_text(value) and bool(str(value).strip())
 
 
 def _is_safe_path(value: object) -> bool:
-    """A relative path in its shortest form, with / between folders, that does not climb."""
+    """Return whether a value is a relative path in its shortest form, with / between folders and without `..`."""
     if not is_filled(value):
         return False
     path = PurePosixPath(str(value))
@@ -239,7 +243,7 @@ def _is_safe_path(value: object) -> bool:
     return not climbs and "\\" not in str(value) and str(path) == value
 
 
-# field, what it may hold, its check
+# field, what it must hold, its check
 _FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
     ("image", "a path below the image folder, such as 000000000142.jpg", _is_safe_path),
     ("caption", "text that is not empty", is_filled),
@@ -250,18 +254,18 @@ _FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
 
 
 def images_of(statements: Iterable[Statement]) -> list[str]:
-    """The photographs that statements name, each once, sorted."""
+    """Return the photographs of the statements, each once, sorted."""
     return sorted({statement.image for statement in statements})
 
 
 def seen_images(test: Iterable[Statement], train: Iterable[Statement]) -> set[str]:
-    """The photographs of `test` that `train` names too: flag what is measured on them."""
+    """Return the photographs of `test` that are also in `train`."""
     return {statement.image for statement in test} & {statement.image for statement in train}
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One published system: accuracy on the test split of each release, in percent, and where that stands."""
+    """The published accuracy of a system on the test split of each release, in percent, and its source."""
 
     system: str
     random: float | None
@@ -269,7 +273,7 @@ class Reference:
     source: str
 
     def accuracy(self, dataset: str) -> float | None:
-        """As a share, on a data set by the name that `dataset_label` gives it; None for what was not published."""
+        """Return the accuracy as a share, for a label that `dataset_label` returns; None if it was not published."""
         percent = {"vsr_random": self.random, "vsr_zeroshot": self.zeroshot}.get(dataset)
         return None if percent is None else percent / 100
 
@@ -313,25 +317,23 @@ def release_of(statements: Iterable[tuple[str, str, int]], split: str) -> str:
 def dataset_label(
     annotations: str | Path | None, dataset_name: str, split: str, statements: Sequence[Statement]
 ) -> str:
-    """Return the name of the data set that a split is from: that of the release for statements from the hub or the
-    statements of a release in a folder, else "own data"."""
+    """Return "vsr_random" or "vsr_zeroshot" for statements of that release, else "own data"."""
     if annotations is None:
         return f"vsr_{RELEASES[dataset_name]}"
     return release_of(((s.image, s.caption, s.label) for s in statements), split) or OWN
 
 
 def quoted(dataset: str, split: str) -> list[tuple[Reference, float]]:
-    """The published systems and their accuracies, as shares, that belong beside results on this data set; none but for
-    the test split of a release."""
+    """Return the published systems and their accuracies, as shares, for the test split of a release; else none."""
     if split != "test":
         return []
     return [(r, value) for r in QUOTED if (value := r.accuracy(dataset)) is not None]
 
 
 def statements_at_hand(annotations: str | None, dataset_name: str) -> dict[str, list[Statement]] | None:
-    """The statements of every split, as `load_all` gives them; None where they would have to be downloaded first.
+    """Return the statements of every split, as `load_all` does; None if they have to be downloaded first.
 
-    Raises as `load_all` does, and Fault where they cannot be downloaded.
+    Raises the errors of `load_all`, and Fault if they cannot be downloaded.
     """
     if annotations is not None:
         return load_all(annotations, dataset_name)
@@ -342,24 +344,24 @@ def statements_at_hand(annotations: str | None, dataset_name: str) -> dict[str, 
         if not isinstance(held, str):
             try:
                 ask_hub(repository, f"{split}.jsonl", "dataset")
-            except OSError as error:  # and all that the hub answers
-                says = f"{repository}: {str(error).splitlines()[0]}"
-                cure = "check the network; or give --annotations, a folder with its JSONL files"
-                raise Fault(says, cure) from None
+            except OSError as error:  # also huggingface_hub's own errors
+                message = f"{repository}: {str(error).splitlines()[0]}"
+                hint = "check the network; or give --annotations, a folder with its JSONL files"
+                raise Fault(message, hint) from None
             return None
         found[split] = load_statements(held, split, dataset_name)
     return found
 
 
-class Elsewhere(Exception):
-    """Statements that only the hub has: the name of their data set."""
+class NotDownloaded(Exception):
+    """Statements that have to be downloaded first; the argument is the name of their data set."""
 
 
 def split_at_hand(annotations: str | None, split: str, dataset_name: str) -> list[Statement]:
-    """As `load_statements`, but downloads nothing: raises Elsewhere."""
+    """Return the statements as `load_statements` does, but download nothing: raise NotDownloaded instead."""
     if annotations is not None:
         return load_statements(annotations, split, dataset_name)
     splits = statements_at_hand(None, dataset_name)
     if splits is None:
-        raise Elsewhere(dataset_name)
+        raise NotDownloaded(dataset_name)
     return splits["dev" if split == "validation" else split]

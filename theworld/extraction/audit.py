@@ -19,7 +19,6 @@ from theworld.extraction.reading import Source, read_photograph
 from theworld.models.encoder import Encoder, check_compatible
 from theworld.models.serialization import weights_sha256
 from theworld.store.shard import ImageEntry
-from theworld.store.verify import DAMAGED, SOUND
 from theworld.utils.device import torch_dtype
 from theworld.utils.distributed import Part
 from theworld.utils.files import StoreError
@@ -56,9 +55,8 @@ class Audit:
         )
 
 
-def audit(config: Config, cache: Path, num_images: int) -> int:
-    """Compare `num_images` random images of each store and print the results; return SOUND if all are within the
-    tolerance, else DAMAGED.
+def audit(config: Config, cache: Path, num_images: int) -> list[Audit]:
+    """Compare `num_images` random images of each store that these settings name, and return the results.
 
     Raises StoreError for a damaged cache, StoreMismatch for other settings or weights than the cache's, ImageError for
     a photograph that changed since it was extracted.
@@ -70,9 +68,7 @@ def audit(config: Config, cache: Path, num_images: int) -> int:
     if not roots:
         raise StoreError(f"{cache}: no store in it; run tools/extract_latents.py first")
     source = source_of(config, Part())
-    audits = [audit_store(root, config, source, num_images) for root in roots]
-    print("\n".join(map(str, audits)))
-    return SOUND if all(one.holds for one in audits) else DAMAGED
+    return [audit_store(root, config, source, num_images) for root in roots]
 
 
 def audit_store(root: Path, config: Config, source: Source, num_images: int) -> Audit:

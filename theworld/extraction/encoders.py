@@ -27,7 +27,6 @@ from theworld.models.encoder import (
     common_fields,
     compiled_field,
     compute_dtype,
-    file_at_hand,
 )
 from theworld.models.gemma import Gemma
 from theworld.store.format import LATENTS, VISION, StoreMismatch
@@ -35,7 +34,7 @@ from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store
 from theworld.utils.device import resolve_device, resolve_dtype, torch_dtype, wants_compile
 from theworld.utils.files import StoreError, UnknownVersion
-from theworld.utils.hub import GEMMA_FILE, hub_revision, model_id
+from theworld.utils.hub import GEMMA_FILE, file_at_hand, hub_revision, model_id
 
 
 class RolloutEncoder:

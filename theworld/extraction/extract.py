@@ -1,15 +1,16 @@
-"""Phase 1: photographs through a frozen encoder into a store, once, resumable. It serves both encoders.
+"""Phase 1: photographs through a frozen encoder into a store, once, resumable.
 
     list ─> check ─> encode (see `pipeline`; `rollouts` for rollouts) ─> publish
 
-Any number of processes may share the work (`theworld.utils.distributed`); whoever finds all shards committed publishes.
-
-Which photographs phase 1 encodes: those that statements name and that can be read; the others by name and reason.
+The list has the photographs that statements name and that decode; the others are named with their reasons. Any number
+of processes may share the work (`theworld.utils.distributed`): whichever finds all shards committed publishes. The same
+extraction mends a damaged store (`theworld.store.writer`).
 """
 
 import contextlib
 import logging
 import shlex
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +30,7 @@ from theworld.extraction.encoders import (
     open_store,
     specs_of,
 )
-from theworld.extraction.pipeline import batches_of, encode_shards
+from theworld.extraction.pipeline import encode_shards
 from theworld.extraction.reading import (
     SPOOL_MEMORY,
     ListPhotographs,
@@ -68,13 +69,9 @@ def freeze(
     spool.
     """
     ordered = sorted(paths)
-    chunk, blank = (
-        (CHUNK, None) if spool is None else (SPOOLED, spool.prepare(np.zeros((16, 16, 3), np.uint8)))
-    )
-    tasks = [
-        {path: known.get(path) for path in ordered[i : i + chunk]} for i in range(0, len(ordered), chunk)
-    ]
-    size = 0 if blank is None else blank.nbytes * chunk
+    chunk, size = (CHUNK, 0) if spool is None else (SPOOLED, SPOOLED * spool.item_bytes)
+    parts = [ordered[start : start + chunk] for start in range(0, len(ordered), chunk)]
+    tasks = [{path: known.get(path) for path in part} for part in parts]
     # One process beside this one, which only waits, would gain nothing.
     wanted = source.num_workers if source.num_workers > 1 else 0
     workers, note = workers_for(len(ordered), len(tasks), wanted, size)
@@ -123,7 +120,7 @@ def preflight(
 
 
 def amount(root: Path, num_rows: int, all_rows: int, pending: int, all_shards: int, size: int) -> str:
-    """What is still to be encoded into a store, and its size in bytes. ValueError where the disk has not the room."""
+    """Return what is still to be encoded into a store, in words (`size`: bytes). Raises ValueError without room."""
     free = check_room(root, size, "--cache")
     return (
         f"{root.name}: {num_rows:,} of {all_rows:,} images to encode in {pending} of {all_shards} shards, "
@@ -140,7 +137,7 @@ def _seconds_an_image(
     first, on a batch as it will get them, so nothing is compiled twice. On a CPU one blank photograph is enough if a
     batch would take over a second.
     """
-    first, reading = batches_of(store, pending, 1)[0][0], 0.0
+    first, reading = store.shard_rows(pending[0])[0], 0.0
     if first.sha256 not in spool:
         batch = ReadBatch(source, encoder.prepare, 1)([first])
         if batch.pixels is None:
@@ -171,7 +168,7 @@ def stores_of(cache: Path) -> list[Path]:
 
 
 def verify(cache: Path) -> list[Problem]:
-    """What is wrong with the stores of a cache; empty when every byte reads back as it was written."""
+    """Return the problems of the stores of a cache: none if every byte is as it was written."""
     stores = stores_of(cache)
     if not stores:
         return [Problem(f"{cache}: no store in it; run tools/extract_latents.py first", (), damaged=False)]
@@ -196,26 +193,27 @@ def extract(
     part: Part | None = None,
     guardrail: Any = None,
 ) -> bool:
-    """Phase 1 as `tools/extract_latents.py` runs it: list, check, encode, publish. `part`: of independent tasks.
-    `guardrail`: see `Rollout`.
+    """Run phase 1 as `tools/extract_latents.py` does: list, check, encode, publish.
 
-    Returns whether all of the cache is there now, which it is not before the last task is done, and False in the
-    processes of one run that leave the last word to the first. Raises ValueError if photographs are missing or
-    unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded.
+    `part`: of independent tasks; `guardrail`: see `Rollout`. Returns whether all of the cache is there now, which it is
+    not before the last task is done; of processes launched together only the main one returns True. Raises ValueError
+    if photographs are missing or unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`,
+    and nothing was encoded. Photographs are read in processes that import the main module: a script calls this under
+    `if __name__ == "__main__":`.
     """
     part = this_part(part)
     config = replace(config, device=part.device(config.device))
 
-    spool = Spool(Square(config.latent_size), cache)
+    spool = Spool(Square(config.latent_size))
 
-    def look() -> list[ImageEntry]:
+    def check_and_list() -> list[ImageEntry]:
         source = source_of(config, part)
         check_stores(config, cache, with_vision)
         if config.num_world_steps:
             check_rollout(config, guardrail)
         return list_images(config, cache, source, allow_missing, spool if part.count == 1 else None)
 
-    images = part.broadcast_from_main(look)
+    images = part.broadcast_from_main(check_and_list)
     part.broadcast_from_main(lambda: check_models(config, with_vision))
     source, device = source_of(config, part), resolve_device(config.device)
     if device.index is not None:
@@ -236,14 +234,14 @@ def extract(
 
 
 def check_models(config: Config, with_vision: bool) -> None:
-    """Raise ValueError where one of the encoders cannot be loaded, before the first has worked for hours."""
+    """Raise ValueError if one of the encoders cannot be loaded, before the first has worked for hours."""
     for spec in specs_of(config, with_vision):
         if spec.weights is not None:
             locate(spec.weights.model, spec.weights.file)
 
 
 def source_of(config: Config, part: Part) -> Source:
-    """Where the photographs are read from. Raises ValueError where the settings name no folder."""
+    """Return where the photographs are read from. Raises ValueError if the settings name no folder."""
     if config.image_folder is None:
         raise ValueError("image_folder is not set: give --image_folder, the folder with the COCO photographs")
     workers = num_workers(config.num_workers, part.local_count)
@@ -265,7 +263,7 @@ def list_images(
     if len(splits) < 3:
         logger.info("%s: no other statements than those of %s", config.annotations, " and ".join(splits))
     make_folder(cache)
-    if spool is not None and not has_room(spool, config, cache, len(names)):
+    if spool is not None and not has_room(spool, config, len(names)):
         spool = None
     images, failures = freeze(names, source, known_hashes(cache), spool)
     refused = refusals(cache / LATENTS)
@@ -277,14 +275,14 @@ def list_images(
     return images
 
 
-def has_room(spool: Spool, config: Config, cache: Path, num_images: int) -> bool:
-    """Whether a spool serves this extraction, and the disk has room for it beside as much again for the store."""
-    size = spool.prepare(np.zeros((16, 16, 3), np.uint8)).nbytes * num_images
-    return not config.num_world_steps and 2 * size < max(free_bytes(cache), SPOOL_MEMORY)
+def has_room(spool: Spool, config: Config, num_images: int) -> bool:
+    """Whether a spool serves this extraction, and leaves half of the free room for temporary files to others."""
+    size, free = spool.item_bytes * num_images, free_bytes(Path(tempfile.gettempdir()))
+    return not config.num_world_steps and (size <= SPOOL_MEMORY or 2 * size <= free)
 
 
 def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: bool, listed: str = "") -> str:
-    """A line that says how many of `total` photographs are left out; nothing where none is.
+    """Return a line that says how many of `total` photographs are left out; nothing if none is.
 
     Raises ValueError with the first (path, reason) of `failures` unless `allow_missing`, or if none would be left.
     """
@@ -313,7 +311,10 @@ def run(
 
     Returns whether all shards are there. `spool`: photographs that need not be read again.
     """
-    assert spool.prepare == encoder.prepare
+    if (
+        spool.prepare != encoder.prepare
+    ):  # the encoder takes photographs in another way than the listing keeps them
+        spool = Spool(encoder.prepare)
     with part.main_process_first():
         store = open_store(cache, encoder.spec, images, config.shard_size)
     own = [shard for shard in range(store.num_shards) if part.owns(shard)]

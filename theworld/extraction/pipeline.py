@@ -36,7 +36,7 @@ WAITING = 2  # full shards in memory that are not written yet
 
 @dataclass
 class Stages:
-    """Seconds of work in each stage; read and decode are shared by several processes."""
+    """Seconds of work in each stage; several processes share reading and decoding."""
 
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("read", "decode", "encode", "write"), 0.0)
@@ -51,7 +51,7 @@ class Stages:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time the block takes to `stage`."""
+        """Add the time that the block takes to `stage`."""
         start = time.perf_counter()
         try:
             yield
@@ -59,13 +59,13 @@ class Stages:
             self.add({stage: time.perf_counter() - start})
 
     def bound(self, num_workers: int) -> str:
-        """The stage that the others wait for."""
+        """Return the stage that the others wait for."""
         shared = {"read": num_workers, "decode": num_workers}
         return max(self.seconds, key=lambda s: self.seconds[s] / max(1, shared.get(s, 1)))
 
 
 def batches_of(store: Store, shards: Sequence[int], batch_size: int) -> list[list[ImageEntry]]:
-    """The photographs of the shards in batches, none of which reaches into the next shard."""
+    """Return the photographs of the shards in batches, none of which reaches into the next shard."""
     batches = []
     for shard in shards:
         rows = store.shard_rows(shard)
@@ -95,7 +95,7 @@ class PendingBatch:
 
 
 class ShardWriter:
-    """Takes rows in the order of the shards; hashes and writes each full shard in a thread of its own.
+    """Takes rows in the order of the shards; a thread of its own hashes and writes each full shard.
 
     At most `WAITING` full shards are in memory. An error while writing is raised by the next `add`, or by `close`.
     """
@@ -132,7 +132,7 @@ class ShardWriter:
             self.store.write_shard(shard, {self.spec.name: values})
 
     def close(self) -> None:
-        """Waits until all is written. Raises the first error of what was left."""
+        """Wait until everything is written. Raises the first error."""
         while self.writing:
             self.writing.popleft().result()
 
@@ -192,9 +192,9 @@ def _filled(
 
 
 def _encoded(batches: Iterable[Prepared], encoder: Encoder, stages: Stages) -> Iterator[Tensor]:
-    """The rows of each batch on the host, while the encoder already has the batch after it.
+    """Yield the rows of each batch on the host, while the encoder already has the batch after it.
 
-    Raises the error of a batch after the rows of those before it.
+    Raises the error of a batch after the rows of the batches before it.
     """
     waiting: deque[PendingBatch] = deque()
     error: ImageError | None = None

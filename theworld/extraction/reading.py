@@ -237,17 +237,23 @@ class ReadBatch:
 class Spool:
     """Photographs between their listing, which decodes them, and their batch, so that each is decoded once.
 
-    They are kept as an encoder takes them: in memory, and from SPOOL_MEMORY on in a file without a name in `folder`,
-    which is gone with this process.
+    They are kept as an encoder takes them: in memory, and from SPOOL_MEMORY on in a file without a name in the system's
+    folder for temporary files ($TMPDIR), which is gone with this process. A JPEG of 640 x 480 pixels and 130 KB, kept
+    as 512 x 512, takes 12 to 13 ms of one core on the whole way, and 16 if it is read and decoded twice.
     """
 
-    def __init__(self, prepare: Prepare, folder: Path | None = None) -> None:
+    def __init__(self, prepare: Prepare) -> None:
         self.prepare = prepare
-        self._file = SpooledTemporaryFile(SPOOL_MEMORY, dir=None if folder is None else str(folder))  # noqa: SIM115 - closed with the spool
+        self._file = SpooledTemporaryFile(SPOOL_MEMORY)  # noqa: SIM115 - closed with the spool
         self._places: dict[str, int] = {}  # by SHA-256
 
     def __contains__(self, sha256: str) -> bool:
         return sha256 in self._places
+
+    @property
+    def item_bytes(self) -> int:
+        """The bytes of one prepared photograph."""
+        return self.prepare(np.zeros((16, 16, 3), np.uint8)).nbytes
 
     def put(self, sha256: str, prepared: Tensor) -> None:
         """Keep a prepared photograph. Raises OSError if the disk is full."""

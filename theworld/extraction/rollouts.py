@@ -1,19 +1,14 @@
-"""Phase 1 where an image takes minutes: one after the other, each durable as soon as it is there.
+"""Phase 1 with rollouts: an image takes minutes, so each row is durable as soon as it is there.
 
     list ─> predict ─> publish its row ─> ... ─> all rows are there: shards, manifest ─> remove the rows
-
-Killing it at any moment loses the image in work and no other. Rows stay until the manifest names their shards: a list
-that changes (a photograph is mended, the guardrail refuses one) moves rows between shards, and costs nothing. Which
-part of several rolls out a photograph is a function of its SHA-256 alone, so parts may start at any time, with any
-list.
-
-Rows that are finished before their shard is: for work that takes minutes an image, where none may be lost.
 
     finished/SHA256.row       one row of the store's array, of the photograph with this SHA-256
     finished/SHA256.refused   instead of a row: why there is none
 
-A row belongs to a photograph and a fingerprint, not to a place in an image list, so it outlives every change of the
-list. The bytes are specified in cache/README.md.
+A kill at any moment loses the image in work and no other. A row belongs to a photograph and a fingerprint, not to a
+place in an image list: a list that changes (a photograph is mended, the guardrail refuses one) moves rows between
+shards and costs nothing. The SHA-256 alone decides which part rolls out a photograph, so parts may start at any time,
+with any list. Rows stay until the manifest names their shards. The bytes are specified in cache/README.md.
 """
 
 import contextlib
@@ -57,10 +52,10 @@ class FinishedRows:
         self.fingerprint_sha256, self.spec = fingerprint_sha256, spec
 
     def write(self, source_sha256: str, row: np.ndarray) -> None:
-        """Publishes the row, [*shape] of the stored dtype, of the photograph with this hash; durable on return.
+        """Publish the row, [*shape] of the stored dtype, of the photograph with this hash; durable on return.
 
-        Raises StoreError for another shape or dtype, for values that are not finite, or if another row is there
-        already; OSError if it cannot be written.
+        Raises StoreError for another shape or dtype and for values that are not finite, FileExistsError if another row
+        is there already, OSError if it cannot be written.
         """
         if row.shape != self.spec.shape or row.dtype != self.spec.storage:
             raise StoreError(
@@ -72,14 +67,16 @@ class FinishedRows:
         self._publish(f"{source_sha256}.row", self._header(source_sha256, data) + data)
 
     def refuse(self, source_sha256: str, reason: str) -> None:
-        """Records for good that this photograph has no row, and why."""
+        """Record for good that this photograph has no row, and why."""
         fields = {"schema_version": SCHEMA_VERSION, "fingerprint_sha256": self.fingerprint_sha256}
         fields |= {"source_sha256": source_sha256, "reason": reason}
         self._publish(f"{source_sha256}.refused", files.seal(fields))
 
     def read(self, source_sha256: str) -> np.ndarray | None:
-        """The row, or None if there is none. A file that is not to the byte a row of this photograph and fingerprint
-        is set aside, with a note."""
+        """Return the row, or None if there is none.
+
+        A file that is not, byte for byte, a row of this photograph and fingerprint goes to the quarantine.
+        """
         path = self.folder / f"{source_sha256}.row"
         if not os.path.lexists(path):
             return None
@@ -96,7 +93,7 @@ class FinishedRows:
         return np.frombuffer(data, self.spec.storage).reshape(self.spec.shape)
 
     def refusal(self, source_sha256: str) -> str | None:
-        """Why this photograph has no row; None if it was not refused. A damaged record is set aside, with a note."""
+        """Return why this photograph has no row; or None. A damaged record goes to the quarantine."""
         path = self.folder / f"{source_sha256}.refused"
         if not os.path.lexists(path):
             return None
@@ -114,13 +111,15 @@ class FinishedRows:
         return fields["reason"]
 
     def missing(self, hashes: Iterable[str]) -> list[str]:
-        """Those with neither a row nor a refusal, by the names of files alone."""
+        """Return the hashes with neither a row nor a refusal, by the names of files alone."""
         there = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
         return [sha256 for sha256 in hashes if there.isdisjoint((f"{sha256}.row", f"{sha256}.refused"))]
 
     def remove(self, hashes: Iterable[str]) -> None:
-        """Removes the rows of these photographs, which a published store holds now; refusals stay. Temporary files
-        that are a day old, which only a killed run can have left, go too."""
+        """Remove the rows of these photographs, which a published store holds now; refusals stay.
+
+        Temporary files that are a day old, which only a killed run can have left, go too.
+        """
         for sha256 in hashes:
             (self.folder / f"{sha256}.row").unlink(missing_ok=True)
         if not self.folder.is_dir():
@@ -133,7 +132,7 @@ class FinishedRows:
             self.folder.rmdir()
 
     def _header(self, source_sha256: str, data: bytes) -> bytes:
-        """The line before the data. Its length does not depend on the data."""
+        """Return the line before the data. Its length does not depend on the data."""
         fields: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "fingerprint_sha256": self.fingerprint_sha256,
@@ -157,8 +156,10 @@ def _is_old(path: Path) -> bool:
 
 
 def refusals(root: Path) -> dict[str, str]:
-    """SHA-256 of a photograph -> why a store has no row of it. Damaged records are left to `FinishedRows.refusal`,
-    which sets them aside."""
+    """Return SHA-256 of a photograph -> why a store has no row of it.
+
+    Damaged records are left to `FinishedRows.refusal`, which moves them to the quarantine.
+    """
     found: dict[str, str] = {}
     for path in sorted((root / FOLDER).glob("*.refused")):
         with contextlib.suppress(StoreError):
@@ -179,12 +180,11 @@ def roll_out(
     part: Part,
     allow_missing: bool,
 ) -> bool:
-    """Rolls out this part's photographs that are not yet, and completes the store if all are there. Returns whether
-    it is complete.
+    """Roll out the photographs of this part that have no row yet, and complete the store if all rows are there.
 
-    Raises ValueError if the guardrail refused what was predicted from some of them and `allow_missing` is not given:
-    they are then in `failures.jsonl`, and the others stay finished. Raises ImageError if a photograph changed since
-    it was listed, StoreMismatch for a store of something else.
+    Returns whether the store is complete. Raises ValueError if the guardrail refused some predictions and
+    `allow_missing` is not given: those photographs are then in `failures.jsonl`, and the others stay finished. Raises
+    ImageError if a photograph changed since it was listed, StoreMismatch for a store of something else.
     """
     job = Job(encoding, cache, images, config, part)
     todo = job.begin()
@@ -194,7 +194,7 @@ def roll_out(
 
 
 class Job:
-    """All photographs of a store on their way into it, of which this process has a part."""
+    """All photographs on their way into a store, of which this process has a part."""
 
     def __init__(
         self, encoding: RolloutEncoder, cache: Path, images: list[ImageEntry], config: Config, part: Part
@@ -204,7 +204,7 @@ class Job:
         self.finished = FinishedRows(cache / LATENTS, fingerprint_sha256, encoding.spec.array)
 
     def open(self) -> tuple[Store, list[ImageEntry]]:
-        """The store of all that is not refused, and the rows of it that no valid shard holds."""
+        """Return the store of all photographs that are not refused, and its rows that no valid shard holds."""
         kept = [image for image in self.images if self.finished.refusal(image.sha256) is None]
         if not kept:
             raise ValueError(
@@ -215,7 +215,7 @@ class Job:
         return store, [row for shard in store.pending() for row in store.shard_rows(shard)]
 
     def begin(self) -> list[ImageEntry]:
-        """What this part has to roll out, after a preflight of it."""
+        """Return the photographs that this part has to roll out, after a preflight."""
         part, finished = self.part, self.finished
         with part.main_process_first():
             store, rows = self.open()
@@ -232,7 +232,7 @@ class Job:
         return todo
 
     def complete(self, allow_missing: bool) -> bool:
-        """Gathers and publishes the store if all parts are done: whether they are. Raises as `roll_out`."""
+        """Gather and publish the store, and return whether all parts are done. Raises as `roll_out`."""
         refused = {i.path: reason for i in self.images if (reason := self.finished.refusal(i.sha256))}
         if refused:
             write_failures(self.cache, sorted({**read_failures(self.cache), **refused}.items()))
@@ -258,23 +258,23 @@ class Job:
 def roll_out_each(
     encoding: RolloutEncoder, finished: FinishedRows, todo: Sequence[ImageEntry], source: Source, quiet: bool
 ) -> None:
-    """Publishes a row, or the guardrail's refusal, for each of these photographs."""
+    """Publish a row, or the guardrail's refusal, for each of these photographs."""
     for row in progress(todo, total=len(todo), desc="roll out", unit=" images", disable=quiet or not todo):
         if not finished.missing([row.sha256]):
             continue  # another process was there meanwhile
         pixels = read_photograph(row, source, {"read": 0.0, "decode": 0.0})
         try:
-            moments = encoding.encode(pixels, row.sha256)
+            values = encoding.encode(pixels, row.sha256)
         except FramesRefused as refusal:
             finished.refuse(row.sha256, str(refusal))
         else:
-            finished.write(row.sha256, to_numpy(moments))
+            finished.write(row.sha256, to_numpy(values))
 
 
 def gather(store: Store, finished: FinishedRows) -> None:
-    """Puts finished rows together to the shards that are not there, publishes the store, removes the rows.
+    """Put finished rows together to the missing shards, publish the store, and remove the rows.
 
-    Raises StoreError where a row is damaged, which is then set aside: a next run makes it again.
+    Raises StoreError if a row is damaged, which then goes to the quarantine: the next run makes it again.
     """
     for shard in store.pending():
         rows = [finished.read(row.sha256) for row in store.shard_rows(shard)]
@@ -289,9 +289,9 @@ def gather(store: Store, finished: FinishedRows) -> None:
 
 
 def preflight(encoding: RolloutEncoder, store: Store, room_for: int, num_todo: int, part: Part) -> str:
-    """What is about to be done, how large it is and how long it takes, of which a denoising step is measured.
+    """Return what is about to be done, its size, and its time, for which a denoising step is measured.
 
-    Raises ValueError where the disk has no room for `room_for` rows: finished ones and those in shards.
+    Raises ValueError if the disk has no room for `room_for` rows: finished rows and rows in shards.
     """
     a_row = encoding.spec.array.row_nbytes
     needed, free = a_row * room_for, shutil.disk_usage(store.root).free
@@ -317,7 +317,7 @@ def preflight(encoding: RolloutEncoder, store: Store, room_for: int, num_todo: i
 def estimate(
     seconds: float, images: int, steps: int, step: float, before: float, device: str, part: Part
 ) -> str:
-    """The measured cost in words; `seconds`: of all images on one device."""
+    """Return the measured cost in words; `seconds`: of all images on one device."""
     sharing = part.count if part.together else 1
     line = (
         f"measured now: {step:.2f} s a denoising step, {before:.2f} s before the first. {images:,} x ({before:.2f} + "

@@ -32,12 +32,12 @@ from theworld.models.encoder import (
     common_fields,
     compiled_field,
     compute_dtype,
-    file_at_hand,
 )
+from theworld.models.pretrained import load_pretrained
 from theworld.models.serialization import weights_sha256
 from theworld.store.format import LATENTS
 from theworld.utils.device import resolve_device, resolve_dtype, torch_dtype, wants_compile
-from theworld.utils.hub import VAE_FILE, hub_revision, model_id
+from theworld.utils.hub import VAE_FILE, file_at_hand, hub_revision, model_id
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -200,7 +200,10 @@ def unit_range(pixels: Tensor) -> Tensor:
 
 
 def load_vae(name_or_path: str, revision: str | None = None) -> AutoencoderKLWan:
-    """Return the whole VAE as diffusers loads it, in float32, from the hub or a local folder."""
+    """Return the whole VAE as diffusers loads it, in float32, from the hub or a local folder.
+
+    Raises ValueError as `load_pretrained` does.
+    """
     from diffusers import AutoencoderKLWan
 
     own_folder = (Path(name_or_path) / "config.json").is_file()
@@ -208,9 +211,9 @@ def load_vae(name_or_path: str, revision: str | None = None) -> AutoencoderKLWan
         raise ValueError(
             f"{name_or_path}: neither config.json nor a folder vae/ in it; name a folder with a VAE"
         )
-    subfolder = None if own_folder else "vae"
-    options = {"subfolder": subfolder, "torch_dtype": torch.float32, "revision": revision}
-    return AutoencoderKLWan.from_pretrained(name_or_path, **options)
+    subfolder = "" if own_folder else "vae"
+    options = {"torch_dtype": torch.float32, "revision": revision}
+    return load_pretrained(AutoencoderKLWan, name_or_path, subfolder, **options)
 
 
 class CosmosLatents:

@@ -16,8 +16,6 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
 from theworld.config.config import Config
@@ -186,20 +184,3 @@ def common_fields(config: Config, storage_dtype: str, *libraries: str) -> dict[s
 def compiled_field(config: Config) -> dict[str, bool]:
     """Return the field of an encoder that is compiled, which rounds elsewhere; nothing for another."""
     return {"compiled": True} if wants_compile(config.compile, resolve_device(config.device)) else {}
-
-
-def file_at_hand(model: str, *names: str, revision: str | None = None) -> Path | None:
-    """Return the first of these files of a model, a local folder or a name on the hub, that is on this machine."""
-    for name in names:
-        if Path(model).is_dir():
-            path = Path(model) / name
-            if path.is_file():
-                return path
-            continue
-        try:
-            cached = try_to_load_from_cache(model, name, revision=revision)
-        except HFValidationError:  # a local folder that is not on this machine
-            return None
-        if isinstance(cached, str):
-            return Path(cached)
-    return None

@@ -37,6 +37,7 @@ from transformers import (
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from theworld.config.config import Config
+from theworld.models.pretrained import load_pretrained
 from theworld.models.serialization import (
     LANGUAGE,
     LORA,
@@ -199,9 +200,9 @@ class Gemma:
     def _build(self, weights: bool) -> tuple[PreTrainedModel, list[Tensor]]:
         """Return the model with its parts, and for each layer of a frozen language model the merged matrix."""
         kind = _CLASSES["gemma3" if self.is_multimodal else "gemma3_text"]
-        options = {"dtype": self.dtype, "attn_implementation": "sdpa"}
+        options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": "sdpa"}
         if weights:
-            model = kind.from_pretrained(self.name, **options, device_map=str(self.device), **self._hub)
+            model = load_pretrained(kind, self.name, **options, device_map=str(self.device), **self._hub)
         else:
             with torch.device("meta"):
                 model = kind._from_config(AutoConfig.from_pretrained(self.name, **self._hub), **options)

@@ -259,7 +259,7 @@ def _page(
     summary = summarise(rows) if rows else None
     data = _data_words(summary["data"], source) if summary else ""
     cache = Path(source["cache"]["folder"]) if source and source["cache"] else "cache/"
-    score_command = _command("tools/eval.py", "--model_name", run, "--cache", cache)
+    score_command = _command("tools/eval.py", "--model", run, "--cache", cache)
     folder = run_of(run)
     return {
         "run": run,
@@ -762,9 +762,7 @@ COSINES = (("cosine", "world", "own image"), ("control_cosine", "baseline", "ano
 def _alignment(run: Path, folder: Path, cache: object) -> dict[str, Any]:
     """Return the figures and plots that tools/visualize_alignment.py wrote, with `lack` if there are none."""
     path, picture = folder / "alignment.json", folder / "alignment.png"
-    command = _command(
-        "tools/visualize_alignment.py", "--model_name", run, "--cache", cache, "--output", picture
-    )
+    command = _command("tools/visualize_alignment.py", "--model", run, "--cache", cache, "--output", picture)
     if not path.is_file():
         lack = f"{path} is not there: where the world tokens lie was not measured for this run."
         return {"lack": lack, "command": command}

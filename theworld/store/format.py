@@ -29,9 +29,9 @@ Record = dict[str, Any]
 
 
 class StoreMismatch(StoreError):
-    """A sound store that holds something else than what is wanted.
+    """A sound store that holds something else than is wanted.
 
-    `differences`: (field, cached, wanted) each; the message shows them.
+    `differences`: (field, cached, wanted) each, which the message shows.
     """
 
     def __init__(self, root: Path, differences: list[Difference]):
@@ -50,14 +50,14 @@ def _show(value: object) -> str:
 
 
 def fingerprint_differences(cached: dict, wanted: dict) -> list[Difference]:
-    """(field, cached, wanted) of every field that differs, by name; 1, 1.0 and true are three values."""
+    """Return (field, cached, wanted) of every field that differs, by name; 1, 1.0 and true are three values."""
     fields = sorted(cached.keys() | wanted.keys())
     pairs = [(field, cached.get(field, ABSENT), wanted.get(field, ABSENT)) for field in fields]
     return [pair for pair in pairs if canonical_json(pair[1]) != canonical_json(pair[2])]
 
 
 def image_differences(cached: dict[str, str], wanted: dict[str, str]) -> list[Difference]:
-    """How many images, and the first paths that differ, with their hashes."""
+    """Return the numbers of images, and the first paths that differ with their hashes."""
     paths = sorted(path for path in cached.keys() | wanted.keys() if cached.get(path) != wanted.get(path))
     pairs: list[Difference] = [
         (f"image {p}", cached.get(p, ABSENT), wanted.get(p, ABSENT)) for p in paths[:5]
@@ -66,7 +66,7 @@ def image_differences(cached: dict[str, str], wanted: dict[str, str]) -> list[Di
 
 
 def check_fingerprint(fingerprint: dict) -> dict[str, Any]:
-    """A copy as JSON gives it back. StoreError unless flat: str to scalars or lists of scalars."""
+    """Return a copy as JSON gives it back. Raises StoreError unless it maps str to scalars or lists of scalars."""
     for key, value in fingerprint.items():
         scalars = value if isinstance(value, list | tuple) else [value]
         if not isinstance(key, str) or not all(isinstance(x, str | int | float | None) for x in scalars):
@@ -80,16 +80,16 @@ def check_fingerprint(fingerprint: dict) -> dict[str, Any]:
 
 
 def image_table(images: Sequence[ImageEntry]) -> dict[str, str]:
-    """path -> SHA-256. StoreError that names a path that stands twice."""
+    """Return path -> SHA-256. Raises StoreError for a path that occurs twice."""
     files.check_unique([entry.path for entry in images], "image")
     return {entry.path: entry.sha256 for entry in images}
 
 
 class Plan:
-    """What a store will hold, decided before its first shard is written: the content of store.json and
-    images.jsonl. StoreError if anything in it is ill-formed.
+    """What a store will hold, decided before its first shard is written: the content of store.json and images.jsonl.
 
-    `images`: path -> SHA-256, as `ImageEntry` takes them; kept sorted, without an object for each.
+    `images`: path -> SHA-256, as `ImageEntry` takes them; kept sorted, without an object for each. Raises StoreError if
+    anything is ill-formed.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Plan:
 
     @cached_property
     def fields(self) -> dict[str, Any]:
-        """store.json, without its seal"""
+        """store.json without its seal."""
         return {
             "schema_version": SCHEMA_VERSION,
             "fingerprint": self.fingerprint,
@@ -143,7 +143,7 @@ class Plan:
         return files.seal(self.fields)
 
     def shard_rows(self, shard: int) -> list[ImageEntry]:
-        """The images of one shard, in the order of its rows. IndexError if there is no such shard."""
+        """Return the images of one shard, in the order of its rows. Raises IndexError if there is no such shard."""
         here = self._slice(shard)
         return [ImageEntry(*row) for row in zip(self.row_paths[here], self.row_hashes[here], strict=True)]
 
@@ -153,7 +153,7 @@ class Plan:
         return slice(shard * self.shard_size, (shard + 1) * self.shard_size)
 
     def record_fields(self, shard: int) -> Record:
-        """What the record of a shard says, whatever its file holds."""
+        """Return what the record of a shard states, whatever its file holds."""
         hashes = self.row_hashes[self._slice(shard)]
         return {
             "schema_version": SCHEMA_VERSION,
@@ -166,7 +166,7 @@ class Plan:
 
     @classmethod
     def load(cls, root: Path) -> "Plan":
-        """Reads store.json and images.jsonl. StoreError unless every byte is as it was written."""
+        """Read store.json and images.jsonl. Raises StoreError unless every byte is as it was written."""
         fields, _ = files.read_sealed(root / "store.json", STORE_KEYS)
         path, stated = root / "images.jsonl", fields["images_sha256"]
         data = files.read_plain(path)
@@ -187,8 +187,10 @@ class Plan:
 
 
 def _cut_lines(data: bytes) -> dict[str, str] | None:
-    """The images of a canonical images.jsonl, whose values stand at known places of each line; of any other file
-    None, or other images: it is sound if, and only if, these are written as it is."""
+    """Return the images of a canonical images.jsonl, cut from known positions of each line.
+
+    Of any other file the result is None, or images that are written in another way: the caller compares.
+    """
     try:
         lines = data.decode("ascii").split("\n")[:-1]
         paths = [line[9:-78] if "\\" not in line else json.loads(line[8:-77]) for line in lines]
@@ -202,7 +204,7 @@ def _cut_lines(data: bytes) -> dict[str, str] | None:
 
 
 def parse_images(data: bytes, where: Path) -> list[ImageEntry]:
-    """The same by the book, ten times slower. StoreError that names the line."""
+    """Return the images by parsing each line, ten times slower. Raises StoreError that names the line."""
     images = []
     for number, line in enumerate(data.splitlines(), start=1):
         image = files.parse_json(line, f"{where}, line {number}")
@@ -212,7 +214,7 @@ def parse_images(data: bytes, where: Path) -> list[ImageEntry]:
 
 
 def paths(root: Path, shard: int) -> tuple[Path, Path]:
-    """A shard's file and its record."""
+    """Return the paths of a shard's file and of its record."""
     return root / "shards" / f"{shard:05}.h5", root / "shards" / f"{shard:05}.json"
 
 
@@ -222,14 +224,14 @@ def extraction_command(root: Path) -> str:
 
 
 def surplus(root: Path, num_shards: int) -> list[Path]:
-    """Files named like shards that are none of this store's."""
+    """Return the files that are named like shards and belong to none of this store."""
     known = {path for shard in range(num_shards) for path in paths(root, shard)}
     names = (path for path in (root / "shards").iterdir() if re.fullmatch(r"[0-9]+\.(h5|json)", path.name))
     return sorted(path for path in names if path not in known)
 
 
 def parse_manifest(path: Path) -> dict[str, Any]:
-    """A manifest by itself. StoreError if it is missing or damaged."""
+    """Return a manifest without comparing it with a store. Raises StoreError if it is missing or damaged."""
     manifest, _ = files.read_sealed(path, MANIFEST_KEYS, files.MAX_JSON_BYTES)
     for entry in manifest["shards"]:
         files.check_keys(entry, ENTRY_KEYS, f"{path}: shards")
@@ -237,7 +239,10 @@ def parse_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(root: Path) -> dict[str, Any] | None:
-    """None if there is none. StoreError if it is damaged or names another store.json."""
+    """Return the manifest of a store, or None if there is none.
+
+    Raises StoreError if it is damaged or names another store.json.
+    """
     path = root / "manifest.json"
     if not os.path.lexists(path):
         return None
@@ -251,7 +256,7 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
 
 
 def manifest_fields(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """manifest.json, without its seal"""
+    """Return manifest.json without its seal."""
     return {
         "schema_version": SCHEMA_VERSION,
         "store_sha256": hashlib.sha256(plan.store_bytes).hexdigest(),
@@ -262,12 +267,12 @@ def manifest_fields(plan: Plan, entries: list[dict[str, Any]]) -> dict[str, Any]
 
 
 def entry(record: Record, record_sha256: str) -> dict[str, Any]:
-    """What the manifest says of a shard."""
+    """Return what the manifest states of a shard."""
     return {key: record[key] for key in ("file_size", "file_sha256")} | {"record_sha256": record_sha256}
 
 
 def check_entry(manifest: dict, shard: int, record: Record, record_sha256: str, where: object) -> None:
-    """StoreError unless a shard's record is the one that the manifest lists."""
+    """Raise StoreError unless a shard's record is the one that the manifest lists."""
     for key, found in entry(record, record_sha256).items():
         listed = manifest["shards"][shard][key]
         if found != listed:
@@ -278,7 +283,7 @@ LATENTS, VISION = "latents", "gemma_vision"
 
 
 def read_failures(cache: str | Path) -> dict[str, str]:
-    """path -> reason of the images that were left out of this cache, knowingly, with --allow_missing."""
+    """Return path -> reason of the images that were left out of a cache with --allow_missing."""
     path = Path(cache) / FAILURES
     if not path.is_file():
         return {}

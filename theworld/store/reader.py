@@ -1,4 +1,4 @@
-"""The reading side of a store: any row of a finished one, checked as it is read. The format is in cache/README.md."""
+"""The reading side of a store: any row of a finished store, checked as it is read. Format: cache/README.md."""
 
 import bisect
 import difflib
@@ -28,15 +28,20 @@ from theworld.utils.files import StoreError
 
 
 def max_open_files() -> int:
-    """How many shards of one store stay open: a quarter of the files that this process may have open, which is often
-    256 of 1,024, while a store can have thousands of shards."""
+    """Return how many shards of one store stay open: a quarter of the files that this process may have open.
+
+    That limit is often 1,024, while a store can have thousands of shards.
+    """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 4096 if limit == resource.RLIM_INFINITY else min(max(limit // 4, 1), 4096)
 
 
 class StoreReader:
-    """The reading side of a finished store. Opens shards when first used, and keeps the files of those used last
-    open; threads may share it; can be pickled and forked."""
+    """The reading side of a finished store.
+
+    A shard is opened when it is first used, and the files of the shards used last stay open. Threads may share a
+    reader; it can be pickled and forked.
+    """
 
     def __init__(self, root: str | os.PathLike, expected: dict | None = None):
         """`expected`: fields that the fingerprint must have; others may be there. Raises StoreMismatch if
@@ -75,13 +80,13 @@ class StoreReader:
         return {**self.__dict__, "_shards": {}, "_recent": OrderedDict()}
 
     def row(self, path: str) -> int:
-        """The row that holds an image; images of equal bytes share it. StoreError if the image is not there."""
+        """Return the row of an image; images of equal bytes share it. Raises StoreError for an unknown image."""
         if path not in self._plan.row_of:
             raise self._unknown(path, self.images)
         return self._plan.row_of[path]
 
     def read(self, path: str, array: str) -> np.ndarray:
-        """The row of one image: [*shape], float32, float16, or uint16 for bfloat16; the caller's own.
+        """Return the row of one image as a new array: [*shape], float32, float16, or uint16 for bfloat16.
 
         Raises StoreError if path or array is not in the store, and if what is read is not what was written.
         """
@@ -91,7 +96,7 @@ class StoreReader:
         return self.read_row(row, array)
 
     def read_row(self, row: int, array: str, out: np.ndarray | None = None) -> np.ndarray:
-        """As `read`, by row number; into `out` where it is given, whose values mean nothing after an error."""
+        """Return a row by its number, as `read` does; in `out` if given, whose values mean nothing after an error."""
         shard, position = divmod(row, self._plan.shard_size)
         try:
             return self._opened(shard).read(position, array, out)
@@ -99,7 +104,7 @@ class StoreReader:
             raise _with_command(error, self.root) from None
 
     def _opened(self, shard: int) -> shards.ShardFile:
-        """Return the file of a shard, as the one used last."""
+        """Return the file of a shard, and mark it as the one used last."""
         opened = self._shards.get(shard)
         if opened is None:
             opened = self._shards[shard] = self._open_shard(shard)
@@ -111,11 +116,11 @@ class StoreReader:
         return opened
 
     def nbytes(self, array: str) -> int:
-        """Bytes of all rows of an array."""
+        """Return the bytes of all rows of an array."""
         return self.num_rows * self.arrays[array].row_nbytes
 
     def close(self) -> None:
-        """Closes the shards; the next read opens them again."""
+        """Close the shards; the next read opens them again."""
         self._recent.clear()
         self._shards.clear()
 
@@ -135,7 +140,7 @@ class StoreReader:
         return shards.ShardFile(path, self._read_record(shard), self._plan.arrays, rows)
 
     def verify(self) -> list[str]:
-        """Reads everything again from disk, and changes nothing. What is wrong, in words; [] if sound."""
+        """Read everything again from disk and return what is wrong, in words; [] if sound. Changes nothing."""
         return verify_store(self.root)
 
 
@@ -145,8 +150,11 @@ def _with_command(error: StoreError, root: Path) -> StoreError:
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
-    """The most similar name. Among thousands only those of the same last part and the neighbours in alphabetical
-    order are compared, as each comparison takes far longer than a read."""
+    """Return the most similar name.
+
+    Among thousands, only names of the same last part and alphabetical neighbours are compared: each comparison takes
+    far longer than a read.
+    """
     names = sorted(known)
     if len(names) > 2000:
         place, last = bisect.bisect(names, name), name.rpartition("/")[2]
@@ -156,5 +164,5 @@ def _nearest(name: str, known: Collection[str]) -> str:
 
 
 def verify_store(root: str | os.PathLike) -> list[str]:
-    """As `StoreReader.verify`, also for a store too damaged for a reader. Raises nothing."""
+    """Return what is wrong, as `StoreReader.verify` does, also for a store too damaged for a reader. Raises nothing."""
     return [str(problem) for problem in examine(root)]

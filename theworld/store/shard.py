@@ -73,7 +73,7 @@ class ImageEntry:
 
 
 def well_formed(paths: Sequence[str], hashes: Sequence[str]) -> bool:
-    """Whether `ImageEntry` takes all of these, by the same rules at once: ten times faster, without a message."""
+    """Whether `ImageEntry` takes all of these: the same rules, ten times faster and without a message."""
     joined = "\0".join(["", *paths, ""])
     parted, digits = joined.replace("\0", "/"), "".join(hashes)
     return (
@@ -89,7 +89,7 @@ def well_formed(paths: Sequence[str], hashes: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array of a store: what a row of it looks like."""
+    """One array of a store: the shape and dtype of a row."""
 
     name: str
     shape: tuple[int, ...]
@@ -118,33 +118,35 @@ class ArraySpec:
         return math.prod(self.shape) * self.storage.itemsize
 
     def finite(self, values: np.ndarray) -> np.ndarray:
-        """bool, the shape of `values`: neither infinite nor NaN."""
+        """Return bool, of the shape of `values`: neither infinite nor NaN."""
         return (values & 0x7F80) != 0x7F80 if self.dtype == "bfloat16" else np.isfinite(values)
 
 
 def schema(specs: Sequence[ArraySpec], num_rows: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Name -> (shape, dtype) of every dataset in a shard's file, in the order in which they are written:
-    the small ones first, so that opening a shard reads little more than its first pages."""
+    """Return name -> (shape, dtype) of every dataset in a shard's file, in the order in which they are written.
+
+    The small ones come first, so that opening a shard reads little more than its first pages.
+    """
     tables: dict[str, tuple[tuple[int, ...], np.dtype]] = {SOURCE: ((num_rows, 32), np.dtype("u1"))}
     tables |= {f"{spec.name}_crc32": ((num_rows,), np.dtype("<u4")) for spec in specs}
     return tables | {spec.name: ((num_rows, *spec.shape), spec.storage) for spec in specs}
 
 
 def row_crc32(values: np.ndarray) -> np.ndarray:
-    """<u4 [n]: the CRC-32 of each row's bytes; `values` [n, ...] is C-contiguous."""
+    """Return <u4 [n], the CRC-32 of each row's bytes; `values` [n, ...] is C-contiguous."""
     rows = values.reshape(len(values), -1).view(np.uint8)
     return np.array([zlib.crc32(row.data) for row in rows], "<u4")
 
 
 def source_table(rows: Sequence[ImageEntry]) -> np.ndarray:
-    """u1 [n, 32]: the SHA-256 of each row's photograph."""
+    """Return u1 [n, 32], the SHA-256 of each row's photograph."""
     return np.frombuffer(bytes.fromhex("".join(row.sha256 for row in rows)), np.uint8).reshape(-1, 32)
 
 
 def check_arrays(
     specs: Sequence[ArraySpec], rows: Sequence[ImageEntry], arrays: dict[str, np.ndarray]
 ) -> None:
-    """StoreError unless there is [n, *shape] of the stored dtype for each array, and every value is finite."""
+    """Raise StoreError unless there is [n, *shape] of the stored dtype for each array, with finite values only."""
     names = [spec.name for spec in specs]
     if arrays.keys() != set(names):
         raise StoreError(f"arrays are {sorted(arrays)}, expected {sorted(names)}")
@@ -162,10 +164,10 @@ def check_arrays(
 def pack(
     specs: Sequence[ArraySpec], rows: Sequence[ImageEntry], arrays: dict[str, np.ndarray]
 ) -> tuple[bytes, dict]:
-    """The bytes of a shard's HDF5 file and the fields of its record that describe them.
+    """Return the bytes of a shard's HDF5 file, and the fields of its record that describe them.
 
-    Made in memory (three times the shard at most), so that writing it is publishing it, as with any file,
-    and a full disk is an ordinary OSError. Equal data give equal bytes.
+    The file is made in memory (three times the shard at most), so that it is published as any other file and a full
+    disk is an ordinary OSError. Equal data give equal bytes.
     """
     tables = {SOURCE: source_table(rows)}
     contiguous = {spec.name: np.ascontiguousarray(arrays[spec.name]) for spec in specs}
@@ -184,12 +186,12 @@ def pack(
 
 
 def payload(specs: Sequence[ArraySpec], num_rows: int, offsets: dict[str, int]) -> list[tuple[int, int]]:
-    """(start, end) of each array's bytes in the file, in file order."""
+    """Return (start, end) of each array's bytes in the file, in file order."""
     return sorted((offsets[s.name], offsets[s.name] + num_rows * s.row_nbytes) for s in specs)
 
 
 def index_sha256(file: io.BytesIO | io.FileIO, spans: list[tuple[int, int]], size: int) -> str:
-    """SHA-256 of everything in the file but the arrays: HDF5's own structures, CRCs and source hashes."""
+    """Return the SHA-256 of everything in the file but the arrays: HDF5's own structures, CRCs and source hashes."""
     digest = hashlib.sha256()
     for start, end in zip(
         [0, *(end for _, end in spans)], [*(start for start, _ in spans), size], strict=True
@@ -202,8 +204,10 @@ def index_sha256(file: io.BytesIO | io.FileIO, spans: list[tuple[int, int]], siz
 def read_record(
     path: Path, expected: dict[str, Any], specs: Sequence[ArraySpec]
 ) -> tuple[dict[str, Any], str]:
-    """A shard's record and the SHA-256 of its bytes. StoreError unless it agrees with `expected` and its
-    offsets lie apart from each other and inside of the file."""
+    """Return a shard's record and the SHA-256 of its bytes.
+
+    Raises StoreError unless it agrees with `expected` and its offsets lie apart from each other and inside the file.
+    """
     record, digest = read_sealed(path, RECORD_KEYS, files.MAX_RECORD_BYTES)
     for key, wanted in expected.items():
         if record[key] != wanted:
@@ -219,7 +223,7 @@ def read_record(
 
 
 def check_file(path: Path, record: dict[str, Any]) -> None:
-    """Reads the whole of a shard's file. StoreError if its size or hash is not the record's."""
+    """Read the whole of a shard's file. Raises StoreError if its size or hash is not the record's."""
     found = hash_file(path)
     if found != (record["file_size"], record["file_sha256"]):
         wanted = f"{record['file_size']:,} bytes, SHA-256 {record['file_sha256']}"
@@ -229,7 +233,7 @@ def check_file(path: Path, record: dict[str, Any]) -> None:
 
 
 def check_index(path: Path, record: dict[str, Any], specs: Sequence[ArraySpec]) -> None:
-    """Reads everything but the arrays. StoreError if size or hash is not the record's."""
+    """Read everything but the arrays. Raises StoreError if size or hash is not the record's."""
     spans = payload(specs, record["num_rows"], record["offsets"])
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -241,8 +245,11 @@ def check_index(path: Path, record: dict[str, Any], specs: Sequence[ArraySpec]) 
 
 
 class ShardFile:
-    """One shard, open for reading. Rows are read by position (pread): a descriptor that a fork inherits is
-    safe to use, threads may share it, and a file that shrinks meanwhile is an error and not a SIGBUS."""
+    """One shard, open for reading.
+
+    Rows are read by position (pread): a descriptor that a fork inherits is safe to use, threads may share it, and a
+    file that shrinks meanwhile is an error and not a SIGBUS.
+    """
 
     def __init__(self, path: Path, record: dict, specs: Sequence[ArraySpec], rows: Sequence[ImageEntry]):
         self.path, self.offsets = path, record["offsets"]
@@ -258,9 +265,11 @@ class ShardFile:
         self.file = open_plain(path)
 
     def read(self, row: int, array: str, out: np.ndarray | None = None) -> np.ndarray:
-        """Row `row` of this shard, [*shape], the caller's own, or `out` with the row in it (C-contiguous, of this
-        shape and the stored dtype; after an error its values mean nothing). StoreError if its CRC-32 is not the
-        stored one. `file` may be set to None at any time: it is opened again."""
+        """Return row `row` of this shard, [*shape], in a new array or in `out`.
+
+        `out` is C-contiguous, of this shape and the stored dtype; after an error its values mean nothing. Raises
+        StoreError if the CRC-32 is not the stored one. `file` may be set to None at any time: it is opened again.
+        """
         spec = self.specs[array]
         values = np.empty(spec.shape, spec.storage) if out is None else out
         assert (values.shape, values.dtype, values.flags.c_contiguous) == (spec.shape, spec.storage, True)
@@ -285,10 +294,10 @@ class ShardFile:
 def read_tables(
     path: Path, specs: Sequence[ArraySpec], num_rows: int, offsets: dict
 ) -> dict[str, np.ndarray]:
-    """The CRCs and source hashes of a shard. StoreError unless the file has exactly the schema.
+    """Return the CRCs and source hashes of a shard. Raises StoreError unless the file has exactly the schema.
 
-    Each name must be a hard link before it is opened: HDF5 follows external links, external storage and
-    virtual datasets into other files.
+    Each name must be a hard link before it is opened: HDF5 follows external links, external storage and virtual
+    datasets into other files.
     """
     wanted, tables = schema(specs, num_rows), {}
     try:

@@ -33,22 +33,25 @@ SOUND, DAMAGED, UNKNOWN = 0, 1, 2
 class Problem:
     """One thing that is wrong: a file, or a shard with its record."""
 
-    says: str
+    message: str
     paths: tuple[Path, ...]  # the files that are missing or damaged
     shard: int | None = None
     damaged: bool = True  # False: nothing is known to be damaged, and nothing can be said for sure
 
     def __str__(self) -> str:
-        return self.says if self.shard is None else f"shard {self.shard}: {self.says}"
+        return self.message if self.shard is None else f"shard {self.shard}: {self.message}"
 
 
 def status(problems: Sequence[Problem]) -> int:
-    """SOUND, DAMAGED, or UNKNOWN where no file is known to be damaged but something could not be looked at."""
+    """Return SOUND, DAMAGED, or UNKNOWN if no file is known to be damaged but something could not be read."""
     return DAMAGED if any(p.damaged for p in problems) else UNKNOWN if problems else SOUND
 
 
 def examine(root: str | os.PathLike) -> list[Problem]:
-    """Reads every byte of a store, finished or not; [] if it is finished and sound. Raises nothing."""
+    """Read every byte of a store, finished or not, and return its problems: [] if it is finished and sound.
+
+    Raises nothing.
+    """
     found = Examination(Path(root))
     try:
         found.examine()
@@ -83,7 +86,7 @@ class Examination:
             self._unfinished(entries)
 
     def _lists(self) -> None:
-        """store.json and images.jsonl."""
+        """Examine store.json and images.jsonl."""
         store = self.root / "store.json"
         stated = None if self.manifest is None else str(self.manifest["store_sha256"])
         fields = self._try(lambda: _read_store(store, stated), store)
@@ -106,7 +109,7 @@ class Examination:
         return Plan.load(self.root)
 
     def _shards(self) -> list[dict[str, Any] | None]:
-        """The manifest's entry of each shard as it is on disk; None for a damaged or missing one."""
+        """Return the manifest's entry of each shard as it is on disk; None for a damaged or missing shard."""
         listed = self.manifest["shards"] if self.manifest is not None else None
         count = self.plan.num_shards if self.plan is not None else len(listed or [])
         entries = [self._shard(k, listed[k] if listed is not None else None) for k in range(count)]
@@ -143,7 +146,7 @@ class Examination:
         return entry(*record) if record else None
 
     def _record(self, shard: int, listed: dict[str, Any] | None) -> tuple[dict[str, Any], str]:
-        """A record and the SHA-256 of its bytes."""
+        """Return a record and the SHA-256 of its bytes."""
         path = paths(self.root, shard)[1]
         if listed is not None:
             _expect(path, listed["record_sha256"], "the manifest")
@@ -152,7 +155,7 @@ class Examination:
         return shards.read_record(path, self.plan.record_fields(shard), self.plan.arrays)
 
     def _read_rows(self, shard: int, record: dict[str, Any]) -> None:
-        """Every row through HDF5's tables and its CRC. The hashes are right by now, so only a forger can fail here."""
+        """Read every row through HDF5's tables and its CRC. The hashes are right: only a forgery can fail."""
         assert self.plan is not None
         rows = self.plan.shard_rows(shard)
         opened = shards.ShardFile(paths(self.root, shard)[0], record, self.plan.arrays, rows)
@@ -161,14 +164,14 @@ class Examination:
                 opened.read(row, spec.name)
 
     def _expected_manifest(self, path: Path, entries: list[dict[str, Any] | None]) -> None:
-        """Adds to a damaged manifest's problem what it should be, where everything else is sound."""
+        """Add to the problem of a damaged manifest what it should be, if everything else is sound."""
         sound = [entry for entry in entries if entry is not None]
         if self.plan is None or len(sound) < len(entries):
             return
         expected = hashlib.sha256(files.seal(manifest_fields(self.plan, sound))).hexdigest()
         for number, problem in enumerate(self.problems):
             if problem.paths == (path,) and path.is_file() and not path.is_symlink():
-                says = f"{problem.says}; SHA-256 is {files.hash_file(path)[1]}, expected {expected}"
+                says = f"{problem.message}; SHA-256 is {files.hash_file(path)[1]}, expected {expected}"
                 self.problems[number] = Problem(says, problem.paths, damaged=problem.damaged)
 
     def _unfinished(self, entries: list[dict[str, Any] | None]) -> None:
@@ -196,7 +199,7 @@ class Examination:
 
 
 def _expect(path: Path, stated: str, by: str) -> None:
-    """StoreError unless a file has the SHA-256 that is stated."""
+    """Raise StoreError unless a file has the SHA-256 that is stated."""
     size, digest = files.hash_file(path)
     if digest != stated:
         raise StoreError(f"{path} is damaged: {size:,} bytes, SHA-256 {digest}; expected {stated} by {by}")
@@ -212,7 +215,7 @@ def _check_file(path: Path, expected: dict[str, Any], by: str) -> None:
 
 
 def _read_store(path: Path, stated: str | None) -> dict[str, Any]:
-    """The fields of store.json, which has the SHA-256 that the manifest states, if there is one."""
+    """Return the fields of store.json. Raises StoreError unless it has the SHA-256 that the manifest states, if any."""
     if stated is not None:
         _expect(path, stated, "the manifest")
     return files.read_sealed(path, STORE_KEYS)[0]

@@ -31,10 +31,11 @@ class Order:
 
     def epoch(self, number: int) -> list[Statement]:
         """Return all statements in the order of an epoch."""
-        if self._epoch[0] != number:
+        last = self._epoch  # read once: another thread may change it
+        if last[0] != number:
             shuffled = np.random.default_rng([self.seed, number]).permutation(len(self._images)).tolist()
-            self._epoch = (number, [s for i in shuffled for s in self.by_image[self._images[i]]])
-        return self._epoch[1]
+            last = self._epoch = (number, [s for i in shuffled for s in self.by_image[self._images[i]]])
+        return last[1]
 
     def take(self, start: int, count: int) -> list[Statement]:
         """Return `count` statements of the stream, from the `start`-th on."""

@@ -60,7 +60,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """Its own."""
+        """The folder of this run alone."""
         return Path(self.config.output_dir)
 
     @property
@@ -73,7 +73,7 @@ class Run:
 
 
 def read_changes(path: Path) -> list[Changes]:
-    """The settings of each run of a file. ValueError for anything else."""
+    """Return the settings of each run of a file. Raises ValueError for anything else."""
     found = read_json_with_comments(path).get("runs")
     if not isinstance(found, list) or not all(isinstance(own, dict) for own in found):
         raise ValueError(f'{path}: wanted {{"runs": [{{"projection": "conv"}}, ...]}}')
@@ -81,7 +81,7 @@ def read_changes(path: Path) -> list[Changes]:
 
 
 def grid(options: Sequence[str]) -> list[Changes]:
-    """All combinations of `key=a,b,c`. ValueError for an unknown key, or a value that its setting cannot have."""
+    """Return all combinations of `key=a,b,c`. Raises ValueError for an unknown key or a value that is not allowed."""
     values: dict[str, list[Any]] = {}
     for option in options:
         key, equals, rest = option.partition("=")
@@ -99,14 +99,16 @@ def _parsed(key: str, text: str) -> Any:
 
 
 def name_of(changes: Changes) -> str:
-    """In words: its own "name", or what is changed."""
+    """Return a run's name in words: its own "name", or the settings that are changed."""
     said = ", ".join(f"{key} {value}" for key, value in changes.items() if key != "name")
     return str(changes.get("name", said or "unchanged"))
 
 
 def make_runs(base: Config, changes: Sequence[Changes], seeds: Sequence[int], output: Path) -> list[Run]:
-    """A run for each of the changes and seeds. ValueError that names the run for a setting that is refused, and for
-    two runs of one name."""
+    """Return a run for each of the changes and seeds.
+
+    Raises ValueError that names the run for a refused setting, and for two runs of one name.
+    """
     runs = []
     for own in changes:
         name = name_of(own)
@@ -135,10 +137,11 @@ def make_runs(base: Config, changes: Sequence[Changes], seeds: Sequence[int], ou
 
 
 def train_one(run: Run, stop: StopRequest, cache: Path) -> dict[str, Any] | None:
-    """Trains, from the newest sound checkpoint of this very run if it has any, asks every system on dev, and gives the
-    line of results.jsonl, which of a failed run says why; None where it was stopped before its last step.
+    """Train a run, from its newest valid checkpoint if it has any, evaluate it on dev, and return its line of
+    results.jsonl.
 
-    `seconds` are those of the start that ended it, without what earlier ones took that were stopped or killed.
+    The line of a failed run states why. Returns None if the run was stopped before its last step. `seconds` are those
+    of the start that ended the run, without earlier starts that were stopped or killed.
     """
     if stop.asked:
         return None
@@ -164,7 +167,7 @@ def train_one(run: Run, stop: StopRequest, cache: Path) -> dict[str, Any] | None
 
 
 def measure(trainer: Trainer) -> dict[str, Any]:
-    """What a trained model and its controls say on dev, and when the loss left chance."""
+    """Return the figures of a trained model and its controls on dev, and when the loss fell below chance."""
     config, dev = trainer.config, trainer.data.dev
     fetch = (trainer.data.latents, trainer.data.vision)
     logits = predict(trainer.model, dev, *fetch, ASKED, batch_size=config.eval_statements)
@@ -293,8 +296,11 @@ def _figures(line: dict[str, Any]) -> str:
 
 
 def rank(lines: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table, best first. Accuracies are pooled over seeds, with Wilson's 95 % interval: it counts
-    statements, not seeds, whose own spread stands beside it."""
+    """Return a Markdown table, best first.
+
+    Accuracies are pooled over seeds, with Wilson's 95 % interval: it counts statements, not seeds, whose own spread is
+    shown beside it.
+    """
     results: dict[str, dict[str, Any]] = {}
     for line in lines:  # a run that failed may have been tried again
         if "failed" not in line or "failed" in results.get(line["key"], line):

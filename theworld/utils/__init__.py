@@ -1,1 +1,1 @@
-"""What every other package rests on: files, devices, processes, signals, the console and the hub's folders."""
+"""Files, devices, processes, signals, the console and the hub: for every other package."""

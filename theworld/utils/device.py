@@ -12,13 +12,13 @@ from torch import nn
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
-    """(trainable, frozen) numbers of parameters; tied ones count once."""
+    """Return the numbers of trainable and of frozen parameters; tied parameters count once."""
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in module.parameters()) - trainable
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """`"float32"`, `"float16"` or `"bfloat16"` as torch's dtype."""
+    """Return torch's dtype for "float32", "float16" or "bfloat16"."""
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     if name not in dtypes:
         raise ValueError(f"dtype {name!r}: wanted one of {', '.join(dtypes)}")
@@ -26,19 +26,22 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def device_setting(device_map: object) -> str:
-    """What transformers calls a `device_map`, as the setting `device`: a word, a torch.device, the number of a GPU, or
-    {"": one of these}. ValueError for a map of parts: the models lie on one device."""
+    """Return the setting `device` for a `device_map` of transformers.
+
+    A device map is a string, a torch.device, the number of a GPU, or {"": one of these}. Raises ValueError for a map of
+    several parts, since all models are on one device.
+    """
     if isinstance(device_map, dict):
         if list(device_map) != [""]:
             raise ValueError(
-                f"device_map {device_map!r}: all models lie on one device; wanted it, or a map of ''"
+                f"device_map {device_map!r}: all models are on one device; wanted a device, or {{'': device}}"
             )
         device_map = device_map[""]
     return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)
 
 
 def resolve_device(device: str) -> torch.device:
-    """`"auto"` is CUDA where there is one, else the CPU. Raises ValueError for a CUDA that is not there."""
+    """Return the device for a setting; "auto" is CUDA if there is one. Raises ValueError for a missing CUDA device."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -47,14 +50,14 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """`"auto"` is bfloat16 on CUDA and float32 on the CPU."""
+    """Return the dtype for a setting; "auto" is bfloat16 on CUDA and float32 on the CPU."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch_dtype(dtype)
 
 
 def wants_compile(setting: bool | None, device: torch.device) -> bool:
-    """Whether models are compiled: as the setting says, by default on CUDA, where it pays."""
+    """Return whether models are compiled: as `setting` says; None: on CUDA only."""
     return device.type == "cuda" if setting is None else setting
 
 
@@ -82,16 +85,16 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Memory:
-    """Of a GPU, or of the machine for a CPU; bytes."""
+    """The memory of a GPU, or of the machine for a CPU, in bytes."""
 
     name: str
     free: float
     total: float
-    capability: tuple[int, int] | None = None  # of a GPU
+    capability: tuple[int, int] | None = None  # compute capability of a GPU
 
 
 def memory_of(device: torch.device) -> Memory:
-    """What a device has."""
+    """Return the memory of a device."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Memory(

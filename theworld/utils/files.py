@@ -1,6 +1,6 @@
 """Files that are published by rename, and strict, sealed JSON.
 
-What is read is taken for damaged until its hash says otherwise. The rules are in cache/README.md.
+A file is taken to be damaged until its hash shows otherwise. The rules are in cache/README.md.
 """
 
 import collections
@@ -39,15 +39,17 @@ class UnknownVersion(StoreError):
 
 
 class PlainFile(io.FileIO):
-    """Closes with the last reference to it: whoever holds one can read on, whatever others do meanwhile."""
+    """A file that closes with the last reference to it: a reader can go on, whatever others do meanwhile."""
 
     def __del__(self) -> None:
         self.close()
 
 
 def open_plain(path: Path) -> PlainFile:
-    """Opens for reading, unbuffered. StoreError if it is missing or no plain file: a FIFO would block,
-    a link leads outside of the store."""
+    """Open a file for reading, unbuffered.
+
+    Raises StoreError if it is missing or no plain file: a FIFO would block, a link leads outside of the store.
+    """
     try:
         mode = path.lstat().st_mode
         if not stat.S_ISREG(mode):
@@ -58,7 +60,7 @@ def open_plain(path: Path) -> PlainFile:
 
 
 def hash_file(path: Path) -> tuple[int, str]:
-    """Size in bytes and SHA-256 of a plain file."""
+    """Return the size in bytes and the SHA-256 of a plain file."""
     with open_plain(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), digest
@@ -77,8 +79,10 @@ def holds(path: Path, data: bytes) -> bool:
 
 
 def identity(path: Path) -> tuple[int, ...] | None:
-    """What changes when a plain file is replaced or written to; None if there is none. Opened for it, because
-    network file systems answer from memory otherwise."""
+    """Return what changes when a plain file is replaced or written to; None if there is none.
+
+    The file is opened for it, because network file systems answer from memory otherwise.
+    """
     try:
         with open_plain(path) as file:
             status = os.fstat(file.fileno())
@@ -88,14 +92,14 @@ def identity(path: Path) -> tuple[int, ...] | None:
 
 
 def explained(error: OSError, path: Path, needed: str) -> OSError:
-    """The same error with the path, what was needed and how much room there is."""
+    """Return the same error with the path, what was needed and how much room there is."""
     there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     return OSError(error.errno, f"{error.strerror or error}; {needed} needed, {free:,} bytes free", str(path))
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable. Raises OSError with its path."""
+    """Make the names in a folder durable. Raises OSError with its path."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -110,7 +114,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """A folder, with those above it, if it is not there. Raises OSError with its path and the bytes free."""
+    """Make a folder, with its parents, if it is not there. Raises OSError with its path and the bytes free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -162,7 +166,7 @@ def write_failures(folder: Path, failures: Sequence[tuple[str, str]]) -> None:
 
 
 def check_unique(names: Sequence[str], what: str) -> None:
-    """StoreError that names the first that stands twice."""
+    """Raise StoreError for the first name that occurs twice."""
     for name, number in collections.Counter(names).items():
         if number > 1:
             raise StoreError(f"{what} {name!r} stands twice")
@@ -172,7 +176,7 @@ def check_unique(names: Sequence[str], what: str) -> None:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one spelling that is hashed and compared: sorted keys, no spaces, ASCII, no NaN."""
+    """Return the one spelling that is hashed and compared: sorted keys, no spaces, ASCII, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
@@ -181,7 +185,7 @@ def canonical_sha256(value: Any) -> str:
 
 
 def parse_json(data: bytes, where: object) -> dict[str, Any]:
-    """Strict: one object, ASCII, no duplicate keys, no NaN. Raises StoreError that names `where`."""
+    """Return one object of ASCII JSON. Raises StoreError that names `where` for duplicate keys, NaN and all else."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
@@ -196,7 +200,10 @@ def parse_json(data: bytes, where: object) -> dict[str, Any]:
 
 
 def check_keys(fields: Any, kinds: Mapping[str, type], where: object) -> None:
-    """Exactly these keys, of exactly these types; integers from 0, *sha256 as hex digits. StoreError."""
+    """Raise StoreError unless there are exactly these keys, with values of exactly these types.
+
+    Integers are from 0 to 2^62 - 1, and the values of keys that end in sha256 are 64 hex digits.
+    """
     if not isinstance(fields, dict):
         raise StoreError(f"{where}: {fields!r:.100} is no object")
     for key in sorted(kinds.keys() ^ fields.keys()):
@@ -210,7 +217,7 @@ def check_keys(fields: Any, kinds: Mapping[str, type], where: object) -> None:
 
 
 def seal(fields: dict[str, Any]) -> bytes:
-    """A JSON file that carries its own hash: `self_sha256`, over the canonical rest."""
+    """Return a JSON file that carries its own hash: `self_sha256`, over the canonical rest."""
     sealed = {**fields, "self_sha256": canonical_sha256(fields)}
     return (json.dumps(sealed, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
 
@@ -225,7 +232,7 @@ def _has_seal(fields: dict[str, Any]) -> bool:
 
 
 def read_plain(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
-    """All of a small plain file. StoreError if it is missing, no plain file or larger than `limit` bytes."""
+    """Return all of a small plain file. Raises StoreError if missing, no plain file, or above `limit` bytes."""
     with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
@@ -236,8 +243,11 @@ def read_plain(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
 def read_sealed(
     path: Path, kinds: Mapping[str, type], limit: int = MAX_STORE_BYTES
 ) -> tuple[dict[str, Any], str]:
-    """The fields without the seal, and the SHA-256 of the file. StoreError if a single byte is not as
-    `seal` wrote it, or if there are more than `limit` bytes."""
+    """Return the fields without the seal, and the SHA-256 of the file.
+
+    Raises StoreError if a single byte is not as `seal` wrote it or if there are more than `limit` bytes, UnknownVersion
+    for a sound file of another version.
+    """
     data = read_plain(path, limit)
     fields = parse_json(data, path)
     if fields.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
@@ -262,7 +272,7 @@ def read_sealed(
 
 
 def nearest_folder(path: Path) -> Path:
-    """The lowest folder on the way to `path` that is there. Raises NotADirectoryError where a file is in the way."""
+    """Return the lowest existing folder on the way to `path`. Raises NotADirectoryError if a file is in the way."""
     path = path.absolute()
     while not os.path.lexists(path):
         path = path.parent
@@ -274,12 +284,12 @@ def nearest_folder(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Free on the disk where `path` is or would be."""
+    """Return the bytes that are free on the disk of `path`, which need not exist."""
     return shutil.disk_usage(nearest_folder(path)).free
 
 
 def check_room(path: Path, size: int, flag: str) -> int:
-    """The free bytes where `path` is or would be. Raises ValueError where they are fewer than `size`."""
+    """Return the bytes that are free on the disk of `path`. Raises ValueError if they are fewer than `size`."""
     free = free_bytes(path)
     if size > free:
         raise ValueError(f"{path}: {size:,} bytes are needed and {free:,} are free; make room or move {flag}")
@@ -287,14 +297,14 @@ def check_room(path: Path, size: int, flag: str) -> int:
 
 
 def check_folder(folder: Path, flag: str) -> None:
-    """Raises OSError where nothing can be written into a folder, be it there or to be made."""
+    """Raise OSError if nothing can be written into a folder, which need not exist."""
     there = nearest_folder(folder)
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"{flag} {folder}: {there} is not yours to write to; choose another {flag}")
 
 
 def check_output(path: Path, flag: str = "--output") -> str:
-    """ " (replaces the one there)" or nothing. Raises OSError where a file could not be written."""
+    """Return " (replaces the one there)" or nothing. Raises OSError if the file could not be written."""
     check_folder(path.parent, flag)
     if path.is_dir():
         raise IsADirectoryError(f"{flag} {path} is a folder, and a file is wanted; name one in it")

@@ -1,8 +1,10 @@
-"""What can be known of a run before anything is loaded, downloaded or written: models, statements, photographs, room.
+"""Models and data sets by local folder or by name on the hub: find them without downloading anything.
 
-Real runs, `--dry_run` and tools/doctor.py ask the same questions here, so they give the same answers.
+Runs, `--dry_run` and tools/doctor.py all call `locate`, so they give the same answers.
 """
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from huggingface_hub.errors import (
 )
 
 GEMMA_FILE, VAE_FILE = "config.json", "vae/config.json"
-PATIENCE = 10.0  # seconds for an answer of the hub
+TIMEOUT = 10.0  # seconds to wait for an answer of the hub
 
 
 class Fault(ValueError):
@@ -28,55 +30,56 @@ class Fault(ValueError):
         self.message, self.hint = message, hint
 
 
-# ---- models and data sets by name
-
-
 @dataclass(frozen=True)
 class Place:
-    """Where a model is: its config file on this machine, None where only the hub has it; and the same in words."""
+    """The place of a model: its config file on this machine, None if only the hub has it, and the place in words."""
 
     config: Path | None
     words: str
 
 
 def locate(name: str, file: str) -> Place:
-    """Where a model is that is named by a local folder or by its name on the hub; `file` is GEMMA_FILE or VAE_FILE.
+    """Return the place of a model, named by a local folder or on the hub; `file` is GEMMA_FILE or VAE_FILE.
 
-    Downloads nothing. Raises Fault where a run could not load it: no such folder or model, a licence that was not
-    accepted, a hub that cannot be reached.
+    Downloads nothing. Raises Fault if a run could not load the model: there is no such folder or model, the licence is
+    not accepted, or the hub cannot be reached.
     """
     if Path(name).is_dir():
         for own in (Path(name) / file, Path(name) / Path(file).name):
             if own.is_file():
+                check_weight_files(own.parent)
                 return Place(own, "a local folder")
-        cure = "name a folder with a model, or its name on the hub"
-        raise Fault(f"{name}: a local folder without {file}", cure)
+        raise Fault(
+            f"{name}: a local folder without {file}", "give a folder with a model, or a name on the hub"
+        )
     try:
         held = try_to_load_from_cache(name, file)
         config = Path(held) if isinstance(held, str) else None
+        if config is not None:
+            check_weight_files(config.parent)
         ask_hub(name, file)
     except HFValidationError:
         raise Fault(
-            f"{name}: no such folder, and no name on the hub", "check the path, or the name"
+            f"{name}: no such folder, and not a name on the hub", "check the path, or the name"
         ) from None
     except GatedRepoError:
-        raise Fault(f"{name}: the licence is not accepted, or no token is set", _licence_cure(name)) from None
+        raise Fault(f"{name}: the licence is not accepted, or no token is set", _licence_hint(name)) from None
     except RepositoryNotFoundError:
-        cure = "check the name (there is no such local folder either), and HF_TOKEN"
-        raise Fault(f"{name}: no such model, or a private one", cure) from None
+        hint = "check the name (there is no such local folder either), and HF_TOKEN"
+        raise Fault(f"{name}: no such model, or a private one", hint) from None
     except EntryNotFoundError:
-        raise Fault(f"{name}: a model on the hub without {file}", "name one that has it") from None
+        raise Fault(f"{name}: a model on the hub without {file}", "give a model that has it") from None
     except HfHubHTTPError as error:
-        says = f"{name}: {str(error).splitlines()[0]}"
-        raise Fault(says, "check the name, and HF_TOKEN; or try again later") from None
+        message = f"{name}: {str(error).splitlines()[0]}"
+        raise Fault(message, "check the name, and HF_TOKEN; or try again later") from None
     except OSError as error:
         if config is None:
-            raise Fault(f"{name}: {error}", "check the network; or name a local folder") from None
+            raise Fault(f"{name}: {error}", "check the network, or give a local folder") from None
         return Place(config, f"downloaded before; {error}")
-    return Place(config, "downloaded before" if config else "on the hub, and open to you")
+    return Place(config, "downloaded before" if config else "on the hub, access granted")
 
 
-def _licence_cure(name: str) -> str:
+def _licence_hint(name: str) -> str:
     page = f"https://huggingface.co/{name}"
     if get_token() is None:
         return f"accept the licence on {page}, then export HF_TOKEN=hf_... (none is set)"
@@ -84,28 +87,68 @@ def _licence_cure(name: str) -> str:
 
 
 def ask_hub(name: str, file: str, kind: str = "model") -> None:
-    """Asks the hub whether it would give out a file, once and for `PATIENCE` seconds at most.
+    """Ask the hub once, for at most `TIMEOUT` seconds, whether it would serve a file.
 
-    Raises what huggingface_hub raises for an answer that is a refusal, OSError where there is no answer.
+    Raises huggingface_hub's error if the hub refuses, OSError if there is no answer.
     """
     url = hf_hub_url(name, file, repo_type=kind)
     try:
-        get_hf_file_metadata(url, timeout=PATIENCE)
+        get_hf_file_metadata(url, timeout=TIMEOUT)
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError):
         raise
     except OfflineModeIsEnabled:
         raise OSError("the hub is not asked, as HF_HUB_OFFLINE is set") from None
-    except Exception:  # noqa: BLE001 - of the HTTP library beneath, which is another one in each release
+    except Exception:  # noqa: BLE001 - errors of the HTTP library, which changes between releases of huggingface_hub
         raise OSError("the hub cannot be reached") from None
 
 
+def file_at_hand(model: str, *names: str, revision: str | None = None) -> Path | None:
+    """Return the first of these files of a model, a local folder or a name on the hub, that is on this machine."""
+    for name in names:
+        if Path(model).is_dir():
+            path = Path(model) / name
+            if path.is_file():
+                return path
+            continue
+        try:
+            cached = try_to_load_from_cache(model, name, revision=revision)
+        except HFValidationError:  # a local folder that is not on this machine
+            return None
+        if isinstance(cached, str):
+            return Path(cached)
+    return None
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raise Fault for a *.safetensors of a model's folder that cannot be one: its header and size are looked at."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            start, size = file.read(8), file.seek(0, os.SEEK_END)
+            file.seek(8)
+            length = int.from_bytes(start, "little")
+            header = file.read(length) if length <= size else b""
+        if start == b"version ":
+            raise Fault(f"{path}: a Git LFS pointer, not the weights", "get the file with `git lfs pull`")
+        try:
+            tensors = {key: value for key, value in json.loads(header).items() if key != "__metadata__"}
+            wanted = 8 + length + max(value["data_offsets"][1] for value in tensors.values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Fault(
+                f"{path}: no header of a safetensors file", "download or copy the file again"
+            ) from None
+        if size != wanted:
+            raise Fault(
+                f"{path}: {size:,} bytes; its header says {wanted:,}", "download or copy the file again"
+            )
+
+
 def model_id(name_or_path: str) -> str:
-    """The hub name as it is; of a local folder its last part, since a fingerprint holds no paths."""
+    """Return a hub name as it is, and of a local folder the last part, since a fingerprint holds no paths."""
     return Path(name_or_path).resolve().name if Path(name_or_path).is_dir() else name_or_path
 
 
 def hub_revision(name_or_path: str, filename: str) -> str | None:
-    """The commit that a downloaded hub model has on this machine; None for a local folder."""
+    """Return the commit of a hub model that was downloaded; None for a local folder and before a download."""
     if Path(name_or_path).is_dir():
         return None
     cached = try_to_load_from_cache(name_or_path, filename)

@@ -1,7 +1,8 @@
-"""A run that is asked to stop: by SIGTERM or SIGUSR1, as clusters ask, or because its launcher is gone.
+"""A request to stop a run: by SIGTERM or SIGUSR1, as clusters send, or because its launcher is gone.
 
-The first request waits for the optimizer step under way; the run then saves, and ends with STATUS. A second one, and
-any while no step is under way, ends the process at once: nothing that was published is touched. Ctrl-C is Python's own.
+After the first request the run finishes its optimizer step, saves, and ends with STATUS. A second request, and any
+request while no step is under way, ends the process at once: nothing that was published is touched. Ctrl-C raises
+KeyboardInterrupt, as in any Python program.
 """
 
 import contextlib
@@ -43,19 +44,18 @@ class StopRequest:
         return bool(self.reason)
 
     def ask(self, reason: str) -> None:
-        """Asks the run to stop."""
+        """Ask the run to stop."""
         self.reason, self._at = reason, time.monotonic()
 
     def end(self) -> None:
-        """The run has ended and its process is going to: to be asked to stop changes nothing any more, not even the
-        exit status."""
+        """Ignore further requests: the run has ended, and none may change the exit status any more."""
         self._before = {}
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """While steps are taken, after which a request can be answered; of a sweep from the first run to the last."""
+        """Mark the time in which steps are taken, after which a request can be answered; in a sweep, of all runs."""
         before, self._working = self._working, True
         try:
             yield

@@ -1,10 +1,10 @@
-"""What a machine can do at best, and how much work each phase is: measured rates and counted operations.
+"""Measured rates of a machine, and the FLOPs of each phase.
 
-A floor is the counted operations over the measured matrix multiplication rate: no phase can be faster than that on
-this machine in this dtype. MFU (model FLOPs utilisation: Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the
-floor over the measured time. One multiplication with its addition counts as two operations, here FLOPs.
+The floor of a phase is its FLOPs over the measured rate of matrix multiplication: the phase cannot be faster on this
+machine in this dtype. MFU (model FLOPs utilisation: Chowdhery et al. 2022, arXiv 2204.02311, appendix B) is the floor
+over the measured time. A multiplication with its addition counts as two FLOPs.
 
-Dimensions: T tokens, D width, F width of the feed-forward layer, H heads of size h, K key-value heads.
+Dimensions: T tokens, D hidden size, F size of the feed-forward layer, H heads of size h, K key-value heads.
 """
 
 import time
@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
 
+from theworld.models.cosmos import CosmosEncoder, load_vae
 from theworld.models.packing import Batch
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given; a CPU always has."""
+    """Wait until the device has finished its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -28,7 +30,10 @@ def synchronize(device: torch.device) -> None:
 def time_calls(
     call: Callable[[], Any], device: torch.device, repeats: int, warm_up: int = 1, inner: int = 1
 ) -> list[float]:
-    """Seconds of each of `repeats` measurements of `inner` calls, a call; after `warm_up` calls."""
+    """Return the seconds of a call in each of `repeats` measurements of `inner` calls, after `warm_up` calls.
+
+    `torch.utils.benchmark.Timer` is not used: it runs two further calls in each measurement, on a single thread.
+    """
     for _ in range(warm_up):
         call()
     seconds = []
@@ -43,96 +48,80 @@ def time_calls(
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
-    """The median rate of [size, size] @ [size, size]: 2 size^3 FLOPs each."""
+    """Return the median rate of [size, size] @ [size, size], which takes 2 size^3 FLOPs."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds = sorted(time_calls(lambda: a @ b, device, repeats, warm_up=3, inner=4))
     return 2 * size**3 / seconds[len(seconds) // 2]
 
 
 def copy_bytes_per_second(device: torch.device, size: int, repeats: int = 5) -> float:
-    """The median rate of copying `size` bytes on the device: each byte is read once and written once."""
+    """Return the median rate of copying `size` bytes on the device: each byte is read once and written once."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = sorted(time_calls(lambda: target.copy_(source), device, repeats, warm_up=2, inner=4))
     return 2 * size / seconds[len(seconds) // 2]
 
 
-# ---- the VAE
+# ---- the frozen encoders
 
 
-def vae_encode_flops(vae: Any, size: int) -> dict[str, int]:
-    """FLOPs to encode one picture of `size` pixels a side, counted layer by layer on the meta device.
+def count_flops(call: Callable[[], Any]) -> int:
+    """Return the FLOPs of matrix multiplications, convolutions and attention in a call, as torch counts them.
 
-    `frame`: what one frame needs, each causal 3-D convolution as the 2-D one of its last temporal tap.
-    `as_it_is`: what diffusers computes, every tap, the zero padding in time too. A convolution is 2 x values out x
-    values in each kernel; attention over T = H x W places of D channels is 4 T^2 D. Sampling, norms and activations
-    are left out. `vae`: an `AutoencoderKLWan`, which is emptied of its weights by this.
+    On the meta device nothing is computed, and attention is counted too, which it is not on a CPU.
     """
-    counted = {"frame": 0, "as_it_is": 0}
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
-    def convolution(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        taps = module.kernel_size[0] if isinstance(module, nn.Conv3d) else 1
-        flops = 2 * output.numel() * module.weight[0].numel()
-        counted["as_it_is"] += flops
-        counted["frame"] += flops // taps
 
-    def attention(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        flops = 4 * (output.shape[-1] * output.shape[-2]) ** 2 * output.shape[1]
-        counted["as_it_is"] += flops
-        counted["frame"] += flops
+def vae_encode_flops(name_or_path: str, size: int) -> dict[str, int]:
+    """Return the FLOPs to encode one picture of `size` pixels a side with a VAE, a hub name or a local folder.
 
-    vae = vae.to("meta")
-    dtype = next(vae.parameters()).dtype
-    hooks = [
-        m.register_forward_hook(convolution) for m in vae.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)
-    ]
-    hooks += [m.register_forward_hook(attention) for m in vae.modules() if isinstance(m, WanAttentionBlock)]
+    `frame`: with `CosmosEncoder`, which computes one frame. `as_it_is`: with diffusers, which also convolves the zero
+    padding in time.
+    """
+    encoder = CosmosEncoder(name_or_path, device="meta")
+    vae = load_vae(name_or_path).to("meta")
+    pixels = torch.empty(1, 3, size, size, device="meta")
     with torch.no_grad():
-        vae.encode(torch.empty(1, 3, 1, size, size, device="meta", dtype=dtype))
-    for hook in hooks:
-        hook.remove()
-    return counted
-
-
-# ---- SigLIP
+        return {
+            "frame": count_flops(lambda: encoder.encode(pixels.byte())),
+            "as_it_is": count_flops(lambda: vae.encode(pixels[:, :, None])),
+        }
 
 
 def vision_flops(config: Any) -> int:
-    """FLOPs of the vision tower on one photograph; `config`: a SiglipVisionConfig.
-
-    T = (image / patch)^2 tokens; the patch embedding is 2 T D x 3 patch^2; a layer's linears are
-    2 T (4 D^2 + 2 D F), its attention 4 T^2 D.
-    """
-    tokens = (config.image_size // config.patch_size) ** 2
-    width, inner = config.hidden_size, config.intermediate_size
-    embedding = 2 * tokens * width * config.num_channels * config.patch_size**2
-    layer = 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens**2 * width
-    return embedding + config.num_hidden_layers * layer
+    """Return the FLOPs of the vision tower on one photograph; `config`: a SiglipVisionConfig."""
+    with torch.device("meta"), torch.no_grad():
+        tower = AutoModel.from_config(config)
+        pixels = torch.empty(1, config.num_channels, config.image_size, config.image_size)
+        return count_flops(lambda: tower(pixel_values=pixels))
 
 
 # ---- the language model
 
 
-Pairs = dict[str, int]  # by layer type: (query, key) that the mask allows
+Pairs = dict[str, int]  # by layer type, the number of (query, key) pairs that the mask allows
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one packed batch asks of the language model; padding is not asked for."""
+    """The work of the language model on one packed batch, without padding."""
 
     tokens: int
-    tokens_after: int  # that see something trained: what the gradient runs through
+    tokens_after: int  # tokens that see a world token, through which the gradient flows
     pairs: Pairs
     pairs_after: Pairs  # with the query among tokens_after
     pairs_within: Pairs  # with query and key among tokens_after
     label_pairs: Pairs  # with a label row as the query
     label_pairs_within: Pairs  # with a label row as the query and the key among tokens_after
     label_rows: int
-    worlds: int  # blocks of world tokens
+    worlds: int  # groups of world tokens, one for each image
 
 
 def work_of(batch: Batch, sliding_window: int) -> Work:
-    """Counts one batch, tree by tree: tokens of different trees never see each other."""
+    """Return the work of one batch, counted tree by tree: tokens of different trees never see each other."""
     windows = {"full_attention": None, "sliding_attention": sliding_window}
     tokens = after = 0
     counts: list[Pairs] = [dict.fromkeys(windows, 0) for _ in range(5)]
@@ -158,8 +147,10 @@ def work_of(batch: Batch, sliding_window: int) -> Work:
 
 
 def _trees(batch: Batch) -> Iterator[dict[str, Tensor]]:
-    """The tokens of each tree in preorder, with marks: `opens` a world, is a `label` row. A row's preorder indices
-    count from 0 without gaps, and a tree ends where the subtree of its first token does."""
+    """Yield the tokens of each tree in preorder, with the marks `opens` (first world token) and `label` (label row).
+
+    The preorder indices of a row count from 0 without gaps; a tree ends where the subtree of its first token does.
+    """
     names = ("preorder", "subtree_end", "bidirectional_group", "position_ids")
     fields = {name: getattr(batch, name) for name in names}
     for name, indices in (("opens", batch.world_slots[:, :1]), ("label", batch.label_rows)):
@@ -177,7 +168,7 @@ def _trees(batch: Batch) -> Iterator[dict[str, Tensor]]:
 
 
 def _may_see(tree: dict[str, Tensor], window: int | None) -> Tensor:
-    """bool[n, n] over the tokens of one tree: may query see key? The rule of `theworld.models.attention`."""
+    """Return for the tokens of one tree whether query sees key, bool[n, n]: the rule of `theworld.models.attention`."""
     preorder, group, position = tree["preorder"], tree["bidirectional_group"], tree["position_ids"]
     seen = (preorder[None] <= preorder[:, None]) & (preorder[:, None] < tree["subtree_end"][None])
     seen |= (group[:, None] >= 0) & (group[:, None] == group[None])
@@ -185,27 +176,29 @@ def _may_see(tree: dict[str, Tensor], window: int | None) -> Tensor:
 
 
 def decoder_parameters(config: Any) -> int:
-    """Weights in the linear layers of one decoder layer: queries and output D x Hh each, keys and values D x Kh each,
-    three of the gated feed-forward D x F. `config`: a Gemma3TextConfig."""
+    """Return the number of weights in the linear layers of one decoder layer; `config`: a Gemma3TextConfig.
+
+    Queries and output have D x Hh each, keys and values D x Kh each, the gated feed-forward layer 3 x D x F.
+    """
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     return config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
 
 
 def language_flops(config: Any, works: Sequence[Work], projection: int = 0) -> dict[str, float]:
-    """FLOPs of `forward` and `backward` on these batches together. `projection`: FLOPs of the projection on one image.
+    """Return the FLOPs of `forward` and `backward` on all batches. `projection`: those of the projection on one image.
 
-    Forward: 2 x parameters x tokens in the linears, 4 Hh a pair that the mask allows (scores and sums of values), the
-    head at the label rows. Of the last layer only the label rows are wanted: all tokens need its keys and values
-    alone. Backward: frozen weights need no gradient of their own, so a linear costs only its input's, the same again,
-    and only for tokens that see a world token; attention costs 4 Hh a pair of such a query (of the scores and of the
-    query) and 4 Hh a pair of such a query and key (of keys and values); recomputing scores, as fused kernels do, is
-    not counted. The projection trains: twice its forward.
+    Forward: 2 x parameters x tokens in the linear layers, 4 Hh for each pair that the mask allows (scores and sums of
+    values), and the head at the label rows. The last layer computes only the label rows; of all other tokens it needs
+    keys and values alone. Backward: frozen weights have no gradient, so a linear layer costs only that of its input,
+    as much as forward, and only for tokens that see a world token. Attention costs 4 Hh for each pair with such a query
+    (gradients of scores and queries) and 4 Hh for each pair with such a query and key (of keys and values); recomputed
+    scores are not counted. The projection is trained: twice its forward.
     """
     whole = (config.num_hidden_layers - 1) * decoder_parameters(config)
     keys = (
         2 * config.hidden_size * config.num_key_value_heads * config.head_dim
-    )  # of the last layer, with values
+    )  # weights of keys and values, doubled
     rest = decoder_parameters(config) - keys
     per_pair = 4 * config.num_attention_heads * config.head_dim
     head = 2 * config.hidden_size * config.vocab_size
@@ -226,14 +219,17 @@ def language_flops(config: Any, works: Sequence[Work], projection: int = 0) -> d
 
 
 def projection_flops(shape: Any) -> int:
-    """FLOPs of the projection on one image: 2 x weights x tokens, a convolution at its borders too; in a transformer's
-    layer 4 N^2 h more, for attention among the N tokens of a moment. `shape`: a `ProjectionShape`."""
+    """Return the FLOPs of the projection on one image: 2 x weights x tokens, also at the borders of a convolution.
+
+    A layer of a transformer has 4 N^2 h more, for attention among the N tokens of a frame. `shape`: a
+    `ProjectionShape`.
+    """
     first, inner, last = shape.values_per_token, shape.inner, shape.width
     if shape.architecture == "linear":
         return 2 * shape.num_tokens * first * last
     weights = first * inner + inner * last
     if shape.architecture == "conv":
         weights += shape.depth * 9 * inner**2
-    if shape.architecture == "transformer":  # of attention 4 h^2 and of the feed-forward layer 8 h^2
+    if shape.architecture == "transformer":  # attention 4 h^2, feed-forward layer 8 h^2
         weights += shape.depth * (12 * inner**2 + 2 * shape.tokens_per_frame * inner)
     return 2 * shape.num_tokens * weights

@@ -1,4 +1,4 @@
-"""What can be chosen of a measurement, apart from what measures, so that a command line need not load torch."""
+"""The choices of the command line, apart from the measurements, so that --help need not load torch."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ PART_NAMES = (
     "growth_statements",
     "growth_tokens",
 )
-# Kinds of runs, as changes of the settings; the guide's is 8 statements in a pass and 16 in a step.
+# Runs to compare, as changes of the settings. The default recipe has micro-batches of 8 statements, 16 in a step.
 VARIANTS: dict[str, dict[str, Any]] = {
     "exact": {},
     "fp8": {"fp8": True},
@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def json_object(text: str) -> dict[str, Any]:
-    """Settings or sizes. Raises ArgumentTypeError for anything else."""
+    """Return the JSON object of a flag, for settings or sizes. Raises ArgumentTypeError for anything else."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:

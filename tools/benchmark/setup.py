@@ -1,6 +1,6 @@
-"""What measurements stand on: model folders, data, a cache, trainers, and how a step's time and work are counted.
+"""What all measurements use: model folders, data, a cache, trainers, and the time and FLOPs of a step.
 
-Watches the rest of the project from outside while it works: nothing in it is changed for that.
+The package is measured from outside, by patching its functions; nothing in it exists for a measurement.
 """
 
 import gc
@@ -48,14 +48,14 @@ from theworld.training.trainer import Trainer
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Keeps what others print off the terminal, which shows figures here; progress bars and errors stay."""
+    """Hide the output of other code, so that the terminal shows figures; progress bars and errors stay."""
     with redirect_stdout(io.StringIO()):
         yield
 
 
 @contextmanager
 def packed_batches() -> Iterator[list[Batch]]:
-    """The batches that are packed while it runs, by whichever thread."""
+    """Collect the batches that any thread packs inside the block."""
     batches: list[Batch] = []
     pack = Packer.pack
 
@@ -69,8 +69,10 @@ def packed_batches() -> Iterator[list[Batch]]:
 
 @contextmanager
 def stopwatch(device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds inside pack, forward, backward and optimizer while it runs, each waited for: a little slower than
-    without. What other threads do meanwhile does not count."""
+    """Collect the seconds in pack, forward, backward and optimizer inside the block, on the main thread.
+
+    Waiting for the device after each makes a step a little slower.
+    """
     seconds: dict[str, float] = {}
 
     def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,14 +102,14 @@ def stopwatch(device: torch.device) -> Iterator[dict[str, float]]:
 
 TOOLS = Path(__file__).parent.parent
 EMBEDDED = Path(theworld.__file__).parent / "embedded"
-# With the stand-ins' tokenizer a branch takes as many tokens as a VSR statement does with Gemma's and the guide's
-# question: about 42.
+# With this question and the stand-in's tokenizer a statement takes as many tokens, about 42, as a VSR statement with
+# Gemma's tokenizer and the default question_template.
 QUESTION = "Look at the picture. Statement: {caption} Is this true or false?\nAnswer (only '0' or '1'):"
 
 
 @dataclass
 class Workbench:
-    """One machine, one size of models and data, one folder for all of it."""
+    """A machine, a size of models and data, and a folder for everything that is made."""
 
     shapes: Shapes
     folder: Path
@@ -115,14 +117,14 @@ class Workbench:
     device: torch.device
     annotations: Path | None = None  # VSR's own; None: stand-ins
     image_folder: Path | None = None  # COCO's photographs; None: stand-ins
-    variants: tuple[str, ...] = ()  # kinds of runs to measure
-    changes: dict[str, Any] = field(default_factory=dict)  # of the settings, for all that is measured
+    variants: tuple[str, ...] = ()  # names of VARIANTS to measure
+    changes: dict[str, Any] = field(default_factory=dict)  # settings of every measured run
     random_cache: bool = False  # instead of an extracted one
     rates: dict[str, float] = field(default_factory=dict)  # of the chip: flops and bytes a second
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the frozen models compute in."""
+        """Return the dtype of the frozen models."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
@@ -135,8 +137,7 @@ class Workbench:
         return self.folder / f"data-{self.shapes.name}-{share}"
 
     def config(self, **changes: Any) -> Config:
-        """The settings of a run here: the guide's, with `changes` on top. It never ends by itself and does not
-        evaluate."""
+        """Return the default settings with `changes` on top, for a run that does not evaluate or end by itself."""
         settings: dict[str, Any] = {
             "model_name": str(self.folder / f"gemma-{self.shapes.name}"),
             "cosmos_model_name": str(self.folder / f"vae-{self.shapes.name}"),
@@ -153,13 +154,13 @@ class Workbench:
             "device": str(self.device),
             "output_dir": str(self.folder / "runs" / "unused"),
         }
-        # The smallest patch that still gives as many world tokens as image tokens, as the guide's 256 and 256.
+        # The patch that gives as many world tokens as image tokens, as the default world_patch does for Gemma: 256.
         side = self.shapes.latent_size // 8
         settings["world_patch"] = max(1, side // math.isqrt(self.shapes.image_tokens))
         return load_config(None, settings | self.changes | changes)
 
     def prepare(self) -> None:
-        """Makes what is not there yet: models, statements, photographs. Says how long each took."""
+        """Make the models, statements and photographs that are missing, and print how long each took."""
         config, shapes = self.config(), self.shapes
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._told("Gemma"):
@@ -192,12 +193,12 @@ class Workbench:
         return self.folder / f"cache-{self.data_folder.name}"
 
     def has_cache(self) -> bool:
-        """Whether both of its stores are finished."""
+        """Return whether both stores of the cache are finished."""
         stores = (self.cache_folder / name / "manifest.json" for name in ("latents", "gemma_vision"))
         return all(path.exists() for path in stores)
 
     def cache(self) -> Path:
-        """The finished cache of latents and vision features, extracted if it is not there."""
+        """Return the finished cache of latents and vision features, extracted if it is missing."""
         if not self.has_cache():
             with self._told("cache"), quietly():
                 if self.random_cache:
@@ -208,44 +209,44 @@ class Workbench:
         return self.cache_folder
 
     def fresh(self, name: str) -> Path:
-        """An empty folder for one measurement."""
+        """Make an empty folder for one measurement."""
         runs = self.folder / "runs"
         runs.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=runs))
 
     def trainer(self, **changes: Any) -> Trainer:
-        """A new run on the cache."""
+        """Return the trainer of a new run on the cache."""
         return Trainer(self.config(**({"output_dir": str(self.fresh("train"))} | changes)), self.cache())
 
     def free(self) -> None:
-        """Gives back what dropped objects held, and counts peak memory anew."""
+        """Release the memory of dropped objects, and reset the peak."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_gib(self) -> float | None:
-        """Highest GPU memory allocated since `free`, GiB; None on a CPU, whose processes share theirs."""
+        """Return the peak of allocated GPU memory since `free`, in GiB; None on a CPU."""
         if self.device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated(self.device) / 2**30
 
     def held_gib(self) -> float:
-        """GPU memory allocated now, GiB; 0 on a CPU."""
+        """Return the allocated GPU memory, in GiB; 0 on a CPU."""
         return torch.cuda.memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
 
     def clean(self) -> None:
-        """Removes what single measurements wrote; models, data and cache stay for the next run."""
+        """Remove the folders of single measurements; models, data and cache stay for the next run."""
         shutil.rmtree(self.folder / "runs", ignore_errors=True)
 
     # ---- training
 
     def call_seconds(self, call: Callable[[], Any], calls: int) -> list[float]:
-        """Seconds of each of so many calls, the device waited for."""
+        """Return the seconds of each call, up to the end of the device's work."""
         return [s for _ in range(calls) for s in time_calls(call, self.device, 1, warm_up=0)]
 
     def train_row(self, **changes: Any) -> Row:
-        """Speed, memory and start of one kind of run."""
+        """Return speed, memory and start-up time of a run with these settings."""
         self.free()
         torch._dynamo.reset()
         start = time.perf_counter()
@@ -257,7 +258,7 @@ class Workbench:
         statements = statements_a_step(trainer.config)
         row = spread([statements / s for s in seconds]) | {
             "unit": "statements/s",
-            # Of what trains of Gemma there are weight gradients too, which are not counted.
+            # The weight gradients of a trained Gemma are not counted.
             "mfu": None
             if trainer.model.gemma.trainable_parts
             else self.mfu(trainer, statistics.median(seconds)),
@@ -272,7 +273,7 @@ class Workbench:
         return row
 
     def step_flops(self, trainer: Trainer, steps: int = 4) -> dict[str, float]:
-        """FLOPs that a mean optimizer step needs (see `benchmark.chip.language_flops`), and its mean tokens."""
+        """Return the mean FLOPs of an optimizer step (see `benchmark.chip.language_flops`) and its mean tokens."""
         batches = [
             one.batch for step in range(steps) for one in trainer.microbatches(step) if one.batch is not None
         ]
@@ -284,7 +285,7 @@ class Workbench:
         return {name: value / steps for name, value in counted.items()}
 
     def mfu(self, trainer: Trainer, seconds: float) -> float | None:
-        """The share of the chip's matrix multiplication rate that a step of `seconds` puts to use."""
+        """Return the MFU of a step of `seconds`; None if the rate of the chip was not measured."""
         if "flops" not in self.rates:
             return None
         counted = self.step_flops(trainer)
@@ -292,18 +293,19 @@ class Workbench:
 
 
 def stepper(trainer: Trainer) -> Callable[[], Any]:
-    """A call that takes the next optimizer step; what it reads is put together by a thread, as in a whole run."""
-    microbatches = prefetch(trainer.microbatches(step) for step in count(trainer.step))
+    """Return a call that takes the next optimizer step, with a thread that prepares its data, as in a run."""
+    coming = (trainer.microbatches(step) for step in count(trainer.step))
+    microbatches = prefetch(coming, gate=trainer.packing)
     return lambda: trainer.train_step(next(microbatches))
 
 
 def statements_a_step(config: Config) -> int:
-    """Of one process."""
+    """Return the number of statements in an optimizer step of one process."""
     return config.batch_size * config.gradient_accumulation_steps
 
 
 def branch_tokens(packer: Packer, config: Config) -> Row:
-    """Mean tokens of a statement's own part and of what the statements of an image share, over 500 statements."""
+    """Return the tokens of a statement's own branch and of the prefix of an image, over 500 statements."""
 
     def tokens(*statements: Statement) -> int:
         return int((packer.pack(statements).preorder >= 0).sum())
@@ -320,14 +322,14 @@ def branch_tokens(packer: Packer, config: Config) -> Row:
 
 
 def last_metrics(output_dir: Path) -> Row:
-    """The last line of a run's metrics.jsonl."""
+    """Return the last line of a run's metrics.jsonl."""
     return json.loads((output_dir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 def run_tool(
     tool: str, config: Config, cache: Path, flags: list[str], processes: int = 1
 ) -> tuple[float, str]:
-    """Seconds from a cold start, and the output. RuntimeError with its last lines where it fails."""
+    """Return the seconds of a tool from a cold start, and its output. Raises RuntimeError with its last lines."""
     settings = Path(config.output_dir).parent / f"{tool}-{os.getpid()}.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -340,7 +342,7 @@ def run_tool(
 
 
 def run_command(command: list[str], **variables: str) -> str:
-    """The output of a command that works with this package. RuntimeError with its last lines where it fails."""
+    """Return the output of a command that uses this package. Raises RuntimeError with its last lines if it fails."""
     path = os.pathsep.join(
         [str(TOOLS.parent), str(TOOLS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     )

@@ -1,0 +1,59 @@
+"""Published weights, loaded whole or not at all.
+
+transformers and diffusers leave a parameter that no file holds at random values, with a warning at most. Here every
+parameter comes from the files, and an error of a loader is one line that names the model.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from theworld.utils.hub import check_weight_files, file_at_hand
+
+SHOWN = 5
+HINT = "download or copy the model again; python tools/doctor.py checks its files"
+
+
+def load_pretrained(kind: Any, name_or_path: str, subfolder: str = "", **options: Any) -> Any:
+    """Return `kind.from_pretrained(name_or_path)`, every parameter of which comes from the model's files.
+
+    `kind` is a model class of transformers or diffusers; `subfolder` holds the model's files, "" for the top folder.
+    Raises ValueError, which names tensors that are missing, unknown or of another shape, and for files that cannot be
+    loaded; OSError as the hub's client does.
+    """
+    config = file_at_hand(
+        name_or_path, str(Path(subfolder) / "config.json"), revision=options.get("revision")
+    )
+    if config is not None:
+        check_weight_files(config.parent)
+    options |= {"subfolder": subfolder} if subfolder else {}
+    options |= {
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }  # they are named and refused below
+    try:
+        model, info = kind.from_pretrained(name_or_path, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name_or_path}: {kind.__name__} cannot be loaded: {first}; {HINT}") from error
+    faults = [
+        *_named("missing", info["missing_keys"]),
+        *_named("unknown", info["unexpected_keys"]),
+        *_named("of another shape", [key for key, *_ in info["mismatched_keys"]]),
+        *map(str, info.get("error_msgs") or ()),
+    ]
+    if faults:
+        raise ValueError(
+            f"{name_or_path}: the weights are not those of its config.json: {'; '.join(faults)}; {HINT}"
+        )
+    return model
+
+
+def _named(what: str, keys: Any) -> list[str]:
+    names = sorted(map(str, keys))
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return [f"{len(names):,} tensors {what}: {', '.join(names[:SHOWN])}{more}"] if names else []
