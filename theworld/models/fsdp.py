@@ -7,11 +7,12 @@ In a checkpoint each process writes its own shares of the optimizer state (torch
 safetensors). Weights are gathered one parameter at a time, to the main process alone.
 """
 
+import contextlib
 import errno
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -83,10 +84,15 @@ def shard(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         transformer_cls_names_to_wrap=[name for name in _LAYERS if name in layers],
     )
     mixed = "bf16" if dtype == torch.bfloat16 else "no"
-    accelerator = Accelerator(mixed_precision=mixed, fsdp_plugin=plugin, cpu=not torch.cuda.is_available())
+    on_cpu = not torch.cuda.is_available()
+    accelerator = Accelerator(mixed_precision=mixed, fsdp_plugin=plugin, cpu=on_cpu)
+    if on_cpu:  # where accelerate would copy the model to each process instead
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
     # accelerate takes an optimiser along to exchange its parameters; the run's own is made after this.
     trains = [p for p in model.parameters() if p.requires_grad]
     shell, _ = accelerator.prepare(Shell(model), torch.optim.SGD(trains, lr=0.0))
+    assert all(isinstance(p, DTensor) for p in model.parameters())
     return shell
 
 
@@ -129,14 +135,21 @@ def write_shares(shares: dict[str, DTensor], folder: Path) -> None:
 
     Raises OSError in each process if one of them cannot write.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of torch, about its own internals
-        try:
+    try:
+        with _quiet():
             dcp.save(shares, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))  # type: ignore[arg-type]
-        except CheckpointException as error:
-            rank, (reason, _) = next(iter(error.failures.items()))
-            code = getattr(reason, "errno", None) or errno.EIO
-            raise OSError(code, f"process {rank} could not write its shares: {reason}", str(folder)) from None
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        code = getattr(reason, "errno", None) or errno.EIO
+        raise OSError(code, f"process {rank} could not write its shares: {reason}", str(folder)) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out torch's warnings about its own internals."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
 def written_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -157,7 +170,8 @@ def read_shares(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Tensor
     """Return the tensors of a folder of shares by name, sharded as these parameters are, of which each process reads
     its own shares, or whole."""
     found = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    dcp.load(found, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)  # type: ignore[arg-type]
+    with _quiet():
+        dcp.load(found, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)  # type: ignore[arg-type]
     return found
 
 
