@@ -6,7 +6,7 @@ SEED ?= 0
 # Threads that wait without spinning: small models stay fast on a machine that does other things too.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo demo-seeds bench test test-heavy torture lint format check clean
+.PHONY: demo demo-seeds bench test test-heavy test-cuda torture lint format check clean
 
 demo: $(VENV)/.installed  ## the main job end to end on drawn scenes and embedded models
 	$(BIN)/python tools/demo.py --seed $(SEED)
@@ -22,6 +22,9 @@ test: $(VENV)/.installed  ## the tests, without the heavy ones
 
 test-heavy: $(VENV)/.installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m heavy
+
+test-cuda: $(VENV)/.installed  ## what only a GPU does, in three minutes
+	$(BIN)/python -m pytest -n 4 tests/models/test_cuda.py
 
 torture: $(VENV)/.installed  ## every promise about faults at full counts, and one table: under half an hour on two cores
 	$(BIN)/python -m pytest --torture -p no:cacheprovider

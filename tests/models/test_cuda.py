@@ -17,6 +17,7 @@ from theworld.extraction.extract import extract, verify
 from theworld.models.cosmos import CosmosEncoder, CosmosLatents
 from theworld.models.gemma import Gemma
 from theworld.models.inference import CONDITIONS as ASKED
+from theworld.training.memory import NotFinite
 from theworld.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -95,9 +96,9 @@ def test_eight_bit_linears_train_nearly_alike(
     # start and along the way (0.01 in bfloat16), the cosine of the first gradients is 0.95.
     found, first = [], []
     for model in (exact, rounded):
-        with torch.no_grad():
-            found.append(model(batch, latents, vision).float())
-        model.losses(batch, latents, vision)["total"].backward()
+        logits = model(batch, latents, vision)
+        torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum").backward()
+        found.append(logits.detach())
         first.append(torch.cat([g.flatten() for g in gradients(model).values()]))
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.2
     assert float(torch.cosine_similarity(*first, dim=0)) > 0.85
@@ -112,11 +113,47 @@ def test_eight_bit_linears_train_nearly_alike(
     assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
 
 
+def test_eight_bits_take_the_place_of_the_originals(tmp_path: Path) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no 8-bit products on this GPU")
+    make_gemma_folder(tmp_path / "gemma", TINY, EMBEDDED_GEMMA, torch.float32, "cpu")
+    own = Gemma(str(tmp_path / "gemma"), torch.bfloat16, "cuda", "flex_attention")
+    model, ids = own.text_model, torch.arange(40, device="cuda")[None]
+
+    def hidden() -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids, use_cache=False).last_hidden_state.float()
+
+    exact, everything = hidden(), sum(p.numel() for p in model.parameters())
+    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    make_model(own, fp8=True)
+    assert sum(p.numel() for p in model.parameters()) == everything - linears
+    assert own.qkv == []
+    assert 0 < float((hidden() - exact).norm() / exact.norm()) < 0.2  # transformers' own forward goes on
+    with pytest.raises(ValueError, match="in 8 bits: load a Gemma for each"):
+        make_model(own)
+
+
 def test_bfloat16_latents_are_close_to_float32() -> None:
     pixels = torch.rand(4, 3, 64, 64) * 2 - 1
     exact = CosmosEncoder(str(EMBEDDED_VAE)).encode(pixels)
     rounded = CosmosEncoder(str(EMBEDDED_VAE), torch.bfloat16, "cuda").encode(pixels).float().cpu()
     assert float((rounded - exact).norm() / exact.norm()) < 2e-2
+
+
+def refuses_a_step_that_is_not_finite(trainer: Trainer) -> None:
+    """The GPU is told to update before the host has looked: it leaves weights and moments as they were."""
+    microbatches = trainer.microbatches(0)
+    for microbatch in microbatches:
+        assert microbatch.latents is not None
+        microbatch.latents.fill_(torch.nan)
+    trained = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    held = [t for p in trained for t in (p.data, *trainer.optimizer.state[p].values())]
+    before = [t.clone() for t in held]
+    with pytest.raises(NotFinite, match=r"step 41: the loss is nan .* latents of a\.png, .* are not finite"):
+        trainer.train_step(microbatches)
+    assert all(torch.equal(now, then) for now, then in zip(held, before, strict=True))
+    trainer.optimizer.zero_grad()
 
 
 def test_the_three_phases_on_the_gpu(config: Config, tmp_path: Path) -> None:
@@ -127,12 +164,15 @@ def test_the_three_phases_on_the_gpu(config: Config, tmp_path: Path) -> None:
     trainer = Trainer(config, cache)
     assert trainer.model.gemma.dtype == torch.bfloat16
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
-    losses = []
+    losses, graphs = [], []
     while trainer.step < 40:
         trainer.window = dict.fromkeys(trainer.window, 0.0)
         trainer.train_step()
         losses.append(trainer.window["loss"])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert graphs[-1] == graphs[0] > 0  # the first step compiles for all lengths
+    refuses_a_step_that_is_not_finite(trainer)
     trainer.output_dir.mkdir()
     rows = score(trainer.save(), cache, None, "test", CONDITIONS, {})
     assert len(rows) == 4

@@ -119,6 +119,30 @@ def test_compiled_code_gives_the_same_at_every_length_and_does_not_compile_for_e
     assert graphs[-1] == graphs[-2] == graphs[-3]  # lengths that were not seen before, and no new code
 
 
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_flex_attention_compiles_once_for_all_lengths(
+    monkeypatch: pytest.MonkeyPatch, statements: list[Statement], position: str
+) -> None:
+    """As torch.compile traces it; a CPU has no kernels to make of that."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
+    dense = make_model(Gemma(str(EMBEDDED_GEMMA)), world_position=position)
+    gemma = Gemma(str(EMBEDDED_GEMMA), attention="flex_attention")
+    flex = make_model(gemma, compile=True, world_position=position)
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for chosen in (statements * 3, statements, statements[:2], statements[2:5]):
+        found = []
+        for model in (dense, flex):
+            batch = model.packer().pack(chosen)
+            vision = torch.ones(len(batch.images), gemma.num_image_tokens, 64)
+            with torch.no_grad():
+                found.append(model(batch, latents_of(batch.worlds), vision))
+        torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+        # The layers, and the last one.
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+
+
 def test_every_row_has_its_own_scale_and_comes_back_within_a_sixteenth() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 96, generator=generator) * torch.logspace(-6, 6, 64)[:, None]

@@ -140,3 +140,16 @@ def test_a_dry_run_of_two_processes_speaks_once(config: Config, tmp_path: Path) 
     assert done.stdout.count("2 x 2 x 2 (processes) statements") == 1
     assert done.stdout.splitlines()[-1] == "dry run: nothing was written"
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_optimizers_state_is_loaded_and_its_kernels_are_not(fused: bool) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    saved, own = (torch.optim.AdamW([weight], lr=0.1, fused=f) for f in (not fused, fused))
+    weight.grad = torch.full((3,), 2.0)
+    saved.step()
+    fsdp.load_state(own, saved.state_dict())
+    assert own.param_groups[0]["fused"] is fused
+    assert torch.equal(own.state[weight]["exp_avg"], saved.state[weight]["exp_avg"])
+    own.step()
+    assert float(own.state[weight]["step"]) == 2

@@ -6,9 +6,11 @@ What prompts share, and where it stands in the rows of a batch.
 import pytest
 import torch
 from constants import CAPTIONS, QUESTION
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._pytree import tree_leaves
 
 from theworld.data.vsr import Statement
-from theworld.models.attention import BLOCK, attention_masks, visible_blocks
+from theworld.models.attention import BLOCK, attention_masks, block_mask, prepare_masks, visible_blocks
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Control, Node, Packer, Question, Segment, add_path, lay_out
 
@@ -368,3 +370,31 @@ def test_no_name_of_an_image_is_a_control(gemma: Gemma) -> None:
 def test_unknown_world_attention_is_refused(gemma: Gemma) -> None:
     with pytest.raises(ValueError, match="world_attention 'both'"):
         Packer(gemma, QUESTION, 4, world_attention="both")
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_masks_made_in_advance_are_those_that_flex_attention_makes(
+    gemma: Gemma, statements: list[Statement], position: str
+) -> None:
+    packer = Packer(gemma, QUESTION, 300, world_position=position)
+    packer.flex = True
+    batch = prepare_masks(packer.pack(statements), 24)
+    frozen, length = batch.num_prefix_tokens, batch.token_ids.shape[1]
+    parts = [(0, frozen), (frozen, length)] if frozen else [(0, length)]
+    assert list(batch.masks) == parts
+    for start, stop in parts:
+        for kind, window in (("full_attention", 1 << 30), ("sliding_attention", 24)):
+            lists = batch.masks[start, stop][kind]
+            mask = block_mask(lists, stop - start, stop)
+            theirs = BlockMask.from_kv_blocks(
+                *mask.as_tuple()[2:6], BLOCK, mask.mask_mod, (stop - start, stop)
+            )
+            for name in ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices"):
+                assert torch.equal(getattr(mask, name), getattr(theirs, name))
+            *blocks, rule = lists
+            assert all(x.is_contiguous() and x.dtype == torch.int32 for x in (*blocks, *rule))
+            sees = attention_masks(batch, window, "sdpa", (start, stop))["sliding_attention"][0, 0]
+            q, k = torch.meshgrid(torch.arange(stop - start), torch.arange(stop), indexing="ij")
+            assert torch.equal(mask.mask_mod(torch.tensor(0), None, q, k), sees)
+    moved = batch.to("meta")
+    assert {x.device.type for x in tree_leaves(moved.masks)} == {"meta"}

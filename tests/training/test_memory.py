@@ -13,23 +13,34 @@ from constants import EMBEDDED_GEMMA
 from theworld.config.config import Config
 from theworld.extraction.extract import extract
 from theworld.models.gemma import Gemma
+from theworld.models.projection import ProjectionShape
 from theworld.training import memory as machine
-from theworld.training.memory import PUBLISHED, Memory, Plan, Sizes, check_memory, sizes_of, training_bytes
+from theworld.training.memory import (
+    PUBLISHED,
+    Memory,
+    Plan,
+    Sizes,
+    check_memory,
+    projection_bytes,
+    sizes_of,
+    training_bytes,
+)
 from theworld.training.trainer import Trainer
 from theworld.utils.device import GIB, memory_of
 
 
 def test_the_guides_run_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16; RESULTS.md: a layer keeps 3 x 2,560 + 2 x 10,240 + 24 x 256 values of a token."""
+    """bfloat16; RESULTS.md: a layer keeps 3 x 2,560 + 2 x 10,240 + 36 x 256 values of a token."""
     monkeypatch.setattr(machine, "resolve_device", lambda name: torch.device("cuda"))
     weights, kept = training_bytes(Config(), PUBLISHED["4b"])
     assert weights == 2 * 3.88e9
     tokens = 8 * (256 + 256 + 60)
-    assert kept == 2 * tokens * 34 * 34_304
+    assert kept == 2 * tokens * (33 * 37_376 + 2 * 10_240)
+    assert training_bytes(replace(Config(), fp8=True), PUBLISHED["4b"])[1] == kept + 2 * tokens * 2 * 10_240
     again = replace(Config(), use_gradient_checkpointing=True)
-    assert training_bytes(again, PUBLISHED["4b"])[1] == 2 * tokens * (34 * 2_560 + 3 * 34_304)
+    assert training_bytes(again, PUBLISHED["4b"])[1] == 2 * tokens * (34 * 2_560 + 3 * 37_376)
     channels = replace(Config(), world_mode="channel")
-    assert training_bytes(channels, PUBLISHED["4b"])[1] == 2 * 8 * (16 + 256 + 60) * 34 * 34_304
+    assert training_bytes(channels, PUBLISHED["4b"])[1] == 2 * 8 * (16 + 256 + 60) * (33 * 37_376 + 20_480)
 
 
 def test_sizes_are_those_of_the_model(gemma: Gemma, text_gemma_folder: Path) -> None:
@@ -98,6 +109,22 @@ def test_what_a_pass_keeps_is_estimated_from_its_tokens(config: Config, cache: P
     vision = Plan(replace(config, freeze_gemma_vision=False), cache).memory
     assert short.activations < longer.activations
     assert less.activations < short.activations < vision.activations
+
+
+def test_the_estimate_is_of_the_step_with_the_most_images(config: Config, cache: Path) -> None:
+    config = replace(config, gradient_accumulation_steps=1, max_steps=6)
+    plan = Plan(config, cache)
+    images = [len({s.image for s in plan.order.take(start, 2)}) for start in range(0, 12, 2)]
+    assert set(images) == {1, 2}
+    assert plan.heaviest_start == 2 * images.index(2)
+    assert plan.memory == plan.estimate(config, plan.heaviest_start)
+    assert plan.memory.activations > plan.estimate(config, 2 * images.index(1)).activations
+
+
+def test_what_the_projection_keeps_is_counted_by_hand() -> None:
+    shape = ProjectionShape((16, 8, 8), 64, patch=2)
+    assert projection_bytes(shape) == 4 * 16 * (2 * 64 + 3 * 64)
+    assert projection_bytes(replace(shape, architecture="linear")) == 4 * 16 * 3 * 64
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_loads() -> None:

@@ -4,12 +4,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from theworld.data.vsr import Statement
+from theworld.models.attention import prepare_masks
 from theworld.models.packing import Batch, Packer, WorldSource
 from theworld.models.theworld import TheWorld
 
@@ -61,21 +63,42 @@ def make_microbatch(
     worlds: Sequence[WorldSource] | None = None,
     captions: Mapping[str, str] | None = None,
 ) -> Microbatch:
-    """Pack statements (see `Packer.pack`) and fetch the latents and vision features of their images."""
+    """Pack statements (see `Packer.pack`) and fetch the latents and vision features of their images, all of it on the
+    model's device: a thread that prepares batches copies while the device computes."""
     batch = packer.pack(statements, worlds, captions)
+    if model.gemma.attention == "flex_attention":
+        batch = prepare_masks(batch, model.gemma.sliding_window)
     features = vision(batch.images) if vision is not None and batch.images else None
     rows = model.latents(batch, latents)
-    return Microbatch(tuple(statements), batch, rows, features).pin(model.gemma.device)
+    device = model.gemma.device
+    return Microbatch(tuple(statements), batch, rows, features).pin(device).to(device)
 
 
-def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """Yield the items, made by a thread up to `depth` ahead. An error in making one is raised in its place."""
+def prefetch(items: Iterable[T], depth: int = 2, gate: Event | None = None) -> Iterator[T]:
+    """Yield the items, made by a thread up to `depth` ahead. An error in making one is raised in its place.
+
+    `gate`: the thread begins an item only while this is set, or once the item is waited for. While the thread packs, it
+    holds Python's lock, and a caller that launches kernels meanwhile falls behind its GPU; so the caller opens the gate
+    while it waits for the GPU.
+    """
     iterator, end = iter(items), object()
+
+    def make() -> Any:
+        if gate is not None:
+            gate.wait()
+        return next(iterator, end)
+
     with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(next, iterator, end) for _ in range(depth))
+        waiting = deque(thread.submit(make) for _ in range(depth))
         try:
-            while (item := waiting.popleft().result()) is not end:
-                waiting.append(thread.submit(next, iterator, end))
-                yield item  # type: ignore[misc]
+            while True:
+                if gate is not None and not waiting[0].done():
+                    gate.set()
+                if (item := waiting.popleft().result()) is end:
+                    break
+                waiting.append(thread.submit(make))
+                yield item
         finally:
+            if gate is not None:
+                gate.set()
             thread.shutdown(wait=True, cancel_futures=True)

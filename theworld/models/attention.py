@@ -9,7 +9,8 @@ Dimensions: R rows of L tokens, Q of them queries and K keys; B blocks of 64 tok
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,20 +32,52 @@ def attention_masks(
     `Gemma3TextModel.forward` takes it, or flex attention's BlockMask.
     """
     start, stop = queries or (0, batch.token_ids.shape[1])
-    make = _block_mask if attention == "flex_attention" else _dense_mask
+    make = _listed_mask if attention == "flex_attention" else _dense_mask
     return {FULL: make(batch, None, start, stop), SLIDING: make(batch, sliding_window, start, stop)}
 
 
-def _rule(batch: Batch, window: int | None, start: int) -> Callable[[Any, Any, Any, Any], Tensor]:
-    """Return the rule as flex attention takes it, with queries counted from `start`.
+class RuleTensors(NamedTuple):
+    """The numbers that the rule compares, in 32 bits, of which a kernel's registers hold twice as many as of 64."""
 
-    It is the same code for both kinds of layers, so that it compiles once.
+    preorder: Tensor  # int32[R, K]
+    end: Tensor  # int32[R, K]
+    group: Tensor  # int32[R, K]
+    position: Tensor  # int32[R, K]
+    own_preorder: Tensor  # int32[R, Q]
+    own_group: Tensor  # int32[R, Q]
+    horizon: Tensor  # int32[R, Q]: the last position that is too far back
+
+
+class BlockLists(NamedTuple):
+    """The tensors of flex attention's mask: the blocks of keys that each block of queries looks at, divided into those
+    in which the rule decides token by token and those that are seen whole, and the same by block of keys.
+
+    All are contiguous: the kernels of the backward pass assume that without asking for strides. As plain tensors they
+    can be made on the host and copied, and code compiled for one length serves all.
     """
-    # 32 bits, of which a kernel's registers hold twice as many
+
+    kv_num_blocks: Tensor  # int32[R, 1, B of the queries]
+    kv_indices: Tensor  # int32[R, 1, B of the queries, B of the keys]: the blocks that count come first
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    q_num_blocks: Tensor  # int32[R, 1, B of the keys]
+    q_indices: Tensor  # int32[R, 1, B of the keys, B of the queries]
+    full_q_num_blocks: Tensor
+    full_q_indices: Tensor
+    rule: RuleTensors
+
+
+def _rule_tensors(batch: Batch, window: int | None, start: int, stop: int) -> RuleTensors:
     fields = (batch.preorder, batch.subtree_end, batch.bidirectional_group, batch.position_ids)
-    preorder, end, group, position = (x.int() for x in fields)
+    keys = [x[:, :stop].int() for x in fields]
+    preorder, _, group, position = keys
     horizon = torch.full_like(position, -1) if window is None else position - window
-    own_preorder, own_group, horizon = preorder[:, start:], group[:, start:], horizon[:, start:]
+    return RuleTensors(*keys, *(x[:, start:].contiguous() for x in (preorder, group, horizon)))
+
+
+def _rule(tensors: RuleTensors) -> Callable[[Any, Any, Any, Any], Tensor]:
+    """Return the rule as flex attention takes it: the same code for both kinds of layers, so that it compiles once."""
+    preorder, end, group, position, own_preorder, own_group, horizon = tensors
 
     def may_see(r: Any, head: Any, q: Any, k: Any) -> Tensor:
         on_path = (preorder[r, k] <= own_preorder[r, q]) & (own_preorder[r, q] < end[r, k])
@@ -59,22 +92,39 @@ def _dense_mask(batch: Batch, window: int | None, start: int, stop: int) -> Tens
     r = torch.arange(len(batch.token_ids), device=device)[:, None, None]
     q = torch.arange(stop - start, device=device)[None, :, None]
     k = torch.arange(stop, device=device)[None, None, :]
-    return _rule(batch, window, start)(r, 0, q, k)[:, None]
+    return _rule(_rule_tensors(batch, window, start, stop))(r, 0, q, k)[:, None]
 
 
-def _block_mask(batch: Batch, window: int | None, start: int, stop: int) -> BlockMask:
-    """Return flex attention's mask, made from the smallest and largest numbers in each block.
+def _listed_mask(batch: Batch, window: int | None, start: int, stop: int) -> BlockMask:
+    return block_mask(block_lists(batch, window, start, stop), stop - start, stop)
+
+
+def block_mask(lists: BlockLists, num_queries: int, num_keys: int) -> BlockMask:
+    """Return flex attention's own form of a mask. Compiled code may call this."""
+    rule = _rule(lists.rule)
+    return BlockMask((num_queries, num_keys), *lists[:-1], BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=rule)
+
+
+def block_lists(batch: Batch, window: int | None, start: int, stop: int) -> BlockLists:
+    """Return the tensors of flex attention's mask, made from the smallest and largest numbers in each block.
 
     That takes (L / 64)^2 comparisons; flex attention's own way takes L^2 at every step.
     """
     some, every = visible_blocks(batch, window, start, stop)
-    return BlockMask.from_kv_blocks(
-        *_ordered(some & ~every),
-        *_ordered(every),
-        BLOCK_SIZE=BLOCK,
-        mask_mod=_rule(batch, window, start),
-        seq_lengths=(stop - start, stop),
-    )
+    part = some & ~every
+    by_query = *_ordered(part), *_ordered(every)
+    by_key = *_ordered(part.mT), *_ordered(every.mT)
+    return BlockLists(*by_query, *by_key, _rule_tensors(batch, window, start, stop))
+
+
+def prepare_masks(batch: Batch, sliding_window: int) -> Batch:
+    """Return the batch with the block lists that the decoder needs. On a GPU they take dozens of small kernels before
+    the first layer; on the host they are made while the GPU computes another step."""
+    start, length = batch.num_prefix_tokens, batch.token_ids.shape[1]
+    windows = {FULL: None, SLIDING: sliding_window}
+    parts = [(0, start), (start, length)] if start else [(0, length)]
+    masks = {part: {kind: block_lists(batch, w, *part) for kind, w in windows.items()} for part in parts}
+    return replace(batch, masks=masks)
 
 
 def visible_blocks(batch: Batch, window: int | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -118,4 +168,5 @@ def _ordered(wanted: Tensor) -> tuple[Tensor, Tensor]:
     """bool[R, B, B] -> the number of wanted blocks of keys for each block of queries, int32[R, 1, B], and the indices
     of all blocks, wanted ones first, int32[R, 1, B, B]."""
     order = wanted.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return wanted.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+    order = order.to(torch.int32, memory_format=torch.contiguous_format)
+    return wanted.sum(-1, dtype=torch.int32)[:, None], order[:, None]

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from theworld.models.attention import attention_masks
+from theworld.models.attention import attention_masks, block_mask, prepare_masks
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 
@@ -63,6 +63,24 @@ def to_fp8(weight: Tensor) -> Fp8Weight:
 def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
     """bfloat16[..., I] -> bfloat16[..., O]."""
     return _Fp8Linear.apply(x.flatten(0, -2), *weight).unflatten(0, x.shape[:-1])
+
+
+class Fp8Linear(nn.Module):
+    """A frozen linear layer in 8 bits."""
+
+    def __init__(self, weight: Fp8Weight) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bfloat16[..., I] -> bfloat16[..., O]."""
+        return fp8_linear(x, self.weight)
+
+    def split(self, sizes: Sequence[int]) -> "list[Fp8Linear]":
+        """Return layers over the same memory that have so many of the outputs each."""
+        weight, scale, transposed, transposed_scale = self.weight
+        parts = zip(weight.split(sizes), scale.split(sizes, 1), transposed.split(sizes, 1), strict=True)
+        return [Fp8Linear(Fp8Weight(*part, transposed_scale)) for part in parts]
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -123,7 +141,8 @@ class Shape(NamedTuple):
 
 
 class Decoder:
-    """The decoder of a frozen Gemma. Its weights are Gemma's own, without a copy; `fp8` makes two in 8 bits."""
+    """The decoder of a frozen Gemma. Its weights are Gemma's own, without a copy; with `fp8` two in 8 bits take their
+    place, in transformers' modules too."""
 
     def __init__(
         self, gemma: Gemma, compiled: bool = False, fp8: bool = False, checkpointed: bool = False
@@ -146,7 +165,14 @@ class Decoder:
         )
         self.kinds = list(config.layer_types)
         layers = gemma.text_model.layers
+        if not gemma.qkv:
+            raise ValueError(
+                "another decoder has this Gemma's linear layers in 8 bits: load a Gemma for each"
+            )
         self.layers = [_layer(layer, qkv, fp8) for layer, qkv in zip(layers, gemma.qkv, strict=True)]
+        if fp8:
+            gemma.qkv.clear()  # the originals are freed
+        self.compiled = compiled
         functions = (decoder_layer, last_layer, prefix_layer, prefix_last_layer)
         self.functions: dict[Any, Any] = {f: _compile(f) if compiled else f for f in functions}
 
@@ -163,7 +189,11 @@ class Decoder:
                 x = self._run(decoder_layer, x, layer, *mask[kind])
             x = self._run(last_layer, x, self.layers[-1], *mask[self.kinds[-1]], wanted)
         else:
-            prefix, x = x[:, :start].detach(), x[:, start:]
+            # Whole tensors, as the layers return them: views would compile for their strides.
+            prefix, x = (
+                part.clone(memory_format=torch.contiguous_format)
+                for part in (x[:, :start].detach(), x[:, start:])
+            )
             wanted = wanted - (wanted // length + 1) * start  # counted without the prefix
             masks = self._masks(prefix, batch, (0, start)), self._masks(x, batch, (start, length))
             for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
@@ -178,13 +208,18 @@ class Decoder:
         """Return by kind of layer cos, sin and mask of the columns in `x`; dense masks are added to the scores."""
         rotary = self.gemma.text_model.rotary_emb
         positions = batch.position_ids[:, slice(*queries)]
-        masks = attention_masks(batch, self.gemma.sliding_window, self.gemma.attention, queries)
-        for kind, mask in masks.items():
-            if isinstance(mask, Tensor):
-                masks[kind] = x.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        if self.gemma.attention == "flex_attention":
+            if batch.masks is None:
+                batch = prepare_masks(batch, self.gemma.sliding_window)
+            masks = batch.masks[queries]
+        else:
+            seen = attention_masks(batch, self.gemma.sliding_window, "sdpa", queries)
+            masks = {k: x.new_zeros(m.shape).masked_fill(~m, -torch.inf) for k, m in seen.items()}
         return {kind: (*rotary(x, positions, kind), masks[kind]) for kind in sorted(set(self.kinds))}
 
     def _run(self, function: Any, *arguments: Any) -> Any:
+        if self.compiled:
+            mark_lengths_dynamic(*arguments)
         function = self.functions[function]
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(function, *arguments, self.shape, use_reentrant=False)
@@ -205,6 +240,21 @@ class HFDecoder:
         with self.gemma.computing():
             output = self.gemma.text_model(inputs_embeds=x, attention_mask=masks, **options)
         return output.last_hidden_state.flatten(0, 1)[wanted].to(self.gemma.dtype)
+
+
+def mark_lengths_dynamic(*arguments: Any) -> None:
+    """Mark the sizes of a layer's arguments that differ from batch to batch, for torch.compile: all sizes of rows,
+    rotary tables, masks and wanted tokens, except widths. Without marks the first batch compiles for its own lengths
+    alone, and the second once more for all."""
+    for value in arguments:
+        if isinstance(value, Layer | Shape):
+            continue
+        if not isinstance(value, Tensor):
+            mark_lengths_dynamic(*value)
+        elif not hasattr(value, "_dynamo_weak_dynamic_indices"):  # a mask serves many layers
+            has_width = value.is_floating_point() and value.ndim == 3
+            lengths = range(value.ndim - has_width)
+            torch._dynamo.maybe_mark_dynamic(value, [d for d in lengths if value.shape[d] > 1])
 
 
 def decoder_layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
@@ -263,6 +313,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=shape.scale)
     else:
         options: Any = dict(shape.kernel_options)
+        mask = block_mask(mask, query.shape[2], key.shape[2])
         attended = flex_attention(
             query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True, kernel_options=options
         )
@@ -296,9 +347,12 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...]:
     """Return options of flex attention, or none, and it chooses for itself. In float32 these would not fit."""
-    hopper = gemma.device.type == "cuda" and torch.cuda.get_device_capability(gemma.device)[0] == 9
+    if gemma.device.type != "cuda":
+        return ()
+    hopper = torch.cuda.get_device_capability(gemma.device)[0] == 9
     known = hopper and head_width == 256 and gemma.dtype == torch.bfloat16
-    return tuple(HOPPER_KERNELS.items()) if known else ()
+    # Rows are whole blocks (`ROW_MULTIPLE`), which code for lengths that vary cannot know: it would check every load.
+    return (("IS_DIVISIBLE", True), *(HOPPER_KERNELS.items() if known else ()))
 
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -323,6 +377,9 @@ def _layer(layer: Any, qkv: Tensor, fp8: bool) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     matrices: Sequence[Any] = (qkv, *(module.weight for module in others))
+    if fp8:
+        matrices = [to_fp8(matrix) for matrix in matrices]
+        _replace_linears(attention, mlp, matrices)
     return Layer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
@@ -330,8 +387,16 @@ def _layer(layer: Any, qkv: Tensor, fp8: bool) -> Layer:
         layer.post_feedforward_layernorm.weight,
         attention.q_norm.weight,
         attention.k_norm.weight,
-        *(to_fp8(m) if fp8 else m for m in matrices),
+        *matrices,
     )
+
+
+def _replace_linears(attention: Any, mlp: Any, matrices: Sequence[Fp8Weight]) -> None:
+    """Put layers in 8 bits in the place of transformers' linear layers, whose weights are freed by that."""
+    qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj = map(Fp8Linear, matrices)
+    names = ("q_proj", "k_proj", "v_proj")
+    for name, part in zip(names, qkv.split([getattr(attention, n).out_features for n in names]), strict=True):
+        setattr(attention, name, part)
 
 
 def _check(config: Any, name: str) -> None:

@@ -163,13 +163,16 @@ def read_shares(folder: Path, parameters: dict[str, Tensor]) -> dict[str, Tensor
 
 def load_state(optimizer: torch.optim.Optimizer, state: State) -> None:
     """Load the state of an optimizer whose values are whole or sharded as the parameters are: each process takes its
-    shares. The optimizer keeps copies, so `state` may be mapped from a file."""
+    shares. The optimizer keeps copies, so `state` may be mapped from a file. Whether its updates are fused depends on
+    its own device, not on that of the state."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shares = {
         number: {name: _share(value, parameters[number]) for name, value in own.items()}
         for number, own in state["state"].items()
     }
-    optimizer.load_state_dict(state | {"state": shares})
+    pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [saved | {"fused": own["fused"]} for saved, own in pairs]
+    optimizer.load_state_dict(state | {"state": shares, "param_groups": groups})
 
 
 def _share(value: Any, parameter: Tensor) -> Any:

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from theworld.data.vsr import Statement, relation_span
 from theworld.models.gemma import Gemma, Prompt
@@ -171,10 +172,11 @@ class Batch:
     relations: Tensor  # int64[U]
     relation_counts: Tensor  # int64[U]: the number of tokens in the relation of each
     num_prefix_tokens: int  # columns of each row that depend on nothing that trains
+    masks: Any = None  # from `theworld.models.attention.prepare_masks`; None: the decoder makes them
 
     def _map(self, change: Any) -> "Batch":
         moved: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **moved, masks=tree_map_only(Tensor, change, self.masks))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on another device; the copy overlaps with other work if the batch is pinned."""

@@ -44,6 +44,7 @@ from theworld.utils.distributed import Processes
 from theworld.utils.hub import GEMMA_FILE, Fault, locate
 
 TEXT_TOKENS = 60  # of a statement with its question and the chat template, at most
+SURVEYED_EPOCHS = 3  # of the order, for the step that takes the most memory
 FP8_CAPABILITY = (9, 0)  # Hopper
 
 
@@ -114,11 +115,22 @@ def training_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
 def kept_values(config: Config, sizes: Sizes, multiple: float = 1.0) -> float:
     """Return the number of values that all decoder layers keep of a token for the backward pass.
 
-    A layer of ours keeps its input and two products of that width, gate and up, and all heads of queries, keys, values
-    and outputs (measured: RESULTS.md); other layers keep a `multiple` of that.
+    A layer of ours keeps its input and two products of that width, gate and up, all heads of queries, keys, values and
+    outputs, and queries and keys once more after norm and rotation (measured: RESULTS.md). The last layer keeps little;
+    most memory is taken as the backward pass begins, with the gradients of gate and up and, with `fp8`, their products.
+    Other decoders keep a `multiple` of that in every layer.
     """
-    layer = 3 * sizes.hidden + 2 * sizes.feed_forward + sizes.heads * sizes.head_dim
-    return _over_layers(config, sizes.layers, sizes.hidden, multiple * layer)
+    layer = 3 * sizes.hidden + 2 * sizes.feed_forward + sizes.heads * sizes.head_dim * 3 // 2
+    if multiple != 1 or config.use_gradient_checkpointing:
+        return _over_layers(config, sizes.layers, sizes.hidden, multiple * layer)
+    return (sizes.layers - 1) * layer + (4 if config.fp8 else 2) * sizes.feed_forward
+
+
+def projection_bytes(shape: ProjectionShape) -> int:
+    """Return the bytes that the projection keeps of an image for the backward pass, in float32: its inner values before
+    and after GELU, and its tokens before and after their norm and between the brackets."""
+    inner = 0 if shape.architecture == "linear" else shape.inner
+    return 4 * shape.num_tokens * (2 * inner + 3 * shape.width)
 
 
 def _over_layers(config: Config, layers: int, hidden: int, layer: float) -> float:
@@ -129,7 +141,10 @@ def _over_layers(config: Config, layers: int, hidden: int, layer: float) -> floa
 
 TRAINED_BYTES = 16  # for each parameter: weight, gradient and AdamW's two moments, in float32
 # Values that transformers' own layers keep for the backward pass, in multiples of those of ours; measured: RESULTS.md.
-HF_LAYER, HF_LAYER_UNCOMPILED = 2.1, 3.0
+HF_LAYER, HF_LAYER_UNCOMPILED = 1.93, 2.75
+VISION_LAYER = (
+    2.1  # the same of the vision tower, in multiples of eight widths and two of the feed-forward layer
+)
 
 
 @dataclass(frozen=True)
@@ -189,6 +204,7 @@ class Plan:
             )
         self.facts = self._facts(own)
         self.sizes = own, shape
+        self.heaviest_start = self._heaviest_start()
         self.memory = self.estimate(config)
         check_memory(self.memory, self.sharded)
         self.lines = self._lines(own, shape)
@@ -227,9 +243,15 @@ class Plan:
             lines.append(f"resumed after step {self.resumed.progress['step']:,}, from {self.resumed.path}")
         return lines
 
-    def estimate(self, config: Config, start: int = 0) -> Memory:
+    def _heaviest_start(self) -> int:
+        """Return the place in the order of the first statement of the step with the most images."""
+        steps_end = min(self.num_steps * self.global_batch_size, SURVEYED_EPOCHS * self.order.num_statements)
+        starts = range(0, steps_end, self.global_batch_size)
+        return max(starts, key=lambda i: len({s.image for s in self.order.take(i, self.global_batch_size)}))
+
+    def estimate(self, config: Config, start: int | None = None) -> Memory:
         """Return the memory of a step with these settings, which may divide it otherwise than the run's: of the step in
-        the main phase whose first statement is the `start`-th of the order."""
+        the main phase whose first statement is the `start`-th of the order, by default of that with the most images."""
         (projection, shape), gemma = self.sizes, self.gemma
         share = self.processes.count if self.sharded else 1
         trained = [p for part in gemma.trainable_parts for p in parameters_of(gemma, part).values()]
@@ -238,6 +260,7 @@ class Plan:
         packer = Packer(
             gemma, config.question_template, shape.num_tokens, world_position=config.world_position
         )
+        start = self.heaviest_start if start is None else start
         parts = split_step(config, packer, self.order, start, self.processes.count)
         # The first phase with a language model reads captions if any does.
         phase, seed = phase_of(self.phases, config.align_steps), config.seed
@@ -253,14 +276,15 @@ class Plan:
         if VISION in gemma.trainable_parts:
             tower = gemma.model.config.vision_config
             patches = (tower.image_size // tower.patch_size) ** 2
-            layer = HF_LAYER * (8 * tower.hidden_size + 2 * tower.intermediate_size)
+            layer = VISION_LAYER * (8 * tower.hidden_size + 2 * tower.intermediate_size)
             images = max(len(batch.images) for batch in batches)
             kept += images * patches * _over_layers(config, tower.num_hidden_layers, tower.hidden_size, layer)
         held = TRAINED_BYTES * (_number(trained) / share + projection)
         width = gemma.dtype.itemsize
         if gemma.dtype != torch.float32 and not self.sharded:
             held += width * _number(trained)  # copies to compute with, while a micro-batch is computed
-        return Memory(frozen / share, held, kept * width, memory_of(gemma.device).total)
+        activations = kept * width + max(len(batch.worlds) for batch in batches) * projection_bytes(shape)
+        return Memory(frozen / share, held, activations, memory_of(gemma.device).total)
 
 
 def _start(config: Config, resumed: ResumePoint | None) -> tuple[SavedModel | None, str | None]:

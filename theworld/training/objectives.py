@@ -27,8 +27,8 @@ def make_optimizer(model: TheWorld, config: Config) -> torch.optim.AdamW:
         if named:
             groups.append({"params": matrices, "weight_decay": config.weight_decay, "share": share})
             groups.append({"params": vectors, "weight_decay": 0.0, "share": share})
-    # A fused step takes no memory beside the weights, which matters where a whole Gemma trains.
-    fused = model.gemma.device.type == "cuda" and bool(model.gemma.trainable_parts)
+    # A fused step is one launch, and takes no memory beside the weights.
+    fused = model.gemma.device.type == "cuda"
     betas = (0.9, config.adam_beta2)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
 

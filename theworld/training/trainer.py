@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,8 @@ class Trainer:
         self.global_batch_size = plan.global_batch_size
         self.output_dir = plan.output_dir
         self.step = 0
+        self.packing = Event()  # set while a thread may pack: see `prefetch`
+        self.packing.set()
         # Sums over the statements since the last log.
         names = ("loss", "statement_loss", "relation_loss", "correct", "statements")
         self.window = dict.fromkeys(names, 0.0)
@@ -86,6 +89,7 @@ class Trainer:
         if self.sharded:
             self.model.shard()
         self.optimizer = make_optimizer(self.model, config)
+        self.fused = self.model.gemma.device.type == "cuda" and not self.sharded
         if plan.resumed is not None:
             self._resume(plan.resumed)
 
@@ -135,20 +139,36 @@ class Trainer:
                 (losses["total"] * (microbatch.weight * scale)).backward()
             for name in LOSSES:
                 sums[name] += losses[name].detach() * microbatch.weight
-        sums["stop_requests"] = torch.tensor(float(self.stop.asked), device=device)
+        sums["stop_requests"] = torch.full(
+            (), float(self.stop.asked), device=device
+        )  # without waiting for the GPU
         parameters = list(self.model.trainable().values())
         summed = sum_over(self.processes, parameters, torch.stack(list(sums.values())), self.scale)
         norm = clip(parameters, self.config.max_grad_norm)
-        *values, gradient_norm = torch.cat([summed, norm[None]]).tolist()  # waits for the device
+        if self.fused:
+            # The kernel leaves out a step that is not finite, so that it need not wait until the host has looked.
+            finite = torch.stack([summed[0], norm]).isfinite().all()
+            self.optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        *values, gradient_norm = self._read(torch.cat([summed, norm[None]]))
         figures = dict(zip(sums, values, strict=True))
         if not (math.isfinite(figures["total"]) and math.isfinite(gradient_norm)):
             raise not_finite(step + 1, figures["total"], gradient_norm, rate, microbatches)
         self.stopping = figures["stop_requests"] > 0
-        self.optimizer.step()
+        if not self.fused:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._count(figures, phase)
         return {"learning_rate": rate, "gradient_norm": gradient_norm}
+
+    def _read(self, figures: Tensor) -> list[float]:
+        """Return the values of a tensor. This is a step's only wait for the device, and the time to pack for others."""
+        self.packing.set()
+        values = figures.tolist()
+        if figures.is_cuda:
+            self.packing.clear()
+        return values
 
     def _forward(self, microbatch: Microbatch, phase: Phase) -> dict[str, Tensor]:
         if phase.name == "align":
@@ -241,7 +261,8 @@ class Trainer:
         return self.stopping and self.step < self.num_steps
 
     def _steps(self) -> Generator[dict[str, float], None, None]:
-        for microbatches in prefetch(self.microbatches(step) for step in range(self.step, self.num_steps)):
+        coming = (self.microbatches(step) for step in range(self.step, self.num_steps))
+        for microbatches in prefetch(coming, gate=self.packing):
             yield self.train_step(microbatches)
 
     def _last_phase(self) -> Phase:

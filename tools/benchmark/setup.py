@@ -294,7 +294,8 @@ class Workbench:
 
 def stepper(trainer: Trainer) -> Callable[[], Any]:
     """Return a call that takes the next optimizer step, with a thread that prepares its data, as in a run."""
-    microbatches = prefetch(trainer.microbatches(step) for step in count(trainer.step))
+    coming = (trainer.microbatches(step) for step in count(trainer.step))
+    microbatches = prefetch(coming, gate=trainer.packing)
     return lambda: trainer.train_step(next(microbatches))
 
 
