@@ -3,7 +3,7 @@
 
     python tools/demo.py
 
-The same as `python -m theworld.cli.demo`; see --help.
+The same as `python -m theworld.demo`; see --help.
 """
 
 import sys

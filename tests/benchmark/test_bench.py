@@ -56,7 +56,7 @@ def test_the_tool_measures_and_its_last_line_is_json(tmp_path: Path) -> None:
     assert not (tmp_path / "folder" / "runs").exists()
 
 
-def test_a_fault_costs_its_own_row_alone(tmp_path: Path) -> None:
+def test_an_error_affects_only_its_own_row(tmp_path: Path) -> None:
     results = Results(tmp_path / "a.json", "command")
     results.begin("part")
     with results.attempt("part", "bad"):
@@ -83,7 +83,7 @@ def test_figures_of_another_machine_are_not_mixed(tmp_path: Path) -> None:
         Results(tmp_path / "a.json", "command")
 
 
-def test_the_whole_has_vsrs_numbers(tmp_path: Path) -> None:
+def test_the_stand_in_has_the_numbers_of_vsr(tmp_path: Path) -> None:
     write_statements(tmp_path)
     splits = {split: load_statements(tmp_path, split) for split in PER_IMAGE}
     assert {split: len(s) for split, s in splits.items()} == {"train": 7680, "dev": 1097, "test": 2195}
@@ -103,7 +103,7 @@ def test_a_share_is_smaller_in_every_split() -> None:
         assert len({image for image, _ in images}) == len(images)
 
 
-def test_photographs_are_files_of_their_own(tmp_path: Path) -> None:
+def test_no_two_photographs_are_equal_files(tmp_path: Path) -> None:
     names = [f"{i}.jpg" for i in range(5)]
     write_photographs(tmp_path, names, distinct=2, workers=1, size=(40, 30))
     pixels = [read_image(tmp_path, name) for name in names]

@@ -50,14 +50,14 @@ def test_vision_flops_by_hand(gemma: Gemma) -> None:
     assert vision_flops(config) == embedding + config.num_hidden_layers * layer
 
 
-def test_decoder_parameters_are_those_of_the_linear_layers(gemma: Gemma) -> None:
+def test_decoder_parameters_count_the_linear_layers(gemma: Gemma) -> None:
     layer = gemma.text_model.layers[0]
     linear = [m for m in layer.modules() if isinstance(m, nn.Linear)]
     assert decoder_parameters(gemma.text_config) == sum(m.weight.numel() for m in linear)
 
 
 @pytest.mark.parametrize("position", ["before", "after"])
-def test_pairs_are_those_that_the_masks_allow(
+def test_the_pairs_are_those_that_the_masks_allow(
     position: str, gemma: Gemma, statements: list[Statement]
 ) -> None:
     packer = Packer(gemma, QUESTION, num_world_tokens=4, world_position=position)
@@ -70,7 +70,7 @@ def test_pairs_are_those_that_the_masks_allow(
     assert (work.label_rows, work.worlds) == (6, 3)
 
 
-def test_what_stands_before_the_world_needs_no_gradient(gemma: Gemma, statements: list[Statement]) -> None:
+def test_tokens_before_the_world_tokens_need_no_gradient(gemma: Gemma, statements: list[Statement]) -> None:
     batch = Packer(gemma, QUESTION, num_world_tokens=4).pack(statements)
     work = work_of(batch, sliding_window=20)
     # <bos><start_of_turn>user\n: four tokens an image stand before its world tokens
@@ -90,7 +90,7 @@ def test_what_stands_before_the_world_needs_no_gradient(gemma: Gemma, statements
     assert own_part.tokens_after == own_part.tokens - 3 * image
 
 
-def test_without_world_tokens_nothing_runs_backward(gemma: Gemma, statements: list[Statement]) -> None:
+def test_without_world_tokens_there_is_no_backward_work(gemma: Gemma, statements: list[Statement]) -> None:
     work = work_of(Packer(gemma, QUESTION, num_world_tokens=0).pack(statements), 1024)
     assert work.tokens_after == 0
     assert sum(work.pairs_after.values()) == 0
@@ -106,9 +106,9 @@ def test_language_flops_by_hand() -> None:
     batch: Any = SimpleNamespace(
         worlds=("a",),
         token_ids=torch.zeros(1, 3),
-        place=torch.arange(3)[None],
-        end=torch.full((1, 3), 3),
-        block=torch.full((1, 3), -1),
+        preorder=torch.arange(3)[None],
+        subtree_end=torch.full((1, 3), 3),
+        bidirectional_group=torch.full((1, 3), -1),
         position_ids=torch.arange(3)[None],
         world_slots=torch.tensor([[1]]),
         label_rows=torch.tensor([2]),
@@ -124,7 +124,7 @@ def test_language_flops_by_hand() -> None:
     assert flops["backward"] == 2 * (132 + 24) * 2 + 2 * 108 + 4 * 6 * (5 + 3 + 2 + 2) + 2 * 4 * 7 + 200
 
 
-def test_a_step_counts_what_torch_counts(
+def test_the_flops_of_a_step_equal_those_that_torch_counts(
     gemma: Gemma, photographs: Path, statements: list[Statement]
 ) -> None:
     model = make_model(gemma)
@@ -163,7 +163,7 @@ def test_projection_flops_by_hand() -> None:
     assert projection_flops(transformer) == 2 * 16 * (64 * 6 + 12 * 6 * 6 + 6 * 10) + attention
 
 
-def test_projection_flops_are_what_torch_counts() -> None:
+def test_projection_flops_equal_those_that_torch_counts() -> None:
     for architecture in ("mlp", "linear", "conv"):
         shape = ProjectionShape((16, 8, 8), width=10, patch=2, architecture=architecture, hidden=6)
         projection = WorldProjection(shape, [0.0] * 16, [1.0] * 16)
@@ -171,6 +171,6 @@ def test_projection_flops_are_what_torch_counts() -> None:
         assert found == projection_flops(shape)
 
 
-def test_rates_are_numbers_of_this_machine() -> None:
+def test_measured_rates_are_plausible() -> None:
     assert 1e6 < matmul_flops_per_second(CPU, torch.float32, 64, repeats=1) < 1e16
     assert 1e6 < copy_bytes_per_second(CPU, 2**16, repeats=1) < 1e16

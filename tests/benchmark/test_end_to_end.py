@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("patch", [2, 4])
-def test_loss_and_gradient_are_those_of_theworld(
+def test_loss_and_gradient_equal_those_of_theworld(
     patch: int, config: Config, gemma: Gemma, statements: list[Statement], photographs: Path
 ) -> None:
     encoder = CosmosEncoder(str(EMBEDDED_VAE))

@@ -1,4 +1,4 @@
-"""The demo: its files and its result line; and, at full length, its claim."""
+"""The demo: its files, its result line and, at full length, its result."""
 
 import json
 from dataclasses import replace
@@ -16,12 +16,13 @@ CONFIG = ROOT / "configs" / "demo.json"
 KEYS = ["statements", "baseline", "world", "zero", "shuffled", "p_value", "seconds"]
 
 
-def test_a_short_demo_writes_its_files_and_gives_its_result_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_short_demo_writes_its_files_and_returns_its_result_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     short = replace(load_config(CONFIG), max_steps=4, align_steps=3, batch_size=8, logging_steps=1)
     monkeypatch.setattr(demo, "load_config", lambda path: short)
     monkeypatch.chdir(tmp_path)  # the demo needs nothing of the project's folder
+    caplog.set_level("INFO", logger="theworld")
     output = tmp_path / "demo"
     result = run_demo(CONFIG, output, seed=3, num_scenes={"train": 12, "dev": 4, "test": 6})
     assert list(result) == KEYS
@@ -39,29 +40,28 @@ def test_a_short_demo_writes_its_files_and_gives_its_result_line(
         with Image.open(output / picture) as image:
             assert image.width > 1000
             assert len(set(image.convert("L").resize((64, 64)).tobytes())) > 10
-    printed = capsys.readouterr().out
-    assert "majority class" in printed
-    # Again in the same place: the demo clears away what a demo wrote, and says so.
+    assert "majority class" in caplog.text
+    # Again in the same place: the demo removes the output of the earlier one, and logs it.
     run_demo(CONFIG, output, seed=3, num_scenes={"train": 12, "dev": 4, "test": 6})
-    assert f"removing the output of an earlier demo in {output}" in capsys.readouterr().out
+    assert f"removing the output of an earlier demo in {output}" in caplog.text
 
 
-def test_the_package_carries_the_settings_of_the_demo() -> None:
+def test_the_package_contains_the_settings_of_the_demo() -> None:
     carried = demo.EMBEDDED / "demo.json"
     assert carried.samefile(CONFIG)
     assert load_config(carried) == load_config(CONFIG)
 
 
-def test_a_folder_that_no_demo_wrote_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_no_demo_wrote_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds something that no demo wrote"):
+    with pytest.raises(ValueError, match="holds files that no demo wrote"):
         run_demo(CONFIG, tmp_path, seed=0)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_world_tokens_help_and_wrong_ones_do_not(
+def test_world_tokens_help_and_controls_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.chdir(tmp_path)

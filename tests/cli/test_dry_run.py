@@ -91,7 +91,7 @@ def test_no_tool_leaves_a_trace(
         ("eval", ["--from", "nowhere.jsonl"], "nowhere.jsonl"),
         ("report", ["nowhere"], "nowhere: no such folder"),
         ("visualize_alignment", ["--model_name", "nowhere", "--cache", "c"], "nowhere: neither a checkpoint"),
-        ("demo", ["--output", "tests"], "tests holds something that no demo wrote"),
+        ("demo", ["--output", "tests"], "tests holds files that no demo wrote"),
         ("demo", ["--config", "nowhere.json"], "nowhere.json"),
         ("bench", ["--changes", '{"sead": 1}'], "the nearest known key is seed"),
         ("bench", ["--sizes", '{"repeat": 1}'], "--sizes: no size 'repeat'; the nearest is repeats"),

@@ -65,7 +65,7 @@ def test_flags_and_choices_are_completed_without_torch(line: str, wanted: set[st
     assert set(words) == wanted
 
 
-def test_a_shell_that_asks_where_argcomplete_is_missing_runs_nothing(tmp_path: Path) -> None:
+def test_completion_without_argcomplete_runs_nothing(tmp_path: Path) -> None:
     (tmp_path / "argcomplete.py").write_text("raise ImportError('not installed')\n")
     words, done = complete("python tools/doctor.py --", tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert (words, done.returncode, done.stdout) == ([], 1, "")
@@ -93,6 +93,6 @@ def test_help_is_shown_without_torch(name: str) -> None:
         assert "--dry_run" in done.stdout
 
 
-def test_what_a_command_line_offers_is_what_there_is() -> None:
+def test_the_choices_of_the_benchmark_match_its_parts_and_shapes() -> None:
     assert tuple(PARTS) == PART_NAMES
     assert tuple(SHAPES) == SHAPE_NAMES

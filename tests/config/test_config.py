@@ -170,7 +170,7 @@ def test_a_refusal_names_the_key_the_value_and_what_is_allowed(
     assert len(message) < 600
 
 
-def test_a_file_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_bytes(b'{"output_dir": "\xff"}')
     with pytest.raises(ValueError, match=r"run\.json.*utf-8"):
@@ -183,7 +183,7 @@ def test_a_token_is_refused_and_never_shown(tmp_path: Path) -> None:
     assert "canary" not in message
 
 
-def test_an_integer_becomes_a_float_where_one_is_wanted() -> None:
+def test_an_integer_is_accepted_for_a_float() -> None:
     config = Config(max_grad_norm=2)
     assert isinstance(config.max_grad_norm, float)
     assert config == Config(max_grad_norm=2.0)
@@ -329,7 +329,7 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: py
         Config(output_dir="~nobody-of-that-name/x")
 
 
-def test_an_old_name_works_and_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_old_name_works_with_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _log_renamed.cache_clear()
     path = write(tmp_path, '{"resume_from_checkpoint": "a"}')
     assert load_config(path) == load_config(path) == parse("--resume-from-checkpoint", "a")

@@ -90,7 +90,7 @@ def test_a_coco_file_that_is_wrong_is_refused(changes: dict[str, object], says: 
         load_captions(coco(tmp_path / "coco.json", **changes), ["a.jpg"])
 
 
-def test_what_is_no_file_of_captions_is_refused(tmp_path: Path) -> None:
+def test_another_file_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"captions: no file .*; wanted COCO's captions_\*\.json, or a \.jsonl"
     ):

@@ -292,7 +292,7 @@ def test_a_certificate_for_other_names_is_refused(server: Server) -> None:
     assert server.requests == []
 
 
-def test_cocos_links_are_asked_for_where_coco_has_a_certificate(
+def test_links_of_coco_go_to_the_host_that_has_a_certificate(
     server: Server, photograph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host, store = f"images.test:{server.port}", f"s3.amazonaws.com:{server.port}"
@@ -448,7 +448,7 @@ def test_a_truncated_body_is_retried(server: Server, photograph: bytes, how: str
     assert waits_of(one) == [0.0]
 
 
-def test_a_body_that_stays_truncated_is_named_with_its_bytes(server: Server, photograph: bytes) -> None:
+def test_a_truncated_body_is_reported_with_its_number_of_bytes(server: Server, photograph: bytes) -> None:
     server.answers["/1.jpg"] = lambda handler, _: handler.answer(200, photograph[:999], Content_Length=5000)
     with pytest.raises(DownloadError, match=r"cut off: 999 of 5000 bytes arrived \(tried 2 times\)"):
         downloader(server, max_tries=2).fetch("1.jpg", server.url("/1.jpg"))
@@ -476,7 +476,7 @@ def test_a_refused_connection_and_an_unknown_name_are_retried(server: Server) ->
         (b"\0" * 50, "not a photograph in a format that is read"),
     ],
 )
-def test_a_body_that_is_no_photograph_is_refused_for_good(server: Server, body: bytes, reason: str) -> None:
+def test_a_body_that_is_not_a_photograph_is_not_retried(server: Server, body: bytes, reason: str) -> None:
     server.answers["/1.jpg"] = lambda handler, _: handler.answer(200, body, Content_Type="image/jpeg")
     one = downloader(server)
     with pytest.raises(DownloadError, match=reason):
@@ -571,7 +571,7 @@ def test_a_server_that_drips_headers_is_left_after_the_read_timeout(server: Serv
         downloader(server, read_seconds=0.2, max_tries=1).fetch("1.jpg", server.url("/1.jpg"))
 
 
-def test_a_handshake_that_is_not_answered_is_left(server: Server) -> None:
+def test_a_handshake_without_an_answer_times_out(server: Server) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         server.port = silent.getsockname()[1]
         with pytest.raises(DownloadError, match="does not answer"):
@@ -624,13 +624,13 @@ def test_every_photograph_has_one_link() -> None:
 @pytest.mark.parametrize(
     "name", ["x/a.png", "/a.png", "../a.png", "..", ".", ".a.png", "x\\a.png", "a\0.png", ""]
 )
-def test_a_name_that_is_no_plain_file_name_is_refused_by_name(name: str) -> None:
+def test_a_name_other_than_a_plain_file_name_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="is no plain file name") as caught:
         image_links([statement("b.png"), statement(name, index=6)])
     assert str(caught.value).startswith(f"image {name!r} (statement 7)")
 
 
-def test_what_is_there_and_decodes_is_not_fetched_again(photographs: Path, tmp_path: Path) -> None:
+def test_existing_photographs_that_decode_are_not_downloaded_again(photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes((photographs / "a.png").read_bytes())
     (tmp_path / "b.png").write_bytes((photographs / "b.png").read_bytes()[:99])
     network = Network(photographs)
@@ -670,7 +670,7 @@ def test_the_report_shows_the_first_five_failures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [DownloadError("no answer", can_retry=True), CertificateError("unknown")])
-def test_a_network_that_is_gone_is_not_asked_for_every_photograph(
+def test_downloads_end_early_when_the_network_is_down(
     error: DownloadError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "MAX_FAILURES_IN_A_ROW", 3)
@@ -683,7 +683,7 @@ def test_a_network_that_is_gone_is_not_asked_for_every_photograph(
     ] * 7
 
 
-def test_missing_photographs_do_not_look_like_a_network_that_is_gone(
+def test_missing_photographs_do_not_count_as_network_failures(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "MAX_FAILURES_IN_A_ROW", 2)
@@ -707,7 +707,7 @@ def test_a_disk_that_cannot_be_written_ends_the_call_and_its_downloads(
     assert names_in(tmp_path) == []
 
 
-def test_eight_threads_get_what_a_server_gives_in_the_end(
+def test_eight_threads_get_every_photograph_after_retries(
     server: Server, photograph: bytes, tmp_path: Path
 ) -> None:
     """Of 40 photographs 7.png is missing, and every third arrives at the second request only."""
@@ -733,7 +733,7 @@ def test_eight_threads_get_what_a_server_gives_in_the_end(
 
 @pytest.mark.skipif(not VSR.is_dir(), reason="no real data: ../shared/vsr is not there")
 @pytest.mark.parametrize(("release", "number"), [("random", 6259), ("zeroshot", 3181)])
-def test_every_link_of_vsr_is_one_that_is_downloaded(release: str, number: int) -> None:
+def test_every_link_of_vsr_is_allowed(release: str, number: int) -> None:
     links = image_links(
         s
         for split in ("train", "dev", "test")
@@ -781,7 +781,9 @@ def test_a_folder_and_a_zip_together(coco: Path, coco_zip: Path, photographs: Pa
     assert os.path.samefile(output / "b.png", coco / "val2017" / "b.png")
 
 
-def test_without_hard_links_it_is_a_copy(coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_photograph_is_copied_if_hard_links_are_not_possible(
+    coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def link(source: str, path: Path) -> None:
         raise OSError(18, "Invalid cross-device link")
 
@@ -802,7 +804,7 @@ def test_a_damaged_file_is_replaced_by_the_link(coco: Path, tmp_path: Path) -> N
     assert names_in(output) == ["a.png"]
 
 
-def test_what_no_source_has_is_named_with_where_coco_has_it(coco: Path, tmp_path: Path) -> None:
+def test_a_photograph_in_no_source_is_named_with_its_place_in_coco(coco: Path, tmp_path: Path) -> None:
     summary = save_all(LINKS, tmp_path / "images", copying(coco), 1)
     reason = f"not in {coco}; it is one of COCO's train2017: give that with --coco too"
     assert summary == Summary(0, 2, [("c.png", reason)])
@@ -853,7 +855,7 @@ def test_a_similar_name_is_not_taken_but_named(
     assert names_in(tmp_path / "images") == ["failures.jsonl"]
 
 
-def test_what_a_source_has_damaged_does_not_come(coco: Path, coco_zip: Path, tmp_path: Path) -> None:
+def test_a_damaged_photograph_of_a_source_is_not_copied(coco: Path, coco_zip: Path, tmp_path: Path) -> None:
     (coco / "train2017" / "a.png").write_bytes((coco / "train2017" / "a.png").read_bytes()[:-500])
     data = bytearray(coco_zip.read_bytes())
     data[len(data) // 2] ^= 4
@@ -894,7 +896,7 @@ def test_a_source_has_to_be_there_and_a_folder_or_a_zip(photographs: Path, tmp_p
 # --- Dry run -------------------------------------------------------------------------------------
 
 
-def test_a_plan_counts_what_is_there_what_a_coco_has_and_what_it_lacks(
+def test_a_plan_counts_present_available_and_lacking_photographs(
     config: Config, photographs: Path, tmp_path: Path
 ) -> None:
     coco, output = tmp_path / "coco", tmp_path / "images"
@@ -912,7 +914,7 @@ def test_a_plan_counts_what_is_there_what_a_coco_has_and_what_it_lacks(
     assert names_in(output) == ["a.png"]
 
 
-def test_a_plan_of_downloads_has_their_size_and_hosts_that_are_not_asked(
+def test_a_plan_of_downloads_has_their_size_and_the_disallowed_hosts(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [

@@ -338,7 +338,7 @@ def test_animated_pictures_are_refused_and_single_ones_are_not(kind: str) -> Non
         (encoded(Image.new("RGB", (2, 2)), "TIFF"), "JPEG, PNG, WEBP, GIF, BMP"),
     ],
 )
-def test_what_is_no_photograph_is_refused_with_the_reason(data: bytes, words: str) -> None:
+def test_a_file_that_is_not_a_photograph_is_refused_with_the_reason(data: bytes, words: str) -> None:
     assert words in reason(data)
 
 
@@ -419,7 +419,7 @@ def test_the_bytes_of_a_file_are_read_through_links_that_stay_inside(tmp_path: P
 
 
 @pytest.mark.torture("security", "paths that leave the folder: absolute, .., NUL, links, devices")
-def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
+def test_anything_but_a_regular_file_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jpg")
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "empty.jpg").touch()
@@ -457,7 +457,7 @@ def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
         assert "symbolic link out of the image folder" in file_reason(root, name)
 
 
-def test_an_image_error_says_path_and_reason_and_survives_a_process_border() -> None:
+def test_an_image_error_has_path_and_reason_and_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(ImageError("a.jpg", "zero bytes")))  # noqa: S301 - our own bytes
     assert (error.path, error.reason, str(error)) == ("a.jpg", "zero bytes", "a.jpg: zero bytes")
     assert isinstance(error, ValueError)
@@ -584,7 +584,7 @@ def test_training_does_not_start_on_photographs_that_changed(
     assert not Path(own.output_dir).exists()
 
 
-def test_training_says_what_was_compared(
+def test_training_notes_the_comparison_of_photographs(
     own: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"

@@ -147,7 +147,7 @@ def test_a_missing_field_is_named(tmp_path: Path, field: str) -> None:
     assert message.startswith(f"train.jsonl:2: has no field {field}; give ")
 
 
-def test_a_data_set_of_ones_own_needs_image_statement_and_label(tmp_path: Path) -> None:
+def test_your_own_data_needs_image_statement_and_label(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(
         '{"image": "a/1.png", "statement": "It is so.", "label": 1}\n'
         '{"image": "2.png", "statement": "It is not.", "label": 0, "relation": "on"}\n'
@@ -178,7 +178,7 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
         load_statements(tmp_path, "train")
 
 
-def test_the_hub_gives_what_the_files_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hub_and_the_files_give_equal_statements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "vsr"
@@ -219,7 +219,7 @@ def test_every_relation_has_one_meta_category() -> None:
 
 
 @needs_real
-def test_the_meta_categories_are_those_of_the_paper() -> None:
+def test_the_meta_categories_match_the_paper() -> None:
     paper: dict[str, str] = {}
     for line in (REAL / "relation_meta_categories.txt").read_text(encoding="utf-8").splitlines():
         category, _, relations = line.partition(":")
@@ -272,7 +272,7 @@ def test_the_overlaps_of_the_releases_are_found() -> None:
         ("The c.t is", "c(t", None),
     ],
 )
-def test_the_words_of_a_relation_are_whole_words_that_stand_once(
+def test_a_relation_span_is_whole_words_that_occur_once(
     caption: str, relation: str, words: str | None
 ) -> None:
     span = relation_span(caption, relation)
@@ -297,7 +297,7 @@ def test_statements_without_the_words_of_their_relation_are_counted() -> None:
 
 @needs_real
 @pytest.mark.parametrize(("release", "count"), [("vsr_random", 10972), ("vsr_zeroshot", 5051)])
-def test_every_relation_of_vsr_stands_once_in_its_statement(release: str, count: int) -> None:
+def test_every_relation_of_vsr_occurs_once_in_its_statement(release: str, count: int) -> None:
     statements = [s for own in load_all(REAL, release).values() for s in own]
     assert (
         sum(relation_span(s.caption, s.relation) is not None for s in statements) == count == len(statements)

@@ -142,7 +142,7 @@ def test_a_conversation_with_a_system_message_and_an_answer_has_gemmas_form(proc
     assert text == "<bos>" + turns
 
 
-def test_the_gemma_answers_with_finite_logits_in_one_word(processor, gemma) -> None:
+def test_the_embedded_gemma_has_finite_logits(processor, gemma) -> None:
     content = [{"type": "image", "image": picture(0)}, {"type": "text", "text": QUESTION}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -173,7 +173,7 @@ def test_lessons_are_tokenised_as_the_processor_does(processor) -> None:
     }
 
 
-def test_the_latents_statistics_are_those_of_scenes(vae) -> None:
+def test_the_latent_statistics_match_drawn_scenes(vae) -> None:
     """They were measured on 4,096 pictures of the scenes that the VAE learnt from."""
     latents = encode(vae, vae_pictures(200))
     assert latents.shape == (200, 16, 8, 8)
@@ -201,7 +201,7 @@ def test_the_vae_gives_a_scene_back(vae) -> None:
 
 
 @pytest.mark.parametrize("model", ["gemma", "vae"])
-def test_the_record_says_how_the_models_were_made(model: str) -> None:
+def test_the_record_has_the_command_and_settings_of_the_models(model: str) -> None:
     record = json.loads((EMBEDDED / "training.json").read_text())
     made = record["models"][model]
     assert made["command"].startswith("python tools/make_demo_models.py --output theworld/embedded")

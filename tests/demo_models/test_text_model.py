@@ -33,7 +33,7 @@ def logits(gemma: Gemma, caption: str) -> torch.Tensor:
         return gemma.model(ids).logits[0, -1]
 
 
-def test_the_language_model_of_one_that_sees_is_the_same_without_its_eyes(tmp_path: Path) -> None:
+def test_the_language_model_of_a_multimodal_gemma_is_unchanged(tmp_path: Path) -> None:
     rows = make_text_model(str(EMBEDDED_GEMMA), tmp_path / "text")
     sees, blind = Gemma(str(EMBEDDED_GEMMA)), Gemma(str(tmp_path / "text"))
     assert (blind.is_multimodal, blind.num_image_tokens, rows) == (False, 0, 1024)
@@ -75,13 +75,13 @@ def test_a_cut_vocabulary_changes_no_logit_of_the_tokens_that_stay(tmp_path: Pat
     assert "`python it`" in card
 
 
-def test_what_stands_in_the_way_is_said_before_anything_is_read(
+def test_an_obstacle_is_reported_before_the_source_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     for act in (make_text_model, lambda *given: list(plan_text_model(*given, None))):
-        with pytest.raises(ValueError, match="is not empty; name another --output"):
+        with pytest.raises(ValueError, match="is not empty; give another --output"):
             act(str(EMBEDDED_GEMMA), tmp_path / "full")
         with pytest.raises(ValueError, match=r"wanted 270m, a \.gguf file or a folder"):
             act("somewhere", tmp_path / "new")
@@ -92,7 +92,7 @@ def test_what_stands_in_the_way_is_said_before_anything_is_read(
     assert not (tmp_path / "new").exists()
 
 
-def test_the_folder_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_folder_is_complete_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
@@ -107,7 +107,7 @@ def test_the_folder_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "new" / "model.safetensors").is_file()
 
 
-def test_the_tool_says_what_it_would_do_and_does_it(tmp_path: Path, annotations: Path) -> None:
+def test_the_tool_plans_and_makes_a_model(tmp_path: Path, annotations: Path) -> None:
     given = (
         "--source",
         str(EMBEDDED_GEMMA),
@@ -179,7 +179,7 @@ def test_the_texts_have_the_same_tokens_and_the_ids_are_renumbered_in_order() ->
     assert len({f"<0x{n:02X}>" for n in range(256)} - set(cut["model"]["vocab"])) == 0
 
 
-def test_what_was_not_kept_falls_apart_into_bytes() -> None:
+def test_text_without_kept_tokens_becomes_bytes() -> None:
     cut, _ = cut_tokenizer(WHOLE, ["The cat"], ALWAYS)
     tokens = Tokenizer.from_str(json.dumps(cut)).encode("zö", add_special_tokens=False).tokens
     assert tokens == ["<0x7A>", "<0xC3>", "<0xB6>"]

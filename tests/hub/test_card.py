@@ -55,7 +55,7 @@ def test_a_card_names_the_world_encoder(tmp_path: Path) -> None:
         ("pixels", "computed from\nthe photograph's own pixels, in cells of 8 x 8 pixels.", "pixels"),
     ):
         config = Config(world_encoder=name)  # type: ignore[arg-type]
-        card = model_card(checkpoint_of(tmp_path / name, 2, config, 0.0), FACTS, [])
+        card = model_card(SavedModel.read(checkpoint_of(tmp_path / name, 2, config, 0.0)), FACTS, [])
         assert words in card
         assert ("and the VAE." in card) is (name == "cosmos")
         assert header(card)["tags"][-1] == tag  # type: ignore[index]

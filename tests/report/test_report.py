@@ -223,7 +223,7 @@ def test_captions_are_text(pages: dict[str, Path]) -> None:
     assert "<img src=http" not in text
 
 
-def test_a_caption_that_is_shown_is_shown_to_the_letter(tmp_path: Path) -> None:
+def test_captions_are_shown_unchanged_and_escaped(tmp_path: Path) -> None:
     asked = [Statement(f'{i}"><b>.jpg', EVIL, 1, "<i>on</i>", i) for i in range(4)]
     wrong = with_rest(np.tile([1.0, 0.0], (4, 1)))
     write_jsonl(records(asked, {"<u>:world": wrong, "baseline": wrong}, set()), tmp_path / "results.jsonl")
@@ -273,7 +273,7 @@ def test_a_model_smaller_than_any_published_gemma_is_called_a_toy(tmp_path: Path
     assert "Toy model" not in write_report(tmp_path / "run").read_text(encoding="utf-8")
 
 
-def test_an_evaluation_of_test_goes_before_a_newer_one_of_dev(tmp_path: Path) -> None:
+def test_results_of_test_are_preferred_to_newer_ones_of_dev(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", None, 40)
     dev = write_other_split(path, "dev")
     assert find_results(tmp_path / "run") == [path, dev]
@@ -296,13 +296,13 @@ def test_a_probability_is_no_percentage(pages: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["full", "seeds"])
-def test_there_is_one_kind_of_minus(pages: dict[str, Path], name: str) -> None:
+def test_numbers_have_one_minus_sign(pages: dict[str, Path], name: str) -> None:
     text = "".join(outline(pages[name]).text)
     assert not re.search(r"(?<![\w./-])-\d|\de-\d", text)
     assert "−0.10 to" in text
 
 
-def test_the_page_says_what_the_figures_say(pages: dict[str, Path]) -> None:
+def test_the_page_shows_the_figures_of_the_summary(pages: dict[str, Path]) -> None:
     records_of = pages["full"].parent / "evaluation" / "checkpoint-40-vsr_random-test.jsonl"
     summary = summarise([json.loads(line) for line in records_of.read_text(encoding="utf-8").splitlines()])
     text = "".join(outline(pages["full"]).text)
@@ -347,7 +347,7 @@ def test_a_run_of_several_checkpoints_has_each_and_their_mean(pages: dict[str, P
     assert "photograph not at hand" in text
 
 
-def test_what_is_not_there_is_said_with_the_command_that_makes_it(pages: dict[str, Path]) -> None:
+def test_a_missing_part_is_named_with_its_command(pages: dict[str, Path]) -> None:
     run = pages["empty"].parent
     text = "".join(outline(pages["empty"]).text)
     assert f"there are no records in {run / 'evaluation'}" in text
@@ -358,7 +358,7 @@ def test_what_is_not_there_is_said_with_the_command_that_makes_it(pages: dict[st
     )
 
 
-def test_where_results_are_found(tmp_path: Path, photographs: Path) -> None:
+def test_results_are_found_in_the_run_and_its_checkpoints(tmp_path: Path, photographs: Path) -> None:
     path = write_run(tmp_path / "run", photographs)
     checkpoint = tmp_path / "run" / "checkpoint-40"
     checkpoint.mkdir()
@@ -427,7 +427,7 @@ BROKEN = """
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 390, 768, 1400])
 @pytest.mark.parametrize("name", ["full", "seeds", "empty"])
-def test_it_fits_is_legible_and_asks_for_nothing(
+def test_the_page_fits_is_legible_and_loads_nothing(
     browser: Browser, pages: dict[str, Path], tmp_path: Path, name: str, width: int, dark: bool
 ) -> None:
     browser.show(pages[name], width, dark=dark)
@@ -475,7 +475,7 @@ def test_the_keyboard_reaches_everything_and_sees_where_it_is(
 
 
 @needs_browser
-def test_a_screen_reader_is_told_what_is_there(browser: Browser, pages: dict[str, Path]) -> None:
+def test_a_screen_reader_can_read_the_page(browser: Browser, pages: dict[str, Path]) -> None:
     browser.show(pages["full"], 1400)
     nodes = [n for n in browser.call("Accessibility.getFullAXTree")["nodes"] if not n["ignored"]]
     found = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes]

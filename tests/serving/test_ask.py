@@ -27,7 +27,7 @@ def saved(config: Config, tmp_path: Path) -> Path:
     return save_model(tmp_path / "model", config)
 
 
-def test_the_tool_prints_what_score_gives(saved: Path, photographs: Path) -> None:
+def test_the_tool_prints_the_probabilities_of_score(saved: Path, photographs: Path) -> None:
     model = TheWorld.from_pretrained(saved)
     image = photographs / "a.png"
     with_world, without = (model.score(image, STATEMENTS, enable_world=world) for world in (True, False))
@@ -106,7 +106,7 @@ def test_wrong_usage_is_answered_in_words(
     assert message in err
 
 
-def test_a_model_that_is_nowhere_is_named(tmp_path: Path) -> None:
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
     command = ("--image", "a.png", "--statement", "So.")
     done = tool("ask", "--model", tmp_path, *command, check=False)
     assert done.returncode == 1
@@ -114,7 +114,7 @@ def test_a_model_that_is_nowhere_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_dry_run_says_what_it_would_ask_and_leaves_no_trace(
+def test_a_dry_run_names_its_questions_and_writes_nothing(
     saved: Path,
     photographs: Path,
     tmp_path: Path,
@@ -163,7 +163,7 @@ def test_predicted_frames_are_refused_before_weights_load(
     assert [list(row["p_true"]) for row in rows] == [rest, rest]
 
 
-def test_a_model_is_loaded_whole_before_it_is_asked(saved: Path, photographs: Path) -> None:
+def test_the_vae_loads_before_the_first_question(saved: Path, photographs: Path) -> None:
     model = load_for_asking(str(saved), CONDITIONS, {"max_image_pixels": 100})
     assert "encoder" in model.__dict__
     assert model.config.compile is False
@@ -178,9 +178,7 @@ def test_help_shows_every_flag() -> None:
     assert "default: 127.0.0.1" in done.stdout
 
 
-def test_a_photograph_that_is_named_is_read_wherever_it_lies(
-    saved: Path, photographs: Path, tmp_path: Path
-) -> None:
+def test_a_photograph_is_read_through_links_anywhere(saved: Path, photographs: Path, tmp_path: Path) -> None:
     """Caches of the hub, DVC and git-annex hold links to files elsewhere."""
     model = load_for_asking(str(saved), CONDITIONS, {})
     wanted = answers(model, photographs / "a.png", STATEMENTS)
@@ -205,7 +203,7 @@ def test_a_photograph_that_is_named_is_read_wherever_it_lies(
 
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn"])
-def test_a_page_without_its_packages_says_how_to_get_them_before_a_model_loads(
+def test_serve_without_its_packages_fails_before_a_model_loads(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in list(sys.modules):

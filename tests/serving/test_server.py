@@ -134,7 +134,7 @@ def test_a_question_is_answered(server: Running, question: bytes) -> None:
     assert headers["server"] == "TheWorld"
 
 
-def test_only_its_own_files_are_served_whatever_the_path(server: Running) -> None:
+def test_only_the_files_of_the_page_are_served(server: Running) -> None:
     assert ask(server, method="GET", path="/")[:2] == (200, b"<p>page")
     status, reply, headers = ask(server, method="GET", path="/style.css")
     assert (status, reply, headers["content-type"]) == (200, b"p {}", "text/css; charset=utf-8")
@@ -168,7 +168,7 @@ def test_a_query_and_head_get_the_page(server: Running) -> None:
     assert ask(server, method="HEAD", path="/else")[0] == 404
 
 
-def test_every_reply_says_what_a_page_may_do(server: Running, question: bytes) -> None:
+def test_every_reply_has_the_security_headers(server: Running, question: bytes) -> None:
     for reply in (
         ask(server, method="GET", path="/"),
         ask(server, method="GET", path="/x"),
@@ -182,7 +182,7 @@ def test_every_reply_says_what_a_page_may_do(server: Running, question: bytes) -
     assert "http" not in policy
 
 
-def test_it_listens_on_this_machine_only_unless_told(server: Running) -> None:
+def test_the_server_listens_on_localhost_by_default(server: Running) -> None:
     assert server.listener.getsockname()[0] == "127.0.0.1"
     assert server.url == f"http://127.0.0.1:{server.port}/"
     assert list(announcement(server.listener, "127.0.0.1")) == [f"{server.url} (Ctrl-C ends it)"]
@@ -204,7 +204,7 @@ def test_another_hosts_name_is_refused(server: Running, question: bytes, host: s
         assert (status, reply) == (403, {"error": f"this is not {host}"})
 
 
-def test_its_own_names_are_known() -> None:
+def test_the_names_of_the_host_are_accepted() -> None:
     for name in (
         "localhost",
         "LOCALHOST:1",
@@ -254,7 +254,7 @@ def test_bad_questions_are_answered_in_words(server: Running, photographs: Path)
         assert ask(server, b"", Content_Length=length.encode().decode("latin-1"))[0] == 400
 
 
-def test_a_body_that_is_too_large_is_refused_unread_and_the_client_learns_why(question: bytes) -> None:
+def test_a_body_that_is_too_large_is_refused_unread_with_the_reason(question: bytes) -> None:
     with running(limits=Limits(max_bytes=1000)) as server:
         too_much = b"x" * (server.questions.limits.max_body + 1)
         status, reply, _ = ask(server, too_much)
@@ -275,7 +275,9 @@ def test_a_chunked_question_is_refused(server: Running, question: bytes) -> None
         assert ask(small, chunked, Transfer_Encoding="chunked", Content_Length="10")[0] == 413
 
 
-def test_what_fails_is_said_and_it_goes_on(question: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_error_is_reported_and_the_server_goes_on(
+    question: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     failures: list[Exception] = [RuntimeError("out of /secret/room"), ValueError("statement 1 is empty")]
 
     def answer(pixels: np.ndarray, statements: list[str]) -> list[dict[str, Any]]:
@@ -379,7 +381,7 @@ def test_a_question_whose_client_left_while_it_waited_is_not_asked(question: byt
         assert server.questions.held == 0
 
 
-def test_an_address_that_is_taken_is_named(server: Running) -> None:
+def test_an_address_in_use_is_named(server: Running) -> None:
     port = server.port
     with pytest.raises(
         OSError, match=f"--host 127.0.0.1 --port {port}: Address already in use; choose another"
@@ -390,7 +392,7 @@ def test_an_address_that_is_taken_is_named(server: Running) -> None:
     assert list(plan_page("127.0.0.1", 0)) == [("serves", "a page on 127.0.0.1, a free port")]
 
 
-def test_it_ends_with_the_answer_in_work_and_leaves_no_thread(question: bytes) -> None:
+def test_the_server_finishes_its_answer_and_leaves_no_thread(question: bytes) -> None:
     """A thread that Python leaves behind in torch's code aborts the process."""
     before, inside, go_on = set(threading.enumerate()), threading.Event(), threading.Event()
 
@@ -650,7 +652,7 @@ def without_widths(shown: list[Any]) -> list[Any]:
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 390, 768, 1200])
-def test_it_answers_fits_is_legible_and_loads_nothing_from_elsewhere(
+def test_the_page_answers_fits_is_legible_and_loads_nothing_from_elsewhere(
     browser: Browser, url: str, model: TheWorld, photographs: Path, tmp_path: Path, width: int, dark: bool
 ) -> None:
     visit(browser, url, width, dark)
@@ -680,7 +682,7 @@ def test_it_answers_fits_is_legible_and_loads_nothing_from_elsewhere(
 
 
 @needs_browser
-def test_a_bar_is_as_long_as_its_figure_says(
+def test_the_length_of_a_bar_is_its_probability(
     browser: Browser, url: str, model: TheWorld, photographs: Path
 ) -> None:
     visit(browser, url)
@@ -699,7 +701,7 @@ def test_a_bar_is_as_long_as_its_figure_says(
 
 
 @needs_browser
-def test_what_is_wrong_is_said_in_words_and_mended(
+def test_the_page_reports_an_error_until_it_is_corrected(
     browser: Browser, url: str, photographs: Path, tmp_path: Path
 ) -> None:
     visit(browser, url)
@@ -730,7 +732,7 @@ def test_what_is_wrong_is_said_in_words_and_mended(
 
 
 @needs_browser
-def test_a_server_that_has_gone_is_said(browser: Browser, photographs: Path) -> None:
+def test_the_page_reports_a_server_that_does_not_answer(browser: Browser, photographs: Path) -> None:
     with running(pages=page_files("m", SHOWN_LABELS, Limits())) as server:
         visit(browser, server.url)
     choose(browser, photographs / "a.png")
@@ -881,7 +883,7 @@ def test_the_keyboard_is_enough_and_sees_where_it_is(
 
 
 @needs_browser
-def test_a_screen_reader_is_told_what_is_there(browser: Browser, url: str, photographs: Path) -> None:
+def test_a_screen_reader_can_read_the_page(browser: Browser, url: str, photographs: Path) -> None:
     visit(browser, url)
     choose(browser, photographs / "a.png")
     write(browser, STATEMENTS[0])

@@ -20,7 +20,7 @@ from theworld.utils.console import (
 )
 
 
-def test_a_log_file_gets_one_line_of_a_short_bar_and_none_of_one_that_vanishes() -> None:
+def test_a_log_file_has_one_line_of_a_short_bar_and_none_of_a_vanishing_one() -> None:
     file = io.StringIO()
     with LogBar(range(3), file=file, desc="train") as bar:
         for number in bar:
@@ -62,7 +62,7 @@ def test_without_a_terminal_bars_are_lines(monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(bar, LogBar)
 
 
-def test_a_dry_run_says_what_it_has_found_before_the_fault(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_its_lines_before_the_error(capsys: pytest.CaptureFixture[str]) -> None:
     def plan():  # type: ignore[no-untyped-def]
         yield "reads a"
         raise ValueError("b is missing")
@@ -123,7 +123,7 @@ def package_logger() -> Iterator[logging.Logger]:
     logger.setLevel(before[1])
 
 
-def test_what_the_package_logs_stands_on_standard_output_once_and_as_it_is(
+def test_log_messages_are_printed_once_and_unchanged(
     package_logger: logging.Logger, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging()

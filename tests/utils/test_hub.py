@@ -78,13 +78,13 @@ def test_the_hub_is_asked_once_and_nothing_is_downloaded(hub: list[str], fresh: 
     assert not (fresh / "hub").exists()
 
 
-def test_what_was_downloaded_before_does_without_the_hub(hub: list[str], fresh: Path) -> None:
+def test_a_downloaded_model_needs_no_hub(hub: list[str], fresh: Path) -> None:
     snapshot = downloaded(fresh / "hub", f"models/{NAME}", {"config.json": b"{}"})
     place = locate(NAME, GEMMA_FILE)
     assert (place.config, place.words) == (snapshot / "config.json", "downloaded before")
 
 
-def test_offline_what_was_downloaded_before_is_enough(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_downloaded_model_can_be_used_offline(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(Fault, match="the hub is not asked, as HF_HUB_OFFLINE is set; check the network"):
         locate(NAME, GEMMA_FILE)
@@ -100,7 +100,9 @@ def test_offline_what_was_downloaded_before_is_enough(fresh: Path, monkeypatch: 
         ("nobody/nothing", "nobody/nothing: no such model, or a private one"),
     ],
 )
-def test_a_name_that_is_neither(hub: list[str], name: str, says: str) -> None:
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(
+    hub: list[str], name: str, says: str
+) -> None:
     with pytest.raises(Fault) as caught:
         locate(name, GEMMA_FILE)
     assert caught.value.message == says
@@ -162,7 +164,7 @@ def test_a_hub_that_never_answers_is_left(fresh: Path, monkeypatch: pytest.Monke
 # ---- statements
 
 
-def test_statements_of_a_folder_are_those_of_a_run(annotations: Path) -> None:
+def test_statements_at_hand_of_a_folder_equal_those_of_a_run(annotations: Path) -> None:
     splits = statements_at_hand(str(annotations), "vsr")
     assert splits is not None
     assert {split: len(own) for split, own in splits.items()} == {"train": 6, "dev": 1, "test": 4}
@@ -201,7 +203,7 @@ def test_only_files_count_as_photographs(tmp_path: Path) -> None:
     assert missing_photographs(["a.jpg", "b.jpg", "c.jpg"], tmp_path) == ["b.jpg", "c.jpg"]
 
 
-def test_the_folder_that_is_there_is_found_and_a_file_in_the_way_named(tmp_path: Path) -> None:
+def test_the_existing_parent_is_found_and_a_file_in_the_way_named(tmp_path: Path) -> None:
     assert nearest_folder(tmp_path / "x" / "y" / "z") == tmp_path
     (tmp_path / "x").write_text("")
     with pytest.raises(NotADirectoryError, match=r"x is a file, and a folder is wanted there"):
@@ -210,7 +212,7 @@ def test_the_folder_that_is_there_is_found_and_a_file_in_the_way_named(tmp_path:
         check_folder(tmp_path / "x", "--cache")
 
 
-def test_room_is_counted_on_the_disk_of_what_is_not_there_yet(tmp_path: Path) -> None:
+def test_room_is_counted_on_the_disk_of_a_folder_that_does_not_exist_yet(tmp_path: Path) -> None:
     free = check_room(tmp_path / "new" / "cache", 1, "--cache")
     assert free > 1
     with pytest.raises(
@@ -219,7 +221,7 @@ def test_room_is_counted_on_the_disk_of_what_is_not_there_yet(tmp_path: Path) ->
         check_room(tmp_path / "new" / "cache", 10**18, "--cache")
 
 
-def test_an_output_that_is_there_is_said_to_be_replaced(tmp_path: Path) -> None:
+def test_an_existing_output_is_announced_as_replaced(tmp_path: Path) -> None:
     assert check_output(tmp_path / "new" / "a.jsonl") == ""
     (tmp_path / "a.jsonl").write_text(json.dumps({}))
     assert check_output(tmp_path / "a.jsonl") == " (replaces the one there)"

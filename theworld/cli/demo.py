@@ -1,10 +1,11 @@
-"""The main job at toy size: drawn scenes through all three phases, then a table, two pictures and a page.
+"""The demo: drawn scenes through all three phases with the embedded models, then a table, two pictures and a page.
 
 python tools/demo.py            in the project's folder
 python -m theworld.demo         anywhere, once the package is installed
 """
 
 import json
+import logging
 import shutil
 import sys
 import time
@@ -20,21 +21,18 @@ import theworld
 from theworld.config.cli import ArgumentParser, add_dry_run, path
 from theworld.config.config import Config, load_config
 from theworld.data.scenes import write_scenes
+from theworld.evaluation.conditions import CONDITIONS, LABELS
 from theworld.utils.console import loading, rehearse, run_tool
 from theworld.utils.files import check_folder, check_room
 from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
 
-EMBEDDED = Path(theworld.__file__).parent / "embedded"  # models, and settings: those of configs/demo.json
-MARKER = "demo.json"
+logger = logging.getLogger(__name__)
+
+EMBEDDED = Path(theworld.__file__).parent / "embedded"  # the models, and the settings of configs/demo.json
+MARKER = "demo.json"  # marks a folder as the output of a demo
 ROOM = 250 * 2**20  # bytes that a demo writes, about
 NUM_SCENES = {"train": 6000, "dev": 100, "test": 500}
-NAMES = {
-    "baseline": "no world tokens",
-    "world": "world tokens",
-    "zero": "zero latents",
-    "shuffled": "another image's latents",
-    "text": "text only",
-}
+ORDER = ("baseline", "world", "zero", "shuffled", "text")  # of the bars, from the top
 COLOURS = {
     "baseline": "#8a8f98",
     "world": "#0b7a75",
@@ -42,19 +40,18 @@ COLOURS = {
     "shuffled": "#b5533c",
     "text": "#6a46a8",
 }
-ALIGNED = 60  # scenes whose tokens are looked at
+ALIGNED = 60  # scenes whose tokens are drawn
 
 
 def run_demo(
     config_path: Path, output: Path, seed: int, num_scenes: dict[str, int] | None = None
 ) -> dict[str, Any]:
-    """Draws, extracts, trains, evaluates and shows; returns the result line.
+    """Draw scenes, extract, train, evaluate and draw the results; return the result line.
 
-    Everything goes under `output`; an earlier demo's output there is removed, any other folder is refused.
+    Everything is written to `output`. The output of an earlier demo there is removed; any other folder is refused.
     """
-    # Here and not above: torch takes seconds to load, and --help should not.
+    # Imported here: torch takes seconds to load, and --help should not.
     from theworld.evaluation.alignment import align, draw
-    from theworld.evaluation.conditions import CONDITIONS
     from theworld.evaluation.records import publish_json, read_jsonl
     from theworld.evaluation.score import score_to_file
     from theworld.evaluation.tables import table
@@ -64,25 +61,25 @@ def run_demo(
 
     start = time.perf_counter()
     _make_room(output)
-    print(f"1/4 drawing scenes (seed {seed})", flush=True)
+    logger.info("1/4 drawing scenes (seed %d)", seed)
     write_scenes(output / "scenes", num_scenes or NUM_SCENES, seed=seed)
     config = _settings(config_path, output, seed)
-    print("2/4 phase 1: photographs to latents, once", flush=True)
+    logger.info("2/4 phase 1: latents of every picture, once")
     extract(config, output / "cache", with_vision=True, allow_missing=False)
-    print("3/4 phase 2: the projection learns from the cache", flush=True)
+    logger.info("3/4 phase 2: train the projection from the cache")
     checkpoint = Trainer(config, output / "cache").run()
-    print("4/4 phase 3: held-out scenes, with controls", flush=True)
+    logger.info("4/4 phase 3: evaluate on held-out scenes, with controls")
     run, cache, results = output / "run", output / "cache", output / "results.jsonl"
     command = f"python tools/eval.py --model {run} --cache {cache} --output {results}".split(" ")
     _, summary = score_to_file([run], "test", cache, None, CONDITIONS, {}, command, results)
-    print("\n" + table(summary) + "\n")
+    logger.info("\n%s\n", table(summary))
     draw_result(summary, run / "metrics.jsonl", output / "result.png")
     draw_scenes(read_jsonl(results), output / "scenes" / "images", output / "scenes.png")
     measured, alignment = align(checkpoint, cache, "test", ALIGNED, {})
     draw(measured, alignment, run / "alignment.png")
     publish_json(alignment, run / "alignment.json")
     page = write_report(run, output / "report.html", results)
-    print(f"pictures: {output / 'result.png'}, {output / 'scenes.png'}; all of it as a page: {page}")
+    logger.info("pictures: %s, %s; report: %s", output / "result.png", output / "scenes.png", page)
     result = _result(summary) | {"seconds": round(time.perf_counter() - start, 1)}
     (output / MARKER).write_text(json.dumps(result) + "\n")
     return result
@@ -101,16 +98,16 @@ def _settings(config_path: Path, output: Path, seed: int) -> Config:
 
 
 def _result(summary: dict[str, Any]) -> dict[str, Any]:
-    systems = ("baseline", "world", "zero", "shuffled")
+    conditions = ("baseline", "world", "zero", "shuffled")
     return {
         "statements": summary["statements"],
-        **{system: round(summary["systems"][system]["accuracy"], 4) for system in systems},
+        **{c: round(summary["systems"][c]["accuracy"], 4) for c in conditions},
         "p_value": summary["world_against"]["baseline"]["p_value"],
     }
 
 
 def plan_demo(config_path: Path, output: Path, seed: int) -> Iterator[str]:
-    """What `run_demo` would do with the same arguments, in lines. Raises ValueError or OSError as it does."""
+    """Yield lines that say what `run_demo` would do with the same arguments. Raises the same errors."""
     config = load_config(config_path)
     for name, file in (("gemma", GEMMA_FILE), ("vae", VAE_FILE)):
         yield f"uses         {EMBEDDED / name}: {locate(str(EMBEDDED / name), file).words}"
@@ -125,20 +122,18 @@ def plan_demo(config_path: Path, output: Path, seed: int) -> Iterator[str]:
 
 
 def _holds_a_demo(output: Path) -> bool:
-    """Whether an earlier demo's output is there. ValueError for anything else that is."""
+    """Return whether the output of an earlier demo is there. Raises ValueError for a folder with anything else."""
     if not output.is_dir() or not any(output.iterdir()):
         return False
     if not (output / MARKER).is_file():
-        raise ValueError(
-            f"{output} holds something that no demo wrote; name another --output or move it away"
-        )
+        raise ValueError(f"{output} holds files that no demo wrote; give another --output or move them away")
     return True
 
 
 def _make_room(output: Path) -> None:
     check_folder(output, "--output")
     if _holds_a_demo(output):
-        print(f"removing the output of an earlier demo in {output}")
+        logger.info("removing the output of an earlier demo in %s", output)
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / MARKER).write_text("{}\n")
@@ -154,7 +149,7 @@ def _pyplot() -> Any:
 
 
 def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
-    """Two panels: the loss while training, and the accuracies with their intervals."""
+    """Draw two panels: the loss during training, and the accuracies with their intervals."""
     pyplot = _pyplot()
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     figure, (left, right) = pyplot.subplots(
@@ -168,16 +163,15 @@ def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
     )
     left.set(xlabel="optimizer step", ylabel="loss at the label token, nats", title="Training")
     left.set_ylim(bottom=0)
-    order = list(NAMES)
-    for row, system in enumerate(order):
-        value = summary["systems"][system]
-        right.barh(row, value["accuracy"], color=COLOURS[system], height=0.62)
+    for row, condition in enumerate(ORDER):
+        value = summary["systems"][condition]
+        right.barh(row, value["accuracy"], color=COLOURS[condition], height=0.62)
         right.plot([value["low"], value["high"]], [row, row], color="black", linewidth=1.4)
         right.annotate(
             f"{value['accuracy']:.1%}", (value["high"], row), (6, 0), va="center", textcoords="offset points"
         )
     right.axvline(summary["majority_class"], color="#555555", linewidth=0.8, linestyle=":")
-    right.set_yticks(range(len(order)), [NAMES[s] for s in order])
+    right.set_yticks(range(len(ORDER)), [LABELS[c] for c in ORDER])
     right.invert_yaxis()
     right.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     right.set(xlim=(0, 1.12), xlabel="accuracy; black: 95 % interval; dotted: majority class")
@@ -189,7 +183,7 @@ def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
 
 
 def draw_scenes(rows: list[dict[str, Any]], images: Path, path: Path, count: int = 8) -> None:
-    """The first scenes with their statements and what the model says with and without world tokens."""
+    """Draw the first scenes with their statements and P(true) with and without world tokens."""
     pyplot = _pyplot()
     first = {row["image"]: row for row in reversed(rows)}
     figure, axes = pyplot.subplots(2, count // 2, figsize=(11, 6.6), layout="constrained")
@@ -198,7 +192,7 @@ def draw_scenes(rows: list[dict[str, Any]], images: Path, path: Path, count: int
         world, baseline = row["systems"]["world"], row["systems"]["baseline"]
         axis.set_title(row["statement"].replace(" is ", "\nis "), fontsize=9)
         axis.set_xlabel(
-            f"{'true' if row['label'] else 'false'}; says true: {world['p_true']:.0%} with world, "
+            f"{'true' if row['label'] else 'false'}; P(true): {world['p_true']:.0%} with world tokens, "
             f"{baseline['p_true']:.0%} without",
             fontsize=7.5,
             color=COLOURS["world"] if world["correct"] else COLOURS["shuffled"],

@@ -2,7 +2,7 @@
 
     world      the photograph and its world tokens
     baseline   the photograph alone, which is exactly the published Gemma
-    zero       the photograph and world tokens of latents that are zero
+    zero       the photograph and world tokens of the mean latent (zero when normalised), which has no information
     shuffled   the photograph and world tokens of another image
     text       neither photograph nor world tokens
     without    the photograph alone, for a checkpoint whose own Gemma was trained

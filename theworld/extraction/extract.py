@@ -311,7 +311,10 @@ def run(
 
     Returns whether all shards are there. `spool`: photographs that need not be read again.
     """
-    assert spool.prepare == encoder.prepare
+    if (
+        spool.prepare != encoder.prepare
+    ):  # the encoder takes photographs in another way than the listing keeps them
+        spool = Spool(encoder.prepare)
     with part.main_process_first():
         store = open_store(cache, encoder.spec, images, config.shard_size)
     own = [shard for shard in range(store.num_shards) if part.owns(shard)]

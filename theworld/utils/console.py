@@ -28,13 +28,13 @@ class LogBar(Bar):
     """A progress bar for log files: a line every QUIET_SECONDS and one at the end."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        self._said = time.monotonic()
+        self._written = time.monotonic()
         super().__init__(*arguments, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write a line if the last one is QUIET_SECONDS old."""
-        if msg is None and time.monotonic() - self._said >= QUIET_SECONDS:
-            self._say()
+        if msg is None and time.monotonic() - self._written >= QUIET_SECONDS:
+            self._write()
 
     def clear(self, nolock: bool = False) -> None:
         """Do nothing: a written line stays."""
@@ -43,12 +43,12 @@ class LogBar(Bar):
         """Write the last line, unless the bar is one that vanishes at its end."""
         if not self.disable:
             if self.leave:
-                self._say()
+                self._write()
             self.leave, self.sp = False, None
         super().close()
 
-    def _say(self) -> None:
-        self._said = time.monotonic()
+    def _write(self) -> None:
+        self._written = time.monotonic()
         self.fp.write(f"{self}\n")
         self.fp.flush()
 
@@ -174,6 +174,6 @@ def rehearse(plan: Callable[[], Iterable[str]]) -> int:
     return 0
 
 
-def line(what: str, says: str) -> str:
-    """One line of a dry run."""
-    return f"{what:<12} {says}"
+def line(topic: str, message: str) -> str:
+    """Return one line of a dry run."""
+    return f"{topic:<12} {message}"

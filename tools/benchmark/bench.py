@@ -1,7 +1,7 @@
-"""Measures each phase beside what a user would otherwise run, and beside what the machine could do at best.
+"""Measure each phase beside the end-to-end baseline, and beside the limit of the machine.
 
-Ours and the end-to-end baseline take turns within one run (ABAB...), each warmed up first; figures are medians with the
-lowest and the highest. Every part is independent, and what goes wrong in one is recorded there and costs no other.
+TheWorld and the baseline take turns within one run (ABAB...), after a warm-up; figures are medians with the lowest and
+the highest. Parts are independent: an error is recorded in its own part and does not affect the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -49,8 +49,7 @@ PARTS: dict[str, Callable[[Workbench], None]] = {
 
 
 def open_bench(options: dict[str, Any], command: str) -> Workbench:
-    """The workbench that the tool's options name. ValueError for a device, settings or a file of figures that it
-    cannot work with."""
+    """Return the workbench for the tool's flags. Raises ValueError for a bad device, setting or file of figures."""
     shapes, share = SHAPES[options["shapes"]], options["share"]
     if share is not None and not 0 < share <= 1:
         raise ValueError(f"--share is {share}; give more than 0 and at most 1")
@@ -70,20 +69,20 @@ def open_bench(options: dict[str, Any], command: str) -> Workbench:
         options["changes"],
         options["random_cache"],
     )
-    bench.config()  # refuses what is no setting
+    bench.config()  # refuses an unknown setting
     return bench
 
 
-PHOTOGRAPH_BYTES = 160_000  # of one of COCO's, and of a stand-in
+PHOTOGRAPH_BYTES = 160_000  # of a photograph of COCO, and of a stand-in
 
 
 def plan_parts(bench: Workbench, parts: Sequence[str]) -> Iterator[str]:
-    """What `run_parts` would make and measure, in lines. Raises ValueError or OSError where it could not start."""
+    """Yield lines that say what `run_parts` would do. Raises ValueError or OSError if it could not start."""
     config, shapes = bench.config(), bench.shapes
     yield f"measures     {', '.join(parts) or 'the chip alone'}, at the {shapes.name} shapes, on {bench.device}"
     check_output(bench.results.path)
     yield f"adds to      {bench.results.path}"
-    with torch.device("meta"):  # shapes without numbers
+    with torch.device("meta"):  # shapes without values
         gemma = Gemma3ForConditionalGeneration(gemma_config(shapes, {}))
         vae = AutoencoderKLWan(**shapes.vae)
     size = 0
@@ -112,7 +111,7 @@ def plan_parts(bench: Workbench, parts: Sequence[str]) -> Iterator[str]:
 
 
 def run_parts(bench: Workbench, parts: Sequence[str]) -> dict[str, Any]:
-    """Runs the parts in order, the chip always first, and returns what the last line shows."""
+    """Run the parts in order, the chip always first, and return the figures of the last line."""
     results = bench.results
     bench.prepare()
     results.begin("chip")

@@ -147,8 +147,10 @@ def work_of(batch: Batch, sliding_window: int) -> Work:
 
 
 def _trees(batch: Batch) -> Iterator[dict[str, Tensor]]:
-    """The tokens of each tree in preorder, with marks: `opens` a world, is a `label` row. A row's preorder indices
-    count from 0 without gaps, and a tree ends where the subtree of its first token does."""
+    """Yield the tokens of each tree in preorder, with the marks `opens` (first world token) and `label` (label row).
+
+    The preorder indices of a row count from 0 without gaps; a tree ends where the subtree of its first token does.
+    """
     names = ("preorder", "subtree_end", "bidirectional_group", "position_ids")
     fields = {name: getattr(batch, name) for name in names}
     for name, indices in (("opens", batch.world_slots[:, :1]), ("label", batch.label_rows)):

@@ -1,7 +1,4 @@
-"""How cost grows: with the images of a store, with the statements of an image, with the world tokens of an image.
-
-Measures the machine itself and phase 1: encoding alone, and whole extractions from a cold start.
-"""
+"""Measure the machine, the encoders and phase 1, and how cost grows with images, statements and world tokens."""
 
 import hashlib
 import time
@@ -130,7 +127,7 @@ def _encoding_error(bench: Workbench, encoder: CosmosEncoder) -> dict[str, float
 
 
 def in_turns(kinds: dict[str, Callable[[], Any]], bench: Workbench) -> dict[str, list[float]]:
-    """Seconds of each call of each kind, A B A B ...; every one was called once before."""
+    """Return the seconds of each call, in turns (A B A B ...); each was called once before."""
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for _ in range(bench.shapes.repeats):
         for name, call in kinds.items():
@@ -139,8 +136,7 @@ def in_turns(kinds: dict[str, Callable[[], Any]], bench: Workbench) -> dict[str,
 
 
 def part_extract(bench: Workbench) -> None:
-    """JPEG files to stored latents: a plain loop over diffusers and ours in turns, then ours as a cold command with
-    Gemma's vision features."""
+    """Measure JPEG files to stored latents: a plain diffusers loop and TheWorld in turns, then the cold command."""
     images = len(statement_images(Path(str(bench.config().annotations))))
     counts = {"plain loop": min(images, PLAIN_IMAGES), "ours": images}
     seconds: dict[str, list[float]] = {"plain loop": [], "ours": []}
@@ -158,7 +154,7 @@ def part_extract(bench: Workbench) -> None:
 
 
 def _own_extraction(bench: Workbench) -> float:
-    """Seconds of phase 1 without vision features, into an empty folder, in this process."""
+    """Return the seconds of phase 1 without vision features, into an empty folder, in this process."""
     bench.free()
     torch._dynamo.reset()  # what one run compiled, a new one compiles again
     config, target = bench.config(), bench.fresh("own")
@@ -169,7 +165,7 @@ def _own_extraction(bench: Workbench) -> float:
 
 
 def _plain_extraction(bench: Workbench) -> float:
-    """Seconds of the loop one would write."""
+    """Return the seconds of a plain diffusers loop."""
     bench.free()
     config, target = bench.config(), bench.fresh("plain")
     images = statement_images(Path(str(config.annotations)))[:PLAIN_IMAGES]
@@ -181,8 +177,10 @@ def _plain_extraction(bench: Workbench) -> float:
 
 
 def _extract_command(bench: Workbench) -> tuple[float, str]:
-    """Seconds of tools/extract_latents.py with vision features from a cold start, and what it says of its rates. It
-    makes the cache of the parts that follow, where that is not there yet."""
+    """Return the seconds of tools/extract_latents.py with vision features from a cold start, and its lines of rates.
+
+    The cache that it makes is used by the next parts, if they have none yet.
+    """
     target = bench.fresh("extract") if bench.has_cache() else bench.cache_folder
     seconds, output = run_tool("extract_latents.py", bench.config(), target, ["--gemma_vision"])
     return seconds, "; ".join(
@@ -190,13 +188,13 @@ def _extract_command(bench: Workbench) -> tuple[float, str]:
     )
 
 
-ROW = (16, 2, 2)  # of a tiny latent: what grows with the number of images is all that is left
+ROW = (16, 2, 2)  # a tiny latent, so that only the cost of the number of images is left
 READS = 2000
 STATEMENTS_AN_IMAGE = (1, 2, 4, 8)
 
 
 def growth_images(bench: Workbench) -> None:
-    """Stores of tiny rows: to write, to open, to read at random."""
+    """Measure writing, opening and randomly reading stores of tiny rows."""
     for rows in bench.shapes.store_rows:
         with bench.results.attempt("growth_images", f"{rows:,} images"):
             root = bench.fresh("store") / "latents"
@@ -216,7 +214,7 @@ def _write_store(root: Path, rows: int) -> None:
 
 
 def _read_store(root: Path, rows: int) -> dict[str, Any]:
-    """Seconds to open, microseconds a read (the first of each shard opens it, so those come before), and memory."""
+    """Return the seconds to open, the microseconds of a read from an open shard, and the memory."""
     before = _resident_mib()
     start = time.perf_counter()
     reader = StoreReader(root)
@@ -235,12 +233,12 @@ def _read_store(root: Path, rows: int) -> dict[str, Any]:
 
 
 def _resident_mib() -> float:
-    """Resident memory of this process (statm, second number, pages of 4 KiB)."""
+    """Return the resident memory of this process (second number of statm, pages of 4 KiB), in MiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
 def growth_statements(bench: Workbench) -> None:
-    """The same number of statements about fewer and fewer images: what a shared prefix saves."""
+    """Measure the same number of statements about fewer and fewer images: the gain of a shared prefix."""
     trainer = bench.trainer()
     size = max(trainer.config.batch_size, STATEMENTS_AN_IMAGE[-1])
     for count in STATEMENTS_AN_IMAGE:
@@ -266,7 +264,7 @@ def _statements(number: int, an_image: int) -> list[Statement]:
 
 
 def _forward_and_backward(trainer: Trainer, statements: list[Statement]) -> Any:
-    """A call that runs a step without its optimizer, on random latents and vision features already on the device."""
+    """Return a call of forward and backward on random latents and vision features that are on the device."""
     gemma, shape = trainer.model.gemma, trainer.model.projection.shape
     images = len({s.image for s in statements})
     latents = torch.randn(images, *shape.latent_shape, device=gemma.device)
@@ -285,7 +283,7 @@ def _forward_and_backward(trainer: Trainer, statements: list[Statement]) -> Any:
 
 
 def growth_tokens(bench: Workbench) -> None:
-    """More and more world tokens an image, a new run for each; batches of fewer statements where they are many."""
+    """Measure more and more world tokens for each image, in a new run each; with smaller batches if there are many."""
     for patch in bench.shapes.world_patches:
         tokens = num_world_tokens(bench.shapes, patch)
         name = f"{tokens:,} world tokens"

@@ -1,11 +1,11 @@
-"""The end-to-end loop that TheWorld is measured against: what plain transformers and diffusers calls make of the task.
+"""The baseline of the benchmark: an end-to-end training loop of plain transformers and diffusers calls.
 
-Every step decodes photographs (in DataLoader workers), runs the VAE as diffusers has it (3-D convolutions), the SigLIP
-tower and the language model with transformers' own masks, one statement a row, padded on the right, and takes
-transformers' own `labels=` loss: logits over the whole vocabulary at every position. Same statements, same world and
-image tokens, same projection, same loss as `TheWorld.losses`; tests/test_end_to_end.py holds them equal.
+Every step decodes photographs (in DataLoader workers) and runs diffusers' VAE (3-D convolutions), the SigLIP tower and
+the language model with transformers' masks, one statement a row, padded on the right. The loss is that of transformers'
+`labels=`: logits over the whole vocabulary at every position. Statements, world tokens, image tokens, projection and
+loss are those of `TheWorld.losses`, which tests/benchmark/test_end_to_end.py asserts.
 
-Dimensions: B statements, L tokens, N world tokens, I image tokens, D the width of the language model.
+Dimensions: B statements, L tokens, N world tokens, D hidden size of the language model; S and P, sides of a picture.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ IGNORED = -100  # transformers' label for "no loss here"
 
 
 class VaePixels(Dataset[Tensor]):
-    """Photographs as the VAE takes them, float32[3, S, S] in [-1, 1], decoded anew each time."""
+    """Photographs as the VAE's input, float32[3, S, S] in [-1, 1], decoded each time."""
 
     def __init__(self, images: Sequence[str], folder: str | Path, latent_size: int) -> None:
         self.images, self.folder, self.latent_size = list(images), folder, latent_size
@@ -40,7 +40,7 @@ class VaePixels(Dataset[Tensor]):
 
 
 class Photographs(Dataset[Sample]):
-    """Statements with their photographs, decoded anew for each: what a DataLoader's workers do."""
+    """Statements with their photographs, decoded for each statement by the workers of a DataLoader."""
 
     def __init__(
         self, statements: Sequence[Statement], folder: str | Path, latent_size: int, processor: Any
@@ -52,7 +52,7 @@ class Photographs(Dataset[Sample]):
         return len(self.statements)
 
     def __getitem__(self, index: int) -> Sample:
-        """index int64[], vae_pixels float32[3, S, S] in [-1, 1], pixel_values float32[3, P, P]."""
+        """Return index int64[], vae_pixels float32[3, S, S] in [-1, 1] and pixel_values float32[3, P, P]."""
         pixels = read_image(self.folder, self.statements[index].image)
         values = self.image_processor(images=[pixels], return_tensors="pt")["pixel_values"][0]
         vae_pixels = torch.from_numpy(to_unit_range(square(pixels, self.latent_size)))
@@ -69,7 +69,7 @@ def extract_plainly(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Latents of all photographs, a file each in `target`: a DataLoader, `vae.encode` as it is, `torch.save`."""
+    """Write the latents of each photograph to a file in `target`, with a DataLoader, `vae.encode` and `torch.save`."""
     vae = AutoencoderKLWan.from_pretrained(vae_name, torch_dtype=dtype).to(device).eval()
     names = iter(photographs.images)
     for pixels in DataLoader(photographs, batch_size, num_workers=workers, pin_memory=device.type == "cuda"):
@@ -79,7 +79,7 @@ def extract_plainly(
 
 
 class EndToEnd:
-    """Frozen VAE, frozen Gemma and a projection that trains, all in every step."""
+    """A frozen VAE, a frozen Gemma and a trained projection, all computed in every step."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class EndToEnd:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        """`model_name` and `vae_name` are folders or hub names; `projection` is a `WorldProjection`."""
+        """Load the models, named by folders or on the hub; `projection` is a `WorldProjection`."""
         self.device, self.dtype = torch.device(device), dtype
         self.gemma = Gemma3ForConditionalGeneration.from_pretrained(
             model_name, dtype=dtype, device_map=str(device), attn_implementation="sdpa"
@@ -106,7 +106,7 @@ class EndToEnd:
     def batches(
         self, statements: Sequence[Statement], folder: str | Path, latent_size: int, size: int, workers: int
     ) -> Iterator[tuple[list[Statement], Sample]]:
-        """Endless batches of `size` statements with their photographs, decoded in worker processes."""
+        """Yield batches of `size` statements with their photographs without end, decoded in worker processes."""
         data = Photographs(statements, folder, latent_size, self.processor)
         loader = DataLoader(
             data,
@@ -122,11 +122,11 @@ class EndToEnd:
                 yield [data.statements[i] for i in sample["index"].tolist()], sample
 
     def tokens(self, statements: Sequence[Statement]) -> dict[str, Tensor]:
-        """The prompts with their answers, padded on the right, int64[B, L] each.
+        """Return the prompts with their answers, padded on the right, int64[B, L] each.
 
-        input_ids: 0 where a world token or padding stands. token_type_ids: 1 where tokens see each other ahead.
-        world: the number of the vector that stands there (bracket, N tokens, bracket), else -1. labels: the answer
-        at its own place, IGNORED elsewhere; transformers shifts them.
+        input_ids: 0 for world tokens and padding. token_type_ids: 1 for tokens with bidirectional attention. world: the
+        index of the vector at that position (bracket, N tokens, bracket), else -1. labels: the answer at its own
+        position, else IGNORED; transformers shifts them.
         """
         num_world = self.projection.shape.num_tokens
         encoded = [self._prompt(s, num_world) for s in statements]
@@ -155,7 +155,7 @@ class EndToEnd:
         return dict(input_ids=ids, token_type_ids=ahead, attention_mask=ones, world=world, labels=labels)
 
     def loss(self, statements: Sequence[Statement], vae_pixels: Tensor, pixel_values: Tensor) -> Tensor:
-        """The mean cross-entropy at the answers, as transformers' own forward has it.
+        """Return the mean cross-entropy at the answers, as transformers computes it.
 
         vae_pixels: float[B, 3, S, S] in [-1, 1]; pixel_values: float[B, 3, P, P].
         """
@@ -178,7 +178,7 @@ class EndToEnd:
         return output.loss
 
     def train_step(self, statements: Sequence[Statement], sample: Sample) -> float:
-        """Forward, backward, clip, step; returns the loss."""
+        """Take a step: forward, backward, clip, optimizer. Return the loss."""
         loss = self.loss(statements, sample["vae_pixels"], sample["pixel_values"])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.projection.parameters(), 1.0)

@@ -1,14 +1,9 @@
-"""A cache of random numbers: for measuring what only reads one.
+"""Stand-ins for the benchmark: models of random weights, statements and photographs, and a cache of random numbers.
 
-Model folders of random weights in real or smaller shapes, for measuring only: `from_pretrained` loads them.
-
-The tokenizer, processor and chat template are copied from another Gemma's folder, with its token ids, so a vocabulary
-of the real size is used in its first rows only; that changes no time.
-
-Statements and photographs that stand in for VSR and COCO where they are not at hand, for measuring only.
-
-What costs time is as in the real data: how many statements an image has, in how many splits it stands, how large
-its file is. What the statements say means nothing. Without torch, so that processes that draw start quickly.
+Model folders have real or smaller shapes and load with `from_pretrained`. Tokenizer, processor and chat template are
+copied from another Gemma, so only the first rows of a vocabulary of the real size are used, which changes no time.
+Statements and photographs have what costs time in VSR and COCO: the number of statements of an image, its splits, the
+size of its file. The content of the statements is meaningless.
 """
 
 import io
@@ -51,7 +46,7 @@ COPIED_IDS = ("boi_token_index", "eoi_token_index", "image_token_index", "eos_to
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is measured: the sizes of models, pictures and data."""
+    """The sizes of models, pictures and data in a measurement."""
 
     name: str
     text: dict[str, Any]  # Gemma3TextConfig
@@ -203,7 +198,7 @@ SHAPES = {shapes.name: shapes for shapes in (REAL, SMALL, TINY)}
 
 
 def gemma_config(shapes: Shapes, token_ids: dict[str, Any]) -> Gemma3Config:
-    """The config of a Gemma of these shapes with another one's token ids."""
+    """Return the config of a Gemma of these shapes, with the token ids of another Gemma."""
     return Gemma3Config(
         text_config={"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, **shapes.text},
         vision_config=shapes.vision,
@@ -214,7 +209,7 @@ def gemma_config(shapes: Shapes, token_ids: dict[str, Any]) -> Gemma3Config:
 
 
 def make_gemma_folder(folder: Path, shapes: Shapes, processor: Path, dtype: torch.dtype, device: str) -> None:
-    """A `Gemma3ForConditionalGeneration` of random weights, drawn on `device` in `dtype`; kept where it is there.
+    """Write a `Gemma3ForConditionalGeneration` of random weights, drawn on `device` in `dtype`, unless it exists.
 
     Drawn as transformers draws them (standard deviation 0.02): every layer's output is normalised before it is
     added, so values stay finite at any depth. `processor`: the folder of another Gemma.
@@ -242,7 +237,7 @@ def make_gemma_folder(folder: Path, shapes: Shapes, processor: Path, dtype: torc
 
 
 def _copy_processor(source: Path, target: Path, shapes: Shapes) -> None:
-    """The processor's files, with the picture size and number of image tokens of these shapes."""
+    """Write the processor's files, with the picture size and number of image tokens of these shapes."""
     for name in PROCESSOR_FILES:
         shutil.copyfile(source / name, target / name)
     side = shapes.vision["image_size"]
@@ -257,7 +252,7 @@ def _copy_processor(source: Path, target: Path, shapes: Shapes) -> None:
 
 
 def make_vae_folder(folder: Path, shapes: Shapes) -> None:
-    """An `AutoencoderKLWan` of random weights in float32, with the Wan VAE's own latents_mean and latents_std."""
+    """Write an `AutoencoderKLWan` of random float32 weights, with latents_mean and latents_std of the Wan VAE."""
     if folder.exists():
         return
     torch.manual_seed(0)
@@ -267,7 +262,7 @@ def make_vae_folder(folder: Path, shapes: Shapes) -> None:
 
 
 def _temporary(folder: Path) -> Path:
-    """A fresh folder beside `folder`, to be renamed to it when it is whole."""
+    """Return an empty folder beside `folder`, to be renamed to it when it is complete."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -275,7 +270,7 @@ def _temporary(folder: Path) -> Path:
 
 
 def num_world_tokens(shapes: Shapes, patch: int) -> int:
-    """World tokens of a latent in `patch` x `patch` pieces; the VAE's latents are 8 times smaller than pictures."""
+    """Return the number of world tokens of a latent, 8 times smaller than the picture, in patches of side `patch`."""
     side = shapes.latent_size // 8
     return math.prod((side // patch, side // patch))
 
@@ -298,7 +293,7 @@ QUALITY = 87  # JPEG; with it a stand-in is about as large as a COCO photograph,
 
 
 def image_counts(split: str, share: float = 1.0) -> list[int]:
-    """Statements of each image of a split, in a fixed random order; `share` of VSR's images, at least two."""
+    """Return the number of statements of each image of a split, in a fixed random order; at least two images."""
     counts: list[int] = []
     for number, images in PER_IMAGE[split].items():
         counts += [number] * (images if share == 1 else round(images * share))
@@ -307,7 +302,7 @@ def image_counts(split: str, share: float = 1.0) -> list[int]:
 
 
 def place_images(share: float = 1.0) -> dict[str, list[tuple[int, int]]]:
-    """split -> (image, statements) of each of its images; images are numbered through the three splits.
+    """Return for each split (image, number of statements) of its images, numbered through the three splits.
 
     Test shares images with train until SEEN_TEST_STATEMENTS statements are about one; dev shares as many as it
     takes for NUM_IMAGES in all.
@@ -332,7 +327,7 @@ def place_images(share: float = 1.0) -> dict[str, list[tuple[int, int]]]:
 
 
 def write_statements(folder: Path, share: float = 1.0) -> None:
-    """train.jsonl, dev.jsonl and test.jsonl in VSR's form; half of the statements are called true."""
+    """Write train.jsonl, dev.jsonl and test.jsonl in the format of VSR; half of the labels are true."""
     folder.mkdir(parents=True, exist_ok=True)
     generator, relations = np.random.default_rng(0), sorted(RELATIONS)
     for split, images in place_images(share).items():
@@ -348,8 +343,10 @@ def write_statements(folder: Path, share: float = 1.0) -> None:
 
 
 def draw_photograph(seed: int, size: tuple[int, int] = PHOTOGRAPH) -> bytes:
-    """A JPEG of coloured noise whose amplitude falls with the inverse of the frequency, as that of photographs does
-    (Field 1987, doi 10.1364/JOSAA.4.002379). `size`: width and height, pixels."""
+    """Return a JPEG of coloured noise with an amplitude that falls as 1 / frequency, as in photographs.
+
+    See Field 1987, doi 10.1364/JOSAA.4.002379. `size`: width and height in pixels.
+    """
     width, height = size
     generator = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
@@ -366,7 +363,7 @@ def draw_photograph(seed: int, size: tuple[int, int] = PHOTOGRAPH) -> bytes:
 
 
 def with_comment(jpeg: bytes, text: str) -> bytes:
-    """The same picture as another file: a comment segment (FF FE, ITU T.81 section B.2.4.5) after the start marker."""
+    """Return the same picture as another file, with a comment segment (FF FE, ITU T.81 section B.2.4.5)."""
     content = text.encode()
     return jpeg[:2] + b"\xff\xfe" + (len(content) + 2).to_bytes(2, "big") + content + jpeg[2:]
 
@@ -374,7 +371,7 @@ def with_comment(jpeg: bytes, text: str) -> bytes:
 def write_photographs(
     folder: Path, names: Sequence[str], distinct: int, workers: int, size: tuple[int, int] = PHOTOGRAPH
 ) -> None:
-    """A JPEG file for every name, `distinct` pictures in turn, no two files of the same bytes; in processes."""
+    """Write a JPEG file for every name, from `distinct` pictures in turn, no two files equal, in worker processes."""
     folder.mkdir(parents=True, exist_ok=True)
     shares = [(folder, list(names)[seed::distinct], seed, size) for seed in range(min(distinct, len(names)))]
     if workers < 2:
@@ -387,7 +384,7 @@ def write_photographs(
 
 
 def _write_share(share: tuple[Path, list[str], int, tuple[int, int]]) -> None:
-    """All files of one picture."""
+    """Write all files of one picture."""
     folder, names, seed, size = share
     jpeg = draw_photograph(seed, size)
     for name in names:
@@ -397,12 +394,12 @@ def _write_share(share: tuple[Path, list[str], int, tuple[int, int]]) -> None:
 
 
 def statement_images(annotations: Path) -> list[str]:
-    """The photographs that the three splits name, each once, sorted."""
+    """Return the photographs of the three splits, each once, sorted."""
     return images_of([s for split in SPLITS for s in load_statements(annotations, split)])
 
 
 def write_random_cache(config: Config, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Finished stores of latents and vision features as extraction would leave them, but for their values."""
+    """Write finished stores of latents and vision features as extraction does, with random values."""
     source = Source(Path(str(config.image_folder)), config.max_image_pixels, 1)
     images = list_images(config, folder, source, allow_missing=False)
     name: Any = str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Measures both phases in one process and in several: one for each GPU, or two on a CPU."""
+"""Measure both phases in one process and in several: one for each GPU, or two on a CPU."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from theworld.config.config import save_config
 
 
 def part_processes(bench: Workbench) -> None:
-    """Sustained rates of the commands, with the same work for each process; processes of a CPU share its cores."""
+    """Measure sustained rates of the commands, with the same work for each process; on a CPU they share its cores."""
     most = torch.cuda.device_count() if bench.device.type == "cuda" else 2
     measures: dict[str, tuple[Callable[[Workbench, int], float], str]] = {
         "train": (_train_rate, "statements/s"),
@@ -31,8 +31,7 @@ def part_processes(bench: Workbench) -> None:
 
 
 def part_sharded(bench: Workbench) -> None:
-    """Optimizer steps of a language model that trains, by LoRA and by all of its weights, sharded over all GPUs; two
-    processes on a CPU."""
+    """Measure steps of a trained language model, LoRA and all weights, sharded over all GPUs or two processes."""
     count = torch.cuda.device_count() if bench.device.type == "cuda" else 2
     kinds: dict[str, dict[str, Any]] = {"LoRA": {"lora_rank": 16}, "all weights": {}}
     for name, changes in kinds.items():
@@ -50,7 +49,7 @@ def part_sharded(bench: Workbench) -> None:
 
 
 def _train_rate(bench: Workbench, count: int) -> float:
-    """Statements a second over the last steps of a short run, where nothing is compiled any more."""
+    """Return the statements per second in the last steps of a short run, after all compilation."""
     output, steps = bench.fresh(f"train-{count}"), 4 * bench.shapes.steps
     changes = {"max_steps": 3 * steps, "logging_steps": steps, "device": bench.device.type}
     config = bench.config(**changes, output_dir=str(output / "run"))
@@ -60,8 +59,10 @@ def _train_rate(bench: Workbench, count: int) -> float:
 
 
 def _extract_rate(bench: Workbench, count: int) -> float:
-    """Images a second into committed shards: what the first process says of its share, times how many there are. The
-    shards are small enough for each to have several."""
+    """Return the images per second into committed shards: the rate of the first process times their number.
+
+    Shards are so small that each process has several.
+    """
     images = len(statement_images(Path(str(bench.config().annotations))))
     changes = {"shard_size": max(1, min(512, images // (4 * count))), "device": bench.device.type}
     config = bench.config(**changes)

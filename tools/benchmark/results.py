@@ -1,4 +1,4 @@
-"""Figures of a measurement: shown as they come, kept in one JSON file, laid out as a table at the end.
+"""Figures of a measurement: printed when they are measured, saved in one JSON file, and shown as a table.
 
 The file: {"machine": {...}, "parts": {part: {"date", "command", "rows": {name: {figure: value}}, "failed": {...}}}}.
 It is replaced after every figure, so whatever ends a run loses nothing; a later run with other parts adds to it.
@@ -23,12 +23,12 @@ COLUMNS = ("rate", "low", "high", "unit", "mfu", "memory_gib")
 
 
 def spread(rates: Sequence[float]) -> Row:
-    """The median of repeated measurements, with the lowest and the highest."""
+    """Return the median, lowest and highest of repeated measurements."""
     return {"rate": statistics.median(rates), "low": min(rates), "high": max(rates), "repeats": len(rates)}
 
 
 def machine() -> Row:
-    """What the figures were measured on; no name or address of it."""
+    """Return a description of the machine, without its name or address."""
     found: Row = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -54,10 +54,10 @@ def _cpu_name() -> str:
 
 
 class Results:
-    """The figures of one file, to which this run adds."""
+    """The figures of one file, to which a run adds."""
 
     def __init__(self, path: Path, command: str) -> None:
-        """Raises ValueError where `path` is there and holds something else, or another machine's figures."""
+        """Raise ValueError if `path` exists and holds something else, or the figures of another machine."""
         self.path, self.command = path, command
         self.content: dict[str, Any] = {"machine": machine(), "parts": {}}
         if path.exists():
@@ -67,13 +67,13 @@ class Results:
             self.content = before
 
     def begin(self, part: str) -> None:
-        """Starts a part anew: what an earlier run found for it goes."""
+        """Start a part: remove its figures of an earlier run."""
         date = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
         self.content["parts"][part] = {"date": date, "command": self.command, "rows": {}, "failed": {}}
         print(f"\n{part}", flush=True)
 
     def add(self, part: str, name: str, figures: Row) -> None:
-        """One row of a part, printed and saved."""
+        """Print and save one row of a part."""
         row = {key: _rounded(value) for key, value in figures.items() if value is not None}
         self.content["parts"][part]["rows"][name] = row
         print(f"  {name:28} {_line(row)}", flush=True)
@@ -81,7 +81,7 @@ class Results:
 
     @contextmanager
     def attempt(self, part: str, name: str) -> Iterator[None]:
-        """Whatever goes wrong inside is recorded and shown, and costs this row alone."""
+        """Record and print an error inside the block, so that it costs only this row."""
         try:
             yield
         except Exception as error:  # noqa: BLE001  any fault (memory, numbers, a library) is a result here
@@ -91,24 +91,24 @@ class Results:
             self.save()
 
     def rate(self, part: str, name: str) -> float | None:
-        """The rate of a row, None where it was not measured."""
+        """Return the rate of a row, None if it was not measured."""
         row = self.content["parts"].get(part, {}).get("rows", {}).get(name, {})
         return row.get("rate")
 
     def ratio(self, part: str, name: str, other: str) -> float | None:
-        """How many times faster one row is than another, from their medians."""
+        """Return how many times faster one row is than another, by their medians."""
         own, base = self.rate(part, name), self.rate(part, other)
         return round(own / base, 3) if own and base else None
 
     def save(self) -> None:
-        """Replaces the file as a whole."""
+        """Replace the file as a whole."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(temporary, self.path)
 
     def table(self) -> str:
-        """All parts, one row a line."""
+        """Return all parts as text, one row a line."""
         lines = [", ".join(f"{key} {value}" for key, value in self.content["machine"].items())]
         head = f"{'':28} {'median':>9}  {'lowest - highest':>19} {'unit':13} {'MFU':>6} {'GiB':>6}"
         for part, found in self.content["parts"].items():
@@ -119,7 +119,7 @@ class Results:
 
 
 def _rounded(value: Any) -> Any:
-    """Four significant figures are more than these measurements have."""
+    """Return a value with four significant figures, more than these measurements have."""
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""One process of a measurement: takes optimizer steps of a run, saves nothing, and prints the rate and the memory.
+"""One process of a measurement: take optimizer steps of a run, save nothing, and print the rate and the memory.
 
 python -m torch.distributed.run --nproc_per_node=2 -m benchmark.steps settings.json cache/ 8
 """
@@ -17,14 +17,14 @@ from theworld.utils.console import quiet_libraries
 
 
 def main(settings: str, cache: str, steps: str) -> None:
-    """`steps` are timed, after three that are not. The first process prints one JSON object."""
+    """Time `steps` steps after three others. The main process prints one JSON object."""
     quiet_libraries()
     trainer = Trainer(load_config(settings), cache)
     step = stepper(trainer)
     seconds = []
     for _ in range(3 + int(steps)):
         start = time.perf_counter()
-        step()  # which waits for the device
+        step()  # waits for the device
         seconds.append(time.perf_counter() - start)
     row = {"rate": trainer.global_batch_size / statistics.median(seconds[3:]), "unit": "statements/s"}
     row |= {

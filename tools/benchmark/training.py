@@ -1,7 +1,4 @@
-"""Measures runs of phase 2: its start, what 8 bits do to its loss, the whole of it.
-
-Measures phases 2 and 3: optimizer steps beside the end-to-end baseline, kinds of runs, evaluation.
-"""
+"""Measure phases 2 and 3: steps beside the baseline, variants, losses with fp8, start-up, evaluation, a run."""
 
 import os
 import statistics
@@ -33,13 +30,13 @@ from theworld.evaluation.predict import predict
 from theworld.evaluation.score import score
 from theworld.training.trainer import Trainer
 
-SYSTEMS = ("world", "baseline", "zero", "shuffled")
+CONDITIONS = ("world", "baseline", "zero", "shuffled")
 
 
 def part_train(bench: Workbench) -> None:
-    """Optimizer steps of the end-to-end baseline and of ours, in turns; then where ours spends its time.
+    """Measure optimizer steps of the end-to-end baseline and of TheWorld, in turns; then the stages of TheWorld's step.
 
-    The baseline's workers decode ahead while ours has its turn, so on few cores ours is measured too slow, if anything.
+    The baseline's workers decode during TheWorld's turns too, so on few cores TheWorld seems slower than it is.
     """
     bench.free()
     trainer = bench.trainer()
@@ -77,7 +74,7 @@ def part_train(bench: Workbench) -> None:
 
 
 def _baseline_step(bench: Workbench, trainer: Trainer) -> Callable[[], Any]:
-    """A call that trains the baseline, with a projection like the trainer's, for one step."""
+    """Return a call that takes one step of the baseline, with a projection like the trainer's."""
     config = trainer.config
     shape = trainer.model.projection.shape
     projection = type(trainer.model.projection)(
@@ -101,7 +98,7 @@ def _baseline_step(bench: Workbench, trainer: Trainer) -> Callable[[], Any]:
 
 
 def _add_floor(bench: Workbench, trainer: Trainer) -> None:
-    """How fast this step could be if the machine did nothing but multiply matrices."""
+    """Add the floor of the step: its FLOPs at the machine's rate of matrix multiplication."""
     counted, statements = bench.step_flops(trainer), statements_a_step(trainer.config)
     seconds = (counted["forward"] + counted["backward"]) / bench.rates["flops"]
     row = {"rate": statements / seconds, "unit": "statements/s", "step_s": seconds}
@@ -111,7 +108,7 @@ def _add_floor(bench: Workbench, trainer: Trainer) -> None:
 
 
 def _add_stages(bench: Workbench, trainer: Trainer) -> None:
-    """Where a step's time goes, by stage, with packing in the same thread; on a GPU also which kernels it runs."""
+    """Add the time of a step by stage, with packing in the same thread; on a GPU also its kernels."""
     steps = max(2, bench.shapes.steps)
     with bench.results.attempt("train", "stages"), stopwatch(bench.device) as inside:
         total = sum(bench.call_seconds(trainer.train_step, steps))
@@ -124,7 +121,7 @@ def _add_stages(bench: Workbench, trainer: Trainer) -> None:
 
 
 def _kernels(bench: Workbench, trainer: Trainer) -> dict[str, Any]:
-    """The share of two steps in which the GPU works, and its longest kernels' shares of that."""
+    """Return the share of two steps in which the GPU is busy, and the shares of the longest kernels in that."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         total = sum(bench.call_seconds(trainer.train_step, 2))
@@ -135,7 +132,7 @@ def _kernels(bench: Workbench, trainer: Trainer) -> dict[str, Any]:
 
 
 def part_variants(bench: Workbench) -> None:
-    """Other kinds of runs, one after the other."""
+    """Measure the variants, one after the other."""
     for name in bench.variants or VARIANTS:
         with bench.results.attempt("variants", name):
             bench.results.add("variants", name, bench.train_row(**VARIANTS[name]))
@@ -146,47 +143,46 @@ def part_variants(bench: Workbench) -> None:
 
 
 def part_evaluate(bench: Workbench) -> None:
-    """The test split with one system and with all four, by a model that is warm; then all four with all
-    that loads before."""
+    """Measure the test split under one and under all four conditions with a warm model; then all four with loading."""
     output, cache = bench.fresh("evaluate"), bench.cache()
     config = bench.config(max_steps=1, output_dir=str(output))
     trainer = Trainer(config, cache)
     with quietly():
         checkpoint = trainer.run()
     test = load_statements(config.annotations, "test", config.dataset_name)
-    for name, systems in (("one system", SYSTEMS[:1]), ("all four", SYSTEMS)):
+    for name, conditions in (("one system", CONDITIONS[:1]), ("all four", CONDITIONS)):
         with bench.results.attempt("evaluate", name):
-            bench.results.add("evaluate", name, _answers_row(bench, trainer, test, systems))
+            bench.results.add("evaluate", name, _answers_row(bench, trainer, test, conditions))
     del trainer
     bench.free()
     torch._dynamo.reset()
     start = time.perf_counter()
     with quietly():
-        rows = score(checkpoint, cache, None, "test", SYSTEMS, {})
+        rows = score(checkpoint, cache, None, "test", CONDITIONS, {})
     seconds = time.perf_counter() - start
-    row: Row = {"rate": len(rows) * len(SYSTEMS) / seconds, "unit": "answers/s", "seconds": seconds}
+    row: Row = {"rate": len(rows) * len(CONDITIONS) / seconds, "unit": "answers/s", "seconds": seconds}
     bench.results.add("evaluate", "all four, loaded anew", row | {"memory_gib": bench.peak_gib()})
 
 
 def _answers_row(
-    bench: Workbench, trainer: Trainer, test: Sequence[Statement], systems: Sequence[str]
+    bench: Workbench, trainer: Trainer, test: Sequence[Statement], conditions: Sequence[str]
 ) -> Row:
-    """Speed and work of answering all of `test` in these systems, after a first few batches."""
+    """Return speed and FLOPs of answering `test` under these conditions, after a few warm-up batches."""
     size = trainer.config.eval_statements
 
     def answer(statements: Sequence[Statement]) -> None:
-        predict(trainer.model, statements, trainer.data.latents, trainer.data.vision, systems, size)
+        predict(trainer.model, statements, trainer.data.latents, trainer.data.vision, conditions, size)
 
     bench.free()
     answer(test[: 3 * size])
     with packed_batches() as batches:
         seconds = time_calls(lambda: answer(test), bench.device, 1, warm_up=0)[0]
-    counted = batches[:16]  # like the others, and counting them all would take longer than to answer
+    counted = batches[:16]  # representative; counting all of them would take longer than answering
     works = [work_of(batch, trainer.model.gemma.sliding_window) for batch in counted]
     projection = projection_flops(trainer.model.projection.shape)
     flops = language_flops(trainer.model.gemma.text_config, works, projection)["forward"]
     flops /= sum(len(batch.statements) for batch in counted)  # of one answer
-    answers = len(test) * len(systems)
+    answers = len(test) * len(conditions)
     row: Row = {"rate": answers / seconds, "unit": "answers/s", "seconds": seconds, "statements": len(test)}
     row |= {"gflop": flops / 1e9, "mfu": flops * answers / seconds / bench.rates["flops"]}
     return row | {"memory_gib": bench.peak_gib()}
@@ -196,7 +192,7 @@ LOSSES: dict[str, dict[str, object]] = {"exact": {}, "fp8": {"fp8": True}}
 
 
 def part_losses(bench: Workbench) -> None:
-    """The same steps with frozen matrices in 16 and in 8 bits: mean losses beside each other, and sustained rates."""
+    """Compare mean losses and sustained rates of the same steps with frozen matrices in 16 and in 8 bits."""
     means: dict[str, float] = {}
     for name, changes in LOSSES.items():
         if changes and bench.device.type != "cuda":
@@ -211,7 +207,7 @@ def part_losses(bench: Workbench) -> None:
 
 
 def _loss_row(bench: Workbench, **changes: object) -> Row:
-    """`loss_steps` steps from the same start; their mean loss a statement, and the rates of those after the warm-up."""
+    """Return the mean loss of `loss_steps` steps from the same start, and the rates after the warm-up."""
     bench.free()
     trainer = bench.trainer(max_steps=bench.shapes.loss_steps, **changes)
     step = stepper(trainer)
@@ -228,8 +224,7 @@ def _loss_row(bench: Workbench, **changes: object) -> Row:
 
 
 def part_start(bench: Workbench) -> None:
-    """tools/train.py from its start to the end of the first optimizer step: without compiled code, and with what the
-    first run left."""
+    """Measure tools/train.py up to its first optimizer step: with nothing compiled, and with the cache of that run."""
     cache, compiled = bench.cache(), bench.fresh("compiled")
     with patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}):
         for name in ("nothing compiled", "compiled before"):
@@ -244,7 +239,7 @@ def part_start(bench: Workbench) -> None:
 
 
 def part_run(bench: Workbench) -> None:
-    """Three epochs from a cold start to the saved checkpoint, with evaluation on dev, as a user runs it."""
+    """Measure three epochs from a cold start to the saved checkpoint, with evaluation on dev, as a user runs them."""
     output = bench.fresh("run")
     config = replace(bench.config(), num_epochs=3, do_eval=True, output_dir=str(output / "checkpoints"))
     cache = bench.cache()

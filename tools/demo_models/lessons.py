@@ -1,7 +1,7 @@
-"""What the small Gemma learns from: drawn scenes, prompts about them, and the loss of an answer.
+"""The training data of the small Gemma: drawn scenes, prompts about them, and the loss.
 
-Letters: N scenes of a pool, B of a batch, T and Q tokens, V vocabulary, D width, S the Gemma's picture size and P
-the VAE's, in pixels.
+Dimensions: N scenes of a pool, B scenes of a batch, T and Q tokens, V vocabulary, D hidden size; S and P, side of the
+Gemma's and of the VAE's picture in pixels.
 """
 
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ from theworld.data.scenes import COLOURS, RELATIONS, SHAPES, draw_scene, make_sc
 SCHOOL_RADIUS = (
     0.085,
     0.115,
-)  # of the things it learns on: a little larger, so that its few points meet more
-POOL_SEED = 9_000_000  # the scenes to learn from are never those of a data set with a small seed
+)  # of things in training, a little larger than in the demo, so that its few patches show more of them
+POOL_SEED = 9_000_000  # so that training scenes are never those of a data set with a small seed
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Drawn scenes as arrays, their pictures in the sizes that the Gemma and the VAE see."""
+    """Drawn scenes as tensors, with their pictures in the sizes of the Gemma and the VAE."""
 
     thumbnails: Tensor  # uint8[N, 3, S, S]
     pictures: Tensor  # uint8[N, 3, P, P]
     things: Tensor  # int64[N, 2]: colour * len(SHAPES) + shape
-    centres: Tensor  # float32[N, 2, 2]: of each thing x and y
+    centres: Tensor  # float32[N, 2, 2]: x and y of each thing
 
 
 def _draw_one(key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8[S, S, 3] and uint8[P, P, 3] of the scene (seed, index), resized as Gemma's processor and TheWorld do."""
+    """Return the scene (seed, index) as uint8[S, S, 3] and uint8[P, P, 3], resized as in Gemma and TheWorld."""
     picture = Image.fromarray(draw_scene(make_scene(key[0], "train", key[1], SCHOOL_RADIUS)))
     thumbnail = picture.resize((GEMMA_PIXELS, GEMMA_PIXELS), Image.Resampling.NEAREST)
     return np.asarray(thumbnail), np.asarray(
@@ -45,7 +45,7 @@ def _draw_one(key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_pool(seed: int, num_scenes: int, num_workers: int, device: str) -> Pool:
-    """Draws the scenes in worker processes: a few milliseconds each on one core."""
+    """Draw the scenes in worker processes, a few milliseconds each on one core."""
     keys = [(POOL_SEED + seed, index) for index in range(num_scenes)]
     with get_context("spawn").Pool(num_workers) as workers:
         drawn = workers.map(_draw_one, keys, chunksize=64)
@@ -58,21 +58,21 @@ def draw_pool(seed: int, num_scenes: int, num_workers: int, device: str) -> Pool
 
 
 def to_pixels(pictures: Tensor) -> Tensor:
-    """uint8 -> float32 in [-1, 1], as both models take them."""
+    """Return uint8 pictures as float32 in [-1, 1], the input of both models."""
     return pictures.float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
 class Head:
-    """What stands before a question: token ids with image blocks, and what follows from them."""
+    """The part of a prompt before the question: token ids with blocks of image tokens, and their mask."""
 
     ids: Tensor  # int64[T]
-    image_at: Tensor  # int64: where the image tokens stand
-    mask: Tensor  # bool[1, 1, T + Q, T + Q], Q tokens of a question: causal, and both ways within an image block
+    image_at: Tensor  # int64: positions of the image tokens
+    mask: Tensor  # bool[1, 1, T + Q, T + Q] with Q tokens of a question: causal, bidirectional within an image block
 
 
 class Prompts:
-    """Token ids of the prompts about scenes: heads with one or two image blocks, and a table of questions."""
+    """Token ids of the prompts about scenes: heads with one or two blocks of image tokens, and a table of questions."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, device: str) -> None:
         self.tokenizer, self.device = tokenizer, device
@@ -81,20 +81,24 @@ class Prompts:
         questions = [self._question(a, r, b) for r in RELATIONS for a in things for b in things]
         self.lengths = torch.tensor([len(q) for q in questions], device=device)
         self.questions = nn.utils.rnn.pad_sequence(questions, batch_first=True)  # int64[4 * 12 * 12, Q]
-        self.statement_at = len(self._ids("\n\nStatement:"))  # where in a question its first word stands
-        self.relation_at = len(self._ids("\n\nStatement: The red ball is"))  # and the relation's first word
+        self.statement_at = len(
+            self._ids("\n\nStatement:")
+        )  # position of the statement's first word in a question
+        self.relation_at = len(
+            self._ids("\n\nStatement: The red ball is")
+        )  # position of the relation's first word
         boi, eoi, image = IMAGE_TOKENS
         block, start = f"{boi}{image * TOKENS_PER_IMAGE}{eoi}", "<bos><start_of_turn>user\n"
         self.heads = {
-            "one": self._head(f"{start}\n\n{block}"),  # as the processor writes one picture
-            "two": self._head(f"{start}\n\n{block}\n\n\n\n{block}"),  # as it writes two
+            "one": self._head(f"{start}\n\n{block}"),  # like the processor's prompt of one picture
+            "two": self._head(f"{start}\n\n{block}\n\n\n\n{block}"),  # of two
             "beside": self._head(
                 start, block, f"\n\n{block}"
             ),  # a block before the picture, without newlines
         }
 
     def token_ids(self) -> Tensor:
-        """int64: every token that stands in some lesson."""
+        """Return the ids of all tokens in the prompts, int64[_]."""
         return torch.cat(
             [self.questions.flatten(), self.answers, *(head.ids for head in self.heads.values())]
         ).unique()
@@ -113,7 +117,7 @@ class Prompts:
 
 
 def block_mask(is_image: Tensor) -> Tensor:
-    """bool[T] -> bool[1, 1, T, T]: causal, and within a run of image tokens in both directions."""
+    """Return the mask, bool[1, 1, T, T], for bool[T]: causal, and bidirectional within a run of image tokens."""
     starts = is_image & ~F.pad(is_image, (1, 0))[:-1]
     block = torch.where(is_image, starts.cumsum(0), 0)
     causal = torch.ones(len(is_image), len(is_image), dtype=torch.bool, device=is_image.device).tril()
@@ -130,7 +134,7 @@ class Lesson:
 
 
 def draw_lesson(pool: Pool, scenes: Tensor) -> Lesson:
-    """One random statement about each scene, true or false evenly, as scenes.make_statements draws them."""
+    """Return a random statement about each scene, distributed as those of `make_statements`."""
     first, axis, labels = torch.randint(2, (3, len(scenes)), device=scenes.device)
     rows = torch.arange(len(scenes), device=scenes.device)
     gap = pool.centres[scenes, first] - pool.centres[scenes, 1 - first]  # float32[B, 2]
@@ -145,9 +149,9 @@ def draw_lesson(pool: Pool, scenes: Tensor) -> Lesson:
 def read_lesson(
     model: Gemma3ForConditionalGeneration, prompts: Prompts, lesson: Lesson, head: Head, images: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Runs the prompts: hidden states float32[B, Q, D] of the questions' tokens, and their ids int64[B, Q].
+    """Return the hidden states of the questions' tokens, float32[B, Q, D], and their ids, int64[B, Q].
 
-    `images` holds the image tokens of each block in order, float32[B, 16, D].
+    `images` are the image tokens of each block in order, float32[B, 16, D].
     """
     questions = prompts.questions[lesson.statements]
     ids = torch.cat([head.ids.expand(len(questions), -1), questions], dim=1)
@@ -166,7 +170,7 @@ def read_lesson(
 def answer_logits(
     model: Gemma3ForConditionalGeneration, prompts: Prompts, lesson: Lesson, states: Tensor
 ) -> Tensor:
-    """float32[B, V]: what follows the prompt's last token."""
+    """Return the logits of the token after the prompt, float32[B, V]."""
     rows = torch.arange(len(states), device=states.device)
     return model.lm_head(states[rows, prompts.lengths[lesson.statements] - 1])
 
@@ -174,10 +178,10 @@ def answer_logits(
 def lesson_loss(
     model: Gemma3ForConditionalGeneration, prompts: Prompts, lesson: Lesson, head: Head, images: list[Tensor]
 ) -> Tensor:
-    """Cross-entropy of the answer, plus that of the statement's words where the statement is true.
+    """Return the cross-entropy of the answer, plus that of the statement's words for true statements.
 
-    The answer alone has no first step downhill (it depends on things, relation and places together); the relation
-    word after "The red ball is" has, so it counts most.
+    The gradient of the answer alone is near zero at first, since the answer depends on things, relation and places
+    together. That of the relation after "The red ball is" is not, so it has the largest weight.
     """
     states, questions = read_lesson(model, prompts, lesson, head, images)
     answer = F.cross_entropy(answer_logits(model, prompts, lesson, states), prompts.answers[lesson.labels])
@@ -189,6 +193,6 @@ def lesson_loss(
 
 
 def held_out(pool: Pool) -> Tensor:
-    """int64: the last scenes of the pool, at most 4096 and a tenth, which no lesson shows."""
+    """Return the held-out scenes, int64[_]: the last tenth of the pool, at most 4096."""
     total = len(pool.things)
     return torch.arange(total - min(4096, max(2, total // 10)), total, device=pool.things.device)

@@ -1,11 +1,12 @@
-"""Teaches the two embedded models, from nothing: a small Gemma 3 and a small Wan VAE.
+"""Train the two embedded models from random weights: a small Gemma 3 and a small Wan VAE.
 
-The small Gemma sees a picture as 4 x 4 points, which miss most of the things in a scene. So that its language
-model still learns to use a sharp block of visual tokens, a second sight looks at the same picture with 64 x 64
-pixels while it learns, alone or in a block before the picture's own. That sight is thrown away afterwards: whoever
-wants to give the Gemma a sharp block has to learn to write one. The VAE has no part in this.
+The small Gemma sees a picture as 4 x 4 pixels, which miss most of the things in a scene. So that its language model
+still learns to use detailed image tokens, a second vision tower sees 64 x 64 pixels of the same picture during
+training; its tokens stand alone or in a block before the Gemma's own. It is discarded afterwards: a projection has to
+learn to produce such tokens. The VAE is trained separately.
 
-Letters: N scenes of a pool, B of a batch, D width, S the Gemma's picture size and P the VAE's, in pixels.
+Dimensions: N scenes of a pool, B scenes of a batch, D hidden size; S and P, sides of the Gemma's and the VAE's
+picture in pixels.
 """
 
 import json
@@ -51,10 +52,10 @@ from theworld.utils.device import resolve_device
 from theworld.utils.files import check_folder
 
 
-class SharpSight(nn.Module):
-    """A second sight for learning only: 16 patches of the 64 x 64 picture, each by itself, to 16 tokens.
+class SecondTower(nn.Module):
+    """A second vision tower for training only: each of 16 patches of the 64 x 64 picture becomes a token.
 
-    The noise makes the language model read such tokens even where they are not quite right.
+    Noise makes the language model robust to tokens that are not quite right.
     """
 
     def __init__(self, width: int) -> None:
@@ -66,31 +67,31 @@ class SharpSight(nn.Module):
         self.norm = nn.RMSNorm(width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """float32[B, 3, P, P] -> float32[B, 16, D]."""
+        """Return the tokens, float32[B, 16, D], of pictures, float32[B, 3, P, P]."""
         hidden = F.gelu(self.patch(pixels)).flatten(2).transpose(1, 2)
         tokens = self.norm(self.token(hidden) + self.place)
         return tokens + 0.3 * torch.randn_like(tokens) if self.training else tokens
 
 
 @dataclass(frozen=True)
-class Pupil:
-    """What learns to read: the Gemma, and the sight that it has while it learns."""
+class Trainee:
+    """The trained modules: the Gemma, and the second vision tower that it has during training."""
 
     model: Gemma3ForConditionalGeneration
-    sharp_sight: SharpSight
+    second_tower: SecondTower
 
-    def see(self, pool: Pool, scenes: Tensor, sight: str) -> Tensor:
-        """Image tokens float32[B, 16, D] of int64[B] scenes; `sight` is "own" or "sharp"."""
-        if sight == "own":
+    def see(self, pool: Pool, scenes: Tensor, tower: str) -> Tensor:
+        """Return the image tokens, float32[B, 16, D], of scenes, int64[B]; `tower` is "own" or "sharp"."""
+        if tower == "own":
             return self.model.model.get_image_features(to_pixels(pool.thumbnails[scenes])).pooler_output
-        return self.sharp_sight(to_pixels(pool.pictures[scenes]))
+        return self.second_tower(to_pixels(pool.pictures[scenes]))
 
 
-LessonKind = tuple[str, tuple[str, ...]]  # a key of Prompts.heads, and the sight of each of its blocks
+LessonKind = tuple[str, tuple[str, ...]]  # a key of Prompts.heads, and the tower of each of its blocks
 
 
 def gemma_curriculum(progress: float, rng: np.random.Generator) -> LessonKind:
-    """The kind of the next batch: first one sharp block, until that is read; then all kinds."""
+    """Return the kind of the next batch: at first one block of the second tower, later all kinds."""
     if progress < 0.35:
         return "one", ("sharp",)
     kinds: list[LessonKind] = [
@@ -101,20 +102,21 @@ def gemma_curriculum(progress: float, rng: np.random.Generator) -> LessonKind:
 
 
 @torch.no_grad()
-def gemma_accuracy(pupil: Pupil, prompts: Prompts, pool: Pool, kind: LessonKind, shift: int = 0) -> float:
-    """Share of right answers on the held-out scenes; `shift` shows the first block another scene."""
+def gemma_accuracy(trainee: Trainee, prompts: Prompts, pool: Pool, kind: LessonKind, shift: int = 0) -> float:
+    """Return the accuracy on the held-out scenes; with `shift` the first block is of another scene."""
     scenes = held_out(pool)
     lesson = draw_lesson(pool, scenes)
-    images = [pupil.see(pool, scenes.roll(0 if k else shift), sight) for k, sight in enumerate(kind[1])]
-    states, _ = read_lesson(pupil.model, prompts, lesson, prompts.heads[kind[0]], images)
-    no, yes = answer_logits(pupil.model, prompts, lesson, states)[:, prompts.answers].unbind(1)
+    images = [trainee.see(pool, scenes.roll(0 if k else shift), tower) for k, tower in enumerate(kind[1])]
+    states, _ = read_lesson(trainee.model, prompts, lesson, prompts.heads[kind[0]], images)
+    no, yes = answer_logits(trainee.model, prompts, lesson, states)[:, prompts.answers].unbind(1)
     return round(float(((yes > no) == (lesson.labels == 1)).float().mean()), 4)
 
 
 class Steps:
-    """AdamW with clipping, warm-up and cosine decay. On CUDA each kind of step is captured once and replayed.
+    """Optimizer steps: AdamW with clipping, warm-up and cosine decay.
 
-    The models are so small that starting kernels one by one would take most of the time.
+    On CUDA each kind of step is captured as a graph and replayed: for models this small, launching kernels one by one
+    would take most of the time.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class Steps:
         self.num_seen: dict[Any, int] = {}
 
     def run(self, steps: int, kind_at: Callable[[int], Any], report: Callable[[int, float], None]) -> None:
-        """`kind_at(step)` names the step's kind, `report(step, mean loss)` is called twenty times."""
+        """Take steps of kind `kind_at(step)`, and call `report(step, mean loss)` twenty times."""
         losses = torch.zeros(steps, device=self.parameters[0].device)
         every = max(1, steps // 20)
         for step in range(steps):
@@ -144,7 +146,7 @@ class Steps:
         self.num_seen[kind] = self.num_seen.get(kind, 0) + 1
         if (
             not self.on_cuda or self.num_seen[kind] <= 3
-        ):  # three plain steps first: libraries allocate and choose
+        ):  # three plain steps first, in which libraries allocate and choose kernels
             return self._plain_step(kind)
         if kind not in self.graphs:
             graph = torch.cuda.CUDAGraph()
@@ -165,36 +167,38 @@ class Steps:
 
 
 def train_gemma(model: Gemma3ForConditionalGeneration, pool: Pool, settings: PretrainSettings) -> list[dict]:
-    """Trains tower, projector and language model together; returns losses and accuracies over time."""
+    """Train vision tower, projector and language model together; return losses and accuracies over time."""
     prompts = Prompts(build_tokenizer(), settings.device)
-    pupil = Pupil(model.train(), SharpSight(model.config.text_config.hidden_size).to(settings.device))
+    trainee = Trainee(model.train(), SecondTower(model.config.text_config.hidden_size).to(settings.device))
     rng, history = np.random.default_rng(settings.seed), []
     num_scenes = len(pool.things) - len(held_out(pool))
 
     def loss_of(kind: LessonKind) -> Tensor:
         scenes = torch.randint(num_scenes, (settings.batch_size,), device=settings.device)
-        images = [pupil.see(pool, scenes, sight) for sight in kind[1]]
+        images = [trainee.see(pool, scenes, tower) for tower in kind[1]]
         return lesson_loss(model, prompts, draw_lesson(pool, scenes), prompts.heads[kind[0]], images)
 
     def report(step: int, loss: float) -> None:
-        pupil.sharp_sight.eval()
+        trainee.second_tower.eval()
         row = {
             "step": step,
             "loss": round(loss, 4),
-            "own": gemma_accuracy(pupil, prompts, pool, ("one", ("own",))),
+            "own": gemma_accuracy(trainee, prompts, pool, ("one", ("own",))),
         }
-        row["sharp"] = gemma_accuracy(pupil, prompts, pool, ("one", ("sharp",)))
-        row["sharp_beside_own"] = gemma_accuracy(pupil, prompts, pool, ("beside", ("sharp", "own")))
-        row["wrong_beside_own"] = gemma_accuracy(pupil, prompts, pool, ("beside", ("sharp", "own")), shift=1)
-        pupil.sharp_sight.train()
+        row["sharp"] = gemma_accuracy(trainee, prompts, pool, ("one", ("sharp",)))
+        row["sharp_beside_own"] = gemma_accuracy(trainee, prompts, pool, ("beside", ("sharp", "own")))
+        row["wrong_beside_own"] = gemma_accuracy(
+            trainee, prompts, pool, ("beside", ("sharp", "own")), shift=1
+        )
+        trainee.second_tower.train()
         history.append(row)
         print("gemma", row, flush=True)
 
-    taught = torch.zeros(model.config.text_config.vocab_size, 1, device=settings.device)
-    taught[prompts.token_ids()] = 1
-    # Words of no lesson keep their first embeddings; pushed down as wrong answers only, they would grow for ever.
-    model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * taught)
-    parameters = [*model.parameters(), *pupil.sharp_sight.parameters()]
+    trained_rows = torch.zeros(model.config.text_config.vocab_size, 1, device=settings.device)
+    trained_rows[prompts.token_ids()] = 1
+    # Tokens in no prompt keep their initial embeddings; as wrong answers only, they would grow without bound.
+    model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * trained_rows)
+    parameters = [*model.parameters(), *trainee.second_tower.parameters()]
     steps = Steps(parameters, settings.learning_rate, loss_of)
     steps.run(settings.gemma_steps, lambda step: gemma_curriculum(step / settings.gemma_steps, rng), report)
     return history
@@ -202,9 +206,9 @@ def train_gemma(model: Gemma3ForConditionalGeneration, pool: Pool, settings: Pre
 
 @contextmanager
 def one_frame() -> Iterator[None]:
-    """Runs Wan's causal convolutions as what they are for a single frame: plain 2-D convolutions with the last tap.
+    """Run Wan's causal convolutions on a single frame as 2-D convolutions with the last temporal tap.
 
-    The earlier taps see padding only. It is exact and several times faster, gradients included.
+    The earlier taps see only padding, so this is exact, and several times faster, gradients included.
     """
 
     def forward(self: WanCausalConv3d, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
@@ -220,9 +224,9 @@ def one_frame() -> Iterator[None]:
 
 
 def train_vae(vae: AutoencoderKLWan, pool: Pool, settings: PretrainSettings) -> list[dict]:
-    """Trains the autoencoder (squared error and a small KL term), then writes its latents' mean and std into it."""
+    """Train the VAE (squared error and a small KL term), and store mean and std of its latents in its config."""
     history: list[dict] = []
-    # The convolutions over time are never run for one frame, so they have no gradient and stay as they were.
+    # The convolutions over time are not run for one frame, so they have no gradient and do not change.
     parameters = [p for name, p in vae.named_parameters() if "time_conv" not in name]
 
     def loss_of(_: None) -> Tensor:
@@ -246,7 +250,7 @@ def train_vae(vae: AutoencoderKLWan, pool: Pool, settings: PretrainSettings) -> 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLWan, pictures: Tensor) -> Tensor:
-    """uint8[N, 3, P, P] to the posterior's mean, float32[N, 16, P / 8, P / 8]."""
+    """Return the posterior means, float32[N, 16, P / 8, P / 8], of pictures, uint8[N, 3, P, P]."""
     parts = [
         vae.encode(to_pixels(part)[:, :, None]).latent_dist.mode()[:, :, 0] for part in pictures.split(256)
     ]
@@ -254,8 +258,11 @@ def encode(vae: AutoencoderKLWan, pictures: Tensor) -> Tensor:
 
 
 def check_models(folder: Path, settings: PretrainSettings) -> str:
-    """What would be replaced, in words, or nothing. Raises ValueError for a device that is not there, or settings that
-    nothing can be learnt with, and OSError where `folder` cannot be written."""
+    """Return a line that names what would be replaced, or "".
+
+    Raises ValueError for a missing device and for settings that are not positive, OSError for a folder that cannot be
+    written.
+    """
     resolve_device(settings.device)
     for key, value in asdict(settings).items():
         if key not in ("seed", "device") and value <= 0:
@@ -266,19 +273,19 @@ def check_models(folder: Path, settings: PretrainSettings) -> str:
 
 
 def plan_models(folder: Path, settings: PretrainSettings) -> Iterator[str]:
-    """What `make_models` would do with the same arguments, in lines. Raises as it does."""
+    """Yield lines that say what `make_models` would do with the same arguments. Raises the same errors."""
     replaces = check_models(folder, settings)
     yield f"draws        {settings.num_scenes:,} scenes with seed {settings.seed}, in {settings.workers} processes"
     gemma = f"a small Gemma in {settings.gemma_steps:,} steps of {settings.batch_size} statements"
-    yield f"teaches      {gemma}, on {settings.device}"
+    yield f"trains       {gemma}, on {settings.device}"
     yield f"             a small VAE in {settings.vae_steps:,} steps of {settings.vae_batch_size} pictures"
     yield f"writes       {folder}: gemma/, vae/ and training.json, about 4 MiB{'; ' if replaces else ''}{replaces}"
 
 
 def make_models(folder: Path, settings: PretrainSettings, command: str) -> None:
-    """Draws the scenes, teaches both models and writes `folder`/gemma, `folder`/vae and `folder`/training.json.
+    """Draw the scenes, train both models and write `folder`/gemma, `folder`/vae and `folder`/training.json.
 
-    Raises as `check_models` does, before anything is drawn.
+    Raises the errors of `check_models` before anything is drawn.
     """
     check_models(folder, settings)
     torch.manual_seed(settings.seed)

