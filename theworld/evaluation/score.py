@@ -428,9 +428,9 @@ def score_all(
             plain = load_gemma(config, revision=world["model_revision"])
             model = TheWorld.from_config(config, plain, fingerprint)
             answers.add(model, name, {"baseline": "baseline"})
-        if not model.gemma.modified_parts:
+        if not (model.gemma.modified_parts or model.config.fp8):  # 8 bits take the place of its weights
             gemma, loaded = model.gemma, keys[name]
-        del model  # before the next is loaded, for its weights in 8 bits
+        del model  # before the next is loaded
     # Shared conditions first.
     logits = dict(sorted(answers.logits.items(), key=lambda item: bool(checkpoint_of(item[0]))))
     rows = records(answers.statements, logits, data.seen_images, data.in_train, data.dataset, data.split)
