@@ -4,6 +4,7 @@ A step is a function of (settings, cache, step): the order of the statements, th
 and nothing else is random. So a run that was resumed gives the same weights, bit for bit on the CPU.
 """
 
+import logging
 import math
 import time
 from collections.abc import Generator, Iterator
@@ -44,6 +45,8 @@ from theworld.training.schedule import Phase, learning_rate, num_warmup_steps, p
 from theworld.utils.console import progress
 from theworld.utils.device import set_up_torch
 from theworld.utils.signals import StopRequest
+
+logger = logging.getLogger(__name__)
 
 LOSSES = ("total", "label", "statement", "relation", "correct")  # those of a micro-batch that a step adds up
 
@@ -212,7 +215,7 @@ class Trainer:
         main = self.processes.is_main_process
         if main:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            tqdm.write("\n".join(self.plan.lines))
+            logger.info("\n".join(self.plan.lines))
             clean_up_run(self.output_dir, self.plan.resumed, self.step, self.pending_dev_eval)
         settings = public_settings(self.config)
         trackers = (
@@ -305,7 +308,7 @@ class Trainer:
         on_patches = on_image_tokens(self.config, shape, gemma.num_image_tokens)
         same_places = on_patches and not gemma.trainable_parts
         if self.processes.is_main_process:
-            tqdm.write(warning(window, what_to_try(self.config, same_places)))
+            logger.warning(warning(window, what_to_try(self.config, same_places)))
         self._log({f"watch_{name}": value for name, value in asdict(window).items()}, trackers, bar)
 
     def _log(self, figures: dict[str, float], trackers: Trackers | None, bar: tqdm) -> None:
