@@ -80,7 +80,8 @@ def main() -> int:
         print("\n".join(map(str, audits)))
         return SOUND if all(one.holds for one in audits) else DAMAGED
     if extract(config, *options):
-        print(f"done: {arguments.cache}. Next: python tools/train.py --cache {arguments.cache}")
+        given = f" --config {arguments.config}" if arguments.config else ""
+        print(f"done: {arguments.cache}. Next: python tools/train.py{given} --cache {arguments.cache}")
     return 0
 
 
