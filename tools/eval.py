@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.files import companion
 
 KEYS = (
     "dataset_name annotations image_folder num_workers dtype device max_image_pixels eval_batch_size".split()
@@ -78,7 +79,7 @@ def main() -> int:
             return rehearse(lambda: plan)
         output, summary = score_to_file(**arguments, overrides=overrides, command=["python", *sys.argv])
     print(table(summary))
-    print(f"\nrecords: {output}; summary: {output.with_suffix('.summary.json')}")
+    print(f"\nrecords: {output}; summary: {companion(output, '.summary.json', '.jsonl')}")
     return 0
 
 

@@ -47,7 +47,7 @@ def main() -> int:
         from theworld.cli.dry_run import alignment
         from theworld.evaluation.alignment import align, draw, report
         from theworld.models.serialization import SavedModel
-        from theworld.utils.files import check_output
+        from theworld.utils.files import check_output, companion
 
     overrides = {key: value for key, value in vars(arguments).items() if key in KEYS}
     source = (arguments.cache, arguments.split, arguments.num_samples)
@@ -56,7 +56,7 @@ def main() -> int:
     check_output(arguments.output)
     measured, result = align(SavedModel.open_folder(arguments.model), *source, overrides)
     draw(measured, result, arguments.output)
-    figures = arguments.output.with_suffix(".json")
+    figures = companion(arguments.output, ".json", ".png")
     figures.write_text(json.dumps(result, indent=2) + "\n")
     print(report(result))
     print(f"\npicture: {arguments.output}; figures: {figures}")

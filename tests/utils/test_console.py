@@ -133,3 +133,17 @@ def test_log_messages_are_printed_once_and_unchanged(
     logger.info("a line")
     logger.warning("hub: %s", "another")
     assert capsys.readouterr() == ("a line\nhub: another\n", "")
+
+
+def test_a_tool_draws_into_files_whatever_backend_it_inherits() -> None:
+    program = (
+        "from theworld.utils.console import run_tool\n"
+        "def main():\n"
+        "    from matplotlib import pyplot\n"
+        "    print(pyplot.get_backend())\n"
+        "    return 0\n"
+        "raise SystemExit(run_tool('tool', main))"
+    )
+    variables = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "agg\n"), done.stderr

@@ -289,3 +289,16 @@ def test_torchrun_is_signalled(
     same = same_run(tmp_path / "whole", tmp_path / "stopped", 100)
     tally(stops=1, bitwise="yes" if same else "NO")
     assert same
+
+
+def test_a_closed_terminal_is_a_request_but_not_for_what_nohup_started() -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, asked in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            with StopRequest() as stop, stop.working():
+                os.kill(os.getpid(), signal.SIGHUP)
+                assert stop.asked is asked
+            assert signal.getsignal(signal.SIGHUP) == handler
+    finally:
+        signal.signal(signal.SIGHUP, before)

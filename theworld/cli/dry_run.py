@@ -38,7 +38,7 @@ from theworld.store.format import (
 from theworld.utils.console import line
 from theworld.utils.device import resolve_device, resolve_dtype, wants_compile
 from theworld.utils.distributed import Part, num_launched
-from theworld.utils.files import check_folder, check_output
+from theworld.utils.files import check_folder, check_output, companion
 from theworld.utils.hub import GEMMA_FILE, locate
 
 Split = dict[str, list[Statement]]
@@ -171,7 +171,8 @@ def evaluation(
     path = output or default_output(found, name, split)
     replaces = check_output(path)
     yield line(
-        "writes", f"{path}, {len(statements):,} lines{replaces}, and {path.with_suffix('.summary.json')}"
+        "writes",
+        f"{path}, {len(statements):,} lines{replaces}, and {companion(path, '.summary.json', '.jsonl')}",
     )
 
 
@@ -214,7 +215,7 @@ def recomputation(records: Path) -> Iterator[str]:
     """Yield what `tools/eval.py --from` would do."""
     rows = read_jsonl(records)
     yield line("reads", f"{records}: {len(rows):,} statements, {', '.join(rows[0]['systems'])}")
-    summary = records.with_suffix(".summary.json")
+    summary = companion(records, ".summary.json", ".jsonl")
     yield line("writes", f"{summary}{check_output(summary, '--from')}")
 
 
@@ -231,7 +232,7 @@ def alignment(
     tokens = ProjectionShape.from_dict(world["projection"]).num_tokens
     yield line("measures", f"{tokens:,} world tokens of each, untrained and trained")
     replaces = check_output(output)
-    yield line("writes", f"{output}{replaces} and {output.with_suffix('.json')}")
+    yield line("writes", f"{output}{replaces} and {companion(output, '.json', '.png')}")
 
 
 def _saved_model(

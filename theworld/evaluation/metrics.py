@@ -23,6 +23,7 @@ from sklearn.metrics import balanced_accuracy_score, brier_score_loss, roc_auc_s
 from theworld.data.vsr import release_of
 from theworld.evaluation.conditions import CONDITION_TYPES, checkpoints_in, find_condition
 from theworld.evaluation.records import Row, publish_json
+from theworld.utils.files import companion
 
 CONFIDENCE = 0.95  # of every interval
 RESAMPLES = 9999  # resamples of a bootstrap
@@ -205,7 +206,7 @@ def _releases(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def write_summary(rows: Sequence[Row], path: Path) -> dict[str, Any]:
     """Write the summary of the records of `path` beside them, as results.summary.json for results.jsonl; return it."""
     summary = summarise(rows)
-    publish_json(summary, path.with_suffix(".summary.json"))
+    publish_json(summary, companion(path, ".summary.json", ".jsonl"))
     return summary
 
 

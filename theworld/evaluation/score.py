@@ -46,7 +46,7 @@ from theworld.models.serialization import CONFIG_FILE, SavedModel, find_model
 from theworld.models.theworld import TheWorld
 from theworld.store.reader import StoreReader
 from theworld.utils.device import count_parameters, set_up_torch
-from theworld.utils.files import canonical_sha256, check_output, hash_file
+from theworld.utils.files import canonical_sha256, check_output, companion, hash_file
 from theworld.utils.hub import model_id
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ def write_results(rows: Sequence[Row], source: dict[str, Any], path: Path, comma
     (.summary.json), and return the summary."""
     write_jsonl(rows, path)
     meta = {"command": shlex.join(command), "records_sha256": hash_file(path)[1], **source}
-    publish_json(meta, path.with_suffix(".meta.json"))
+    publish_json(meta, companion(path, ".meta.json", ".jsonl"))
     return write_summary(rows, path)
 
 
@@ -261,7 +261,7 @@ def read_source(path: Path) -> dict[str, Any] | None:
 
     Raises ValueError if it belongs to other records or lacks a field.
     """
-    meta = path.with_suffix(".meta.json")
+    meta = companion(path, ".meta.json", ".jsonl")
     if not meta.is_file():
         return None
     source = json.loads(meta.read_text())

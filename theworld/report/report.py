@@ -62,7 +62,7 @@ from theworld.report.charts import (
     scale_of,
     thinned,
 )
-from theworld.utils.files import check_output, publish_bytes
+from theworld.utils.files import check_output, companion, publish_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
 VERDICTS = {  # of each kind of verdict: its CSS class and its words
@@ -838,8 +838,8 @@ def _source(results: Path, source: Source, run: Path, output: Path, score_comman
         "page_command": _command("tools/report.py", run, "--results", results, "--output", output),
     }
     if source is None:
-        beside = results.with_suffix(".meta.json")
-        lack = f"{beside} is not there, so the checkpoint and the cache behind these records are unknown."
+        meta = companion(results, ".meta.json", ".jsonl")
+        lack = f"{meta} is not there, so the checkpoint and the cache behind these records are unknown."
         return commands | {"lack": lack, "records_command": score_command}
     data = f"{source['dataset']} {source['split']}, {source['statements_in_split']:,} statements"
     return commands | {

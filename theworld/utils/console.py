@@ -122,6 +122,7 @@ def run_tool(tool: str, main: Callable[[], int], interrupted: str = "interrupted
     machine whose cores are shared.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend, inherited, is not here
     try:
         return main()
     except KeyboardInterrupt:

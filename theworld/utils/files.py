@@ -121,12 +121,23 @@ def make_folder(folder: Path) -> None:
         raise explained(error, folder, "a folder") from error
 
 
+def refuse_special(path: Path) -> None:
+    """Raise OSError for a device, a FIFO or a socket, which a file that is published would take the place of."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(
+            errno.EINVAL, "a device, a FIFO or a socket, and a file is wanted; name another", str(path)
+        )
+
+
 def publish_bytes(path: Path, data: bytes, overwrite: bool = False) -> None:
     """Put `data` at `path`, whole or not at all, and durable on return.
 
-    The same bytes may be published again; other bytes raise FileExistsError, unless `overwrite`. On any error nothing
-    of `data` stays under `path`. Raises OSError with the bytes needed and free.
+    The same bytes may be published again; other bytes raise FileExistsError, unless `overwrite`. A symbolic link stays:
+    the file that it names is published. On any error nothing of `data` stays under `path`. Raises OSError for what is
+    no plain file, and with the bytes needed and free where there is no room.
     """
+    refuse_special(path)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if holds(path, data):
         return sync_folder(path.parent)  # the process that renamed it may not have come this far
     # Asked again: another process may have published the same since.
@@ -303,11 +314,20 @@ def check_folder(folder: Path, flag: str) -> None:
         raise PermissionError(f"{flag} {folder}: {there} is not yours to write to; choose another {flag}")
 
 
+def companion(path: Path, suffix: str, own: str) -> Path:
+    """Return the file that goes with `path`: `own`, the suffix of its kind, makes way for `suffix`.
+
+    A name without `own` keeps all of itself: runs called lr-0.001 and lr-0.003 have files of their own.
+    """
+    return path.with_name(path.name.removesuffix(own) + suffix)
+
+
 def check_output(path: Path, flag: str = "--output") -> str:
     """Return " (replaces the one there)" or nothing. Raises OSError if the file could not be written."""
     check_folder(path.parent, flag)
     if path.is_dir():
         raise IsADirectoryError(f"{flag} {path} is a folder, and a file is wanted; name one in it")
+    refuse_special(path)
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"{flag} {path} is not yours to write to; choose another {flag}")
     return " (replaces the one there)" if path.exists() else ""

@@ -1,4 +1,5 @@
-"""A request to stop a run: by SIGTERM or SIGUSR1, as clusters send, or because its launcher is gone.
+"""A request to stop a run: by SIGTERM or SIGUSR1, as clusters send, by SIGHUP of a terminal that is closed, or because
+its launcher is gone.
 
 After the first request the run finishes its optimizer step, saves, and ends with STATUS. A second request, and any
 request while no step is under way, ends the process at once: nothing that was published is touched. Ctrl-C raises
@@ -16,7 +17,7 @@ from typing import Any
 
 from theworld.utils.distributed import num_launched
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on, of a training with --resume_from
 ONE_REQUEST = (
     2.0  # seconds: a signal that reaches a process twice, by itself and with its group, is one request
@@ -64,6 +65,8 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # as `nohup` asks
             self._before[number] = signal.signal(number, self._hear)
         return self
 
