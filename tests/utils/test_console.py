@@ -3,6 +3,8 @@
 import io
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
