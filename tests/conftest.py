@@ -1,6 +1,7 @@
 """Small things that the tests share: the embedded models, photographs made of noise, statements about them."""
 
 import json
+import logging
 import os
 import sys
 from collections import Counter
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 from theworld.config.config import Config
 from theworld.data.vsr import Statement
 from theworld.models.gemma import Gemma
+from theworld.utils.console import configure_logging
 
 pytest_plugins = ["torture"]
 
@@ -177,3 +179,19 @@ def video2world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rolling(config: Config, video2world: Path) -> Config:
     """The settings of that tiny run, with two predicted moments after each photograph."""
     return replace(config, cosmos_model_name=str(video2world), num_world_steps=2, rollout_steps=2)
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> Iterator[None]:
+    """Each test begins with the package's log as a library has it, whatever a tool in an earlier one configured."""
+    yield
+    logger = logging.getLogger("theworld")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+
+
+@pytest.fixture
+def log_shown() -> None:
+    """Show the package's log on standard output, as a tool does."""
+    configure_logging()

@@ -353,7 +353,7 @@ def test_an_alignment_in_numbers(run: Path, cache: Path, tmp_path: Path) -> None
 def test_a_model_that_is_nowhere_stops_it(config: Config, run: Path, cache: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(Fault, match=r"a local folder without vae/config\.json; name a folder with a model"):
+    with pytest.raises(Fault, match=r"a local folder without vae/config\.json; give a folder with a model"):
         list(extraction(replace(config, cosmos_model_name=str(empty)), cache, False, False, None))
     with pytest.raises(Fault, match=r"a local folder without config\.json"):
         list(evaluation([run], cache, None, "test", ["world"], tmp_path / "r", {"model_name": str(empty)}))

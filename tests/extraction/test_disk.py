@@ -135,7 +135,7 @@ def test_a_disk_that_fails_at_any_call_publishes_nothing_wrong(
 PROGRAM = """
 import contextlib, io, subprocess, sys
 from pathlib import Path
-from theworld import extract
+from theworld.extraction import extract
 from jobs import config_of
 job, cache = map(Path, sys.argv[1:])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "none", str(cache)], check=True)

@@ -99,7 +99,9 @@ def note_whole_tensors() -> None:
 def test_a_save_puts_weights_together_in_the_main_process_alone_and_a_resume_is_bitwise(
     config: Config, session_cache: Path, tmp_path: Path
 ) -> None:
-    config = replace(config, freeze_gemma_language=False, output_dir=str(tmp_path / "run"), do_eval=False)
+    config = replace(
+        config, batch_size=1, freeze_gemma_language=False, output_dir=str(tmp_path / "run"), do_eval=False
+    )
     notes = {"NOTES": str(tmp_path / "notes")}
     run = Run(config, session_cache, ranks=2, prepare=note_whole_tensors, **FSDP, **notes)
     assert run.wait(400) == {0}, run.log.read_text()
@@ -120,7 +122,12 @@ def test_a_save_puts_weights_together_in_the_main_process_alone_and_a_resume_is_
     assert again.wait(400) == {0}, again.log.read_text()
     for path in sorted((run.folder / "checkpoint-4").rglob("*.safetensors")):
         name = path.relative_to(run.folder)
-        assert (again.folder / name).read_bytes() == path.read_bytes(), name
+        have, want = (
+            load_file(again.folder / name),
+            load_file(path),
+        )  # the header's order is not always the same
+        assert have.keys() == want.keys()
+        assert all(torch.equal(have[key], want[key]) for key in want), name
 
 
 def test_a_frozen_language_model_is_not_sharded(config: Config, tmp_path: Path) -> None:

@@ -240,8 +240,9 @@ def test_the_parts_of_gemma_are_all_of_its_weights_each_once(gemma: Gemma, text_
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_trains_what_it_says_and_leaves_every_other_bit(
-    stage: str, config: Config, cache: Path, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stage: str, config: Config, cache: Path, first: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     settings = replace(config, init_from=str(first), output_dir=str(tmp_path / stage), **STAGES[stage])
     trainer = Trainer(settings, cache)
     before = {name: p.detach().clone() for name, p in trainer.model.gemma.model.named_parameters()}
@@ -266,7 +267,7 @@ def test_a_stage_trains_what_it_says_and_leaves_every_other_bit(
         ),
     }
     assert sorted(p.stem for p in checkpoint.glob("*.safetensors")) == sorted([*FILES[stage], "projection"])
-    out = capsys.readouterr().out
+    out = caplog.text
     counts = {
         p: sum(t.numel() for t in load_file(checkpoint / f"{p}.safetensors").values()) for p in FILES[stage]
     }

@@ -367,6 +367,7 @@ def test_other_settings_and_what_saved_nothing_start_anew(
     assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoint-5", "key", "metrics.jsonl"]
 
 
+@pytest.mark.usefixtures("log_shown")
 def test_a_damaged_checkpoint_is_set_aside_for_an_older_one_and_fails_the_run_if_there_is_none(
     long: Config, cache: Path, whole: Path, tmp_path: Path, steps: list[tuple[int, int]], capsys: Any
 ) -> None:
@@ -383,10 +384,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_an_older_one_and_fails_the_run_if
     _, left = run_sweep([run], cache, output)
     (line,) = read_results(output)
     assert (left, steps) == ([], [])
-    assert f"{run.folder}: no checkpoint in it is as it was saved:" in line["failed"]
+    assert f"{run.folder}: no valid checkpoint in it:" in line["failed"]
     assert "checkpoint-3/trainer.pt is damaged" in line["failed"]
     assert line["failed"].endswith(f"; remove {run.folder} to start the run anew")
-    with pytest.raises(ValueError, match="no checkpoint in it is as it was saved"):
+    with pytest.raises(ValueError, match="no valid checkpoint in it"):
         list(plan_sweep([run], cache, output))
 
     os.rename(tmp_path / "older", run.folder / "checkpoint-2")

@@ -27,7 +27,7 @@ def test_a_device_map_is_the_setting_device(device_map: object, setting: str) ->
 
 @pytest.mark.parametrize("device_map", [{"model": 0, "lm_head": 1}, {}])
 def test_a_model_in_parts_is_refused(device_map: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"device_map \{.*\}: all models lie on one device"):
+    with pytest.raises(ValueError, match=r"device_map \{.*\}: all models are on one device"):
         device_setting(device_map)
 
 

@@ -72,6 +72,7 @@ def test_a_second_run_of_extraction_changes_no_byte(cache: Path, config: Config)
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in cache.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.usefixtures("log_shown")
 def test_extraction_resumes_to_the_same_bytes(
     cache: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,9 +101,13 @@ def test_unreadable_photographs_are_all_named_before_anything_is_encoded(
 
 
 def test_a_damaged_image_list_is_named(cache: Path, config: Config) -> None:
-    (cache / LATENTS / "images.jsonl").write_text("{")
-    with pytest.raises(StoreError, match=r"latents/images\.jsonl is damaged: .* extract again"):
-        extract(config, cache, with_vision=False, allow_missing=False)
+    path = cache / LATENTS / "images.jsonl"
+    sound = path.read_bytes()
+    path.write_text("{")
+    with pytest.raises(StoreError, match=r"latents/images\.jsonl is damaged: "):
+        Trainer(config, cache)
+    extract(config, cache, with_vision=False, allow_missing=False)
+    assert path.read_bytes() == sound
 
 
 def test_allow_missing_goes_on_and_every_later_step_says_so(
@@ -115,12 +120,12 @@ def test_allow_missing_goes_on_and_every_later_step_says_so(
     shutil.copytree(str(config.image_folder), folder)
     (folder / "b.png").unlink()
     config, cache = replace(config, image_folder=str(folder)), tmp_path / "cache"
+    caplog.set_level("INFO", "theworld")
     extract(config, cache, with_vision=True, allow_missing=True)
-    assert "2 of 3 photographs; 1 left out by --allow_missing" in capsys.readouterr().out
+    assert "2 of 3 photographs; 1 left out by --allow_missing" in caplog.text
     checkpoint = Trainer(config, cache).run()
     note = "5 of 6 statements, 2 of 3 images (1 left out by --allow_missing)"
-    assert f"train: {note}" in capsys.readouterr().out
-    caplog.set_level("INFO", "theworld")
+    assert f"train: {note}" in caplog.text
     score(checkpoint, cache, None, "train", ["baseline"], {})
     assert f"scoring {note}" in caplog.text
     # Missing without having been left out is another matter.
@@ -279,6 +284,7 @@ def test_a_run_on_captions_is_resumed_bitwise_and_not_on_others(
         Trainer(again, cache)
 
 
+@pytest.mark.usefixtures("log_shown")
 def test_a_loss_at_chance_is_said_once_with_what_to_try(
     cache: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -290,6 +296,7 @@ def test_a_loss_at_chance_is_said_once_with_what_to_try(
     assert sum("watch_mean" in line for line in metrics(Path(config.output_dir))) == 1
 
 
+@pytest.mark.usefixtures("log_shown")
 def test_a_run_says_where_relations_have_no_words(
     cache: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -458,6 +465,7 @@ def test_live_latents_are_those_of_the_encoder(config: Config) -> None:
     assert live(["a.png", "b.png"]).shape == (2, 16, 8, 8)
 
 
+@pytest.mark.usefixtures("log_shown")
 def test_a_data_set_of_ones_own_goes_through_all_phases(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
