@@ -130,7 +130,7 @@ def test_without_world_tokens_it_is_plain_gemma(
 def counted(
     model: TheWorld, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[int], list[int], Callable[[], None]]:
-    """How many photographs the VAE and Gemma's eyes were shown in each call, from now on."""
+    """How many photographs the VAE and the vision tower were given in each call, from now on."""
     latents: list[int] = []
     vision: list[int] = []
     encode, features = model.encoder.encode, model.gemma.vision_features
@@ -147,24 +147,24 @@ def test_each_different_photograph_is_encoded_once(
     model: TheWorld, photographs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     latents, vision, forget = counted(model, monkeypatch)
-    eyes = [1] if model.gemma.is_multimodal else []
+    by_tower = [1] if model.gemma.is_multimodal else []
     path = photographs / "a.png"
     (tmp_path / "copy.png").write_bytes(path.read_bytes())
     pixels = read_image(photographs, "a.png")
     same = [path, str(path), tmp_path / "copy.png", Image.open(path), pixels, pixels.copy()]
     found = model.score(same, ["The cat is here."] * 6, batch_size=2)
-    assert (latents, vision) == ([1], eyes)
+    assert (latents, vision) == ([1], by_tower)
     assert found == pytest.approx([found[0]] * 6, abs=1e-6)
     forget()
     one_for_all = model.score(path, ["The cat is here."] * 5)
-    assert (latents, vision) == ([1], eyes)
+    assert (latents, vision) == ([1], by_tower)
     assert one_for_all == pytest.approx(found[:5], abs=1e-6)
     forget()
     model.score([path, photographs / "b.png", path], ["The cat is here."] * 3)
-    assert (latents, vision) == ([1, 1], eyes * 2)
+    assert (latents, vision) == ([1, 1], by_tower * 2)
     forget()
     model.score(path, "The cat is here.", enable_world=False)
-    assert (latents, vision) == ([], eyes)
+    assert (latents, vision) == ([], by_tower)
 
 
 def test_a_file_named_twice_is_read_once(

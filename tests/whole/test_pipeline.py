@@ -149,7 +149,7 @@ def test_a_cache_of_other_settings_is_refused_before_any_model_loads(
         Trainer(replace(config, **{setting: value}), cache)
 
 
-def test_features_of_other_eyes_are_refused(cache: Path, config: Config, tmp_path: Path) -> None:
+def test_features_of_another_vision_tower_are_refused(cache: Path, config: Config, tmp_path: Path) -> None:
     model = Gemma3ForConditionalGeneration.from_pretrained(config.model_name)
     other = tmp_path / "gemma"  # the same name, other weights
     shutil.copytree(config.model_name, other)
@@ -381,9 +381,7 @@ def test_a_text_only_gemma_trains_and_evaluates(cache: Path, config: Config, tex
     config = replace(config, model_name=str(text_gemma_folder), do_eval=False)
     checkpoint = Trainer(config, cache).run()
     summary = summarise(score(checkpoint, cache, None, "test", CONDITIONS, {}))
-    assert set(summary["systems"]) == set(CONDITIONS) - {
-        "text"
-    }  # which is the baseline of a Gemma without eyes
+    assert set(summary["systems"]) == set(CONDITIONS) - {"text"}  # which is the baseline of a text-only Gemma
 
 
 def test_a_start_at_image_tokens_needs_as_many_of_them(

@@ -81,9 +81,8 @@ class Setting:
         if not isinstance(value, accepted):
             raise error
         if self.kind is float:
-            if (
-                not -sys.float_info.max <= value <= sys.float_info.max
-            ):  # NaN, infinity, an integer beyond floats
+            largest = sys.float_info.max
+            if not -largest <= value <= largest:  # NaN, infinity, an integer beyond floats
                 raise error
             value = float(value)
         if self.kind is str and (not _is_text(value) or (self.filled and not value.strip())):

@@ -101,7 +101,7 @@ def load_statements(annotations: str | Path | None, split: str, dataset_name: st
 
     `annotations` is a folder with train.jsonl, dev.jsonl (or validation.jsonl) and test.jsonl, a folder with random/
     and zeroshot/ that hold them, the file of the split itself, or None for dataset_name on the hub. Raises ValueError
-    for an unknown split or dataset name and for a bad line (naming file, line, field, value and what is wanted),
+    for an unknown split or dataset name and for a bad line (naming file, line, field, value and the allowed values),
     FileNotFoundError, and OSError if the hub cannot be reached.
     """
     if split not in SPLITS:

@@ -225,10 +225,9 @@ def extract(
     else:
         encoder = world_encoder.encoder_class(config)(config)
         complete = run(encoder, cache, images, source, config, part, spool)
-    spool.close()
+    spool.close()  # the vision tower takes photographs in another form
     if with_vision:
-        vision = VisionEncoder(config)
-        complete = run(vision, cache, images, source, config, part, Spool(vision.prepare)) and complete
+        complete = run(VisionEncoder(config), cache, images, source, config, part, spool) and complete
     part.close()
     return complete and part.is_main_process
 
@@ -292,10 +291,10 @@ def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: b
         there = total - len(failures)
         return f"{there:,} of {total:,} photographs; {len(failures):,} left out by --allow_missing"
     some = "\n".join(f"  {path}: {reason}" for path, reason in failures[:5])
-    cure = "Mend them, or go on without them with --allow_missing"
+    hint = "Mend them, or go on without them with --allow_missing"
     if allow_missing:
-        cure = "--allow_missing leaves none; check --image_folder"
-    raise ValueError(f"{len(failures):,} of {total:,} photographs cannot be read:\n{some}\n{listed}{cure}")
+        hint = "--allow_missing leaves none; check --image_folder"
+    raise ValueError(f"{len(failures):,} of {total:,} photographs cannot be read:\n{some}\n{listed}{hint}")
 
 
 def run(
@@ -311,9 +310,7 @@ def run(
 
     Returns whether all shards are there. `spool`: photographs that need not be read again.
     """
-    if (
-        spool.prepare != encoder.prepare
-    ):  # the encoder takes photographs in another way than the listing keeps them
+    if spool.prepare != encoder.prepare:  # the listing keeps them in another form than the encoder takes
         spool = Spool(encoder.prepare)
     with part.main_process_first():
         store = open_store(cache, encoder.spec, images, config.shard_size)

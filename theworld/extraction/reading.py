@@ -199,13 +199,13 @@ class ListPhotographs:
 class Prepared(NamedTuple):
     """A batch as a reading process hands it over: `num_photographs`, then padding up to the batch size."""
 
-    pixels: Tensor | None
     # uint8 or float32 [batch size, ...], as the encoder's `prepare` makes one; None with an error
+    pixels: Tensor | None
     num_photographs: int
-    seconds: dict[str, float]
     # of work in the stages read and decode
-    error: ImageError | None
+    seconds: dict[str, float]
     # a value, not raised: the rows of the batches before it come first
+    error: ImageError | None
 
 
 @dataclass(frozen=True)

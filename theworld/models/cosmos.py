@@ -173,7 +173,7 @@ class CosmosEncoder:
 
         pixels: uint8[B, 3, H, W], RGB, or float[B, 3, H, W], the same in [-1, 1]. Returns dtype[B, C, H/8, W/8] on
         the encoder's device; with uint8 there it does not wait for a GPU. Raises ValueError for another shape or
-        range: diffusers itself takes 0..255 without a word.
+        range: diffusers itself takes 0..255 silently.
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ValueError(f"pixels have shape {tuple(pixels.shape)}; wanted [B, 3, H, W]")

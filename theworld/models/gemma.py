@@ -153,7 +153,7 @@ class Gemma:
 
         `attention`: how packed rows are read, "sdpa" with dense masks or "flex_attention" with block masks, which give
         the same; flex needs rows of whole blocks, and is for compiled code on a GPU. (The FlashAttention kernels ignore
-        such masks without a word.) transformers' own forward always has sdpa.
+        such masks silently.) transformers' own forward always has sdpa.
         `revision`: commit of a hub model; None is the newest.
         `parts`: the parts that differ from the published Gemma. They have its weights until others are loaded
         (`load_parts`); new LoRA matrices are drawn from `seed` and change nothing yet.

@@ -29,10 +29,8 @@ def load_pretrained(kind: Any, name_or_path: str, subfolder: str = "", **options
     if config is not None:
         check_weight_files(config.parent)
     options |= {"subfolder": subfolder} if subfolder else {}
-    options |= {
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }  # they are named and refused below
+    # Tensors of another shape are named and refused below.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = kind.from_pretrained(name_or_path, **options)
     except torch.OutOfMemoryError:

@@ -110,11 +110,8 @@ def save_checkpoint(
             _write_shares(shares, temporary)
         if is_main:
             _publish(temporary, target, step)
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-    ) as error:  # torch.save turns an OSError into a RuntimeError
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save turns an OSError into a RuntimeError.
         raise _not_written(error, target, _num_bytes([weights, optimizer])) from error
     finally:
         if is_main:

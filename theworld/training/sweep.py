@@ -161,8 +161,8 @@ def train_one(run: Run, stop: StopRequest, cache: Path) -> dict[str, Any] | None
             return None
         line |= measure(trainer)
     except (ValueError, NotFinite, OutOfMemory) as error:
-        cure = f"; remove {run.folder} to start the run anew" if isinstance(error, CheckpointError) else ""
-        line |= {"failed": f"{error}{cure if config.resume_from else ''}"}
+        hint = f"; remove {run.folder} to start the run anew" if isinstance(error, CheckpointError) else ""
+        line |= {"failed": f"{error}{hint if config.resume_from else ''}"}
     return line | {"seconds": round(time.perf_counter() - start, 1)}
 
 
