@@ -25,3 +25,16 @@ def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     process = PROCESSES.Process(target=target, args=arguments)
     process.start()
     return process
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Return the id of a copy of this process that does `work` and ends with 0, or with 1 on an exception."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return child

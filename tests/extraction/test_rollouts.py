@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from constants import ROOT
+from forks import in_child
 from jobs import flip
 from PIL import Image
 from video2world import Guardrail, Refusing
@@ -301,19 +302,6 @@ def test_the_order_of_the_photographs_changes_no_row(
     assert content(tmp_path / "backwards") == content(tmp_path / "once")
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """Forks a process that does `work`; it ends with 0, or with 1 on an exception."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-
 def test_killed_at_random_moments_at_most_the_photograph_in_work_is_lost(
     job: Config, tmp_path: Path, encoded: Callable[[], int]
 ) -> None:
@@ -557,6 +545,8 @@ sys.path.insert(0, "tests")
 from video2world import Guardrail
 from theworld.config.config import load_config
 from theworld.extraction.extract import extract
+from theworld.utils.console import configure_logging
+configure_logging()
 complete = extract(load_config(sys.argv[1]), Path(sys.argv[2]), False, False, None, Guardrail())
 Path(sys.argv[2] + os.environ["RANK"]).write_text(str(complete))
 """

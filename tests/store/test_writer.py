@@ -16,6 +16,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from forks import in_child
 
 from theworld.store import shard as shards
 from theworld.store.format import StoreMismatch, fingerprint_differences
@@ -74,19 +75,6 @@ def tree(root: Path) -> dict[str, bytes]:
         for path in paths
         if not files.TEMPORARY.fullmatch(path.name)
     }
-
-
-def in_child(work: Callable[[], object]) -> int:
-    """Forks a process that does `work`; it ends with 0, or with 1 on an exception."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
 
 
 def exit_code(child: int) -> int:
