@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from constants import ROOT
@@ -17,6 +18,9 @@ from forks import fork
 from runs import free_port
 
 from theworld.config.config import Config, save_config
+from theworld.training.trainer import Trainer
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def as_a_tool(name: str, arguments: Sequence[str], output: str, variables: dict[str, str]) -> None:
@@ -27,6 +31,22 @@ def as_a_tool(name: str, arguments: Sequence[str], output: str, variables: dict[
     os.environ.update(variables)
     sys.argv = [f"{name}.py", *arguments]
     runpy.run_path(f"tools/{name}.py", run_name="__main__")
+
+
+def held_sweep(arguments: Sequence[str], output: str, hold: int) -> None:
+    """The sweep as `as_a_tool` runs it, at the head of a group, whose runs wait before a step until asked to stop."""
+    os.setsid()
+    train_step = Trainer.train_step
+
+    def held(self: Trainer, *given: Any) -> dict[str, float]:
+        if self.step == hold:
+            Path(f"{self.config.output_dir}.held-{hold}").touch()
+        while self.step == hold and not self.stop.asked:
+            time.sleep(0.001)
+        return train_step(self, *given)
+
+    Trainer.train_step = held  # type: ignore[method-assign]
+    as_a_tool("sweep", arguments, output, OFFLINE)
 
 
 def forked(
@@ -56,9 +76,6 @@ def forked(
         f"{name} takes longer: {texts}"
     )
     return subprocess.CompletedProcess([name, *arguments], next((c for c in codes if c), 0) or 0, *texts)
-
-
-OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def launch(
