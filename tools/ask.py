@@ -80,7 +80,7 @@ def ask(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     model = load_for_asking(arguments.model, arguments.conditions, overrides)
     rows = answers(model, arguments.image, arguments.statement, arguments.conditions)
     result = {"model": arguments.model, "image": str(Path(arguments.image)), "answers": rows}
-    print(json.dumps(result, ensure_ascii=False) if arguments.json else table(rows))
+    print(json.dumps(result) if arguments.json else table(rows))
     return 0
 
 
@@ -118,4 +118,4 @@ def dry_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool("ask", main))
+    sys.exit(run_tool("ask", main, prints=True))

@@ -45,4 +45,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool("doctor", main))
+    sys.exit(run_tool("doctor", main, prints=True))
