@@ -17,7 +17,6 @@ import socket
 import ssl
 import threading
 import time
-import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from theworld.data.images import MAX_BYTES, MAX_PIXELS, ImageError, decode, miss
 from theworld.data.vsr import Statement, load_all, statements_at_hand
 from theworld.utils.console import progress
 from theworld.utils.files import FAILURES, check_folder, check_room, publish_bytes, write_failures
+from theworld.utils.text import composed, folded
 
 COCO_HOST = "images.cocodataset.org"
 # COCO's host has no certificate of its own: the same files are served over https by the host at the right.
@@ -455,8 +455,8 @@ class CocoCopy:
 
     @functools.cached_property
     def similar_names(self) -> dict[str, str]:
-        """The names of `entries`, by what `_folded` makes of them."""
-        return {_folded(name): name for name in self.entries}
+        """The names of `entries`, by what `folded` makes of them."""
+        return {folded(name): name for name in self.entries}
 
 
 def _link(source: Path, path: Path) -> bool:
@@ -474,15 +474,6 @@ def _link(source: Path, path: Path) -> bool:
     return True
 
 
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def _folded(name: str) -> str:
-    """Return a name without the differences of upper and lower case and of the Unicode form."""
-    return _composed(_composed(name).casefold())
-
-
 def save_copy(copies: Sequence[CocoCopy], name: str, link: str, path: Path) -> None:
     """Put a photograph of the first copy that has it at `path`. Raises ImageError if none has, or it is damaged."""
     for copy in copies:
@@ -495,9 +486,9 @@ def why_missing(copies: Sequence[CocoCopy], name: str, link: str) -> str:
     """Return a message about a photograph that no copy has, with a similar name or the part of COCO that has it."""
     reason = f"not in {', '.join(str(copy.path) for copy in copies)}"
     for copy in copies:
-        similar = copy.similar_names.get(_folded(name))
+        similar = copy.similar_names.get(folded(name))
         if similar is not None:
-            same_letters = _composed(similar) == _composed(name)
+            same_letters = composed(similar) == composed(name)
             difference = "Unicode form (NFC or NFD)" if same_letters else "upper and lower case"
             entry = copy.entries[similar]
             return (

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import shlex
 import stat
 import time
 import zlib
@@ -290,9 +291,10 @@ def photograph(image: str | Path | np.ndarray | Image.Image, max_pixels: int = M
 
 
 def refuse_address(image: str | Path) -> None:
-    """Raise ImageError for an address such as https://... where a file is wanted."""
+    """Raise ImageError for an address such as https://... where a file is wanted, with the command that gets it."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(image)) and not os.path.lexists(image):
-        raise ImageError(str(image), "an address; only files are read, so download the photograph first")
+        command = f"curl --location --output photo.jpg {shlex.quote(str(image))}"
+        raise ImageError(str(image), f"an address, and only files are read; download it first: {command}")
 
 
 def sha256(data: bytes) -> str:

@@ -4,7 +4,6 @@ Three steps: `held_out` reads the statements and finds which of them training ha
 `write_results` writes the records with their provenance beside them.
 """
 
-import json
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +47,7 @@ from theworld.store.reader import StoreReader
 from theworld.utils.device import count_parameters, set_up_torch
 from theworld.utils.files import canonical_sha256, check_output, companion, hash_file
 from theworld.utils.hub import model_id
+from theworld.utils.jsonc import read_json_with_comments
 
 logger = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ def read_source(path: Path) -> dict[str, Any] | None:
     meta = companion(path, ".meta.json", ".jsonl")
     if not meta.is_file():
         return None
-    source = json.loads(meta.read_text())
+    source = read_json_with_comments(meta)
     kinds = [
         (source, _OF_RESULTS),
         *((one, _OF_CHECKPOINT) for one in source.get("checkpoints", {}).values()),
