@@ -149,7 +149,8 @@ def evaluation(
     for checkpoint in found:
         saved.append((yield from _saved_model(checkpoint, overrides)))
     try:
-        data = held_out(checkpoints, split, overrides, train_annotations, allow_trained, split_at_hand)
+        given = (split, overrides, train_annotations, allow_trained, split_at_hand)
+        data = held_out(checkpoints, *given, cache, image_folder)
     except NotDownloaded as error:
         yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
         data = None

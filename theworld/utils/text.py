@@ -77,3 +77,8 @@ def composed(text: str) -> str:
 def folded(text: str) -> str:
     """Return a text without the differences of upper and lower case and of the Unicode form."""
     return composed(composed(text).casefold())
+
+
+def same_words(text: str) -> str:
+    """Return a sentence without what its spellings differ in: case, Unicode form, spaces and the full stop."""
+    return " ".join(folded(text).split()).rstrip(" .")
