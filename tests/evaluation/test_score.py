@@ -14,8 +14,9 @@ import pytest
 from constants import ROOT
 from serving_models import save_model
 
+from theworld.cli.doctor import look_over
 from theworld.config.config import Config, save_config
-from theworld.data.images import sha256
+from theworld.data.images import ImageError, sha256
 from theworld.data.vsr import OWN, PUBLISHED_SHA256, load_statements, release_of, statements_sha256
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.metrics import summarise
@@ -33,6 +34,7 @@ from theworld.extraction.extract import extract
 from theworld.models import theworld
 from theworld.models.gemma import Gemma
 from theworld.models.serialization import SavedModel, fingerprint_of, write_world
+from theworld.report.report import _photograph
 from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store
 from theworld.training.trainer import Trainer
@@ -409,6 +411,32 @@ def test_records_and_summary_say_that_a_photograph_was_seen_under_another_name(
         "True": 1,
         "False": 1,
     }
+
+
+def test_all_phases_read_a_folder_of_links_on_request(
+    config: Config, photographs: Path, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "images", tmp_path / "r.jsonl"
+    folder.mkdir()
+    for path in photographs.iterdir():
+        (folder / path.name).symlink_to(path)
+    config = replace(config, image_folder=str(folder), max_steps=1, do_eval=False)
+    with pytest.raises(ValueError, match=r"a\.png: a symbolic link out of .*; --follow_links reads it"):
+        extract(config, tmp_path / "cache", with_vision=False, allow_missing=False)
+    config = replace(config, follow_links=True)
+    extract(config, tmp_path / "cache", with_vision=False, allow_missing=False)
+    page = {finding.topic: finding for finding in look_over(config, tmp_path / "cache")}
+    assert page["photographs"].message.endswith("3 of 3 looked at can be read")
+    assert page["compared"].state == "ok"
+    run = Trainer(config, tmp_path / "cache").run()  # Gemma looks at the photographs
+    score_to_file([run], "test", None, folder, ("world", "baseline"), {}, ["eval"], output)
+    assert [row["image_seen_in_train"] for row in read_jsonl(output)] == [True] * 4
+    source = read_source(output)
+    assert source is not None
+    assert source["follow_links"] is True
+    assert _photograph(folder, "a.png", source["follow_links"])["width"] == 96
+    with pytest.raises(ImageError, match="--follow_links reads it"):
+        score_to_file([run], "test", None, folder, ("world",), {"follow_links": False}, ["eval"], output)
 
 
 def test_a_release_is_told_by_its_statements_whatever_it_is_called(

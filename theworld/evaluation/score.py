@@ -72,6 +72,7 @@ class HeldOut:
     seen_images: set[str]  # images of the split that training had, under whatever name
     in_train: set[tuple[str, str]]  # (image, caption) of each statement of the split that training had
     trained_on: dict[str, str]  # checkpoint -> its training data in words
+    follow_links: bool = False  # whether links that lead out of the image folder are read
 
 
 def held_out(
@@ -105,7 +106,9 @@ def held_out(
     dataset = dataset_label(annotations, dataset_name, split, statements)
     stages = {name: _stages(saved, train_annotations, load) for name, saved in checkpoints.items()}
     trained = [s for own in stages.values() for train, _, _ in own for s in train]
-    identity = _identities(images_of([*statements, *trained]), images_of(trained), cache, image_folder)
+    config = next(iter(settings.values()))
+    had_images, places = images_of(trained), (cache, image_folder, config.follow_links)
+    identity = _identities(images_of([*statements, *trained]), had_images, *places)
     in_train: set[tuple[str, str]] = set()
     seen: set[str] = set()
     for name, saved in checkpoints.items():
@@ -124,18 +127,18 @@ def held_out(
         )
         for name, own in stages.items()
     }
-    folder = next(iter(settings.values())).image_folder
-    return HeldOut(statements, split, dataset, annotations, folder, seen, in_train, trained_on)
+    data = (statements, split, dataset, annotations, config.image_folder)
+    return HeldOut(*data, seen, in_train, trained_on, config.follow_links)
 
 
 def _identities(
-    images: list[str], trained: list[str], cache: Path | None, image_folder: Path | None
+    images: list[str], trained: list[str], cache: Path | None, image_folder: Path | None, follow_links: bool
 ) -> dict[str, str]:
     """Return what tells the content of each image, as far as the cache or the folder has it; the others have a name."""
     if cache is not None:
         found, where = known_hashes(cache), cache
     elif image_folder is not None:
-        found, where = contents(image_folder, images), image_folder
+        found, where = contents(image_folder, images, follow_links), image_folder
     else:
         return {}
     unknown = sum(image not in found for image in trained)
@@ -272,6 +275,7 @@ def results_provenance(
         "annotations": data.annotations,
         "statements_in_split": len(data.statements),
         "image_folder": str(image_folder) if image_folder else data.image_folder,
+        "follow_links": data.follow_links,
         "cache": _cache(cache) if cache else None,
         "checkpoints": checkpoints,
         "versions": {"theworld": theworld.__version__, **{name: version(name) for name in LIBRARIES}},
@@ -522,7 +526,8 @@ def _from_photographs(
     model: TheWorld, config: Config, folder: Path
 ) -> tuple[FeatureSource, FeatureSource | None]:
     model.check_no_steps(NOT_ALONE)
-    latents = OnTheFlyLatents(model.encoder, folder, config.max_image_pixels)
+    pixels, links = config.max_image_pixels, config.follow_links
+    latents = OnTheFlyLatents(model.encoder, folder, pixels, links)
     if not model.gemma.is_multimodal:
         return latents, None
-    return latents, OnTheFlyVision(model.gemma, folder, config.max_image_pixels)
+    return latents, OnTheFlyVision(model.gemma, folder, pixels, follow_links=links)

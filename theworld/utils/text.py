@@ -79,6 +79,12 @@ def folded(text: str) -> str:
     return composed(composed(text).casefold())
 
 
+def difference(one: str, other: str) -> str:
+    """Return in words what two names that are `folded` to the same differ in."""
+    same_letters = composed(one) == composed(other)
+    return "Unicode form (NFC or NFD)" if same_letters else "upper and lower case"
+
+
 def same_words(text: str) -> str:
     """Return a sentence without what its spellings differ in: case, Unicode form, spaces and the full stop."""
     return " ".join(folded(text).split()).rstrip(" .")
