@@ -15,8 +15,8 @@ from theworld.utils.console import loading, run_tool
 
 # Settings of extraction, and those that training has in addition.
 EXTRACTION = (
-    "model_name world_encoder cosmos_model_name dataset_name annotations image_folder max_image_pixels latent_size "
-    "latent_dtype encode_batch_size shard_size dtype device"
+    "model_name world_encoder cosmos_model_name dataset_name annotations image_folder follow_links max_image_pixels "
+    "latent_size latent_dtype encode_batch_size shard_size dtype device"
 ).split()
 TRAINING = (
     "world_mode world_patch batch_size use_gradient_checkpointing compile fp8 output_dir resume_from"
@@ -36,7 +36,7 @@ def main() -> int:
         from theworld.cli.doctor import FAULT, look_over
 
     given = [(key, value) for key, value in vars(arguments).items() if key in ["config", *EXTRACTION]]
-    flags = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in given if value is not None)
+    flags = " ".join(_flag(key, value) for key, value in given if value is not None)
     findings = look_over(config, arguments.cache, flags)
     print("\n".join(map(str, findings)))
     faults = sum(finding.state == FAULT for finding in findings)
@@ -44,5 +44,12 @@ def main() -> int:
     return 1 if faults else 0
 
 
+def _flag(key: str, value: object) -> str:
+    """Return the words of a command line that give a setting its value."""
+    if isinstance(value, bool):
+        return f"--{key}" if value else f"--no-{key}"
+    return f"--{key} {shlex.quote(str(value))}"
+
+
 if __name__ == "__main__":
-    sys.exit(run_tool("doctor", main))
+    sys.exit(run_tool("doctor", main, prints=True))

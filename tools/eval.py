@@ -17,8 +17,9 @@ from theworld.utils.console import loading, rehearse, run_tool
 from theworld.utils.files import companion
 
 KEYS = (
-    "dataset_name annotations image_folder num_workers dtype device max_image_pixels eval_batch_size".split()
-)
+    "dataset_name annotations image_folder follow_links num_workers dtype device max_image_pixels "
+    "eval_batch_size"
+).split()
 
 
 def main() -> int:

@@ -37,7 +37,7 @@ def main() -> int:
     text = "Number of simultaneous downloads or copies. (default: 8)"
     parser.add_argument("--num_workers", type=int, default=8, metavar="INTEGER", help=text)
     add_dry_run(parser)
-    add_config_arguments(parser, ["dataset_name", "annotations", "max_image_pixels"])
+    add_config_arguments(parser, ["dataset_name", "annotations", "max_image_pixels", "follow_links"])
     arguments = parser.parse_args()
     if arguments.num_workers < 1:
         parser.error(f"--num_workers is {arguments.num_workers}; give 1 or more")

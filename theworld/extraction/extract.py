@@ -244,7 +244,7 @@ def source_of(config: Config, part: Part) -> Source:
     if config.image_folder is None:
         raise ValueError("image_folder is not set: give --image_folder, the folder with the COCO photographs")
     workers = num_workers(config.num_workers, part.local_count)
-    source = Source(Path(config.image_folder), config.max_image_pixels, workers)
+    source = Source(Path(config.image_folder), config.max_image_pixels, workers, config.follow_links)
     if not source.folder.is_dir():
         raise ValueError(
             f"image_folder {source.folder}: not a folder; get the photographs with tools/get_images.py, or say where "

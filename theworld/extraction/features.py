@@ -99,8 +99,11 @@ class KeptRows:
 class OnTheFlyLatents:
     """Rows of a world encoder straight from the photographs, for evaluation without a cache."""
 
-    def __init__(self, encoder: Encoder, image_folder: str | Path, max_image_pixels: int) -> None:
+    def __init__(
+        self, encoder: Encoder, image_folder: str | Path, max_image_pixels: int, follow_links: bool = False
+    ) -> None:
         self.encoder = encoder
+        self.follow_links = follow_links
         self.image_folder = Path(image_folder)
         self.max_image_pixels = max_image_pixels
         self.kept = KeptRows(self._encode)
@@ -111,7 +114,7 @@ class OnTheFlyLatents:
         return self.kept(images)
 
     def _encode(self, image: str) -> Tensor:
-        pixels = read_image(self.image_folder, image, max_pixels=self.max_image_pixels)
+        pixels = read_image(self.image_folder, image, self.max_image_pixels, self.follow_links)
         return self.encoder.encode(self.encoder.prepare(pixels)[None])[0]
 
 
@@ -124,12 +127,14 @@ class OnTheFlyPixels:
         image_folder: str | Path,
         max_image_pixels: int,
         hashes: Mapping[str, str] | None = None,
+        follow_links: bool = False,
     ) -> None:
         """`hashes`: path -> SHA-256 of the photographs whose latents go with these features."""
         self.gemma = gemma
         self.image_folder = Path(image_folder)
         self.max_image_pixels = max_image_pixels
         self.hashes = hashes
+        self.follow_links = follow_links
         self.readers = ThreadPoolExecutor(8)  # PIL decodes outside of Python's lock
 
     def __call__(self, images: Sequence[str]) -> Tensor:
@@ -138,7 +143,7 @@ class OnTheFlyPixels:
         return torch.cat(list(self.readers.map(self._read, images)))
 
     def _read(self, image: str) -> Tensor:
-        data = read_bytes(self.image_folder, image)
+        data = read_bytes(self.image_folder, image, follow_links=self.follow_links)
         if self.hashes is not None and sha256(data) != self.hashes[image]:
             raise ImageError(
                 image,
@@ -236,7 +241,7 @@ def vision_source(
         )
         raise ValueError(f"this Gemma looks at the photographs: {reason}; give --image_folder{other}")
     kind = OnTheFlyPixels if VISION_PART in gemma.trainable_parts else OnTheFlyVision
-    return kind(gemma, config.image_folder, config.max_image_pixels, hashes)
+    return kind(gemma, config.image_folder, config.max_image_pixels, hashes, config.follow_links)
 
 
 def vision_note(gemma: Gemma, cached: CachedFeatures | None) -> list[str]:

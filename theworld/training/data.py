@@ -91,7 +91,8 @@ def compared(config: Config, latents: CachedFeatures, images: list[str]) -> list
         return [f"photographs: not in {folder}, so they were not compared with the cache"]
     hashes = {image: latents.reader.images[image] for image in images}
     extracted = (latents.reader.root / "manifest.json").stat().st_mtime
-    return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS)]
+    links = config.follow_links
+    return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS, follow_links=links)]
 
 
 def plan_gemma(config: Config, device: torch.device, data: Data, start: SavedModel | None) -> Gemma:
