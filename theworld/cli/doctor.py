@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 from packaging.requirements import Requirement
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import ImageError, check_photographs, missing_photographs, read_image
 from theworld.data.vsr import Statement, images_of, load_all, statements_at_hand
 from theworld.extraction.encoders import VisionEncoder
+from theworld.extraction.extract import photographs_command
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
@@ -21,6 +23,7 @@ from theworld.store.format import read_failures, read_manifest
 from theworld.store.reader import StoreReader, verify_store
 from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
+from theworld.utils.commands import flags
 from theworld.utils.device import GIB, memory_of, resolve_device
 from theworld.utils.files import check_folder, check_room, free_bytes
 from theworld.utils.hub import GEMMA_FILE, Fault, file_at_hand, locate
@@ -43,12 +46,10 @@ class Finding:
         return f"{self.state:<6} {self.topic:<12} {self.message}{hint}"
 
 
-def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
-    """Return what is in order and what is not. Loads no model, changes nothing, and raises no error that a check finds.
-
-    `flags`: the flags of these settings, for the commands in the hints.
-    """
-    extract = " ".join(["python tools/extract_latents.py", *([flags] if flags else []), f"--cache {cache}"])
+def look_over(config: Config, cache: Path) -> list[Finding]:
+    """Return what is in order and what is not. Loads no model, changes nothing, and raises no error that a check
+    finds."""
+    extract = extraction_command(config, cache)
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("libraries", lambda: _libraries()),
         ("device", lambda: _device(config)),
@@ -57,7 +58,7 @@ def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
         ("rollout", lambda: _rollout(config)),
         ("photographs", lambda: _photographs(config)),
         ("latents", lambda: _store("latents", _world(config), cache, extract, config)),
-        ("vision", lambda: _vision(cache, f"{extract} --gemma_vision", config)),
+        ("vision", lambda: _vision(cache, extraction_command(config, cache, "--gemma_vision"), config)),
         ("compared", lambda: _compared(config, cache / _world(config).name)),
         ("output_dir", lambda: _output(config)),
     ]
@@ -174,7 +175,7 @@ def _photographs(config: Config) -> Iterator[Finding]:
     missing = missing_photographs(names, folder)
     if missing:
         message = f"{len(missing):,} of {len(names):,} are not in {folder}, such as {missing[0]}"
-        hint = f"python tools/get_images.py --output {folder} (GUIDE.md, Photographs), or extract with --allow_missing"
+        hint = f"extract with --allow_missing (GUIDE.md, Photographs), or: {photographs_command(config)}"
         yield Finding("photographs", FAULT, message, hint)
         return
     sample = np.random.default_rng(0).permutation(names)[:SAMPLE]
@@ -249,7 +250,7 @@ def _output(config: Config) -> Iterator[Finding]:
         message = (
             f"{folder} holds {', '.join(path.name for path in there)}, which a training would not overwrite"
         )
-        hint = f"--resume_from {folder} to go on with it, or another --output_dir"
+        hint = f"{flags('--resume_from', folder)} to go on with it, or another --output_dir"
         yield Finding("output_dir", FAULT, message, hint)
     else:
         yield Finding(
