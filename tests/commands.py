@@ -2,7 +2,9 @@
 
 import multiprocessing.connection
 import os
+import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from constants import ROOT
 from forks import fork
 from runs import free_port
 
+from theworld.config.cli import ArgumentParser
 from theworld.config.config import Config, save_config
 from theworld.training.trainer import Trainer
 
@@ -133,6 +136,39 @@ def main_of(
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(f"tools/{name}.py", run_name="__main__")
     return ended.value.code, *capsys.readouterr()
+
+
+def run_command(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[object, str, str]:
+    """Status, output and errors of a shown command, read as a shell reads it and run in this process."""
+    python, script, *arguments = shlex.split(line)
+    assert python == "python"
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    return ended.value.code, *capsys.readouterr()
+
+
+def shown_commands(text: str) -> list[str]:
+    """The commands of the project's tools in a text; each ends with its line."""
+    return re.findall(r"python \S*tools/\w+\.py.*", text)
+
+
+def flags_of(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], ArgumentParser]:
+    """The flags of a tool, as its help lists them, and its parser."""
+    found: list[ArgumentParser] = []
+
+    def parse(parser: ArgumentParser, *arguments: object) -> None:
+        found.append(parser)
+        raise SystemExit(0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ArgumentParser, "parse_args", parse)
+        patch.setattr(sys, "argv", [f"tools/{name}.py"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    return found[0].flags(), found[0]
 
 
 def tool(

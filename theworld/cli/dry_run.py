@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import NotDownloaded, Statement, images_of, split_at_hand, statements_at_hand
@@ -192,8 +193,8 @@ def _reads(
         vision = sees and VISION_PART not in world["parts"] and cached_vision(config, cache) is not None
         if sees and not vision and config.image_folder is None:
             raise ValueError(
-                f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or "
-                "score from photographs with --image_folder"
+                f"{cache} has no vision features; score from photographs with --image_folder, or extract them with: "
+                f"{extraction_command(config, cache, '--gemma_vision')}"
             )
         yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
         photographs = Path(str(config.image_folder)) if sees and not vision else None

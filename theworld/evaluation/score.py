@@ -516,7 +516,7 @@ def _from_cache(
     statements, note = in_cache(statements, latents, cache)
     logger.info("scoring %s", note)
     cached = cached_vision(model.config, cache)
-    vision = vision_source(model.gemma, model.config, cached, latents.reader.images)
+    vision = vision_source(model.gemma, model.config, cached, latents.reader.images, cache)
     for note in vision_note(model.gemma, cached):
         logger.info("%s", note)
     return latents, vision, statements

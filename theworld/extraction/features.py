@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import ImageError, decode, read_bytes, read_image, sha256
 from theworld.data.vsr import Statement, images_of
@@ -30,6 +31,7 @@ from theworld.models.gemma import Gemma, is_multimodal
 from theworld.models.serialization import VISION as VISION_PART
 from theworld.store.format import VISION, read_failures
 from theworld.store.reader import StoreReader
+from theworld.utils.commands import PLACEHOLDER, extraction
 from theworld.utils.device import torch_dtype
 from theworld.utils.files import StoreError
 
@@ -49,10 +51,7 @@ class CachedFeatures:
         """`spec`: what the rows have to mean; None: not compared. Raises StoreError if there is no such store or it is
         unfinished or damaged, StoreMismatch if it holds something else."""
         if not root.exists():
-            raise StoreError(
-                f"{root} is not there; make it with tools/extract_latents.py --cache {root.parent}, or name another "
-                "--cache"
-            )
+            raise StoreError(_not_there(root, extraction(root.parent)))
         self.reader = StoreReader(root)
         if spec is not None:
             spec.check_compatible(root, self.reader.fingerprint)
@@ -182,7 +181,8 @@ def in_cache(
     if unknown:
         raise StoreError(
             f"{cache}: {len(unknown)} of {len(images)} images that the statements name are not in "
-            f"the cache, such as {unknown[0]}; run tools/extract_latents.py with the same --annotations"
+            f"the cache, such as {unknown[0]}; name other statements with --annotations, or make a cache of these "
+            f"with: {extraction(Path(f'{cache}-new'))}"
         )
     kept = [s for s in statements if s.image not in missing]
     found = f"{len(images) - len(missing)} of {len(images)} images"
@@ -193,7 +193,18 @@ def in_cache(
 def cached_latents(config: Config, cache: Path) -> CachedFeatures:
     """Return the cache's rows of the world encoder that the settings name, as they describe them."""
     spec = world_encoder.encoder_class(config).describe(config)
+    _check_there(cache / spec.name, config)
     return CachedFeatures(cache / spec.name, spec)
+
+
+def _check_there(root: Path, config: Config) -> None:
+    """Raise StoreError with the command that makes a store with these settings, if there is none."""
+    if not root.exists():
+        raise StoreError(_not_there(root, extraction_command(config, root.parent)))
+
+
+def _not_there(root: Path, command: str) -> str:
+    return f"{root} is not there; name another --cache, or make it with: {command}"
 
 
 def latents_for(fingerprint: Mapping[str, Any], config: Config, cache: Path) -> CachedFeatures:
@@ -201,7 +212,9 @@ def latents_for(fingerprint: Mapping[str, Any], config: Config, cache: Path) -> 
 
     Raises StoreMismatch if they are others than those it was trained on.
     """
-    features = CachedFeatures(cache / world_encoder.encoder_class(config).name)
+    root = cache / world_encoder.encoder_class(config).name
+    _check_there(root, config)
+    features = CachedFeatures(root)
     check_compatible(features.reader.root, features.reader.fingerprint, fingerprint)
     return features
 
@@ -217,11 +230,15 @@ CHANGED_TOWER = "Gemma's vision tower is not as it was published, so cached feat
 
 
 def vision_source(
-    gemma: Gemma, config: Config, cached: CachedFeatures | None, hashes: Mapping[str, str] | None = None
+    gemma: Gemma,
+    config: Config,
+    cached: CachedFeatures | None,
+    hashes: Mapping[str, str] | None = None,
+    cache: str | Path = PLACEHOLDER,
 ) -> FeatureSource | None:
     """Return where a Gemma's vision comes from: cached features; else photographs, through its tower or, if that
     trains, as pixels; None for a text-only Gemma. `hashes`: path -> SHA-256 of the photographs whose latents go with
-    them.
+    them. `cache`: for the message, the folder where cached features would be.
 
     Raises ValueError if photographs are needed and `image_folder` is not set, StoreMismatch if cached features are
     another tower's.
@@ -234,11 +251,9 @@ def vision_source(
         return cached
     if config.image_folder is None:
         reason = CHANGED_TOWER if changed else "the cache has no features of them"
-        other = (
-            ""
-            if gemma.modified_parts
-            else ", or extract them once with tools/extract_latents.py --gemma_vision"
-        )
+        other = ""
+        if not gemma.modified_parts:
+            other = f", or extract them once with: {extraction_command(config, cache, '--gemma_vision')}"
         raise ValueError(f"this Gemma looks at the photographs: {reason}; give --image_folder{other}")
     kind = OnTheFlyPixels if VISION_PART in gemma.trainable_parts else OnTheFlyVision
     return kind(gemma, config.image_folder, config.max_image_pixels, hashes, config.follow_links)

@@ -111,7 +111,7 @@ def plan_gemma(config: Config, device: torch.device, data: Data, start: SavedMod
 def with_vision(data: Data, gemma: Gemma, config: Config) -> Data:
     """Return the data with the source of this Gemma's vision features, and free its vision tower if they are cached."""
     cached = data.vision if isinstance(data.vision, CachedFeatures) else None
-    vision = vision_source(gemma, config, cached, data.latents.reader.images)
+    vision = vision_source(gemma, config, cached, data.latents.reader.images, data.latents.reader.root.parent)
     if isinstance(vision, CachedFeatures):
         gemma.drop_vision()
     return replace(data, vision=vision, notes=[*data.notes, *vision_note(gemma, cached)])
