@@ -18,9 +18,9 @@ from typing import Any
 from theworld.utils.console import loading, rehearse, run_tool
 
 KEYS = (
-    "world_encoder cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels latent_size "
-    "latent_dtype encode_batch_size shard_size dtype device compile num_workers num_world_steps rollout_prompt "
-    "rollout_frames rollout_steps rollout_guidance rollout_seed"
+    "world_encoder control_seed cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels "
+    "latent_size latent_dtype encode_batch_size shard_size dtype device compile num_workers num_world_steps "
+    "rollout_prompt rollout_frames rollout_steps rollout_guidance rollout_seed"
 ).split()
 
 
