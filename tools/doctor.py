@@ -14,7 +14,8 @@ from theworld.utils.console import loading, run_tool
 
 # Settings of extraction, and those that training has in addition.
 EXTRACTION = (
-    "model_name world_encoder cosmos_model_name dataset_name annotations image_folder follow_links max_image_pixels "
+    "model_name world_encoder control_seed cosmos_model_name dataset_name annotations image_folder follow_links "
+    "max_image_pixels "
     "latent_size latent_dtype encode_batch_size shard_size dtype device"
 ).split()
 TRAINING = (

@@ -15,13 +15,13 @@ from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import ImageError, check_photographs, missing_photographs, read_image
 from theworld.data.vsr import Statement, images_of, load_all, statements_at_hand
-from theworld.extraction.encoders import VisionEncoder
 from theworld.extraction.extract import photographs_command
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
+from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import checkpoint_step, list_checkpoints
-from theworld.store.format import read_failures, read_manifest
+from theworld.store.format import VISION, read_failures, read_manifest
 from theworld.store.reader import StoreReader, verify_store
 from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
@@ -107,7 +107,7 @@ def _once(found: list[Finding], fault: Finding) -> Finding:
 
 
 def _world(config: Config) -> EncoderSpec:
-    return world_encoder.encoder_class(config).describe(config)
+    return world_encoder.describe(config)
 
 
 def _libraries() -> Iterator[Finding]:
@@ -236,9 +236,10 @@ def _photographs(config: Config, splits: Splits) -> Iterator[Finding]:
 
 
 def _vision(cache: Path, command: str, config: Config, statements: Callable[[], Splits]) -> Iterator[Finding]:
-    """Check the store of vision features, which a text-only Gemma has none of."""
+    """Check the store of vision features, which a text-only Gemma has none of; once, where world tokens are made of
+    them."""
     path = file_at_hand(config.model_name, GEMMA_FILE)
-    if path is None or is_multimodal(str(path.parent)):
+    if _world(config).name != VISION and (path is None or is_multimodal(str(path.parent))):
         yield from _store("vision", VisionEncoder.describe(config), cache, command, config, statements())
 
 
@@ -246,6 +247,9 @@ def _store(
     topic: str, spec: EncoderSpec, cache: Path, command: str, config: Config, splits: Splits
 ) -> Iterator[Finding]:
     root, names = cache / spec.name, _names(splits)
+    if not spec.stored:
+        yield Finding(topic, OK, f"world_encoder {config.world_encoder} reads none")
+        return
     if not root.exists():
         yield Finding(topic, NOTE, f"{root} is not there yet; {_room(root, spec, len(names))}", command)
         return

@@ -26,6 +26,7 @@ from theworld.extraction.reading import Source
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
+from theworld.models.inference import check_alone
 from theworld.models.projection import ProjectionShape
 from theworld.models.serialization import VISION as VISION_PART
 from theworld.models.serialization import SavedModel
@@ -160,7 +161,7 @@ def evaluation(
         statements = yield from _reads(
             config, world, sees, cache, image_folder, [] if data is None else data.statements
         )
-        asked = possible_conditions(conditions, sees, config.model_name)
+        asked = possible_conditions(conditions, sees, config)
         if "shuffled" in asked and statements:
             shuffled_images(images_of(statements))
         batches = -(-len(statements) // config.eval_statements)
@@ -199,9 +200,9 @@ def _reads(
         yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
         photographs = Path(str(config.image_folder)) if sees and not vision else None
     else:
-        ProjectionShape.from_dict(world["projection"]).check_no_steps(NOT_ALONE)
+        check_alone(ProjectionShape.from_dict(world["projection"]), config, NOT_ALONE)
         trained, alone = world["fingerprint"], replace(config, num_world_steps=0)
-        spec = world_encoder.encoder_class(alone).describe(alone, trained)
+        spec = world_encoder.describe(alone, trained)
         if spec.weights is not None:
             place = locate(spec.weights.model, spec.weights.file)
             yield line(spec.weights.topic, f"{spec.weights.model}: {place.words}")

@@ -17,7 +17,7 @@ ALIASES = {"image_folder": "image_dir", "dataset_name": "dataset"}
 # The settings that a tool has flags for; train and sweep have all of them.
 SETTINGS = {
     "extract_latents": (
-        "world_encoder cosmos_model_name model_name dataset_name annotations image_folder follow_links "
+        "world_encoder control_seed cosmos_model_name model_name dataset_name annotations image_folder follow_links "
         "max_image_pixels latent_size latent_dtype encode_batch_size shard_size dtype device compile num_workers "
         "num_world_steps rollout_prompt rollout_frames rollout_steps rollout_guidance rollout_seed"
     ).split(),
