@@ -6,7 +6,7 @@ SEED ?= 0
 # Threads that wait without spinning: small models stay fast on a machine that does other things too.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo demo-seeds study bench test test-heavy test-cuda torture lint format check clean
+.PHONY: demo demo-seeds study study-errors bench test test-heavy test-cuda torture lint format check clean
 
 demo: $(VENV)/.installed  ## the main job end to end on drawn scenes and embedded models
 	$(BIN)/python tools/demo.py --seed $(SEED)
@@ -21,6 +21,9 @@ study: $(VENV)/.installed  ## seven arms, three seeds, on drawn scenes and embed
 
 bench: $(VENV)/.installed  ## how fast each phase is here, at small shapes, beside what one would otherwise run
 	$(BIN)/python tools/bench.py --shapes small --variants "batch 8 x 2" checkpointing
+
+study-errors: $(VENV)/.installed  ## how often a study is wrong, simulated: a quarter of an hour on one core
+	$(BIN)/python tools/study_errors.py
 
 test: $(VENV)/.installed  ## the tests, without the heavy ones
 	$(BIN)/python -m pytest -m "not heavy" -n auto --maxprocesses 8 --dist worksteal
