@@ -1,13 +1,20 @@
 """What a study will take, and what it will be able to show, before anything runs."""
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from theworld.data.vsr import load_statements
+from theworld.evaluation.comparison import ALPHA, Images
+from theworld.evaluation.power import Assumptions, plan_power
+from theworld.evaluation.records import read_jsonl
 from theworld.models.serialization import numbered
 from theworld.study.protocol import LEAST_SEEDS, Run, Study
-from theworld.study.runner import ALL, is_done, read_done, waiting
+from theworld.study.runner import ALL, is_done, read_done, records_of, waiting
 from theworld.training.memory import Memory, Plan
 from theworld.utils.console import duration, line
 from theworld.utils.device import GIB
@@ -50,6 +57,8 @@ def plan_study(
     free = check_room(output, size, "--output")
     yield line("disk", f"about {size / 2**30:,.2f} GiB of {free / 2**30:,.1f} GiB free in {output}")
     yield line("time", time_needed(runs, left))
+    for number, text in enumerate(detectable(study, runs)):
+        yield line("" if number else "detects", text)
     for run in left:
         if numbered(run.folder):
             yield line("goes on", f"{run.name}: from its newest checkpoint")
@@ -61,6 +70,41 @@ def _plan(run: Run, cache: Path) -> Plan:
         return Plan(replace(run.config, output_dir=str(run.folder / "none")), cache)
     except ValueError as error:
         raise ValueError(f"arm {run.arm.name!r}: {error}") from None
+
+
+def detectable(study: Study, runs: Sequence[Run]) -> Iterator[str]:
+    """Yield lines that say which difference the study will be able to detect, from its own runs where two seeds of the
+    arms that decide are done, else from an assumption, which is shown."""
+    base = study.base
+    test = load_statements(base.annotations, "test", base.dataset_name)
+    counts = list(Counter(statement.image for statement in test).values())
+    alpha = study.primary.alpha if study.primary else ALPHA
+    yield from plan_power(counts, len(study.seeds), _assumptions(study, runs), alpha)
+
+
+def _assumptions(study: Study, runs: Sequence[Run]) -> Assumptions:
+    if study.primary is None:
+        return Assumptions()
+    first, second = study.primary.arm, study.primary.against[0]
+    arms = {
+        name: {run.config.seed: run for run in runs if run.arm.name == name and is_done(run)}
+        for name in (first, second)
+    }
+    seeds = sorted(arms[first].keys() & arms[second].keys())
+    if len(seeds) < 2:
+        return Assumptions()
+    rows = {name: [read_jsonl(records_of(own[seed], "test")) for seed in seeds] for name, own in arms.items()}
+    right = {
+        name: np.array([[row["systems"]["world"]["correct"] for row in one] for one in found]).astype(int)
+        for name, found in rows.items()
+    }
+    difference = right[first] - right[second]
+    if not difference.any():
+        return Assumptions()
+    images = Images.of([row["image"] for row in rows[first][0]])
+    return Assumptions.from_pilot(
+        difference, images, f"from {len(seeds)} seeds of {first} and {second} that are done"
+    )
 
 
 def _check_sharing(memory: Memory, processes: int) -> None:

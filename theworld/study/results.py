@@ -1,6 +1,5 @@
 """From the records of a study's runs to what they show: figures, a verdict, files for a paper, and a page."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,3 +45,34 @@ def results_of(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
         "runs": {run.name: read_done(run) for run in runs},
         **{split: summarise_study(read_arms(study, runs, split), question) for split in SPLITS},
     }
+
+
+def write_results(study: Study, runs: Sequence[Run], output: Path) -> str:
+    """Write study.json of a study whose runs are all done, and return what it has found, in words."""
+    results = results_of(study, runs)
+    publish_json(results, output / "study.json")
+    return "\n".join([*table(results), "", said(study, results)])
+
+
+def said(study: Study, results: dict[str, Any]) -> str:
+    """Return the verdict with its notes, on all statements of test and on those of unseen photographs."""
+    if study.primary is None:
+        return "no verdict: the study fixed no `primary` comparison before it ran"
+    scopes = results["test"]["scopes"].values()
+    return "\n".join(
+        line for scope in scopes for line in (scope["verdict"]["sentence"], *scope["verdict"]["notes"])
+    )
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Return the accuracies of all arms on test, as lines for a terminal."""
+    arms = results["test"]["scopes"]["all"]["arms"]
+    width = max(map(len, arms))
+    lines = [f"{'arm':{width}}  test     95 % interval    by seed"]
+    for name, metrics in arms.items():
+        own = metrics["accuracy"]
+        seeds = " ".join(f"{100 * value:.1f}" for value in own["each"].values())
+        lines.append(
+            f"{name:{width}}  {100 * own['mean']:5.1f} %  {100 * own['low']:5.1f} to {100 * own['high']:5.1f}   {seeds}"
+        )
+    return lines
