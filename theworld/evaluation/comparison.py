@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 from scipy.optimize import brentq
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc")
@@ -136,12 +136,14 @@ class Variance:
 
     def critical_value(self, alpha: float) -> Any:
         """Return the number of standard errors beyond which a difference is significant, two-sided, at `alpha`."""
-        by_image = stats.t.isf(alpha / 2, self.num_images - 1)
+        by_image = -special.stdtrit(
+            self.num_images - 1, alpha / 2
+        )  # Student's t, without the checks of stats.t
         if self.num_seeds == 1:
             return by_image + np.zeros_like(self.image)
         total = self.total
         weight = np.divide(self.seed, total, out=np.zeros_like(total), where=total > 0)
-        return (1 - weight) * by_image + weight * stats.t.isf(alpha / 2, self.num_seeds - 1)
+        return (1 - weight) * by_image + weight * -special.stdtrit(self.num_seeds - 1, alpha / 2)
 
     def satterthwaite(self) -> Any:
         """Return Satterthwaite's degrees of freedom (1946), for comparison: with few seeds they are too many."""

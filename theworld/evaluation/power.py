@@ -7,6 +7,7 @@ study uses, with the spread over seeds as badly known as that many seeds let it 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy import stats
@@ -111,8 +112,7 @@ def power(variance: Variance, difference: float, alpha: float = ALPHA) -> float:
         return float(difference != 0)
     seed = np.broadcast_to(seed, NUM_QUANTILES)
     if variance.num_seeds > 1:
-        degrees = variance.num_seeds - 1
-        seed = seed * stats.chi2.ppf((np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES, degrees) / degrees
+        seed = seed * _chi_squared(variance.num_seeds - 1)
     estimated = Variance(
         np.broadcast_to(variance.image, NUM_QUANTILES),
         seed,
@@ -122,6 +122,12 @@ def power(variance: Variance, difference: float, alpha: float = ALPHA) -> float:
     )
     wanted = estimated.critical_value(alpha) * np.sqrt(estimated.total)
     return float(stats.norm.sf((wanted - abs(difference)) / true).mean())
+
+
+@cache
+def _chi_squared(degrees: int) -> np.ndarray:
+    """Return equally likely values of an estimated variance as a share of the true one."""
+    return stats.chi2.ppf((np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES, degrees) / degrees
 
 
 def smallest_difference(variance: Variance, wanted: float = POWER, alpha: float = ALPHA) -> float:

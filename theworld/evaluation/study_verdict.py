@@ -343,19 +343,18 @@ def verdict_on_scope(
         )
         return StudyVerdict(
             NO_DIFFERENCE,
-            f"No difference that this study could have detected {place}: {against[question.reference]}{equal}. "
-            f"{_detectable(reference)}",
+            f"No difference that this study could have detected {place}: {against[question.reference]}{equal}; "
+            f"{_detectable(reference)}.",
             tuple(notes),
         )
     unbeaten = [control for control in question.controls if tests[control]["low"] <= 0]
     beaten = [control for control in question.controls if control not in unbeaten]
     if unbeaten:
-        said = "; ".join(f"{against[control]}: {_as_well(tests[control], question)}" for control in unbeaten)
+        said = "; ".join(f"{against[control]}, {_as_well(tests[control], question)}" for control in unbeaten)
         beyond = f"World tokens help beyond {_listed([arm_words(c) for c in beaten])}"
         return StudyVerdict(
             CONTROL_AS_WELL,
-            f"{beyond}, but {_listed([arm_words(c) for c in unbeaten])} "
-            f"{'does' if len(unbeaten) == 1 else 'do'} as well {place}: {said}.",
+            f"{beyond}, but not beyond {_listed([arm_words(c) for c in unbeaten])}, {place}: {said}.",
             (*(f"{against[c][0].upper()}{against[c][1:]}." for c in beaten), *notes),
         )
     return StudyVerdict(
@@ -376,17 +375,17 @@ def _against(scope: dict[str, Any], control: str, question: Question) -> str:
 
 
 def _as_well(test: dict[str, Any], question: Question) -> str:
-    """Return what is shown of a control that is not beaten."""
+    """Return what is shown of a control that is not beaten, as a clause."""
     if test["high"] < 0:
-        return "the control does better"
+        return "which does better"
     if test["within_margin"]:
-        return f"equal within {points(question.margin).lstrip('+')}"
-    return f"not shown to do less; {_detectable(test)[0].lower()}{_detectable(test)[1:].rstrip('.')}"
+        return f"which is equal within {points(question.margin).lstrip('+')}"
+    return f"which is not shown to do less ({_detectable(test)})"
 
 
 def _detectable(test: dict[str, Any]) -> str:
     size = points(test["smallest_detectable"]).lstrip("+")
-    return f"The smallest difference that it finds with {100 * POWER:.0f} % power is {size}."
+    return f"the smallest difference found with {100 * POWER:.0f} % power is {size}"
 
 
 def _notes(scope: dict[str, Any], question: Question) -> list[str]:
