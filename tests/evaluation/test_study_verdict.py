@@ -95,6 +95,19 @@ def test_two_seeds_give_no_verdict() -> None:
     assert "it takes 3 seeds. So far 69.8 % against" in sentence
 
 
+def test_a_study_that_fixed_no_comparison_gives_no_verdict() -> None:
+    verdict = summarise_study(study(0.7), Question(decides=False))["scopes"]["all"]["verdict"]
+    assert verdict["kind"] == NO_VERDICT
+    assert "3 seeds): no comparison was fixed before the study ran. So far 70.1 %" in verdict["sentence"]
+
+
+def test_an_arm_of_another_name_is_not_called_the_video_model() -> None:
+    arms = study(0.7)
+    renamed = {"patch-2": arms["world"], "patch-4": arms["prompt"]}
+    found = summarise_study(renamed, Question("patch-2", "patch-4", ("patch-4",)))["scopes"]["all"]["verdict"]
+    assert found["sentence"].startswith("patch-2 helps beyond patch-4 on the test split")
+
+
 def test_unseen_images_have_their_own_verdict(helpful: dict) -> None:
     scopes = helpful["scopes"]
     assert {name: (s["statements"], s["images"]) for name, s in scopes.items()} == {

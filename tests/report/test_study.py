@@ -9,36 +9,39 @@ import pytest
 from browser import CONTRAST, CUT, OVERFLOW, SMALL, Browser, needs_browser
 from study_records import run, study
 
-from theworld.evaluation.study_verdict import PLAIN
+from theworld.evaluation.study_verdict import PLAIN, Question, summarise_study
 from theworld.report.charts import Mark, Scale, Track
 from theworld.report.report import environment
 from theworld.report.study import Study, study_csv, study_latex, write_study
 
+ARMS = ("world", "prompt", "pixels", "untrained", "noise")
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a study in which pixels do nearly as well as world tokens."""
+def summary() -> dict:
+    """A study in which pixels do nearly as well as world tokens, as its file has it."""
     arms = study(0.7, pixels=0.69) | {PLAIN: {0: run(0.55, 0, "baseline")}}
+    return json.loads(json.dumps(summarise_study(arms)))
+
+
+@pytest.fixture(scope="module")
+def folder(summary: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the study."""
     folder = tmp_path_factory.mktemp("study") / "vsr"
     curves = {
-        arm: {s: [(i, 0.7 - 0.001 * i + 0.01 * s) for i in range(300)] for s in range(3)} for arm in arms
+        arm: {s: [(i, 0.7 - 0.001 * i + 0.01 * s) for i in range(300)] for s in range(3)} for arm in ARMS
     }
-    costs = {arm: {"trainable parameters": "1,234,567"} for arm in arms} | {PLAIN: {"steps": "none"}}
-    study_of = Study(
-        "vsr <1>", arms, curves=curves, costs=costs, fixed=[("recipe", "3 epochs")], caution="Toy model."
+    costs = {arm: {"trainable parameters": "1,234,567"} for arm in ARMS} | {PLAIN: {"steps": "none"}}
+    found = Study(
+        "vsr <1>", summary, curves=curves, costs=costs, fixed=[("recipe", "3 epochs")], caution="Toy model."
     )
-    write_study(study_of, folder)
+    assert write_study(found, folder) == folder / "study.html"
     return folder
 
 
 @pytest.fixture(scope="module")
-def summary(folder: Path) -> dict:
-    return json.loads((folder / "study.json").read_text())
-
-
-@pytest.fixture(scope="module")
 def page(folder: Path) -> str:
-    return (folder / "report.html").read_text(encoding="utf-8")
+    return (folder / "study.html").read_text(encoding="utf-8")
 
 
 def plain(html: str) -> str:
@@ -46,15 +49,15 @@ def plain(html: str) -> str:
     return " ".join(re.sub(r"<[^>]+>", " ", html).replace("&#39;", "'").split())
 
 
-def test_the_files_are_four(folder: Path) -> None:
-    assert sorted(p.name for p in folder.iterdir()) == ["report.html", "study.csv", "study.json", "study.tex"]
+def test_the_files_are_three(folder: Path) -> None:
+    assert sorted(p.name for p in folder.iterdir()) == ["study.csv", "study.html", "study.tex"]
 
 
 def test_the_page_opens_with_both_verdicts(page: str, summary: dict) -> None:
     text = plain(page)
     assert "Does the video model help on the test split of VSR random?" in text
-    assert text.index("All statements: World tokens help, but not beyond every control") < text.index(
-        "Statements whose image is not in the training set: World tokens help, but not beyond every control"
+    assert text.index("All statements: Helps, but not beyond every control") < text.index(
+        "Statements whose image is not in the training set: Helps, but not beyond every control"
     )
     for scope in summary["scopes"].values():
         assert scope["verdict"]["sentence"] in text
@@ -76,14 +79,14 @@ def test_the_page_has_every_part(page: str) -> None:
     assert "primary comparison world against prompt, pixels, untrained, noise, each to be beaten" in text
     assert "recipe 3 epochs" in text
     assert "Exploratory: the study was not planned for these" in text
-    assert page.count('class="line ') == 6 * 3
+    assert page.count('class="line ') == 5 * 3
     assert "<script" not in page
     assert not re.search(r"""(src|href)=["'](?!#)""", page)
 
 
 def test_a_study_without_curves_and_costs_leaves_them_out(tmp_path: Path) -> None:
-    write_study(Study("small", study(0.7, seeds=1)), tmp_path)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    write_study(Study("small", summarise_study(study(0.7, seeds=1))), tmp_path)
+    page = (tmp_path / "study.html").read_text(encoding="utf-8")
     assert 'id="training"' not in page
     assert 'id="costs"' not in page
     assert '#training"' not in page
@@ -157,7 +160,7 @@ def test_the_latex_table_has_a_row_for_each_arm(summary: dict, folder: Path) -> 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 768, 1400])
 def test_the_page_fits_and_is_legible(browser: Browser, folder: Path, width: int, dark: bool) -> None:
-    browser.show(folder / "report.html", width, dark=dark)
+    browser.show(folder / "study.html", width, dark=dark)
     browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     for poor in (OVERFLOW, CUT, CONTRAST, SMALL):
@@ -165,3 +168,15 @@ def test_the_page_fits_and_is_legible(browser: Browser, folder: Path, width: int
     assert browser.logged == []
     ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(20, 23, 27)" if dark else "rgb(247, 246, 242)")
+
+
+def test_a_study_that_explores_asks_no_question(tmp_path: Path) -> None:
+    arms = study(0.7, seeds=1)
+    explored = {"patch-2": arms["world"], "patch-4": arms["prompt"]}
+    question = Question("patch-2", "patch-4", ("patch-4",), decides=False)
+    write_study(Study("patches", summarise_study(explored, question)), tmp_path)
+    text = plain((tmp_path / "study.html").read_text(encoding="utf-8"))
+    assert "Arms compared on the test split of VSR random" in text
+    assert "primary comparison none: the study explores" in text
+    assert "has to be beaten" not in text
+    assert "video model" not in text

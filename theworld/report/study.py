@@ -18,7 +18,6 @@ from markupsafe import Markup
 
 from theworld.evaluation.comparison import METRICS
 from theworld.evaluation.metrics import FEW
-from theworld.evaluation.records import publish_json
 from theworld.evaluation.study_verdict import (
     CONTROL_AS_WELL,
     HELPS,
@@ -26,12 +25,11 @@ from theworld.evaluation.study_verdict import (
     METRIC_WORDS,
     NO_DIFFERENCE,
     NO_VERDICT,
+    WORLD,
     WORSE,
-    Arms,
     Question,
     arm_words,
     data_words,
-    summarise_study,
 )
 from theworld.report.charts import Axis, Mark, Plot, Series, Track, number, scale_of, thinned
 from theworld.report.report import (
@@ -49,8 +47,8 @@ from theworld.report.report import (
 from theworld.utils.files import publish_bytes
 
 VERDICTS = {  # of each outcome: its CSS class and its words
-    HELPS: ("good", "The video model helps"),
-    CONTROL_AS_WELL: ("open", "World tokens help, but not beyond every control"),
+    HELPS: ("good", "Helps beyond every control"),
+    CONTROL_AS_WELL: ("open", "Helps, but not beyond every control"),
     NO_DIFFERENCE: ("open", "No difference that this study could have detected"),
     WORSE: ("bad", "Worse"),
     NO_VERDICT: ("open", "No verdict"),
@@ -72,39 +70,44 @@ Curve = Sequence[tuple[float, float]]  # (step, loss)
 
 @dataclass(frozen=True)
 class Study:
-    """A study as the page shows it.
+    """A study as the page shows it: its name, its summary, and what the summary does not know.
 
     `curves` are the losses of each arm and seed, `costs` figures of each arm by name, such as its trainable parameters,
-    `fixed` names and values of what was fixed before beside the question, `caution` a warning such as of toy models.
+    `fixed` names and values of what was fixed before beside the comparison, `caution` a warning such as of toy models,
+    `command` what makes the study again.
     """
 
     name: str
-    arms: Arms
-    question: Question = field(default_factory=Question)
+    summary: dict[str, Any]
     curves: Mapping[str, Mapping[int, Curve]] = field(default_factory=dict)
     costs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fixed: Sequence[tuple[str, str]] = ()
     caution: str = ""
     command: str = ""
 
+    @property
+    def question(self) -> Question:
+        """What was fixed before the study ran."""
+        fields = self.summary["question"]
+        return Question(**fields | {"controls": tuple(fields["controls"])})
 
-def write_study(study: Study, folder: Path) -> dict[str, Any]:
-    """Write the page and the three files of figures to a folder, and return the summary."""
-    summary = summarise_study(study.arms, study.question)
+
+def write_study(study: Study, folder: Path) -> Path:
+    """Write the page and the figures for other programs to a folder, and return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
-    publish_json(summary, folder / "study.json")
     texts = {
-        "study.csv": study_csv(summary),
-        "study.tex": study_latex(summary),
-        "report.html": render(study, summary),
+        "study.csv": study_csv(study.summary),
+        "study.tex": study_latex(study.summary),
+        "study.html": render(study),
     }
     for name, text in texts.items():
         publish_bytes(folder / name, text.encode("utf-8"), overwrite=True)
-    return summary
+    return folder / "study.html"
 
 
-def render(study: Study, summary: dict[str, Any]) -> str:
+def render(study: Study) -> str:
     """Return the page as text."""
+    summary, question = study.summary, study.question
     styles = (files("theworld.utils") / "theme.css", TEMPLATES / "report.css")
     page = (
         environment()
@@ -112,21 +115,27 @@ def render(study: Study, summary: dict[str, Any]) -> str:
         .render(
             styles=Markup("".join(style.read_text(encoding="utf-8") for style in styles)),
             study=study,
-            title=f"Does the video model help on {data_words(summary['data'])}?",
+            title=_title(study),
             verdicts=[_verdict(name, scope) for name, scope in summary["scopes"].items()],
-            arms=[_arms(name, scope, study.question) for name, scope in summary["scopes"].items()],
-            differences=[
-                _differences(name, scope, study.question) for name, scope in summary["scopes"].items()
-            ],
+            arms=[_arms(name, scope, question) for name, scope in summary["scopes"].items()],
+            differences=[_differences(name, scope, question) for name, scope in summary["scopes"].items()],
             seeds=_seeds(summary["scopes"]["all"], summary["seeds"]),
-            groups=[_groups(summary, kind, study.question) for kind in ("category", "relation")],
+            groups=[_groups(summary, kind, question) for kind in ("category", "relation")],
             training=_training(study),
             costs=_costs(study),
-            fixed=_fixed(summary, study),
-            limits=_limits(summary, study.question),
+            fixed=_fixed(study),
+            limits=_limits(summary, question),
         )
     )
     return page + "\n"
+
+
+def _title(study: Study) -> str:
+    where = data_words(study.summary["data"])
+    world = study.question.world
+    if not study.question.decides:
+        return f"Arms compared on {where}"
+    return f"Does {'the video model' if world == WORLD else world} help on {where}?"
 
 
 def _kind(arm: str) -> str:
@@ -193,7 +202,8 @@ def _differences(name: str, scope: dict[str, Any], question: Question) -> dict[s
     for arm, one in found.items():
         mark = Mark(_kind(arm), *(100 * one[key] for key in ("difference", "low", "high")))
         track = Track([mark], scale, 0.0, tuple(100 * value for value in one["each"].values()))
-        note = "has to be beaten" if arm in question.controls else "beside the question"
+        decisive = question.decides and arm in question.controls
+        note = "has to be beaten" if decisive else "beside the question" if question.decides else ""
         value, p = f"{signed(one['difference'])} points", f"p = {small(one['p_value'], 1)}"
         rows.append(ChartRow(f"against {arm}", track, value, p, note=note))
     axis = scale.labels(lambda points: number(points, "+.3g") if points else "0")
@@ -290,11 +300,12 @@ def _costs(study: Study) -> Table | None:
     return Table("What each arm has and costs", ["arm", *names], rows)
 
 
-def _fixed(summary: dict[str, Any], study: Study) -> list[tuple[str, str]]:
+def _fixed(study: Study) -> list[tuple[str, str]]:
     """Return what was fixed before the study ran, as names and values."""
-    question = study.question
+    question, summary = study.question, study.summary
+    against = f"{question.world} against {', '.join(question.controls)}, each to be beaten"
     return [
-        ("primary comparison", f"{question.world} against {', '.join(question.controls)}, each to be beaten"),
+        ("primary comparison", against if question.decides else "none: the study explores"),
         ("metric", METRIC_WORDS[question.metric]),
         ("level", f"{100 * question.alpha:g} %, two-sided, for each comparison"),
         ("equal", f"within {100 * question.margin:g} points, by two one-sided tests"),
@@ -316,7 +327,8 @@ def _limits(summary: dict[str, Any], question: Question) -> list[str]:
         f"Anything beyond {data_words(summary['data'])}, this recipe and these models.",
         "Why a relation or a meta-category gains: groups are exploratory, and a new study has to confirm them.",
     ]
-    if lacking := [arm for arm in ("pixels", "untrained", "noise", "prompt") if arm not in question.controls]:
+    lacking = [arm for arm in Question.controls if arm not in question.controls]
+    if lacking and question.world == WORLD:
         found.append(f"That the gain is not one of {', '.join(map(arm_words, lacking))}: it was no control.")
     if len(summary["seeds"]) < LEAST_SEEDS:
         seeds = "one seed says" if len(summary["seeds"]) == 1 else f"{len(summary['seeds'])} seeds say"
