@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from theworld.utils.commands import SETTINGS
 from theworld.utils.console import ExplainedError, loading, rehearse, run_tool
 
-KEYS = "dtype device max_image_pixels".split()
+KEYS = SETTINGS["ask"]
 CONDITIONS = ("world", "baseline", "zero")  # as in theworld.models.inference, which takes seconds to load
 
 

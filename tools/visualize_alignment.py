@@ -13,10 +13,10 @@ import json
 import sys
 from pathlib import Path
 
+from theworld.utils.commands import SETTINGS
 from theworld.utils.console import loading, rehearse, run_tool
 
-KEYS = "dataset_name annotations image_folder follow_links max_image_pixels dtype device".split()
-
+KEYS = SETTINGS["visualize_alignment"]
 DEFAULT_CACHE = Path("cache")
 
 

@@ -58,9 +58,8 @@ def test_a_text_only_gemma_is_not_asked_for_vision_features(
 def test_what_is_not_there_yet_is_a_note_with_the_command(config: Config, tmp_path: Path) -> None:
     page = by_topic(look_over(replace(config, image_folder=None), tmp_path / "none"))
     assert (page["photographs"].state, page["latents"].state, page["vision"].state) == (NOTE, NOTE, NOTE)
-    assert (
-        page["vision"].hint == f"python tools/extract_latents.py --cache {tmp_path / 'none'} --gemma_vision"
-    )
+    assert page["vision"].hint.startswith("python tools/extract_latents.py --cosmos_model_name ")
+    assert page["vision"].hint.endswith(f" --image_folder FOLDER --cache {tmp_path / 'none'} --gemma_vision")
 
 
 def test_photographs_that_are_missing_or_damaged_are_faults(
@@ -179,8 +178,11 @@ def test_a_rollout_takes_a_pipeline_and_its_guardrail(
     assert (found.state, "no model_index.json" in found.message) == (FAULT, True)
 
 
-def test_cures_carry_the_settings_that_were_given(config: Config, tmp_path: Path) -> None:
-    page = by_topic(look_over(config, tmp_path / "c", "--config my.json"))
+def test_cures_carry_the_settings_that_were_given(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tools/doctor.py", "--config", "my.json", "--output_dir", "run"])
+    page = by_topic(look_over(config, tmp_path / "c"))
     command = f"python tools/extract_latents.py --config my.json --cache {tmp_path / 'c'}"
     assert (page["latents"].hint, page["vision"].hint) == (command, f"{command} --gemma_vision")
     assert "it takes 0.0 MiB, " in page["latents"].message

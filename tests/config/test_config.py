@@ -295,10 +295,10 @@ def test_help_shows_every_setting_as_a_sentence_with_its_unit_and_default() -> N
 def test_help_shows_settings_in_groups() -> None:
     groups = grouped(list(FIELDS))
     assert [(title, keys[0], len(keys)) for title, keys in groups.items()] == [
-        ("models", "model_name", 8),
+        ("models", "model_name", 9),
         ("data", "dataset_name", 8),
         ("latents", "latent_size", 10),
-        ("world tokens", "world_mode", 10),
+        ("world tokens", "standardization", 11),
         ("objective", "statement_loss_weight", 6),
         ("optimisation", "batch_size", 13),
         ("memory and speed", "dtype", 6),

@@ -11,18 +11,21 @@ from typing import TypeVar
 import numpy as np
 from packaging.requirements import Requirement
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import ImageError, check_photographs, missing_photographs, read_image
 from theworld.data.vsr import Statement, images_of, load_all, statements_at_hand
-from theworld.extraction.encoders import VisionEncoder
+from theworld.extraction.extract import photographs_command
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
+from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import checkpoint_step, list_checkpoints
-from theworld.store.format import read_failures, read_manifest
+from theworld.store.format import VISION, read_failures, read_manifest
 from theworld.store.reader import StoreReader, verify_store
 from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
+from theworld.utils.commands import flags
 from theworld.utils.device import GIB, memory_of, resolve_device
 from theworld.utils.files import check_folder, check_room, free_bytes
 from theworld.utils.hub import GEMMA_FILE, Fault, file_at_hand, locate
@@ -48,12 +51,10 @@ class Finding:
         return f"{self.state:<6} {self.topic:<12} {self.message}{hint}"
 
 
-def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
-    """Return what is in order and what is not. Loads no model, changes nothing, and raises no error that a check finds.
-
-    `flags`: the flags of these settings, for the commands in the hints.
-    """
-    extract = " ".join(["python tools/extract_latents.py", *([flags] if flags else []), f"--cache {cache}"])
+def look_over(config: Config, cache: Path) -> list[Finding]:
+    """Return what is in order and what is not. Loads no model, changes nothing, and raises no error that a check
+    finds."""
+    extract = extraction_command(config, cache)
     statements = once(lambda: _statements(config))
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("libraries", lambda: _libraries()),
@@ -64,8 +65,11 @@ def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
         ("statements", lambda: _counts(statements())),
         ("photographs", lambda: _photographs(config, statements())),
         ("latents", lambda: _store("latents", _world(config), cache, extract, config, statements())),
-        ("vision", lambda: _vision(cache, f"{extract} --gemma_vision", config, statements)),
-        ("compared", lambda: _compared(config, cache)),
+        (
+            "vision",
+            lambda: _vision(cache, extraction_command(config, cache, "--gemma_vision"), config, statements),
+        ),
+        ("compared", lambda: _compared(config, cache / _world(config).name)),
         ("output_dir", lambda: _output(config)),
     ]
     found: list[Finding] = []
@@ -103,7 +107,7 @@ def _once(found: list[Finding], fault: Finding) -> Finding:
 
 
 def _world(config: Config) -> EncoderSpec:
-    return world_encoder.encoder_class(config).describe(config)
+    return world_encoder.describe(config)
 
 
 def _libraries() -> Iterator[Finding]:
@@ -201,9 +205,6 @@ def _names(splits: Splits) -> list[str]:
     return images_of([s for own in splits.values() for s in own])
 
 
-_GET = "python tools/get_images.py --output {} (GUIDE.md, Photographs)"
-
-
 def _photographs(config: Config, splits: Splits) -> Iterator[Finding]:
     names = _names(splits)
     if config.image_folder is None:
@@ -211,15 +212,16 @@ def _photographs(config: Config, splits: Splits) -> Iterator[Finding]:
         return
     folder = Path(config.image_folder)
     if not folder.is_dir():
-        yield Finding("photographs", FAULT, f"image_folder {folder}: not a folder", _GET.format(folder))
+        yield Finding(
+            "photographs", FAULT, f"image_folder {folder}: not a folder", photographs_command(config)
+        )
         return
     missing = missing_photographs(names, folder, config.follow_links)
     if missing:
         first, reason = next(iter(missing.items()))
         message = f"{len(missing):,} of {len(names):,} cannot be read, such as {first}: {reason}"
-        yield Finding(
-            "photographs", FAULT, message, f"{_GET.format(folder)}, or extract with --allow_missing"
-        )
+        hint = f"extract with --allow_missing (GUIDE.md, Photographs), or: {photographs_command(config)}"
+        yield Finding("photographs", FAULT, message, hint)
         return
     sample = np.random.default_rng(0).permutation(names)[:SAMPLE]
     bad = []
@@ -234,9 +236,10 @@ def _photographs(config: Config, splits: Splits) -> Iterator[Finding]:
 
 
 def _vision(cache: Path, command: str, config: Config, statements: Callable[[], Splits]) -> Iterator[Finding]:
-    """Check the store of vision features, which a text-only Gemma has none of."""
+    """Check the store of vision features, which a text-only Gemma has none of; once, where world tokens are made of
+    them."""
     path = file_at_hand(config.model_name, GEMMA_FILE)
-    if path is None or is_multimodal(str(path.parent)):
+    if _world(config).name != VISION and (path is None or is_multimodal(str(path.parent))):
         yield from _store("vision", VisionEncoder.describe(config), cache, command, config, statements())
 
 
@@ -244,6 +247,9 @@ def _store(
     topic: str, spec: EncoderSpec, cache: Path, command: str, config: Config, splits: Splits
 ) -> Iterator[Finding]:
     root, names = cache / spec.name, _names(splits)
+    if not spec.stored:
+        yield Finding(topic, OK, f"world_encoder {config.world_encoder} reads none")
+        return
     if not root.exists():
         yield Finding(topic, NOTE, f"{root} is not there yet; {_room(root, spec, len(names))}", command)
         return
@@ -294,7 +300,7 @@ def _output(config: Config) -> Iterator[Finding]:
         message = (
             f"{folder} holds {', '.join(path.name for path in there)}, which a training would not overwrite"
         )
-        hint = f"--resume_from {folder} to go on with it, or another --output_dir"
+        hint = f"{flags('--resume_from', folder)} to go on with it, or another --output_dir"
         yield Finding("output_dir", FAULT, message, hint)
     else:
         yield Finding(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import NotDownloaded, Statement, images_of, split_at_hand, statements_at_hand
@@ -25,6 +26,7 @@ from theworld.extraction.reading import Source
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
+from theworld.models.inference import check_alone
 from theworld.models.projection import ProjectionShape
 from theworld.models.serialization import VISION as VISION_PART
 from theworld.models.serialization import SavedModel
@@ -159,7 +161,7 @@ def evaluation(
         statements = yield from _reads(
             config, world, sees, cache, image_folder, [] if data is None else data.statements
         )
-        asked = possible_conditions(conditions, sees, config.model_name)
+        asked = possible_conditions(conditions, sees, config)
         if "shuffled" in asked and statements:
             shuffled_images(images_of(statements))
         batches = -(-len(statements) // config.eval_statements)
@@ -192,15 +194,15 @@ def _reads(
         vision = sees and VISION_PART not in world["parts"] and cached_vision(config, cache) is not None
         if sees and not vision and config.image_folder is None:
             raise ValueError(
-                f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or "
-                "score from photographs with --image_folder"
+                f"{cache} has no vision features; score from photographs with --image_folder, or extract them with: "
+                f"{extraction_command(config, cache, '--gemma_vision')}"
             )
         yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
         photographs = Path(str(config.image_folder)) if sees and not vision else None
     else:
-        ProjectionShape.from_dict(world["projection"]).check_no_steps(NOT_ALONE)
+        check_alone(ProjectionShape.from_dict(world["projection"]), config, NOT_ALONE)
         trained, alone = world["fingerprint"], replace(config, num_world_steps=0)
-        spec = world_encoder.encoder_class(alone).describe(alone, trained)
+        spec = world_encoder.describe(alone, trained)
         if spec.weights is not None:
             place = locate(spec.weights.model, spec.weights.file)
             yield line(spec.weights.topic, f"{spec.weights.model}: {place.words}")

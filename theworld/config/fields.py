@@ -179,5 +179,6 @@ def without_tokens(text: str) -> str:
 
 
 def nearest_name(name: str, names: Sequence[str]) -> str:
-    """Return the most similar of `names`."""
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    """Return the most similar of `names`, in whatever case."""
+    by_lower = {known.lower(): known for known in names}
+    return by_lower[difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.0)[0]]

@@ -29,6 +29,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.vsr import Statement, images_of, load_statements
 from theworld.evaluation.score import from_photographs
@@ -216,15 +217,15 @@ def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Ca
     cached = cached_vision(config, cache)
     if cached is None and not changed:
         raise ValueError(
-            f"{cache} has no vision features to compare with; extract them with tools/extract_latents.py "
-            "--gemma_vision, or give --image_folder without --cache"
+            f"{cache} has no vision features to compare with; extract them with: "
+            f"{extraction_command(config, cache, '--gemma_vision')}"
         )
     return cached
 
 
 def _vision(model: TheWorld, cache: Path) -> FeatureSource | None:
     cached = vision_to_compare(model.config, cache, model.gemma.modified_parts)
-    return vision_source(model.gemma, model.config, cached)
+    return vision_source(model.gemma, model.config, cached, cache=cache)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from theworld.data.vsr import (
 )
 from theworld.evaluation.conditions import checkpoint_of
 from theworld.evaluation.metrics import write_summary
-from theworld.evaluation.predict import possible_conditions, predict
+from theworld.evaluation.predict import left_out, possible_conditions, predict
 from theworld.evaluation.records import Row, publish_json, records, write_jsonl
 from theworld.extraction.batches import FeatureSource
 from theworld.extraction.extract import known_hashes, stores_of
@@ -462,9 +462,9 @@ def score_all(
         model = TheWorld.from_pretrained(saved, gemma, **overrides)
         set_up_torch(model.gemma.dtype)
         provenance[name] = checkpoint_provenance(model, saved, data.trained_on[name])
-        possible = possible_conditions(conditions, model.gemma.is_multimodal, model.gemma.name)
-        if len(possible) < len(conditions):
-            logger.info("without 'text': this Gemma sees no photograph, so it is 'baseline'")
+        possible = possible_conditions(conditions, model.gemma.is_multimodal, model.config)
+        for reason in left_out(conditions, possible):
+            logger.info("%s", reason)
         answers.add(
             model, name, {"without" if world["parts"] and c == "baseline" else c: c for c in possible}
         )
@@ -516,7 +516,7 @@ def _from_cache(
     statements, note = in_cache(statements, latents, cache)
     logger.info("scoring %s", note)
     cached = cached_vision(model.config, cache)
-    vision = vision_source(model.gemma, model.config, cached, latents.reader.images)
+    vision = vision_source(model.gemma, model.config, cached, latents.images, cache)
     for note in vision_note(model.gemma, cached):
         logger.info("%s", note)
     return latents, vision, statements
@@ -525,9 +525,9 @@ def _from_cache(
 def from_photographs(model: TheWorld, folder: Path) -> tuple[FeatureSource, FeatureSource | None]:
     """Return latents and vision features of a model, the latter None for a text-only Gemma, from photographs alone.
 
-    Raises ValueError for a model that needs predicted frames.
+    Raises ValueError for a model that needs more than them, such as predicted frames.
     """
-    model.check_no_steps(NOT_ALONE)
+    model.check_alone(NOT_ALONE)
     config = model.config
     pixels, links = config.max_image_pixels, config.follow_links
     latents = OnTheFlyLatents(model.encoder, folder, pixels, links)
