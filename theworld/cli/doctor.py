@@ -69,7 +69,7 @@ def look_over(config: Config, cache: Path) -> list[Finding]:
             "vision",
             lambda: _vision(cache, extraction_command(config, cache, "--gemma_vision"), config, statements),
         ),
-        ("compared", lambda: _compared(config, cache / _world(config).name)),
+        ("compared", lambda: _compared(config, cache)),
         ("output_dir", lambda: _output(config)),
     ]
     found: list[Finding] = []

@@ -15,7 +15,7 @@ from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import NotDownloaded, Statement, images_of, split_at_hand, statements_at_hand
-from theworld.evaluation.alignment import chosen_images, vision_to_compare
+from theworld.evaluation.alignment import chosen_images, photographs_of, vision_to_compare
 from theworld.evaluation.predict import possible_conditions, shuffled_images
 from theworld.evaluation.records import read_jsonl
 from theworld.evaluation.score import NOT_ALONE, default_output, held_out, short_names
@@ -224,15 +224,26 @@ def recomputation(records: Path) -> Iterator[str]:
 
 
 def alignment(
-    model_name: Path, cache: Path, split: str, num_samples: int, output: Path, overrides: dict[str, Any]
+    model_name: Path,
+    cache: Path | None,
+    split: str,
+    num_samples: int,
+    output: Path,
+    overrides: dict[str, Any],
 ) -> Iterator[str]:
     """Yield what `theworld.evaluation.alignment.align` would do with the same arguments, and the files it writes."""
     config, world, sees = yield from _saved_model(SavedModel.open_folder(model_name), overrides)
-    statements, note = _cached(cache, config, world, (yield from _split(config, split)))
-    if sees:
-        vision_to_compare(config, cache, world["parts"])
-    count = len(chosen_images(statements, split, num_samples)) if statements else num_samples
-    yield line("reads", f"{count:,} images of {split} ({note}), from {cache}")
+    statements = yield from _split(config, split)
+    if cache is None:
+        folder = photographs_of(config)
+        chosen = chosen_images(statements, split, num_samples) if statements else []
+        yield from _reads(config, world, sees, None, folder, [s for s in statements if s.image in chosen])
+    else:
+        statements, note = _cached(cache, config, world, statements)
+        if sees:
+            vision_to_compare(config, cache, world["parts"])
+        count = len(chosen_images(statements, split, num_samples)) if statements else num_samples
+        yield line("reads", f"{count:,} images of {split} ({note}), from {cache}")
     tokens = ProjectionShape.from_dict(world["projection"]).num_tokens
     yield line("measures", f"{tokens:,} world tokens of each, untrained and trained")
     replaces = check_output(output)

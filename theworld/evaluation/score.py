@@ -506,7 +506,7 @@ def _sources(
     if cache is not None:
         return _from_cache(model, cache, statements)
     assert image_folder is not None
-    return *_from_photographs(model, model.config, image_folder), statements
+    return *from_photographs(model, image_folder), statements
 
 
 def _from_cache(
@@ -522,10 +522,13 @@ def _from_cache(
     return latents, vision, statements
 
 
-def _from_photographs(
-    model: TheWorld, config: Config, folder: Path
-) -> tuple[FeatureSource, FeatureSource | None]:
+def from_photographs(model: TheWorld, folder: Path) -> tuple[FeatureSource, FeatureSource | None]:
+    """Return latents and vision features of a model, the latter None for a text-only Gemma, from photographs alone.
+
+    Raises ValueError for a model that needs more than them, such as predicted frames.
+    """
     model.check_alone(NOT_ALONE)
+    config = model.config
     pixels, links = config.max_image_pixels, config.follow_links
     latents = OnTheFlyLatents(model.encoder, folder, pixels, links)
     if not model.gemma.is_multimodal:

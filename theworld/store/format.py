@@ -31,17 +31,17 @@ Record = dict[str, Any]
 
 
 class StoreMismatch(StoreError):
-    """A sound store that holds something else than is wanted.
+    """A sound store that was made with other settings, or of other photographs, than those of a run.
 
     `differences`: (field, cached, wanted) each, which the message shows.
     """
 
     def __init__(self, root: Path, differences: list[Difference]):
         self.root, self.differences = root, differences
-        lines = [f"{root} holds something else than what is wanted:"]
+        lines = [f"{root} was made with other settings or photographs than those of this run:"]
         for field, cached, wanted in differences:
             lines.append(f"  {field}: cached {_show(cached)}, wanted {_show(wanted)}")
-        super().__init__("\n".join([*lines, "Use another --cache folder, or change the setting back."]))
+        super().__init__("\n".join([*lines, "Name another --cache, or change the setting back."]))
 
     def __reduce__(self) -> tuple:
         return StoreMismatch, (self.root, self.differences)

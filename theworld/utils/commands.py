@@ -27,7 +27,9 @@ SETTINGS = {
         "eval_batch_size"
     ).split(),
     "ask": "dtype device max_image_pixels".split(),
-    "visualize_alignment": "dataset_name annotations dtype device".split(),
+    "visualize_alignment": (
+        "dataset_name annotations image_folder follow_links max_image_pixels dtype device"
+    ).split(),
 }
 TOOLS = (
     *SETTINGS,
