@@ -15,7 +15,7 @@ from pathlib import Path
 
 from theworld.utils.commands import SETTINGS
 from theworld.utils.console import loading, rehearse, run_tool
-from theworld.utils.files import companion
+from theworld.utils.files import check_output, companion
 
 KEYS = SETTINGS["eval"]
 
@@ -67,6 +67,7 @@ def main() -> int:
         from theworld.evaluation.tables import table
 
     if records and not dry_run:
+        check_output(companion(records, ".summary.json", ".jsonl"), "--from")
         output, summary = records, write_summary(read_jsonl(records), records)
     else:
         with loading("eval"):

@@ -10,6 +10,7 @@ tools/slurm/train.sh.
 Exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal (continue with --resume_from), 130 interrupted.
 """
 
+import itertools
 import sys
 
 from theworld.utils.commands import again, command
@@ -33,13 +34,14 @@ def main() -> int:
     arguments = parser.parse_args()
     config = config_from_arguments(arguments)
     with loading("train"):
+        from theworld.hub.publish import plan_uploads
         from theworld.training.memory import Plan
         from theworld.training.trainer import Trainer
         from theworld.utils.signals import STATUS, StopRequest
 
     if arguments.dry_run:
         plan = Plan(config, arguments.cache)  # in all processes: they wait for each other
-        return rehearse(lambda: plan.lines)
+        return rehearse(lambda: itertools.chain(plan.lines, plan_uploads(config)))
     with StopRequest() as stop:
         trainer = Trainer(config, arguments.cache, stop)
         checkpoint = trainer.run()

@@ -54,10 +54,11 @@ def main() -> int:
     source = (arguments.cache, arguments.split, arguments.num_samples)
     if arguments.dry_run:
         return rehearse(lambda: alignment(arguments.model, *source, arguments.output, overrides))
-    check_output(arguments.output)
+    figures = companion(arguments.output, ".json", ".png")
+    for file in (figures, arguments.output):
+        check_output(file)
     measured, result = align(SavedModel.open_folder(arguments.model), *source, overrides)
     draw(measured, result, arguments.output)
-    figures = companion(arguments.output, ".json", ".png")
     figures.write_text(json.dumps(result, indent=2) + "\n")
     print(report(result))
     print(f"\npicture: {arguments.output}; figures: {figures}")

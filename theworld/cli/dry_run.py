@@ -18,11 +18,12 @@ from theworld.data.vsr import NotDownloaded, Statement, images_of, split_at_hand
 from theworld.evaluation.alignment import chosen_images, vision_to_compare
 from theworld.evaluation.predict import possible_conditions, shuffled_images
 from theworld.evaluation.records import read_jsonl
-from theworld.evaluation.score import NOT_ALONE, default_output, held_out, short_names
+from theworld.evaluation.score import NOT_ALONE, check_results, default_output, held_out, short_names
 from theworld.extraction.encoders import specs_of
-from theworld.extraction.extract import amount, check_models, check_readable, source_of
+from theworld.extraction.extract import amount, check_models, check_readable, check_start
 from theworld.extraction.features import cached_vision, in_cache, latents_for
 from theworld.models import world_encoder
+from theworld.models.decoder import check_fp8
 from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
 from theworld.models.projection import ProjectionShape
@@ -39,7 +40,7 @@ from theworld.store.format import (
 from theworld.utils.console import line
 from theworld.utils.device import resolve_device, resolve_dtype, wants_compile
 from theworld.utils.distributed import Part, num_launched
-from theworld.utils.files import check_folder, check_output, companion
+from theworld.utils.files import check_output, companion
 from theworld.utils.hub import GEMMA_FILE, locate
 
 Split = dict[str, list[Statement]]
@@ -53,7 +54,7 @@ def extraction(
 ) -> Iterator[str]:
     """Yield what `theworld.extraction.extract.extract` would do with the same arguments."""
     part = part or Part(count=num_launched())
-    source = source_of(config, part)
+    source = check_start(config, cache, part)
     splits = statements_at_hand(config.annotations, config.dataset_name)
     names, said = _photographs(config, splits, source.folder, allow_missing)
     yield from said
@@ -65,7 +66,6 @@ def extraction(
         if spec.weights is not None:
             place = locate(spec.weights.model, spec.weights.file)
             yield line("model", f"{spec.weights.topic}, {spec.weights.model}: {place.words}")
-        check_folder(cache, "--cache")
         yield from store_lines(spec, cache / spec.name, config, names, splits is not None, part)
 
 
@@ -170,7 +170,7 @@ def evaluation(
         yield line("trained on", f"{'; '.join(data.trained_on.values())}, {shows}")
     name = "the data" if data is None else data.dataset  # which counting will tell
     path = output or default_output(found, name, split)
-    replaces = check_output(path)
+    replaces = check_results(path)
     yield line(
         "writes",
         f"{path}, {len(statements):,} lines{replaces}, and {companion(path, '.summary.json', '.jsonl')}",
@@ -232,8 +232,9 @@ def alignment(
     yield line("reads", f"{count:,} images of {split} ({note}), from {cache}")
     tokens = ProjectionShape.from_dict(world["projection"]).num_tokens
     yield line("measures", f"{tokens:,} world tokens of each, untrained and trained")
-    replaces = check_output(output)
-    yield line("writes", f"{output}{replaces} and {companion(output, '.json', '.png')}")
+    figures = companion(output, ".json", ".png")
+    check_output(figures)
+    yield line("writes", f"{output}{check_output(output)} and {figures}")
 
 
 def _saved_model(
@@ -242,6 +243,8 @@ def _saved_model(
     """Yield lines about a saved model; return its settings, world.json and whether its Gemma sees photographs."""
     config, world = saved.config(overrides), saved.world
     device = resolve_device(config.device)
+    if config.fp8:
+        check_fp8(device)
     yield line("projection", f"{saved.folder}, for {world['model_name']}")
     gemma = locate(config.model_name, GEMMA_FILE)
     yield line(

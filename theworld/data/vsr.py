@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from theworld.config.fields import shown
+from theworld.utils.errors import reason_of
 from theworld.utils.hub import Fault, ask_hub
 from theworld.utils.jsonc import unique_keys
 
@@ -165,11 +166,30 @@ def load_hub_statements(repository: str, split: str) -> list[Statement]:
     # Named files: by itself `datasets` would guess the splits and call dev "validation".
     file = f"{SPLITS[split][0]}.jsonl"
     try:
+        if not Path(repository).is_dir():
+            held = _held_offline(repository, file)
+            if held is not None:
+                return _read_statements(held)
         rows = load_dataset(repository, data_files={"rows": file}, split="rows")
     except OSError as error:
         hint = "check the network, or set annotations to a folder with the JSONL files"
-        raise OSError(f"cannot load {file} of {repository}: {error}; {hint}") from error
+        raise OSError(f"cannot load {file} of {repository}: {reason_of(error)}; {hint}") from error
     return [_statement(row, index, f"{repository}/{file}") for index, row in enumerate(rows)]
+
+
+def _held_offline(repository: str, file: str) -> Path | None:
+    """Return a file of a data set that was downloaded before, if the hub cannot be asked; None if it can.
+
+    `datasets` itself would ask for half a minute. Raises OSError without an answer and without a download.
+    """
+    try:
+        ask_hub(repository, file, "dataset")
+    except OSError:
+        held = try_to_load_from_cache(repository, file, repo_type="dataset")
+        if not isinstance(held, str):
+            raise
+        return Path(held)
+    return None
 
 
 def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:

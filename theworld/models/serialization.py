@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from theworld.config.config import Config, config_from
+from theworld.utils.errors import reason_of
+from theworld.utils.hub import locate
 from theworld.utils.jsonc import parse_json_with_comments
 
 FORMAT_VERSION = 1
@@ -67,7 +70,11 @@ class SavedModel:
         if not _HUB_NAME.fullmatch(str(model)):
             raise ValueError(f"{model}: neither a folder nor a name on the hub, such as user/name")
         files = [PROJECTION_FILE, *map(part_file, PARTS), WORLD_FILE, CONFIG_FILE]
-        return cls.open_folder(snapshot_download(str(model), revision=revision, allow_patterns=files))
+        offline = locate(str(model), WORLD_FILE, revision).offline
+        folder = snapshot_download(
+            str(model), revision=revision, allow_patterns=files, local_files_only=offline
+        )
+        return cls.open_folder(folder)
 
     @classmethod
     def open_folder(cls, model: "str | Path | SavedModel") -> "SavedModel":
@@ -245,10 +252,20 @@ def copy_strictly(path: Path, wanted: dict[str, nn.Parameter]) -> None:
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; download or copy the whole folder again")
-    state = load_file(path)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged: {reason_of(error)}; download or copy the whole folder again"
+        ) from None
     for name in sorted(wanted.keys() | state.keys()):
-        have = tuple(state[name].shape) if name in state else "nothing"
-        want = tuple(wanted[name].shape) if name in wanted else "nothing"
+        if name not in state:
+            shape = tuple(wanted[name].shape)
+            raise ValueError(f"{path}: {name} is missing; this model wants it in the shape {shape}")
+        if name not in wanted:
+            shape = tuple(state[name].shape)
+            raise ValueError(f"{path}: {name} of shape {shape} is not one of this model's tensors")
+        have, want = tuple(state[name].shape), tuple(wanted[name].shape)
         if have != want:
             raise ValueError(f"{path}: {name} has shape {have}; this model wants {want}")
     with torch.no_grad():

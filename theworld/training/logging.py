@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from theworld.config.config import Config
 from theworld.utils.files import publish_bytes
+from theworld.utils.hub import check_secret
 
 METRICS, ASIDE = "metrics.jsonl", "metrics.aside.jsonl"
 
@@ -74,6 +75,9 @@ def check_trackers(config: Config) -> None:
         raise ValueError(f"log_to_wandb is true, but {error}; run `pip install wandb`") from None
     if os.environ.get("WANDB_MODE", "online") != "online":
         return
+    check_secret(
+        "WANDB_API_KEY", os.environ.get("WANDB_API_KEY", "").strip(), "export WANDB_API_KEY=... again"
+    )
     try:
         wandb.login()
     except wandb.errors.Error as error:

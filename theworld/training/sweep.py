@@ -252,6 +252,7 @@ def run_sweep(
 
     Returns the table of all runs that have ended, and this part's runs that have not: none, unless `stop` was asked.
     """
+    check_folder(output, "--output")
     output.mkdir(parents=True, exist_ok=True)
     waiting, stop = waiting_runs(runs, output, part), stop or StopRequest()
     left = list(waiting)

@@ -89,6 +89,21 @@ def was_given(name: str) -> bool:
     return name in {flag for flag, _ in _flags(_own())}
 
 
+def value_of(name: str) -> str:
+    """Return the words after a flag on the command line of this process; "" if it is no tool, or was not given it."""
+    words = [word for flag, group in _flags(_own()) if flag == name for word in group]
+    return words[0].partition("=")[2] if words and "=" in words[0] else " ".join(words[1:])
+
+
+def flag_of(path: Path) -> str:
+    """Return the flag of this process that names a path or a folder above it; "" for none."""
+    for name, _ in _flags(_own()):
+        given = value_of(name) if name else ""
+        if given and path.absolute().is_relative_to(Path(given).expanduser().absolute()):
+            return f"--{name}"
+    return ""
+
+
 def is_tool() -> bool:
     """Return whether this process is one of the project's tools, so that `again` can repeat it."""
     return Path(sys.argv[0]).suffix == ".py" and Path(sys.argv[0]).stem in TOOLS

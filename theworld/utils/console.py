@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from theworld.utils.errors import explain
+
 QUIET_SECONDS = 30.0  # between two lines of a bar in a log file
 
 
@@ -128,8 +130,11 @@ def run_tool(tool: str, main: Callable[[], int], interrupted: str = "interrupted
     except KeyboardInterrupt:
         print(f"\n{tool}: {interrupted}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ExplainedError) as error:
-        print(f"{tool}: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        message = str(error) if isinstance(error, ExplainedError) else explain(error, tool)
+        if message is None:
+            raise
+        print(f"{tool}: {message}", file=sys.stderr, flush=True)
         return 1
 
 
