@@ -16,6 +16,7 @@ from theworld.utils import commands
 _REASONS = {
     errno.ENOSPC: ("no space is left on the disk", "make room, or choose another"),
     errno.EDQUOT: ("the quota of disk space is used up", "make room, or choose another"),
+    errno.EFBIG: ("larger than the file system, or `ulimit -f` of the shell, allows", "choose another"),
     errno.EROFS: ("on a file system that cannot be written to", "choose another"),
     errno.EACCES: ("not yours to read or write", "change its permissions, or choose another"),
     errno.EPERM: ("not yours to change", "change its permissions, or choose another"),
@@ -40,6 +41,7 @@ _NO_MEMORY = re.compile(
 )
 _TORCH_WRITE = re.compile(r"enforce fail at .*inline_container|PytorchStreamWriter")
 _OS_CODE = re.compile(r"\(os error (\d+)\)|errno = (\d+)")  # safetensors; HDF5
+_PATH = re.compile(r"filename = '([^']+)'")  # HDF5
 _NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
 
 
@@ -69,10 +71,13 @@ def explain(error: BaseException, tool: str) -> str | None:
     """Return the message of an error that a user of a tool can cause, or None for any other error."""
     if is_no_memory(error):
         return _no_memory(error, tool)
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        return _of_file(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.filename is not None:
+            return _of_file(error)
+        path = _PATH.search(str(error))
+        return f"{path[1]}: {reason_of(error)}" if path else reason_of(error)
     if isinstance(error, (ValueError, OSError)):
-        return reason_of(error) if _OS_CODE.search(str(error)) else str(error)
+        return str(error)
     if type(error).__name__ == "SafetensorError" or _TORCH_WRITE.search(str(error)):
         return f"a file cannot be read or written: {reason_of(error)}"
     if type(error).__module__.partition(".")[0] in _NETWORK:
