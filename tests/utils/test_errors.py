@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from theworld.config.config import load_config
 from theworld.utils.console import run_tool
 from theworld.utils.errors import explain, is_no_memory, reason_of
 
@@ -148,3 +149,8 @@ def test_a_damaged_file_of_hdf5_is_one_line(tmp_path: Path) -> None:
     message = explain(raised(h5py.File, tmp_path / "a.h5"), "train")
     assert message is not None
     assert "\n" not in message
+
+
+def test_a_refused_setting_of_a_flag_is_named_as_the_flag() -> None:
+    error = raised(load_config, None, {"batch_size": 0})
+    assert explain(error, "train") == "--batch_size is 0; allowed: an integer of at least 1"

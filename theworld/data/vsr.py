@@ -7,6 +7,7 @@ the same files, with the fields image, statement and label on each line.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -131,6 +132,19 @@ def load_all(annotations: str | Path | None, dataset_name: str = "vsr") -> dict[
         found[split] = _read_statements(path)
     if not found:
         _split_file(Path(annotations), "train", dataset_name)  # raises and names what is missing
+    return found
+
+
+def splits_there(annotations: str | Path | None, dataset_name: str = "vsr") -> list[str]:
+    """Return the splits that `load_all` would read, without reading them."""
+    splits = ["train", "dev", "test"]
+    if annotations is None or Path(annotations).is_file():
+        return splits
+    found = []
+    for split in splits:
+        with contextlib.suppress(FileNotFoundError):
+            _split_file(Path(annotations), split, dataset_name)
+            found.append(split)
     return found
 
 

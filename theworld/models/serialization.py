@@ -206,7 +206,7 @@ def _parse_world(data: bytes, path: Path) -> dict[str, Any]:
             f"{path} is damaged: {error}; use another checkpoint, or download it again"
         ) from None
     if world.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {world.get('format')!r}; wanted {FORMAT_VERSION}")
+        raise ValueError(f"{path}: format {world.get('format', 'not stated')}; wanted {FORMAT_VERSION}")
     return world
 
 

@@ -42,6 +42,7 @@ _NO_MEMORY = re.compile(
 _TORCH_WRITE = re.compile(r"enforce fail at .*inline_container|PytorchStreamWriter")
 _OS_CODE = re.compile(r"\(os error (\d+)\)|errno = (\d+)")  # safetensors; HDF5
 _PATH = re.compile(r"filename = '([^']+)'")  # HDF5
+OVERRIDE = "override: "  # before a setting that `load_config` refuses
 _NETWORK = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
 
 
@@ -77,7 +78,8 @@ def explain(error: BaseException, tool: str) -> str | None:
         path = _PATH.search(str(error))
         return f"{path[1]}: {reason_of(error)}" if path else reason_of(error)
     if isinstance(error, (ValueError, OSError)):
-        return str(error)
+        text = str(error)  # settings that no file gave were flags
+        return f"--{text.removeprefix(OVERRIDE)}" if text.startswith(OVERRIDE) else text
     if type(error).__name__ == "SafetensorError" or _TORCH_WRITE.search(str(error)):
         return f"a file cannot be read or written: {reason_of(error)}"
     if type(error).__module__.partition(".")[0] in _NETWORK:
