@@ -24,7 +24,9 @@ def main() -> int:
         add_cache,
         add_config_arguments,
         add_dry_run,
+        add_gemma,
         add_split,
+        checkpoint_overrides,
         path,
     )
 
@@ -37,6 +39,7 @@ def main() -> int:
     parser.add_argument("--num_samples", type=int, default=100, metavar="INTEGER", help=text)
     text = "Picture, a .png file. (default: alignment.png)"
     parser.add_argument("--output", type=path, default=Path("alignment.png"), metavar="FILE", help=text)
+    add_gemma(parser)
     add_dry_run(parser)
     add_config_arguments(parser, KEYS, of_checkpoint=True)
     arguments = parser.parse_args()
@@ -50,7 +53,7 @@ def main() -> int:
         from theworld.models.serialization import SavedModel
         from theworld.utils.files import check_output, companion
 
-    overrides = {key: value for key, value in vars(arguments).items() if key in KEYS}
+    overrides = checkpoint_overrides(arguments, KEYS)
     source = (arguments.cache, arguments.split, arguments.num_samples)
     if arguments.dry_run:
         return rehearse(lambda: alignment(arguments.model, *source, arguments.output, overrides))

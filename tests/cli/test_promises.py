@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 from commands import run_command, trace
 from conftest import tiny_run
-from constants import ROOT
+from constants import EMBEDDED_GEMMA, ROOT
 from fake_hub import Uploads, serve
 
 from theworld.cli import demo
 from theworld.config.config import save_config
+from theworld.models.serialization import SavedModel
+from theworld.models.theworld import TheWorld
 from theworld.training.trainer import Trainer
 from theworld.utils import files
 from theworld.utils.commands import command
 from theworld.utils.console import NOTHING_WRITTEN
+from theworld.utils.hub import Fault
 
 Change = Callable[[pytest.MonkeyPatch, Path], None]
 
@@ -287,3 +290,20 @@ def test_the_settings_of_the_obstacles_start_where_nothing_is_in_the_way(
     monkeypatch.chdir(ROOT)
     line = command("train", "--config", trained / "next.json", "--cache", session_cache, "--dry_run")
     assert run_command(line, monkeypatch, capsys)[0] == 0
+
+
+def test_a_model_that_has_moved_is_named_with_its_file_and_the_flag_for_it(trained: Path) -> None:
+    saved = SavedModel.open_folder(trained / "run")
+    moved = replace(saved, settings=saved.settings | {"model_name": "/gone/gemma"})
+    with pytest.raises(Fault) as caught:
+        TheWorld.from_pretrained(moved)
+    assert caught.value.message == (
+        f"{saved.folder / 'config.json'}: model_name is /gone/gemma: no such folder, and not a name on the hub"
+    )
+    assert caught.value.hint == "check the path, or the name; if it has moved, name it with --gemma"
+    with pytest.raises(Fault) as caught:
+        TheWorld.from_pretrained(moved, model_name="/also/gone")
+    assert str(caught.value) == (
+        "/also/gone: no such folder, and not a name on the hub; check the path, or the name"
+    )
+    assert TheWorld.from_pretrained(moved, model_name=str(EMBEDDED_GEMMA)).gemma.name == str(EMBEDDED_GEMMA)

@@ -148,15 +148,15 @@ def evaluation(
     checkpoints = dict(zip(short_names(models, [one.folder for one in found]), found, strict=True))
     saved = []
     for checkpoint in found:
-        saved.append((yield from _saved_model(checkpoint, overrides)))
+        saved.append((checkpoint, *(yield from _saved_model(checkpoint, overrides))))
     try:
         data = held_out(checkpoints, split, overrides, train_annotations, allow_trained, split_at_hand)
     except NotDownloaded as error:
         yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
         data = None
-    for config, world, sees in saved:
+    for checkpoint, config, world, sees in saved:
         statements = yield from _reads(
-            config, world, sees, cache, image_folder, [] if data is None else data.statements
+            checkpoint, config, world, sees, cache, image_folder, [] if data is None else data.statements
         )
         asked = possible_conditions(conditions, sees, config.model_name)
         if "shuffled" in asked and statements:
@@ -178,6 +178,7 @@ def evaluation(
 
 
 def _reads(
+    saved: SavedModel,
     config: Config,
     world: dict[str, Any],
     sees: bool,
@@ -201,7 +202,7 @@ def _reads(
         trained, alone = world["fingerprint"], replace(config, num_world_steps=0)
         spec = world_encoder.encoder_class(alone).describe(alone, trained)
         if spec.weights is not None:
-            place = locate(spec.weights.model, spec.weights.file)
+            place = saved.locate(alone, spec.weights.model, spec.weights.file)
             yield line(spec.weights.topic, f"{spec.weights.model}: {place.words}")
         spec.check_serves(trained)
     if photographs is not None:
@@ -246,7 +247,7 @@ def _saved_model(
     if config.fp8:
         check_fp8(device)
     yield line("projection", f"{saved.folder}, for {world['model_name']}")
-    gemma = locate(config.model_name, GEMMA_FILE)
+    gemma = saved.locate(config, config.model_name, GEMMA_FILE)
     yield line(
         "Gemma", f"{config.model_name}: {gemma.words}; {device}, {resolve_dtype(config.dtype, device)}"
     )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from theworld.config.config import Config, config_from
 from theworld.utils.errors import reason_of
-from theworld.utils.hub import locate
+from theworld.utils.hub import Fault, Place, locate
 from theworld.utils.jsonc import parse_json_with_comments
 
 FORMAT_VERSION = 1
@@ -36,6 +36,7 @@ PROJECTION_FILE, WORLD_FILE, CONFIG_FILE = "projection.safetensors", "world.json
 # random state, and the optimizer state of a sharded run in a folder of shards.
 INDEX, INDEX_VERSION, INDEX_VERSIONS = "checkpoint.json", 2, (1, 2)
 SHARDS = "optimizer"  # the only folder in a checkpoint
+MOVED = {"model_name": "--gemma", "cosmos_model_name": "--cosmos_model_name"}  # flags for models that moved
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -99,6 +100,21 @@ class SavedModel:
     def config(self, overrides: Mapping[str, object] | None = None) -> Config:
         """Return the settings of the run with `overrides` on top. Raises ValueError as `load_config` does."""
         return config_from(self.settings, self.folder / CONFIG_FILE, overrides)
+
+    def locate(self, config: Config, name: str, file: str) -> Place:
+        """Return the place of a model that the settings name.
+
+        Raises Fault as `theworld.utils.hub.locate` does, with the file that names it and the flag for one that moved.
+        """
+        try:
+            return locate(name, file)
+        except Fault as fault:
+            # Not for a model that a flag named.
+            key = next((k for k in MOVED if getattr(config, k) == self.settings.get(k) == name), None)
+            if key is None:
+                raise
+            where = f"{self.folder / CONFIG_FILE}: {key} is {fault.message}"
+            raise Fault(where, f"{fault.hint}; if it has moved, name it with {MOVED[key]}") from None
 
     def verify(self, names: Iterable[str]) -> None:
         """Raise ValueError unless these files are there and, if the model has an index, have the recorded bytes."""

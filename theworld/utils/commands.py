@@ -23,9 +23,10 @@ SETTINGS = {
     ).split(),
     "get_images": ["dataset_name", "annotations", "max_image_pixels"],
     "eval": (
-        "dataset_name annotations image_folder num_workers dtype device max_image_pixels eval_batch_size"
+        "cosmos_model_name dataset_name annotations image_folder num_workers dtype device max_image_pixels "
+        "eval_batch_size"
     ).split(),
-    "ask": "dtype device max_image_pixels".split(),
+    "ask": "cosmos_model_name dtype device max_image_pixels".split(),
     "visualize_alignment": "dataset_name annotations dtype device".split(),
 }
 TOOLS = (
@@ -43,7 +44,7 @@ TOOLS = (
 SHARED = {
     "extract_latents": ("config", "cache"),
     "get_images": ("config",),
-    "eval": ("model", "cache"),
+    "eval": ("model", "cache", "gemma"),
     "train": ("config", "cache"),
 }
 # Flags of extraction that are no settings, so that training does not have them.
