@@ -7,7 +7,6 @@ Writes a picture, and its figures into a JSON file of the same name. The cache m
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -50,6 +49,7 @@ def main() -> int:
     with loading("visualize_alignment"):
         from theworld.cli.dry_run import alignment
         from theworld.evaluation.alignment import align, draw, report
+        from theworld.evaluation.records import publish_json
         from theworld.models.serialization import SavedModel
         from theworld.utils.files import check_output, companion
 
@@ -62,7 +62,7 @@ def main() -> int:
         check_output(file)
     measured, result = align(SavedModel.open_folder(arguments.model), *source, overrides)
     draw(measured, result, arguments.output)
-    figures.write_text(json.dumps(result, indent=2) + "\n")
+    publish_json(result, figures)
     print(report(result))
     print(f"\npicture: {arguments.output}; figures: {figures}")
     return 0

@@ -25,7 +25,7 @@ from theworld.data.scenes import write_scenes
 from theworld.evaluation.conditions import CONDITIONS, LABELS
 from theworld.utils.commands import command
 from theworld.utils.console import loading, rehearse, run_tool
-from theworld.utils.files import check_folder, check_room
+from theworld.utils.files import check_folder, check_room, naming
 from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,8 @@ def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
     right.set_title(f"{summary['statements']:,} statements about held-out scenes")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
@@ -207,7 +208,8 @@ def draw_scenes(rows: list[dict[str, Any]], images: Path, path: Path, count: int
         )
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 

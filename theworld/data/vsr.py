@@ -20,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from theworld.config.fields import shown
 from theworld.utils.errors import reason_of
-from theworld.utils.hub import Fault, ask_hub
+from theworld.utils.hub import Fault, ask_hub, check_download_folder
 from theworld.utils.jsonc import unique_keys
 
 # dataset_name -> the release's folder name; the hub's is cambridgeltl/vsr_<release>.
@@ -203,6 +203,7 @@ def _held_offline(repository: str, file: str) -> Path | None:
         if not isinstance(held, str):
             raise
         return Path(held)
+    check_download_folder(repository)
     return None
 
 
