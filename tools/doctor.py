@@ -14,8 +14,9 @@ from theworld.utils.console import loading, run_tool
 
 # Settings of extraction, and those that training has in addition.
 EXTRACTION = (
-    "model_name world_encoder cosmos_model_name dataset_name annotations image_folder max_image_pixels latent_size "
-    "latent_dtype encode_batch_size shard_size dtype device"
+    "model_name world_encoder control_seed cosmos_model_name dataset_name annotations image_folder follow_links "
+    "max_image_pixels "
+    "latent_size latent_dtype encode_batch_size shard_size dtype device"
 ).split()
 TRAINING = (
     "world_mode world_patch batch_size use_gradient_checkpointing compile fp8 output_dir resume_from"
@@ -42,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool("doctor", main))
+    sys.exit(run_tool("doctor", main, prints=True))

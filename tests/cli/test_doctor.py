@@ -74,7 +74,38 @@ def test_photographs_that_are_missing_or_damaged_are_faults(
     assert found.hint.startswith("b.png: damaged")
     (folder / "b.png").unlink()
     found = by_topic(look_over(config, cache))["photographs"]
-    assert (found.state, found.message) == (FAULT, f"1 of 3 are not in {folder}, such as b.png")
+    assert (found.state, found.message) == (
+        FAULT,
+        f"1 of 3 cannot be read, such as b.png: no such file in {folder}",
+    )
+    (folder / "B.PNG").touch()
+    assert "it has 'B.PNG', which differs in" in by_topic(look_over(config, cache))["photographs"].message
+    missing = by_topic(look_over(replace(config, image_folder=str(tmp_path / "no")), cache))["photographs"]
+    assert (missing.state, missing.message) == (FAULT, f"image_folder {tmp_path}/no: not a folder")
+
+
+def test_one_cause_is_one_fault(config: Config, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.jsonl").write_text("{}\n")
+    page = by_topic(look_over(replace(config, annotations=str(tmp_path / "own")), cache))
+    assert page["statements"].message.startswith(f"{tmp_path}/own/train.jsonl:1: has no field image; ")
+    assert [topic for topic, finding in page.items() if finding.state == FAULT] == ["statements"]
+    for topic in ("photographs", "latents", "vision"):
+        assert (page[topic].state, page[topic].message) == (NOTE, "not looked at; see statements above")
+
+
+def test_statements_are_loaded_once(
+    config: Config, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(*names: object) -> None:
+        asked.append(names)
+        raise OSError("the hub cannot be reached")
+
+    monkeypatch.setattr(doctor, "statements_at_hand", refuse)
+    page = by_topic(look_over(replace(config, annotations=None), cache))
+    assert (page["statements"].message, len(asked)) == ("the hub cannot be reached", 1)
 
 
 def test_a_damaged_cache_and_one_of_other_settings_are_faults(config: Config, cache: Path) -> None:

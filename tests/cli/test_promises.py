@@ -74,6 +74,10 @@ def no_key(patch: pytest.MonkeyPatch, folder: Path) -> None:
     patch.delenv("WANDB_MODE", raising=False)
 
 
+def offline(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def nothing(patch: pytest.MonkeyPatch, folder: Path) -> None:
     pass
 
@@ -120,7 +124,7 @@ OBSTACLES: dict[str, tuple[str, tuple[str, ...], Change, str]] = {
         nothing,
         "no such folder, and not a name on",
     ),
-    "a model offline": ("train", ("--model_name", "some/model"), nothing, "some/model: the hub is not asked"),
+    "a model offline": ("train", ("--model_name", "some/model"), offline, "some/model: the hub is not asked"),
     "a cache of others": (
         "extract_latents",
         ("--cache", "{0}/theirs/c"),

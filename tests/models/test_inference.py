@@ -196,6 +196,12 @@ def test_what_does_not_fit_is_refused(model: TheWorld, photographs: Path) -> Non
         model.score(a, [])
     with pytest.raises(ValueError, match="statement 2 is empty"):
         model.score(a, ["The cat is here.", " \n"])
+    with pytest.raises(ValueError, match="statement 1 holds half a character"):
+        model.score(a, "The cat is \ud83d.")
+    with pytest.raises(ValueError, match="question 1 holds NUL"):
+        model.generate(a, "What is this?\0")
+    with pytest.raises(ValueError, match="statement 1 is a value of type NoneType; give text"):
+        model.score(a, [None])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="batch_size is 0; give 1 or more"):
         model.score(a, "The cat is here.", batch_size=0)
     with pytest.raises(ValueError, match="condition 'shuffled': wanted one of world, baseline, zero"):

@@ -86,7 +86,7 @@ def test_a_gemma_that_was_trained_is_no_baseline(saved: Path, photographs: Path)
         (
             ["--image", "https://example.org/a.jpg", "--statement", "So."],
             1,
-            "ask: https://example.org/a.jpg: an address; only files are read, so download the photograph first",
+            "ask: https://example.org/a.jpg: an address, and only files are read; download it first: curl",
         ),
         (["--image", "a.png", "--statement", "So.", "--device", "tpu"], 1, 'device is "tpu"; allowed: auto'),
     ],
@@ -222,8 +222,17 @@ def test_an_address_is_refused_before_a_model_loads(
     status, out, err = run_ask(arguments, monkeypatch, capsys)
     assert (status, out) == (1, "")
     assert err == (
-        "ask: https://example.org/a.jpg: an address; only files are read, so download the photograph first\n"
+        "ask: https://example.org/a.jpg: an address, and only files are read; download it first: "
+        "curl --location --output photo.jpg https://example.org/a.jpg\n"
     )
+
+
+def test_a_statement_that_is_no_text_is_refused_before_a_model_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "nowhere", "--image", "a.png", "--statement", "So.", "a\udcff"]  # argv in Latin-1
+    status, _, err = run_ask(arguments, monkeypatch, capsys)
+    assert (status, err) == (1, "ask: statement 2 holds half a character (a lone surrogate); remove it\n")
 
 
 def run_ask(

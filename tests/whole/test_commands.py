@@ -147,19 +147,19 @@ def test_wrong_usage_costs_one_line_with_the_nearest_flag(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags, parser = flags_of(name, monkeypatch)
-    for flag in flags:
-        if len(flag) < 8 or flag.startswith("--no-"):
+    mistakes = (lambda f: f[:-1], str.upper, lambda f: f"{f[:4]}{f[5:]}")  # cut short, shouted, a letter lost
+    long = [flag for flag in flags if len(flag) >= 8 and not flag.startswith("--no-")]
+    for number, flag in enumerate(long):
+        wrong = mistakes[number % len(mistakes)](flag)
+        if wrong in flags:
             continue
-        for wrong in (flag[:-1], flag.upper(), f"{flag[:4]}{flag[5:]}"):  # cut short, shouted, a letter lost
-            if wrong in flags:
-                continue
-            with pytest.raises(SystemExit) as ended:
-                parser.parse_args([wrong, "x"])
-            out, err = capsys.readouterr()
-            assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
-            nearest = err.partition("did you mean ")[2].partition("?")[0]
-            assert nearest in flags
-            assert nearest == ALIASED.get(flag, flag) or nearest.startswith(wrong[:6]), (wrong, nearest)
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args([wrong, "x"])
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+        nearest = err.partition("did you mean ")[2].partition("?")[0]
+        assert nearest in flags
+        assert nearest == ALIASED.get(flag, flag) or nearest.startswith(wrong[:6]), (wrong, nearest)
 
 
 ALIASED = {"--image_dir": "--image_folder", "--image-dir": "--image_folder", "--dataset": "--dataset_name"}

@@ -285,7 +285,7 @@ def extraction_command(config: Config, cache: str | Path, *words: object) -> str
     A process that was given --config carries its own flags over; else all settings that are not the defaults are flags.
     """
     unknown = [] if config.image_folder else ["--image_folder", commands.PLACEHOLDER]
-    if commands.was_given("config"):
+    if commands.has_settings_file():
         return commands.following("extract_latents", *unknown, "--cache", cache, *words)
     own = settings_as_flags(config, commands.SETTINGS["extract_latents"])
     return commands.command("extract_latents", *own, *unknown, "--cache", cache, *words)

@@ -671,6 +671,7 @@ def _some(steps: Sequence[int]) -> list[int]:
 def _examples(rows: Sequence[Row], run: Path, image_folder: Path | None, source: Source) -> dict[str, Any]:
     """Return the most confident errors, and the statements that world tokens helped and harmed most."""
     folder, lack = _photographs(image_folder, source)
+    links = bool(source and source.get("follow_links"))  # not in older files
     names = list(rows[0]["systems"])
     model = checkpoints_in(names)[0]
     world, baseline = (find_condition(names, model, kind) for kind in ("world", "baseline"))
@@ -704,7 +705,7 @@ def _examples(rows: Sequence[Row], run: Path, image_folder: Path | None, source:
         "lack": lack,
         "command": command("report", run, "--image_folder", PLACEHOLDER),
         "groups": [
-            (title, len(found), [_card(row, shown, folder) for row in _one_an_image(found)])
+            (title, len(found), [_card(row, shown, folder, links) for row in _one_an_image(found)])
             for title, found in kinds
         ],
     }
@@ -716,21 +717,21 @@ def _one_an_image(rows: Sequence[Row]) -> list[Row]:
     return list(first.values())[::-1][:NUM_PHOTOGRAPHS]
 
 
-def _card(row: Row, conditions: Sequence[str], folder: Path | None) -> dict[str, Any]:
+def _card(row: Row, conditions: Sequence[str], folder: Path | None, links: bool) -> dict[str, Any]:
     answers = [(name_of(c), row["systems"][c]["p_true"], row["systems"][c]["correct"]) for c in conditions]
     return {
         "row": row,
-        "picture": _photograph(folder, row["image"]),
+        "picture": _photograph(folder, row["image"], links),
         "answers": [(name, probability(p), "right" if right else "wrong") for name, p, right in answers],
     }
 
 
-def _photograph(folder: Path | None, name: str) -> dict[str, Any]:
+def _photograph(folder: Path | None, name: str, follow_links: bool) -> dict[str, Any]:
     """Return a photograph, made small, as the attributes of an <img>, or the reason why it cannot be shown."""
     if folder is None:
         return {"lack": "photograph not at hand"}
     try:
-        image = Image.fromarray(read_image(folder, name))
+        image = Image.fromarray(read_image(folder, name, follow_links=follow_links))
     except (ImageError, OSError) as error:
         return {"lack": str(error)}
     image.thumbnail((MAX_PHOTOGRAPH_SIDE, MAX_PHOTOGRAPH_SIDE))

@@ -14,6 +14,7 @@ from theworld.store.shard import ArraySpec, ImageEntry, well_formed
 from theworld.utils import files
 from theworld.utils.commands import extraction
 from theworld.utils.files import FAILURES, SCHEMA_VERSION, StoreError, canonical_json
+from theworld.utils.jsonc import json_lines
 
 ABSENT = "(absent)"
 MANIFEST, QUARANTINE = "manifest.json", "quarantine"
@@ -292,8 +293,7 @@ def read_failures(cache: str | Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        reasons = {row["path"]: row["reason"] for row in rows}
+        reasons = {row["path"]: row["reason"] for _, row in json_lines(path)}
         if not all(isinstance(text, str) for pair in reasons.items() for text in pair):
             raise TypeError("path and reason are strings")
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -17,13 +17,14 @@ ALIASES = {"image_folder": "image_dir", "dataset_name": "dataset"}
 # The settings that a tool has flags for; train and sweep have all of them.
 SETTINGS = {
     "extract_latents": (
-        "world_encoder cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels "
-        "latent_size latent_dtype encode_batch_size shard_size dtype device compile num_workers num_world_steps "
-        "rollout_prompt rollout_frames rollout_steps rollout_guidance rollout_seed"
+        "world_encoder control_seed cosmos_model_name model_name dataset_name annotations image_folder follow_links "
+        "max_image_pixels latent_size latent_dtype encode_batch_size shard_size dtype device compile num_workers "
+        "num_world_steps rollout_prompt rollout_frames rollout_steps rollout_guidance rollout_seed"
     ).split(),
-    "get_images": ["dataset_name", "annotations", "max_image_pixels"],
+    "get_images": ["dataset_name", "annotations", "max_image_pixels", "follow_links"],
     "eval": (
-        "cosmos_model_name dataset_name annotations image_folder num_workers dtype device max_image_pixels "
+        "cosmos_model_name dataset_name annotations image_folder follow_links num_workers dtype device "
+        "max_image_pixels "
         "eval_batch_size"
     ).split(),
     "ask": "cosmos_model_name dtype device max_image_pixels".split(),
@@ -39,6 +40,9 @@ TOOLS = (
     "bench",
     "make_demo_models",
     "make_text_model",
+    "draw_scenes",
+    "study",
+    "study_errors",
 )
 # Flags beside settings that the next tool has too, and takes over.
 SHARED = {
@@ -80,7 +84,7 @@ def again(*words: object, without: Collection[str] = ()) -> str:
 def extraction(cache: Path, *words: object) -> str:
     """Return the command that makes or mends a cache, as far as this process was told how: FOLDER and FILE stand for
     what only the user knows."""
-    told = was_given("config") or was_given("image_folder")
+    told = has_settings_file() or was_given("image_folder")
     unknown = [] if told else ["--config", "FILE", "--image_folder", PLACEHOLDER]
     return following("extract_latents", *unknown, "--cache", cache, *words)
 
@@ -88,6 +92,11 @@ def extraction(cache: Path, *words: object) -> str:
 def was_given(name: str) -> bool:
     """Return whether this process is a tool that was given the flag of this name."""
     return name in {flag for flag, _ in _flags(_own())}
+
+
+def has_settings_file() -> bool:
+    """Return whether this process was given a settings file; the --config of a study is another one."""
+    return was_given("config") and Path(sys.argv[0]).stem != "study"
 
 
 def value_of(name: str) -> str:
@@ -124,6 +133,8 @@ def _carried(tool: str, own: Collection[str]) -> list[str]:
     before = Path(sys.argv[0]).stem
 
     def is_shared(name: str) -> bool:
+        if name == "config" and not has_settings_file():
+            return False
         if tool == "train" and before == "extract_latents":
             return name not in OF_EXTRACTION
         return name in SHARED.get(tool, ()) or name in SETTINGS.get(tool, ())
