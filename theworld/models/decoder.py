@@ -48,13 +48,16 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
+def check_fp8(device: torch.device) -> None:
+    """Raise ValueError unless a device is a GPU with 8-bit products (Hopper or newer)."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        raise ValueError(f"fp8 is true, but {device} has no 8-bit products: it takes a Hopper GPU or newer")
+
+
 @torch.no_grad()
 def to_fp8(weight: Tensor) -> Fp8Weight:
     """Return dtype[O, I] in 8 bits. Raises ValueError unless it is on a GPU with 8-bit products (Hopper or newer)."""
-    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (9, 0):
-        raise ValueError(
-            f"fp8 is true, but {weight.device} has no 8-bit products: it takes a Hopper GPU or newer"
-        )
+    check_fp8(weight.device)
     own, scale = quantise(weight)
     transposed, transposed_scale = quantise(weight.t().contiguous())
     return Fp8Weight(own, scale.t().contiguous(), transposed, transposed_scale.t().contiguous())

@@ -21,6 +21,7 @@ from theworld.data.vsr import Statement
 from theworld.extraction.batches import Microbatch
 from theworld.hub.card import Facts
 from theworld.hub.publish import check_hub
+from theworld.models.decoder import check_fp8
 from theworld.models.fsdp import wants_sharding
 from theworld.models.gemma import PART_DESCRIPTIONS, parameters_of
 from theworld.models.packing import Control, Packer
@@ -28,6 +29,7 @@ from theworld.models.projection import ProjectionShape, WorldProjection
 from theworld.models.serialization import VISION, CheckpointError, SavedModel, find_model, list_checkpoints
 from theworld.training.checkpoint import ResumePoint, latest_valid_checkpoint, refuse_to_overwrite
 from theworld.training.data import load_data, plan_gemma, with_statistics, with_vision
+from theworld.training.logging import METRICS, check_trackers
 from theworld.training.objectives import check_align
 from theworld.training.schedule import Order, num_train_steps, phase_of, phases, split_step
 from theworld.utils.commands import flags
@@ -42,6 +44,7 @@ from theworld.utils.device import (
     wants_compile,
 )
 from theworld.utils.distributed import Processes
+from theworld.utils.files import check_output, check_room
 from theworld.utils.hub import GEMMA_FILE, Fault, locate
 
 TEXT_TOKENS = 60  # of a statement with its question and the chat template, at most
@@ -140,6 +143,7 @@ def _over_layers(config: Config, layers: int, hidden: int, layer: float) -> floa
     return layers * hidden + 3 * layer if config.use_gradient_checkpointing else layers * layer
 
 
+CHECKPOINT_BYTES = 12  # for each parameter that trains: weight and AdamW's two moments, in float32
 TRAINED_BYTES = 16  # for each parameter: weight, gradient and AdamW's two moments, in float32
 # Values that transformers' own layers keep for the backward pass, in multiples of those of ours; measured: RESULTS.md.
 HF_LAYER, HF_LAYER_UNCOMPILED = 1.93, 2.75
@@ -180,8 +184,12 @@ class Plan:
         """Raises ValueError, StoreError or CheckpointError if the run could not start."""
         self.output_dir = Path(config.output_dir)
         self.processes = Processes(config.device)
-        if self.processes.is_main_process:  # the only one that uploads
+        if self.processes.is_main_process:  # the only one that writes, logs and uploads
             check_hub(config)
+            check_trackers(config)
+            check_output(self.output_dir / METRICS, "--output_dir")
+        if config.fp8:
+            check_fp8(self.processes.device)
         count = self.processes.count
         self.global_batch_size = config.batch_size * config.gradient_accumulation_steps * count
         self.data = load_data(config, cache)
@@ -205,6 +213,8 @@ class Plan:
                 WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
             )
         self.facts = self._facts(own)
+        if self.processes.is_main_process:
+            check_room(self.output_dir, CHECKPOINT_BYTES * self.facts.trainable, "--output_dir")
         self.sizes = own, shape
         self.heaviest_start = self._heaviest_start()
         self.memory = self.estimate(config)

@@ -37,7 +37,7 @@ from theworld.training.checkpoint import (
     save_checkpoint,
 )
 from theworld.training.data import load_model
-from theworld.training.logging import Trackers, append, check_trackers, sync
+from theworld.training.logging import Trackers, append, sync
 from theworld.training.memory import Plan, check_answers, is_out_of_memory, not_finite, out_of_memory
 from theworld.training.monitor import LossMonitor, LossWindow, chance_loss, warning, what_to_try
 from theworld.training.objectives import align_losses, align_microbatch, make_optimizer, on_image_tokens
@@ -80,8 +80,6 @@ class Trainer:
         self.at_chance: LossWindow | None = None  # a window at chance that has not been reported yet
         self.processes.barrier()  # until all have looked: the main one is going to write there
         main = self.processes.is_main_process
-        if main:
-            check_trackers(config)
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
         set_up_torch(plan.gemma.dtype)
         self.model, self.data = load_model(plan.gemma, config, plan.data, plan.start)

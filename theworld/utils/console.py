@@ -15,6 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from theworld.utils.errors import explain
+
 QUIET_SECONDS = 30.0  # between two lines of a bar in a log file
 
 
@@ -194,8 +196,11 @@ def run_tool(
     except KeyboardInterrupt:
         print(f"\n{tool}: {interrupted}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ExplainedError) as error:
-        print(f"{tool}: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        message = str(error) if isinstance(error, ExplainedError) else explain(error, tool)
+        if message is None:
+            raise
+        print(f"{tool}: {message}", file=sys.stderr, flush=True)
         return 1
     lost = _output_error()
     if lost is None:
