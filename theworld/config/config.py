@@ -101,6 +101,11 @@ class Config:
         "Folder of the photographs that the statements name; none: all that is needed is read from the cache.",
         path=True,
     )
+    follow_links: bool = setting(
+        False,
+        "Read photographs through symbolic links that lead out of image_folder, as the hub's cache, DVC and git-annex "
+        "make them; false: such a link is refused.",
+    )
     question_template: str = setting(
         "Statement: {caption}\nAnswer (only '0' or '1'):",
         "Question that Gemma answers about each statement; {caption} is replaced by the statement and occurs once.",

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.extraction.encoders import encoder_of, specs_of
 from theworld.extraction.extract import source_of, stores_of
@@ -68,7 +69,7 @@ def audit(config: Config, cache: Path, num_images: int) -> list[Audit]:
     named = {spec.name for spec in specs_of(config, with_vision=(cache / VISION).exists())}
     roots = [root for root in stores_of(cache) if root.name in named]
     if not roots:
-        raise StoreError(f"{cache}: no store in it; run tools/extract_latents.py first")
+        raise StoreError(f"{cache}: no store in it; make it with: {extraction_command(config, cache)}")
     source = source_of(config, Part())
     return [audit_store(root, config, source, num_images) for root in roots]
 

@@ -9,7 +9,6 @@ extraction mends a damaged store (`theworld.store.writer`).
 
 import contextlib
 import logging
-import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from theworld.config.cli import settings_as_flags
 from theworld.config.config import Config
 from theworld.data.images import Square
 from theworld.data.vsr import images_of, load_all
@@ -49,6 +49,7 @@ from theworld.store.format import LATENTS, VISION, Plan
 from theworld.store.shard import ImageEntry
 from theworld.store.verify import Problem, examine
 from theworld.store.writer import Store
+from theworld.utils.commands import PLACEHOLDER, SETTINGS, command, extraction
 from theworld.utils.console import duration, progress
 from theworld.utils.device import resolve_device
 from theworld.utils.distributed import Part, this_part
@@ -171,18 +172,15 @@ def verify(cache: Path) -> list[Problem]:
     """Return the problems of the stores of a cache: none if every byte is as it was written."""
     stores = stores_of(cache)
     if not stores:
-        return [Problem(f"{cache}: no store in it; run tools/extract_latents.py first", (), damaged=False)]
+        message = f"{cache}: no store in it; make it with: {extraction(cache)}"
+        return [Problem(message, (), damaged=False)]
     return [problem for root in stores for problem in examine(root)]
 
 
-def mending_command(words: Sequence[str]) -> str:
-    """Return the extraction that mends what a verification found; `words`: the command line of the verification."""
-    kept = [word for word in words if word != "--verify"]
-    if not any(
-        word.startswith(("--image_folder", "--image-folder", "--image_dir", "--config")) for word in kept
-    ):
-        kept += ["--config", "FILE", "--image_folder", "FOLDER"]
-    return shlex.join(["python", *kept])
+def photographs_command(config: Config) -> str:
+    """Return the command that gets the photographs of the settings' statements into their image folder."""
+    own = settings_as_flags(config, SETTINGS["get_images"])
+    return command("get_images", *own, "--output", config.image_folder or PLACEHOLDER)
 
 
 def extract(
@@ -259,11 +257,11 @@ def source_of(config: Config, part: Part) -> Source:
     if config.image_folder is None:
         raise ValueError("image_folder is not set: give --image_folder, the folder with the COCO photographs")
     workers = num_workers(config.num_workers, part.local_count)
-    source = Source(Path(config.image_folder), config.max_image_pixels, workers)
+    source = Source(Path(config.image_folder), config.max_image_pixels, workers, config.follow_links)
     if not source.folder.is_dir():
         raise ValueError(
-            f"image_folder {source.folder}: not a folder; get the photographs with tools/get_images.py, or say where "
-            "they are with --image_folder"
+            f"image_folder {source.folder}: not a folder; say where the photographs are with --image_folder, or get "
+            f"them with: {photographs_command(config)}"
         )
     return source
 

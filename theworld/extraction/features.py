@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import ImageError, decode, read_bytes, read_image, sha256
 from theworld.data.vsr import Statement, images_of
@@ -31,6 +32,7 @@ from theworld.models.gemma_vision import VisionEncoder, vision_spec
 from theworld.models.serialization import VISION as VISION_PART
 from theworld.store.format import VISION, read_failures
 from theworld.store.reader import StoreReader
+from theworld.utils.commands import PLACEHOLDER, extraction
 from theworld.utils.device import torch_dtype
 from theworld.utils.files import StoreError
 
@@ -50,10 +52,7 @@ class CachedFeatures:
         """`spec`: what the rows have to mean; None: not compared. Raises StoreError if there is no such store or it is
         unfinished or damaged, StoreMismatch if it holds something else."""
         if not root.exists():
-            raise StoreError(
-                f"{root} is not there; make it with tools/extract_latents.py --cache {root.parent}, or name another "
-                "--cache"
-            )
+            raise StoreError(_not_there(root, extraction(root.parent)))
         self.reader = StoreReader(root)
         if spec is not None:
             spec.check_compatible(root, self.reader.fingerprint)
@@ -81,7 +80,7 @@ class WorldRows(CachedFeatures):
     def __init__(self, root: Path, spec: EncoderSpec, compare: bool = True) -> None:
         """`compare`: whether the store has to hold what the settings of `spec` say. Raises as `CachedFeatures`."""
         super().__init__(root, spec if compare else None)
-        self.root, self.use = root, spec.use
+        self.root, self.cache, self.use = root, root.parent, spec.use
         # Of a projection that takes these rows; without statistics where they are measured: see `having`.
         self.fingerprint = {**self.reader.fingerprint, **spec.use.fields}
         self.images: Mapping[str, str] = self.reader.images  # path -> SHA-256
@@ -103,10 +102,11 @@ class WorldRows(CachedFeatures):
 class NoRows:
     """The rows of an encoder without a store: zeros for each image."""
 
-    def __init__(self, root: Path, spec: EncoderSpec) -> None:
-        self.root, self.shape, self.fingerprint = root, spec.array.shape, spec.fingerprint()
+    def __init__(self, cache: Path, spec: EncoderSpec) -> None:
+        self.root, self.cache = cache / spec.name, cache
+        self.shape, self.fingerprint = spec.array.shape, spec.fingerprint()
         self.images: Mapping[str, str] | None = None
-        self.left_out = read_failures(root)
+        self.left_out = read_failures(cache)
 
     def __call__(self, images: Sequence[str]) -> Tensor:
         """float32[len(images), *latent_shape], on the CPU."""
@@ -144,8 +144,11 @@ class KeptRows:
 class OnTheFlyLatents:
     """Rows of a world encoder straight from the photographs, for evaluation without a cache."""
 
-    def __init__(self, encoder: Encoder, image_folder: str | Path, max_image_pixels: int) -> None:
+    def __init__(
+        self, encoder: Encoder, image_folder: str | Path, max_image_pixels: int, follow_links: bool = False
+    ) -> None:
         self.encoder = encoder
+        self.follow_links = follow_links
         self.image_folder = Path(image_folder)
         self.max_image_pixels = max_image_pixels
         self.kept = KeptRows(self._encode)
@@ -156,7 +159,7 @@ class OnTheFlyLatents:
         return self.kept(images)
 
     def _encode(self, image: str) -> Tensor:
-        pixels = read_image(self.image_folder, image, max_pixels=self.max_image_pixels)
+        pixels = read_image(self.image_folder, image, self.max_image_pixels, self.follow_links)
         return encode_alone(self.encoder, pixels)[0]
 
 
@@ -169,12 +172,14 @@ class OnTheFlyPixels:
         image_folder: str | Path,
         max_image_pixels: int,
         hashes: Mapping[str, str] | None = None,
+        follow_links: bool = False,
     ) -> None:
         """`hashes`: path -> SHA-256 of the photographs whose latents go with these features."""
         self.gemma = gemma
         self.image_folder = Path(image_folder)
         self.max_image_pixels = max_image_pixels
         self.hashes = hashes
+        self.follow_links = follow_links
         self.readers = ThreadPoolExecutor(8)  # PIL decodes outside of Python's lock
 
     def __call__(self, images: Sequence[str]) -> Tensor:
@@ -183,7 +188,7 @@ class OnTheFlyPixels:
         return torch.cat(list(self.readers.map(self._read, images)))
 
     def _read(self, image: str) -> Tensor:
-        data = read_bytes(self.image_folder, image)
+        data = read_bytes(self.image_folder, image, follow_links=self.follow_links)
         if self.hashes is not None and sha256(data) != self.hashes[image]:
             raise ImageError(
                 image,
@@ -222,7 +227,8 @@ def in_cache(
     if unknown:
         raise StoreError(
             f"{cache}: {len(unknown)} of {len(images)} images that the statements name are not in "
-            f"the cache, such as {unknown[0]}; run tools/extract_latents.py with the same --annotations"
+            f"the cache, such as {unknown[0]}; name other statements with --annotations, or make a cache of these "
+            f"with: {extraction(Path(f'{cache}-new'))}"
         )
     kept = [s for s in statements if s.image not in missing]
     found = f"{len(images) - len(missing)} of {len(images)} images"
@@ -233,7 +239,20 @@ def in_cache(
 def cached_latents(config: Config, cache: Path) -> WorldRows | NoRows:
     """Return the cache's rows of the world encoder that the settings name, as they describe them."""
     spec = world_encoder.describe(config)
-    return WorldRows(cache / spec.name, spec) if spec.stored else NoRows(cache, spec)
+    if not spec.stored:
+        return NoRows(cache, spec)
+    _check_there(cache / spec.name, config)
+    return WorldRows(cache / spec.name, spec)
+
+
+def _check_there(root: Path, config: Config) -> None:
+    """Raise StoreError with the command that makes a store with these settings, if there is none."""
+    if not root.exists():
+        raise StoreError(_not_there(root, extraction_command(config, root.parent)))
+
+
+def _not_there(root: Path, command: str) -> str:
+    return f"{root} is not there; name another --cache, or make it with: {command}"
 
 
 def latents_for(fingerprint: Mapping[str, Any], config: Config, cache: Path) -> WorldRows | NoRows:
@@ -245,6 +264,7 @@ def latents_for(fingerprint: Mapping[str, Any], config: Config, cache: Path) -> 
     if not spec.stored:
         spec.check_taken(cache, spec.fields, fingerprint)
         return NoRows(cache, spec)
+    _check_there(cache / spec.name, config)
     rows = WorldRows(cache / spec.name, spec, compare=False)
     spec.check_taken(rows.root, rows.reader.fingerprint, fingerprint)
     return rows
@@ -261,11 +281,15 @@ CHANGED_TOWER = "Gemma's vision tower is not as it was published, so cached feat
 
 
 def vision_source(
-    gemma: Gemma, config: Config, cached: CachedFeatures | None, hashes: Mapping[str, str] | None = None
+    gemma: Gemma,
+    config: Config,
+    cached: CachedFeatures | None,
+    hashes: Mapping[str, str] | None = None,
+    cache: str | Path = PLACEHOLDER,
 ) -> FeatureSource | None:
     """Return where a Gemma's vision comes from: cached features; else photographs, through its tower or, if that
     trains, as pixels; None for a text-only Gemma. `hashes`: path -> SHA-256 of the photographs whose latents go with
-    them.
+    them. `cache`: for the message, the folder where cached features would be.
 
     Raises ValueError if photographs are needed and `image_folder` is not set, StoreMismatch if cached features are
     another tower's.
@@ -278,14 +302,12 @@ def vision_source(
         return cached
     if config.image_folder is None:
         reason = CHANGED_TOWER if changed else "the cache has no features of them"
-        other = (
-            ""
-            if gemma.modified_parts
-            else ", or extract them once with tools/extract_latents.py --gemma_vision"
-        )
+        other = ""
+        if not gemma.modified_parts:
+            other = f", or extract them once with: {extraction_command(config, cache, '--gemma_vision')}"
         raise ValueError(f"this Gemma looks at the photographs: {reason}; give --image_folder{other}")
     kind = OnTheFlyPixels if VISION_PART in gemma.trainable_parts else OnTheFlyVision
-    return kind(gemma, config.image_folder, config.max_image_pixels, hashes)
+    return kind(gemma, config.image_folder, config.max_image_pixels, hashes, config.follow_links)
 
 
 def vision_note(gemma: Gemma, cached: CachedFeatures | None) -> list[str]:

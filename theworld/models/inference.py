@@ -29,6 +29,7 @@ from theworld.models.encoder import Encoder, encode_alone
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch, Control, WorldSource
 from theworld.models.projection import ProjectionShape
+from theworld.utils.text import check_texts
 
 Photograph = str | Path | np.ndarray | Image.Image
 # The conditions of an evaluation (`theworld.evaluation.metrics`) that one photograph is enough for.
@@ -54,9 +55,10 @@ def pair_up(
 ) -> tuple[list[Photograph], list[str]]:
     """Return images and texts as lists, which pair up one to one, or one image with all texts.
 
-    Raises ValueError for other numbers of them; `kind` names the texts in it.
+    Raises ValueError for other numbers of them, and for one that is no text; `kind` names the texts in it.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
+    check_texts(texts, kind.removesuffix("s"), filled=kind == "statements")
     pictures = [images] if isinstance(images, str | Path | np.ndarray | Image.Image) else list(images)
     if not texts or len(pictures) not in (1, len(texts)):
         raise ValueError(

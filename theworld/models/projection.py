@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from theworld.config.config import PROJECTIONS, Config
+from theworld.utils.commands import PLACEHOLDER, following
 
 DEEP = ("conv", "transformer")  # architectures in which a token depends on more than its own patch
 HEAD = 32  # largest width of an attention head of the transformer
@@ -130,7 +131,7 @@ class ProjectionShape:
         if self.steps:
             raise ValueError(
                 f"this projection was trained on {self.steps} predicted frames a photograph (num_world_steps), which "
-                f"only a cache holds: use tools/eval.py --cache; {instead}"
+                f"only a cache holds; {instead}; evaluate with: {following('eval', '--cache', PLACEHOLDER)}"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from theworld.config.config import load_config
-from theworld.data.images import photograph
+from theworld.data.images import photograph, refuse_address
 from theworld.evaluation.predict import possible_conditions
 from theworld.models import world_encoder
 from theworld.models.inference import CONDITIONS, Photograph, check_alone
@@ -14,6 +14,7 @@ from theworld.models.serialization import CONFIG_FILE, WORLD_FILE, SavedModel, f
 from theworld.models.theworld import TheWorld
 from theworld.utils.device import resolve_device, resolve_dtype, set_up_torch
 from theworld.utils.hub import GEMMA_FILE, locate
+from theworld.utils.text import check_texts
 
 # "without" is a Gemma that a later stage trained, where "baseline" would be the published Gemma, as in an evaluation.
 LABELS = {
@@ -55,6 +56,12 @@ def recorded_names(model: TheWorld, conditions: Sequence[str]) -> list[str]:
     """
     conditions = possible_conditions(conditions, model.gemma.is_multimodal, model.config)
     return ["without" if c == "baseline" and model.gemma.modified_parts else c for c in conditions]
+
+
+def check_question(image: str, statements: Sequence[str]) -> None:
+    """Raise ImageError for an address in place of a file, ValueError for a statement that is empty or no text."""
+    refuse_address(image)
+    check_texts(statements, "statement")
 
 
 def answers(
@@ -117,6 +124,7 @@ def plan(
             if weights is not None:
                 yield weights.topic, f"{weights.model}: {locate(weights.model, weights.file).words}"
     if image is not None:
+        check_question(image, statements)
         height, width, _ = photograph(image, config.max_image_pixels).shape
         yield "reads", f"{image}, {width} x {height} pixels"
         asked = f"{len(conditions)} conditions ({', '.join(conditions)})"

@@ -113,7 +113,8 @@ def compared(config: Config, latents: WorldRows | NoRows, images: list[str]) -> 
         return [f"photographs: not in {folder}, so they were not compared with the cache"]
     hashes = {image: latents.images[image] for image in images}
     extracted = (latents.root / "manifest.json").stat().st_mtime
-    return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS)]
+    links = config.follow_links
+    return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS, follow_links=links)]
 
 
 def plan_gemma(config: Config, device: torch.device, data: Data, start: SavedModel | None) -> Gemma:
@@ -132,7 +133,7 @@ def plan_gemma(config: Config, device: torch.device, data: Data, start: SavedMod
 def with_vision(data: Data, gemma: Gemma, config: Config) -> Data:
     """Return the data with the source of this Gemma's vision features, and free its vision tower if they are cached."""
     cached = data.vision if isinstance(data.vision, CachedFeatures) else None
-    vision = vision_source(gemma, config, cached, data.latents.images)
+    vision = vision_source(gemma, config, cached, data.latents.images, data.latents.cache)
     if isinstance(vision, CachedFeatures):
         gemma.drop_vision()
     return replace(data, vision=vision, notes=[*data.notes, *vision_note(gemma, cached)])

@@ -30,6 +30,7 @@ from theworld.training.checkpoint import ResumePoint, latest_valid_checkpoint, r
 from theworld.training.data import load_data, plan_gemma, with_statistics, with_vision
 from theworld.training.objectives import check_align
 from theworld.training.schedule import Order, num_train_steps, phase_of, phases, split_step
+from theworld.utils.commands import flags
 from theworld.utils.console import ExplainedError
 from theworld.utils.device import (
     GIB,
@@ -421,7 +422,7 @@ def out_of_memory(plan: Plan, step: int, start: int, one: Microbatch) -> OutOfMe
         peak, room = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, memory_of(device).total
     older = list_checkpoints(plan.output_dir)
     hint = (
-        f"go on from {older[-1]} with --resume_from {plan.output_dir}"
+        f"go on from {older[-1]} with {flags('--resume_from', plan.output_dir)}"
         if older
         else "no checkpoint was saved yet"
     )
