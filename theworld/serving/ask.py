@@ -6,6 +6,7 @@ from typing import Any
 
 from theworld.config.config import Config, load_config
 from theworld.data.images import photograph, refuse_address
+from theworld.evaluation.predict import possible_conditions
 from theworld.models import world_encoder
 from theworld.models.inference import CONDITIONS, Photograph, check_alone
 from theworld.models.projection import ProjectionShape
@@ -59,7 +60,11 @@ def _check_alone(saved: SavedModel, conditions: Sequence[str]) -> None:
 
 
 def recorded_names(model: TheWorld, conditions: Sequence[str]) -> list[str]:
-    """Return the names of these conditions in `answers`, which are those in the records of an evaluation."""
+    """Return the names of these conditions in `answers`, which are those in the records of an evaluation.
+
+    As there, "zero" is left out where world tokens look at no picture.
+    """
+    conditions = possible_conditions(conditions, model.gemma.is_multimodal, model.config)
     return ["without" if c == "baseline" and model.gemma.modified_parts else c for c in conditions]
 
 
@@ -76,6 +81,7 @@ def answers(
 
     Raises ValueError and ImageError as `TheWorld.score` does.
     """
+    conditions = possible_conditions(conditions, model.gemma.is_multimodal, model.config)
     p_true = model.ask(image, statements, conditions)
     names = dict(zip(recorded_names(model, conditions), conditions, strict=True))
     return [
@@ -118,6 +124,7 @@ def plan(
         saved = SavedModel.open_folder(folder)
         _check_alone(saved, conditions)
         config = saved.config(DEFAULTS | overrides)
+        conditions = possible_conditions(conditions, True, config)
         device = resolve_device(config.device)
         arithmetic = f"{device}, {resolve_dtype(config.dtype, device)}"
         yield "projection", f"{folder}, for {saved.world['model_name']}"
