@@ -15,12 +15,13 @@ from theworld.data.vsr import Statement, images_of, load_all, statements_at_hand
 from theworld.extraction.encoders import VisionEncoder
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
+from theworld.models.fp8 import FP8_CAPABILITY
 from theworld.models.gemma import is_multimodal
 from theworld.models.serialization import checkpoint_step, list_checkpoints
 from theworld.store.format import read_failures, read_manifest
 from theworld.store.reader import StoreReader, verify_store
 from theworld.training.checkpoint import latest_valid_checkpoint
-from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
+from theworld.training.memory import sizes_of, training_bytes
 from theworld.utils.device import GIB, memory_of, resolve_device
 from theworld.utils.files import check_folder, check_room, free_bytes
 from theworld.utils.hub import GEMMA_FILE, Fault, file_at_hand, locate

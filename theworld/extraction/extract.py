@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from theworld.config.config import Config
 from theworld.data.images import Square
@@ -50,7 +49,7 @@ from theworld.store.shard import ImageEntry
 from theworld.store.verify import Problem, examine
 from theworld.store.writer import Store
 from theworld.utils.console import duration, progress
-from theworld.utils.device import resolve_device
+from theworld.utils.device import current_device, resolve_device
 from theworld.utils.distributed import Part, this_part
 from theworld.utils.files import FAILURES, StoreError, check_room, free_bytes, make_folder, write_failures
 from theworld.utils.hub import locate
@@ -215,19 +214,18 @@ def extract(
 
     images = part.broadcast_from_main(check_and_list)
     part.broadcast_from_main(lambda: check_models(config, with_vision))
-    source, device = source_of(config, part), resolve_device(config.device)
-    if device.index is not None:
-        torch.cuda.set_device(device)  # pinned memory and events are those of the current one
-    if config.num_world_steps:
-        rollouts = RolloutEncoder(config, guardrail)
-        complete = roll_out(rollouts, cache, images, source, config, part, allow_missing)
-        del rollouts  # the largest models of all
-    else:
-        encoder = world_encoder.encoder_class(config)(config)
-        complete = run(encoder, cache, images, source, config, part, spool)
-    spool.close()  # the vision tower takes photographs in another form
-    if with_vision:
-        complete = run(VisionEncoder(config), cache, images, source, config, part, spool) and complete
+    source = source_of(config, part)
+    with current_device(resolve_device(config.device)):
+        if config.num_world_steps:
+            rollouts = RolloutEncoder(config, guardrail)
+            complete = roll_out(rollouts, cache, images, source, config, part, allow_missing)
+            del rollouts  # the largest models of all
+        else:
+            encoder = world_encoder.encoder_class(config)(config)
+            complete = run(encoder, cache, images, source, config, part, spool)
+        spool.close()  # the vision tower takes photographs in another form
+        if with_vision:
+            complete = run(VisionEncoder(config), cache, images, source, config, part, spool) and complete
     part.close()
     return complete and part.is_main_process
 

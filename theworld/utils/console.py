@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -114,6 +115,20 @@ class ExplainedError(Exception):
     """An error whose message is all that a user needs: a tool prints the message and no traceback."""
 
 
+def keep_compiled_code() -> None:
+    """Have torch keep compiled code in the user's cache folder, which survives a reboot: its own place does not.
+
+    An environment that names a folder has its way. Without a home folder to write to, torch's own place serves.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
+    folder = home / "theworld" / "compiled"
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if folder.is_absolute() and os.access(there, os.W_OK):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # torch makes it
+
+
 def run_tool(tool: str, main: Callable[[], int], interrupted: str = "interrupted") -> int:
     """Return the exit status of a tool: what `main` returns, 1 for an error that a user can cause, 130 for Ctrl-C.
 
@@ -122,6 +137,7 @@ def run_tool(tool: str, main: Callable[[], int], interrupted: str = "interrupted
     machine whose cores are shared.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_compiled_code()
     os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend, inherited, is not here
     try:
         return main()
