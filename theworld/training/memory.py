@@ -36,9 +36,10 @@ from theworld.models.serialization import (
     list_checkpoints,
 )
 from theworld.training.checkpoint import ResumePoint, latest_valid_checkpoint, refuse_to_overwrite
-from theworld.training.data import load_data, plan_gemma, with_vision
+from theworld.training.data import load_data, plan_gemma, with_statistics, with_vision
 from theworld.training.objectives import check_align
 from theworld.training.schedule import Order, num_train_steps, phase_of, phases, split_step
+from theworld.utils.commands import flags
 from theworld.utils.console import ExplainedError
 from theworld.utils.device import (
     GIB,
@@ -236,6 +237,7 @@ class Plan:
         self.resumed = latest_valid_checkpoint(config.resume_from) if config.resume_from else None
         refuse_to_overwrite(self.output_dir, self.resumed)
         self.start, init_from = _start(config, self.resumed)
+        self.data = with_statistics(self.data, self.start)
         self.config = config = replace(config, init_from=init_from)
         self.order = Order(self.data.train, config.seed)
         before = config.align_steps + config.statement_steps
@@ -244,7 +246,7 @@ class Plan:
         self.gemma = plan_gemma(config, self.processes.device, self.data, self.start)
         self.data = with_vision(self.data, self.gemma, config)
         self.sharded = wants_sharding(count, self.gemma)
-        fingerprint = self.data.latents.reader.fingerprint
+        fingerprint = self.data.latents.fingerprint
         shape = ProjectionShape.from_settings(config, fingerprint, self.gemma.width)
         check_align(config, shape, self.gemma.num_image_tokens)
         with seeded(config.seed):  # its values count for nothing
@@ -509,7 +511,7 @@ def out_of_memory(plan: Plan, step: int, start: int, one: Microbatch) -> OutOfMe
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     older = list_checkpoints(plan.output_dir)
     hint = (
-        f"go on from {older[-1]} with --resume_from {plan.output_dir}"
+        f"go on from {older[-1]} with {flags('--resume_from', plan.output_dir)}"
         if older
         else "no checkpoint was saved yet"
     )
