@@ -24,8 +24,8 @@ from theworld.extraction.extract import amount, check_models, check_readable, ch
 from theworld.extraction.features import cached_vision, in_cache, latents_for
 from theworld.extraction.reading import Source
 from theworld.models import world_encoder
-from theworld.models.decoder import check_fp8
 from theworld.models.encoder import EncoderSpec, NotYetKnown
+from theworld.models.fp8 import check_fp8
 from theworld.models.gemma import is_multimodal
 from theworld.models.inference import check_alone
 from theworld.models.projection import ProjectionShape

@@ -482,7 +482,7 @@ def score_all(
             plain = load_gemma(config, revision=world["model_revision"])
             model = TheWorld.from_config(config, plain, fingerprint)
             answers.add(model, name, {"baseline": "baseline"})
-        if not (model.gemma.modified_parts or model.config.fp8):  # 8 bits take the place of its weights
+        if not model.gemma.modified_parts:
             gemma, loaded = model.gemma, keys[name]
         del model  # before the next is loaded
     # Shared conditions first.

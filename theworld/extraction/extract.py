@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from theworld.config.cli import settings_as_flags
 from theworld.config.config import Config
@@ -51,7 +50,7 @@ from theworld.store.verify import Problem, examine
 from theworld.store.writer import Store
 from theworld.utils.commands import PLACEHOLDER, SETTINGS, command, extraction
 from theworld.utils.console import duration, progress
-from theworld.utils.device import resolve_device
+from theworld.utils.device import current_device, resolve_device
 from theworld.utils.distributed import Part, this_part
 from theworld.utils.files import (
     FAILURES,
@@ -231,22 +230,20 @@ def extract(
 
     images = part.broadcast_from_main(check_and_list)
     part.broadcast_from_main(check_all_models)
-    source, device = source_of(config, part), resolve_device(config.device)
-    if device.index is not None:
-        torch.cuda.set_device(device)  # pinned memory and events are those of the current one
-    complete = True
-    if config.num_world_steps:
-        rollouts = RolloutEncoder(config, guardrail)
-        complete = roll_out(rollouts, cache, images, source, config, part, allow_missing)
-        del rollouts  # the largest models of all
-    for one in every[1:] if config.num_world_steps else every:
-        if world_encoder.describe(one).stored:
-            encoder = world_encoder.encoder_class(one)(one)
-            complete = run(encoder, cache, images, source, one, part, spool) and complete
-            del encoder  # before the next is loaded
-    spool.close()  # the vision tower takes photographs in another form
-    if with_vision and VISION not in (world_encoder.describe(one).name for one in every):
-        complete = run(VisionEncoder(config), cache, images, source, config, part, spool) and complete
+    source, complete = source_of(config, part), True
+    with current_device(resolve_device(config.device)):
+        if config.num_world_steps:
+            rollouts = RolloutEncoder(config, guardrail)
+            complete = roll_out(rollouts, cache, images, source, config, part, allow_missing)
+            del rollouts  # the largest models of all
+        for one in every[1:] if config.num_world_steps else every:
+            if world_encoder.describe(one).stored:
+                encoder = world_encoder.encoder_class(one)(one)
+                complete = run(encoder, cache, images, source, one, part, spool) and complete
+                del encoder  # before the next is loaded
+        spool.close()  # the vision tower takes photographs in another form
+        if with_vision and VISION not in (world_encoder.describe(one).name for one in every):
+            complete = run(VisionEncoder(config), cache, images, source, config, part, spool) and complete
     part.close()
     return complete and part.is_main_process
 
