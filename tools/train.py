@@ -28,26 +28,35 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__)
     add_cache(parser)
     add_dry_run(parser)
+    text = (
+        "Take changed settings and data that --resume_from refuses, as they change what is learnt; checkpoints record "
+        "what was before and what is since."
+    )
+    parser.add_argument("--allow_changed", action="store_true", help=text)
     add_config_arguments(parser)
     arguments = parser.parse_args()
     config = config_from_arguments(arguments)
     with loading("train"):
+        from theworld.training.checkpoint import settings_to_resume
         from theworld.training.memory import Plan
         from theworld.training.trainer import Trainer
         from theworld.utils.signals import STATUS, StopRequest
 
+    if config.resume_from is not None:  # what is not given is as it was
+        config = config_from_arguments(arguments, settings_to_resume(config.resume_from))
+    allow_changed = arguments.allow_changed
     if arguments.dry_run:
-        plan = Plan(config, arguments.cache)  # in all processes: they wait for each other
+        plan = Plan(config, arguments.cache, allow_changed)  # in all processes: they wait for each other
         return rehearse(lambda: plan.lines)
     with StopRequest() as stop:
-        trainer = Trainer(config, arguments.cache, stop)
+        trainer = Trainer(config, arguments.cache, stop, allow_changed)
         checkpoint = trainer.run()
         stop.end()
     if trainer.processes.is_main_process and trainer.stopped:
         print(f"stopped as asked: {checkpoint}. Go on with --resume_from {config.output_dir}")
     elif trainer.processes.is_main_process:
         next_step = f"python tools/eval.py --model {checkpoint} --cache {arguments.cache}"
-        print(f"done: {checkpoint}. Next: {next_step}")
+        print(f"{'finished before' if trainer.plan.finished else 'done'}: {checkpoint}. Next: {next_step}")
     return STATUS if trainer.stopped else 0
 
 

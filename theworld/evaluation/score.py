@@ -48,6 +48,7 @@ from theworld.store.reader import StoreReader
 from theworld.utils.device import count_parameters, set_up_torch
 from theworld.utils.files import canonical_sha256, check_output, companion, hash_file
 from theworld.utils.hub import model_id
+from theworld.utils.locks import OutputLock
 
 logger = logging.getLogger(__name__)
 
@@ -357,8 +358,9 @@ def score_to_file(
     data = held_out(checkpoints, split, overrides, train_annotations, allow_trained)
     output = output or default_output(found, data.dataset, split)
     check_output(output)
-    rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
-    return output, write_results(rows, source, output, command)
+    with OutputLock(output, "--output", is_file=True):
+        rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
+        return output, write_results(rows, source, output, command)
 
 
 @dataclass
