@@ -6,7 +6,7 @@ SEED ?= 0
 # Threads that wait without spinning: small models stay fast on a machine that does other things too.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo demo-seeds bench test test-heavy test-cuda torture lint format check clean
+.PHONY: demo demo-seeds study study-errors bench test test-heavy test-cuda torture lint format check clean
 
 demo: $(VENV)/.installed  ## the main job end to end on drawn scenes and embedded models
 	$(BIN)/python tools/demo.py --seed $(SEED)
@@ -14,8 +14,16 @@ demo: $(VENV)/.installed  ## the main job end to end on drawn scenes and embedde
 demo-seeds: $(VENV)/.installed  ## the demo for three seeds
 	for seed in 0 1 2; do $(BIN)/python tools/demo.py --seed $$seed --output checkpoints/demo-$$seed || exit 1; done
 
+study: $(VENV)/.installed  ## seven arms, three seeds, on drawn scenes and embedded models: 20 minutes on two cores
+	$(BIN)/python tools/draw_scenes.py --output checkpoints/study-scenes
+	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py --config configs/demo_study.json --annotations checkpoints/study-scenes \
+		--image_folder checkpoints/study-scenes/images --cache checkpoints/study-cache --output checkpoints/study --processes 2
+
 bench: $(VENV)/.installed  ## how fast each phase is here, at small shapes, beside what one would otherwise run
 	$(BIN)/python tools/bench.py --shapes small --variants "batch 8 x 2" checkpointing
+
+study-errors: $(VENV)/.installed  ## how often a study is wrong, simulated: a quarter of an hour on one core
+	$(BIN)/python tools/study_errors.py
 
 test: $(VENV)/.installed  ## the tests, without the heavy ones
 	$(BIN)/python -m pytest -m "not heavy" -n auto --maxprocesses 8 --dist worksteal

@@ -24,6 +24,8 @@ from theworld.models.gemma import Gemma
 from theworld.utils.console import configure_logging
 
 pytest_plugins = ["torture"]
+# As in an activated virtual environment, where `python` in the commands of messages is this interpreter.
+os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,7 +15,7 @@ ORDER = [
     {"extraction"},
     {"evaluation", "hub"},
     {"training", "report", "serving"},
-    {"cli"},
+    {"cli", "study"},
 ]
 RANK = {package: rank for rank, packages in enumerate(ORDER) for package in packages}
 PACKAGE = ROOT / "theworld"

@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from theworld.utils.commands import SETTINGS
 from theworld.utils.console import ExplainedError, loading, rehearse, run_tool
 
-KEYS = "dtype device max_image_pixels".split()
+KEYS = SETTINGS["ask"]
 CONDITIONS = ("world", "baseline", "zero")  # as in theworld.models.inference, which takes seconds to load
 
 
@@ -73,14 +74,13 @@ def main() -> int:
 def ask(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Print the answers about one photograph."""
     with loading("ask"):
-        from theworld.data.images import refuse_address
-        from theworld.serving.ask import answers, load_for_asking, table
+        from theworld.serving.ask import answers, check_question, load_for_asking, table
 
-    refuse_address(arguments.image)  # before the model loads
+    check_question(arguments.image, arguments.statement)  # before the model loads
     model = load_for_asking(arguments.model, arguments.conditions, overrides)
     rows = answers(model, arguments.image, arguments.statement, arguments.conditions)
     result = {"model": arguments.model, "image": str(Path(arguments.image)), "answers": rows}
-    print(json.dumps(result, ensure_ascii=False) if arguments.json else table(rows))
+    print(json.dumps(result) if arguments.json else table(rows))
     return 0
 
 
@@ -118,4 +118,4 @@ def dry_run(arguments: argparse.Namespace, overrides: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool("ask", main))
+    sys.exit(run_tool("ask", main, prints=True))

@@ -8,15 +8,15 @@ the other tools have one for their own run.
 Exit status: 0 nothing stands in the way of a run, 1 something does, 2 wrong usage, 130 interrupted.
 """
 
-import shlex
 import sys
 
 from theworld.utils.console import loading, run_tool
 
 # Settings of extraction, and those that training has in addition.
 EXTRACTION = (
-    "model_name world_encoder cosmos_model_name dataset_name annotations image_folder max_image_pixels latent_size "
-    "latent_dtype encode_batch_size shard_size dtype device"
+    "model_name world_encoder control_seed cosmos_model_name dataset_name annotations image_folder follow_links "
+    "max_image_pixels "
+    "latent_size latent_dtype encode_batch_size shard_size dtype device"
 ).split()
 TRAINING = (
     "world_mode world_patch batch_size use_gradient_checkpointing compile fp8 output_dir resume_from"
@@ -35,9 +35,7 @@ def main() -> int:
     with loading("doctor"):
         from theworld.cli.doctor import FAULT, look_over
 
-    given = [(key, value) for key, value in vars(arguments).items() if key in ["config", *EXTRACTION]]
-    flags = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in given if value is not None)
-    findings = look_over(config, arguments.cache, flags)
+    findings = look_over(config, arguments.cache)
     print("\n".join(map(str, findings)))
     faults = sum(finding.state == FAULT for finding in findings)
     print(f"\n{faults} in the way" if faults else "\nnothing in the way")
@@ -45,4 +43,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_tool("doctor", main))
+    sys.exit(run_tool("doctor", main, prints=True))

@@ -13,12 +13,11 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 import sys
 from pathlib import Path
 
+from theworld.utils.commands import SETTINGS
 from theworld.utils.console import loading, rehearse, run_tool
 from theworld.utils.files import companion
 
-KEYS = (
-    "dataset_name annotations image_folder num_workers dtype device max_image_pixels eval_batch_size".split()
-)
+KEYS = SETTINGS["eval"]
 
 
 def main() -> int:

@@ -15,13 +15,10 @@ import signal
 import sys
 from typing import Any
 
+from theworld.utils.commands import SETTINGS, following
 from theworld.utils.console import loading, rehearse, run_tool
 
-KEYS = (
-    "world_encoder cosmos_model_name model_name dataset_name annotations image_folder max_image_pixels latent_size "
-    "latent_dtype encode_batch_size shard_size dtype device compile num_workers num_world_steps rollout_prompt "
-    "rollout_frames rollout_steps rollout_guidance rollout_seed"
-).split()
+KEYS = SETTINGS["extract_latents"]
 
 
 def main() -> int:
@@ -60,7 +57,8 @@ def main() -> int:
     with loading("extract_latents"):
         from theworld.cli.dry_run import extraction
         from theworld.extraction.audit import audit
-        from theworld.extraction.extract import extract, mending_command, verify
+        from theworld.extraction.extract import extract, verify
+        from theworld.store.format import LATENTS, extraction_command
         from theworld.store.verify import DAMAGED, SOUND, status
 
     options = (arguments.cache, arguments.gemma_vision, arguments.allow_missing, arguments.part)
@@ -72,7 +70,7 @@ def main() -> int:
         problems = verify(arguments.cache)
         print("\n".join(map(str, problems)) or f"{arguments.cache}: sound")
         if status(problems) == DAMAGED:
-            print(f"mend it with: {mending_command(sys.argv)}")
+            print(f"mend it with: {extraction_command(arguments.cache / LATENTS)}")
         return status(problems)
     config = config_from_arguments(arguments)
     if arguments.audit is not None:
@@ -80,8 +78,7 @@ def main() -> int:
         print("\n".join(map(str, audits)))
         return SOUND if all(one.holds for one in audits) else DAMAGED
     if extract(config, *options):
-        given = f" --config {arguments.config}" if arguments.config else ""
-        print(f"done: {arguments.cache}. Next: python tools/train.py{given} --cache {arguments.cache}")
+        print(f"done: {arguments.cache}. Next: {following('train', '--cache', arguments.cache)}")
     return 0
 
 

@@ -12,6 +12,7 @@ Exit status: 0 all photographs are there, 1 something failed, 2 wrong usage, 130
 import sys
 from pathlib import Path
 
+from theworld.utils.commands import SETTINGS
 from theworld.utils.console import loading, rehearse, run_tool
 
 
@@ -37,7 +38,7 @@ def main() -> int:
     text = "Number of simultaneous downloads or copies. (default: 8)"
     parser.add_argument("--num_workers", type=int, default=8, metavar="INTEGER", help=text)
     add_dry_run(parser)
-    add_config_arguments(parser, ["dataset_name", "annotations", "max_image_pixels"])
+    add_config_arguments(parser, SETTINGS["get_images"])
     arguments = parser.parse_args()
     if arguments.num_workers < 1:
         parser.error(f"--num_workers is {arguments.num_workers}; give 1 or more")

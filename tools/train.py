@@ -12,6 +12,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal (continue w
 
 import sys
 
+from theworld.utils.commands import again, command
 from theworld.utils.console import loading, rehearse, run_tool
 
 
@@ -53,9 +54,9 @@ def main() -> int:
         checkpoint = trainer.run()
         stop.end()
     if trainer.processes.is_main_process and trainer.stopped:
-        print(f"stopped as asked: {checkpoint}. Go on with --resume_from {config.output_dir}")
+        print(f"stopped as asked: {checkpoint}. Go on with: {again('--resume_from', config.output_dir)}")
     elif trainer.processes.is_main_process:
-        next_step = f"python tools/eval.py --model {checkpoint} --cache {arguments.cache}"
+        next_step = command("eval", "--model", checkpoint, "--cache", arguments.cache)
         print(f"{'finished before' if trainer.plan.finished else 'done'}: {checkpoint}. Next: {next_step}")
     return STATUS if trainer.stopped else 0
 

@@ -11,9 +11,10 @@ import json
 import sys
 from pathlib import Path
 
+from theworld.utils.commands import SETTINGS
 from theworld.utils.console import loading, rehearse, run_tool
 
-KEYS = "dataset_name annotations dtype device".split()
+KEYS = SETTINGS["visualize_alignment"]
 
 
 def main() -> int:

@@ -58,9 +58,8 @@ def test_a_text_only_gemma_is_not_asked_for_vision_features(
 def test_what_is_not_there_yet_is_a_note_with_the_command(config: Config, tmp_path: Path) -> None:
     page = by_topic(look_over(replace(config, image_folder=None), tmp_path / "none"))
     assert (page["photographs"].state, page["latents"].state, page["vision"].state) == (NOTE, NOTE, NOTE)
-    assert (
-        page["vision"].hint == f"python tools/extract_latents.py --cache {tmp_path / 'none'} --gemma_vision"
-    )
+    assert page["vision"].hint.startswith("python tools/extract_latents.py --cosmos_model_name ")
+    assert page["vision"].hint.endswith(f" --image_folder FOLDER --cache {tmp_path / 'none'} --gemma_vision")
 
 
 def test_photographs_that_are_missing_or_damaged_are_faults(
@@ -75,7 +74,38 @@ def test_photographs_that_are_missing_or_damaged_are_faults(
     assert found.hint.startswith("b.png: damaged")
     (folder / "b.png").unlink()
     found = by_topic(look_over(config, cache))["photographs"]
-    assert (found.state, found.message) == (FAULT, f"1 of 3 are not in {folder}, such as b.png")
+    assert (found.state, found.message) == (
+        FAULT,
+        f"1 of 3 cannot be read, such as b.png: no such file in {folder}",
+    )
+    (folder / "B.PNG").touch()
+    assert "it has 'B.PNG', which differs in" in by_topic(look_over(config, cache))["photographs"].message
+    missing = by_topic(look_over(replace(config, image_folder=str(tmp_path / "no")), cache))["photographs"]
+    assert (missing.state, missing.message) == (FAULT, f"image_folder {tmp_path}/no: not a folder")
+
+
+def test_one_cause_is_one_fault(config: Config, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.jsonl").write_text("{}\n")
+    page = by_topic(look_over(replace(config, annotations=str(tmp_path / "own")), cache))
+    assert page["statements"].message.startswith(f"{tmp_path}/own/train.jsonl:1: has no field image; ")
+    assert [topic for topic, finding in page.items() if finding.state == FAULT] == ["statements"]
+    for topic in ("photographs", "latents", "vision"):
+        assert (page[topic].state, page[topic].message) == (NOTE, "not looked at; see statements above")
+
+
+def test_statements_are_loaded_once(
+    config: Config, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(*names: object) -> None:
+        asked.append(names)
+        raise OSError("the hub cannot be reached")
+
+    monkeypatch.setattr(doctor, "statements_at_hand", refuse)
+    page = by_topic(look_over(replace(config, annotations=None), cache))
+    assert (page["statements"].message, len(asked)) == ("the hub cannot be reached", 1)
 
 
 def test_a_damaged_cache_and_one_of_other_settings_are_faults(config: Config, cache: Path) -> None:
@@ -148,8 +178,11 @@ def test_a_rollout_takes_a_pipeline_and_its_guardrail(
     assert (found.state, "no model_index.json" in found.message) == (FAULT, True)
 
 
-def test_cures_carry_the_settings_that_were_given(config: Config, tmp_path: Path) -> None:
-    page = by_topic(look_over(config, tmp_path / "c", "--config my.json"))
+def test_cures_carry_the_settings_that_were_given(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tools/doctor.py", "--config", "my.json", "--output_dir", "run"])
+    page = by_topic(look_over(config, tmp_path / "c"))
     command = f"python tools/extract_latents.py --config my.json --cache {tmp_path / 'c'}"
     assert (page["latents"].hint, page["vision"].hint) == (command, f"{command} --gemma_vision")
     assert "it takes 0.0 MiB, " in page["latents"].message

@@ -199,7 +199,7 @@ def test_a_finished_cache_of_fewer_photographs_is_refused(
     photographs = tmp_path / "photographs"
     shutil.copytree(str(config.image_folder), photographs)
     more = replace(config, annotations=str(folder), image_folder=str(photographs))
-    with pytest.raises(ValueError, match=r"1 of 4 photographs cannot be read:\n  d\.png: no file in "):
+    with pytest.raises(ValueError, match=r"1 of 4 photographs cannot be read:\n  d\.png: no such file in "):
         list(extraction(more, cache, False, False, None))
     assert any(
         "3 of 4 photographs; 1 left out" in line for line in extraction(more, cache, False, True, None)
@@ -316,7 +316,7 @@ def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, t
         }
         return lambda: list(evaluation([run], *(values | changes).values()))  # type: ignore[arg-type]
 
-    with pytest.raises(ValueError, match=r"2 of 2 photographs cannot be read:\n  .*no file in "):
+    with pytest.raises(ValueError, match=r"2 of 2 photographs cannot be read:\n  .*no such file in "):
         plan(cache=None, folder=tmp_path)()
     with pytest.raises(ValueError, match="at least two images; leave it out of --conditions"):
         plan(split="dev", conditions=["shuffled"])()

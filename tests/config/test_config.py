@@ -156,7 +156,8 @@ def test_a_syntax_error_is_named_by_line_and_column(tmp_path: Path, text: str, w
         ('{"device": "cuda:-1"}', ["device", "cuda:N"]),
         ('{"image_folder": ""}', ["image_folder", "not empty"]),
         ('{"output_dir": "a\\u0000b"}', ["output_dir"]),
-        ('{"output_dir": "\\ud800"}', ["output_dir"]),
+        ('{"output_dir": "\\ud800"}', ["output_dir", "half a character"]),
+        ('{"rollout_prompt": "a\\u0000"}', ["rollout_prompt", "NUL"]),
         ("[]", ["wanted one object"]),
         ("[" * 100_000, ["nested too deeply"]),
     ],
@@ -173,7 +174,10 @@ def test_a_refusal_names_the_key_the_value_and_what_is_allowed(
 def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_bytes(b'{"output_dir": "\xff"}')
-    with pytest.raises(ValueError, match=r"run\.json.*utf-8"):
+    with pytest.raises(ValueError, match=r"run\.json:1: byte 0xff is not utf-8"):
+        load_config(path)
+    path.write_text('{"output_dir": "a"}', encoding="utf-16")
+    with pytest.raises(ValueError, match=r"run\.json: is UTF-16, .*iconv"):
         load_config(path)
 
 
@@ -291,10 +295,10 @@ def test_help_shows_every_setting_as_a_sentence_with_its_unit_and_default() -> N
 def test_help_shows_settings_in_groups() -> None:
     groups = grouped(list(FIELDS))
     assert [(title, keys[0], len(keys)) for title, keys in groups.items()] == [
-        ("models", "model_name", 8),
-        ("data", "dataset_name", 7),
+        ("models", "model_name", 9),
+        ("data", "dataset_name", 8),
         ("latents", "latent_size", 10),
-        ("world tokens", "world_mode", 10),
+        ("world tokens", "standardization", 11),
         ("objective", "statement_loss_weight", 6),
         ("optimisation", "batch_size", 13),
         ("memory and speed", "dtype", 6),

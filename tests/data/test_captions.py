@@ -44,6 +44,21 @@ def test_both_forms_give_the_captions_of_the_photographs_that_are_asked_for(tmp_
     assert captions_note(OWN, ["a.jpg", "b.jpg", "none.jpg"]) == "captions: 3 for 2 of 3 training photographs"
 
 
+def test_blank_lines_and_marks_are_read_over(tmp_path: Path) -> None:
+    rows = "\r\n\r\n".join(json.dumps({"image": i, "caption": c}) for i, own in OWN.items() for c in own)
+    (tmp_path / "own.jsonl").write_bytes(f"\ufeff{rows}\r\n".encode())
+    assert load_captions(tmp_path / "own.jsonl", list(OWN)) == OWN
+    (tmp_path / "coco.json").write_text(json.dumps(COCO), encoding="utf-8-sig")
+    assert load_captions(tmp_path / "coco.json", ["a.jpg", "b.jpg"]) == OWN
+
+
+@pytest.mark.parametrize("name", ["own.jsonl", "coco.json"])
+def test_another_encoding_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps(COCO), encoding="utf-16")
+    with pytest.raises(ValueError, match=rf"{name}: is UTF-16, .*iconv"):
+        load_captions(tmp_path / name, ["a.jpg"])
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [

@@ -871,8 +871,28 @@ def test_a_damaged_photograph_of_a_source_is_not_copied(coco: Path, coco_zip: Pa
 
 def test_a_link_out_of_the_coco_folder_is_not_followed(coco: Path, photographs: Path, tmp_path: Path) -> None:
     (coco / "c.png").symlink_to(photographs / "c.png")
-    with pytest.raises(ImageError, match="a symbolic link out of the image folder"):
+    with pytest.raises(ImageError, match=r"a symbolic link out of the image folder, .* --follow_links reads"):
         CocoCopy(coco).save("c.png", tmp_path / "c.png")
+    CocoCopy(coco, follow_links=True).save("c.png", tmp_path / "c.png")
+    assert (tmp_path / "c.png").read_bytes() == (photographs / "c.png").read_bytes()
+    assert not (tmp_path / "c.png").is_symlink()
+
+
+def test_nothing_is_written_through_a_link(photographs: Path, tmp_path: Path) -> None:
+    output, network = tmp_path / "images", Network(photographs)
+    output.mkdir()
+    (tmp_path / "kept.png").write_bytes(b"another file")
+    shutil.copy(photographs / "b.png", tmp_path / "blob")
+    (output / "a.png").symlink_to(tmp_path / "kept.png")
+    (output / "b.png").symlink_to(tmp_path / "blob")
+    way = f"a symbolic link out of the image folder, to {tmp_path}"
+    wanted = f"{way}/%s; --follow_links reads it; a link is not replaced: remove it"
+    links = {name: LINKS[name] for name in ("a.png", "b.png")}
+    refused = [("a.png", wanted % "kept.png"), ("b.png", wanted % "blob")]
+    assert save_all(links, output, network.save, 1) == Summary(0, 0, refused)
+    summary = save_all(links, output, network.save, 1, follow_links=True)
+    assert (summary.num_present, [name for name, _ in summary.failures]) == (1, ["a.png"])
+    assert (tmp_path / "kept.png").read_bytes() == b"another file"
 
 
 def test_a_zip_cannot_hold_more_than_a_photograph_may_have(

@@ -29,7 +29,10 @@ from theworld.data.images import (
     ImageError,
     PhotographsChanged,
     check_photographs,
+    contents,
     decode,
+    missing_photographs,
+    photograph,
     read_bytes,
     read_image,
     sha256,
@@ -454,7 +457,88 @@ def test_a_link_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     (root / "null.jpg").symlink_to("/dev/null")
     (root / "sub").symlink_to(tmp_path / "images2")
     for name in ("a.jpg", "null.jpg", "sub/a.jpg"):
-        assert "symbolic link out of the image folder" in file_reason(root, name)
+        location = os.path.realpath(root / name)
+        reason = f"a symbolic link out of the image folder, to {location}; --follow_links reads it"
+        assert file_reason(root, name) == reason
+        assert missing_photographs([name], root) == {name: reason}
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A folder of links as the hub's cache, DVC and git-annex make them, to files, to a folder and to nothing."""
+    root, store = tmp_path / "images", tmp_path / "blobs"
+    (store / "sub").mkdir(parents=True)
+    root.mkdir()
+    (store / "0123").write_bytes(b"blob")
+    (store / "sub" / "b.jpg").write_bytes(b"below")
+    (root / "a.jpg").symlink_to("../blobs/0123")
+    (root / "sub").symlink_to(store / "sub")
+    (root / "gone.jpg").symlink_to("../blobs/4567")
+    return root
+
+
+def test_links_that_leave_the_folder_are_read_on_request(linked: Path) -> None:
+    assert read_bytes(linked, "a.jpg", follow_links=True) == b"blob"
+    assert read_bytes(linked, "sub/b.jpg", follow_links=True) == b"below"
+    reason = f"a symbolic link to {linked.parent}/blobs/4567, which is not there"
+    assert file_reason(linked, "gone.jpg", follow_links=True) == reason
+    assert missing_photographs(["a.jpg", "sub/b.jpg", "gone.jpg"], linked, True) == {"gone.jpg": reason}
+    assert contents(linked, ["a.jpg", "sub/b.jpg", "gone.jpg"], True) == {
+        "a.jpg": "4 bytes",
+        "sub/b.jpg": "5 bytes",
+    }
+
+
+@pytest.mark.parametrize("name", ["../blobs/0123", "sub/../a.jpg", "/etc/passwd", "a\0"])
+@pytest.mark.torture("security", "paths that leave the folder: absolute, .., NUL, links, devices")
+def test_following_links_opens_no_other_way_out(linked: Path, name: str) -> None:
+    assert file_reason(linked, name, follow_links=True) == "not a path below the image folder"
+
+
+@pytest.mark.parametrize(
+    ("there", "wanted", "words"),
+    [
+        ("A.JPG", "a.jpg", "'A.JPG', which differs in upper and lower case"),
+        ("Sub/A.jpg", "sub/a.jpg", "'Sub/A.jpg', which differs in upper and lower case"),
+        ("cafe\u0301.jpg", "caf\u00e9.jpg", r"'cafe\u0301.jpg', which differs in Unicode form (NFC or NFD)"),
+        (
+            "e\u0301te/a.jpg",
+            "\u00e9te/a.jpg",
+            r"'e\u0301te/a.jpg', which differs in Unicode form (NFC or NFD)",
+        ),
+    ],
+)
+def test_a_similar_name_is_shown_and_not_taken(there: str, wanted: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / there).parent.mkdir(exist_ok=True)
+    (tmp_path / there).write_bytes(b"bytes")
+    if (tmp_path / wanted).exists():
+        pytest.skip("this file system takes both names for one")
+    reason = f"no such file in {tmp_path}; it has {words}: rename one of the two"
+    assert file_reason(tmp_path, wanted) == reason
+    assert missing_photographs([wanted], tmp_path) == {wanted: reason}
+    if "/" not in wanted:
+        with pytest.raises(ImageError) as error:
+            photograph(tmp_path / wanted)
+        assert error.value.reason == reason
+
+
+def test_a_folder_is_listed_once_for_all_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed, real = [], os.listdir
+    (tmp_path / "A.jpg").touch()
+    monkeypatch.setattr(os, "listdir", lambda folder: [listed.append(folder), *real(folder)][1:])
+    missing = missing_photographs([f"{n}.jpg" for n in "abcdefgh"], tmp_path)
+    assert (len(missing), len(listed)) == (8, 1)
+    assert "it has 'A.jpg'" in missing["a.jpg"]
+    assert "it has" not in missing["b.jpg"]
+
+
+def test_photographs_of_the_same_size_are_compared_by_their_bytes(tmp_path: Path) -> None:
+    for name, data in (("a", b"11"), ("b", b"11"), ("c", b"22"), ("d", b"333")):
+        (tmp_path / name).write_bytes(data)
+    found = contents(tmp_path, ["a", "b", "c", "d", "missing"])
+    assert found == {"a": sha256(b"11"), "b": sha256(b"11"), "c": sha256(b"22"), "d": "3 bytes"}
 
 
 def test_an_image_error_has_path_and_reason_and_can_be_pickled() -> None:

@@ -69,6 +69,27 @@ def test_lines_may_end_in_crlf_and_captions_may_hold_other_separators(tmp_path: 
     assert [statement.caption for statement in load_statements(tmp_path, "test")] == ["a\u2028b\x0bc"] * 2
 
 
+def test_blank_lines_count_for_nothing_but_the_line_in_a_message(tmp_path: Path) -> None:
+    row = json.dumps(ROW)
+    (tmp_path / "test.jsonl").write_text(f"\n{row}\n\r\n  \t\n{row}\n\n")
+    assert [statement.index for statement in load_statements(tmp_path, "test")] == [0, 1]
+    (tmp_path / "test.jsonl").write_text(f"\n{row}\n\n{{}}\n")
+    with pytest.raises(ValueError, match=r"test\.jsonl:4: has no field image"):
+        load_statements(tmp_path, "test")
+
+
+def test_half_a_character_and_nul_are_named(tmp_path: Path) -> None:
+    wanted = 'train.jsonl:2: caption is "a\\ud83d"; give text that is not empty (it holds half a character'
+    assert refusal(tmp_path, json.dumps({**ROW, "caption": "a\ud83d"})).startswith(wanted)
+    assert "(it holds NUL" in refusal(tmp_path, json.dumps({**ROW, "image": "\0.jpg"}))
+
+
+def test_a_file_in_utf_16_is_refused_with_what_converts_it(tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text(json.dumps(ROW), encoding="utf-16")
+    with pytest.raises(ValueError, match=r"test\.jsonl: is UTF-16, .*iconv -f UTF-16 -t UTF-8"):
+        load_statements(tmp_path, "test")
+
+
 @pytest.mark.parametrize("split", ["dev", "validation"])
 @pytest.mark.parametrize("file", ["dev.jsonl", "validation.jsonl"])
 def test_dev_and_validation_are_one(tmp_path: Path, split: str, file: str) -> None:
@@ -110,7 +131,7 @@ def test_the_release_is_chosen_by_the_dataset_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("", ["train.jsonl:2:1", "JSON object"]),
+        ("\ufeff{}", ["train.jsonl:2:1", "BOM", "JSON object"]),
         ("{", ["train.jsonl:2:2", "JSON object"]),
         ("[1]", ["[1]", "JSON object"]),
         ("[" * 100_000, ["nested too deeply"]),
@@ -182,7 +203,8 @@ def test_the_hub_and_the_files_give_equal_statements(tmp_path: Path, monkeypatch
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "vsr"
-    write(folder / "train.jsonl", ROW, {**ROW, "label": 0})
+    (folder / "train.jsonl").parent.mkdir()
+    (folder / "train.jsonl").write_text(f"{json.dumps(ROW)}\n\n{json.dumps({**ROW, 'label': 0})}\n\n")
     write(folder / "dev.jsonl", {**ROW, "image_link": "x"})
     write(folder / "test.jsonl", {**ROW, "label": 7})
     for split in ("train", "dev", "validation"):

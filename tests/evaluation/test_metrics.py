@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +259,8 @@ def test_records_read_back_equal_and_give_the_same_summary(tmp_path: Path) -> No
     assert len(path.read_bytes().splitlines()) == 4
     assert read_jsonl(path) == rows
     assert write_summary(read_jsonl(path), path) == summarise(rows)
+    path.write_bytes(b"\xef\xbb\xbf\n" + path.read_bytes().replace(b"\n", b"\r\n\r\n"))
+    assert read_jsonl(path) == rows
     saved = json.loads((tmp_path / "new" / "results.summary.json").read_text())
     assert saved == json.loads(json.dumps(summarise(rows)))
 
@@ -267,6 +270,7 @@ def test_records_read_back_equal_and_give_the_same_summary(tmp_path: Path) -> No
     [
         (lambda r: r.pop("label"), "results.jsonl:2: label is None; wanted int"),
         (lambda r: r.update(label=2), "results.jsonl:2: label is 2; wanted 0 or 1"),
+        (lambda r: r.update(image="\ud83d"), "results.jsonl:2: image is '\\ud83d', which holds half a"),
         (lambda r: r.update(image_seen_in_train="no"), "image_seen_in_train is 'no'; wanted bool"),
         (lambda r: r.pop("systems"), "results.jsonl:2: has no answers under 'systems'"),
         (lambda r: r["systems"].pop("world"), "has the conditions baseline; line 1 has world, baseline"),
@@ -285,13 +289,18 @@ def test_a_damaged_record_is_refused_naming_line_and_field(
     rows = four_rows()
     change(rows[1])  # type: ignore[operator]
     write_jsonl(rows, tmp_path / "results.jsonl")
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_jsonl(tmp_path / "results.jsonl")
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text("{}x\n")
-    with pytest.raises(ValueError, match=r"r\.jsonl:1: Extra data"):
+    with pytest.raises(
+        ValueError, match=r"r\.jsonl:1:3: Extra data; wanted one record of tools/eval.py a line"
+    ):
+        read_jsonl(tmp_path / "r.jsonl")
+    (tmp_path / "r.jsonl").write_text("{}", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"r\.jsonl: is UTF-16"):
         read_jsonl(tmp_path / "r.jsonl")
     (tmp_path / "r.jsonl").write_text("")
     with pytest.raises(ValueError, match="no statements"):

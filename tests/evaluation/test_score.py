@@ -4,23 +4,39 @@ Checkpoints scored together answer as each by itself, and say where their answer
 """
 
 import json
+import logging
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from constants import ROOT
+from serving_models import save_model
 
+from theworld.cli.doctor import look_over
 from theworld.config.config import Config, save_config
-from theworld.data.vsr import OWN, PUBLISHED_SHA256, load_statements, release_of
+from theworld.data.images import ImageError, sha256
+from theworld.data.vsr import OWN, PUBLISHED_SHA256, load_statements, release_of, statements_sha256
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.records import read_jsonl
-from theworld.evaluation.score import default_output, held_out, read_source, score, score_to_file, short_names
+from theworld.evaluation.score import (
+    HeldOut,
+    default_output,
+    held_out,
+    read_source,
+    score,
+    score_to_file,
+    short_names,
+)
 from theworld.extraction.extract import extract
 from theworld.models import theworld
 from theworld.models.gemma import Gemma
 from theworld.models.serialization import SavedModel, fingerprint_of, write_world
+from theworld.report.report import _photograph
+from theworld.store.shard import ArraySpec, ImageEntry
+from theworld.store.writer import Store
 from theworld.training.trainer import Trainer
 from theworld.utils.files import hash_file
 
@@ -225,7 +241,7 @@ def test_a_split_with_what_training_had_of_it(vsr: Path, tmp_path: Path) -> None
     data = held_out({"": checkpoint(tmp_path / "c", vsr)}, "test", {})
     assert [s.caption for s in data.statements] == ["four", "five"]
     assert data.seen_images == {"a.jpg"}
-    assert data.in_train == {("a.jpg", "one"), ("b.jpg", "two"), ("c.jpg", "three")}
+    assert data.in_train == set()
     assert (data.dataset, data.split, data.image_folder) == (OWN, "test", "photos")
     assert data.trained_on == {"": "3 statements of own data train"}
 
@@ -329,8 +345,110 @@ def test_checkpoints_are_compared_on_the_same_statements(vsr: Path, tmp_path: Pa
         held_out(both, "test", {})
     data = held_out(both, "test", {"annotations": str(vsr)})
     assert data.seen_images == {"a.jpg", "d.jpg"}  # by either
-    assert ("d.jpg", "five") in data.in_train
+    assert data.in_train == {("d.jpg", "five")}
     assert set(data.trained_on) == {"x", "y"}
+
+
+def test_a_statement_was_seen_whatever_its_case_spaces_and_unicode_form(vsr: Path, tmp_path: Path) -> None:
+    write(vsr / "random", "train", [("a.jpg", "The Caf\u00e9 is  left of it."), ("b.jpg", "Two.")])
+    write(
+        vsr / "random",
+        "test",
+        [("a.jpg", " the cafe\u0301 is left\tof it "), ("a.jpg", "Two."), ("b.jpg", "two")],
+    )
+    data = held_out({"": checkpoint(tmp_path / "c", vsr)}, "test", {})
+    assert [(s.image, s.caption) in data.in_train for s in data.statements] == [True, False, True]
+
+
+@pytest.fixture
+def renamed(vsr: Path, photographs: Path, tmp_path: Path) -> Path:
+    """Photographs of which d.jpg has the bytes of a.jpg, for a test split about d.jpg and e.jpg; c.jpg is missing."""
+    write(vsr / "random", "test", [("d.jpg", "ONE"), ("d.jpg", "five"), ("e.jpg", "one")])
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name, source in (("a", "a"), ("b", "b"), ("d", "a"), ("e", "c")):
+        shutil.copy(photographs / f"{source}.png", folder / f"{name}.jpg")
+    return folder
+
+
+def seen(data: HeldOut) -> list[tuple[bool, bool]]:
+    """Whether training had the image, and the statement, of each statement of a split."""
+    return [(s.image in data.seen_images, (s.image, s.caption) in data.in_train) for s in data.statements]
+
+
+def test_a_photograph_was_seen_under_another_name(
+    vsr: Path, renamed: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "theworld")
+    saved = checkpoint(tmp_path / "c", vsr)
+    assert seen(held_out({"": saved}, "test", {})) == [(False, False)] * 3  # there is nothing to compare
+    assert caplog.messages == []
+    wanted = [(True, True), (True, False), (False, False)]
+    assert seen(held_out({"": saved}, "test", {}, image_folder=renamed)) == wanted
+    assert caplog.messages == [
+        f"1 of the 3 training photographs are not in {renamed}: "
+        "whether the split has them is told by their names alone"
+    ]
+    images = [ImageEntry(path.name, sha256(path.read_bytes())) for path in sorted(renamed.iterdir())]
+    array = ArraySpec("latents", (1,), "float32")
+    Store.create(tmp_path / "cache" / "latents", {"model": "m"}, images, [array], 2)
+    assert seen(held_out({"": saved}, "test", {}, cache=tmp_path / "cache")) == wanted
+
+
+def test_records_and_summary_say_that_a_photograph_was_seen_under_another_name(
+    config: Config, photographs: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / "own", "test", [("x.png", "It is so."), ("y.png", "It is so.")])
+    shutil.copytree(photographs, tmp_path / "photos")
+    shutil.copy(photographs / "a.png", tmp_path / "photos" / "x.png")
+    (tmp_path / "photos" / "y.png").write_bytes((photographs / "a.png").read_bytes() + b"\0")
+    model, output = save_model(tmp_path / "model", config), tmp_path / "r.jsonl"
+    given = {"annotations": str(tmp_path / "own")}
+    places = (None, tmp_path / "photos", ("baseline",), given, ["eval"], output)
+    _, summary = score_to_file([model], "test", *places, train_annotations=config.annotations)
+    assert [row["image_seen_in_train"] for row in read_jsonl(output)] == [True, False]
+    assert {key: group["baseline"]["n"] for key, group in summary["by_seen"].items()} == {
+        "True": 1,
+        "False": 1,
+    }
+
+
+def test_all_phases_read_a_folder_of_links_on_request(
+    config: Config, photographs: Path, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "images", tmp_path / "r.jsonl"
+    folder.mkdir()
+    for path in photographs.iterdir():
+        (folder / path.name).symlink_to(path)
+    config = replace(config, image_folder=str(folder), max_steps=1, do_eval=False)
+    with pytest.raises(ValueError, match=r"a\.png: a symbolic link out of .*; --follow_links reads it"):
+        extract(config, tmp_path / "cache", with_vision=False, allow_missing=False)
+    config = replace(config, follow_links=True)
+    extract(config, tmp_path / "cache", with_vision=False, allow_missing=False)
+    page = {finding.topic: finding for finding in look_over(config, tmp_path / "cache")}
+    assert page["photographs"].message.endswith("3 of 3 looked at can be read")
+    assert page["compared"].state == "ok"
+    run = Trainer(config, tmp_path / "cache").run()  # Gemma looks at the photographs
+    score_to_file([run], "test", None, folder, ("world", "baseline"), {}, ["eval"], output)
+    assert [row["image_seen_in_train"] for row in read_jsonl(output)] == [True] * 4
+    source = read_source(output)
+    assert source is not None
+    assert source["follow_links"] is True
+    assert _photograph(folder, "a.png", source["follow_links"])["width"] == 96
+    with pytest.raises(ImageError, match="--follow_links reads it"):
+        score_to_file([run], "test", None, folder, ("world",), {"follow_links": False}, ["eval"], output)
+
+
+def test_a_release_is_told_by_its_statements_whatever_it_is_called(
+    vsr: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The small zeroshot test split, as own data under the name vsr."""
+    rows = [(s.image, s.caption, s.label) for s in load_statements(vsr, "test", "vsr_zeroshot")]
+    monkeypatch.setitem(PUBLISHED_SHA256, ("vsr_zeroshot", "test"), statements_sha256(rows))
+    saved = checkpoint(tmp_path / "c", vsr)
+    shutil.copytree(vsr / "zeroshot", tmp_path / "own")
+    with pytest.raises(ValueError, match="VSR random, and 2 of the 3 statements of zeroshot test"):
+        held_out({"": saved}, "test", {"annotations": str(tmp_path / "own")})
 
 
 @pytest.mark.skipif(not VSR.is_dir(), reason="no real data: ../shared/vsr is not there")

@@ -17,13 +17,14 @@ from theworld.config.config import Config
 from theworld.data.images import latent_pixels, read_image, sha256, square
 from theworld.evaluation.score import score
 from theworld.extraction import extract as phase_1
-from theworld.extraction.encoders import VisionEncoder, check_stores, encoder_of, specs_of
+from theworld.extraction.encoders import check_stores, encoder_of, specs_of
 from theworld.extraction.extract import extract
 from theworld.extraction.reading import ReadBatch, Source, in_processes
 from theworld.models import cosmos
 from theworld.models.cosmos import CosmosEncoder, CosmosLatents
 from theworld.models.encoder import PRECISION, UNTIL_DOWNLOADED, UNTIL_LOADED
 from theworld.models.gemma import Gemma
+from theworld.models.gemma_vision import VisionEncoder
 from theworld.store.format import LATENTS, VISION, StoreMismatch
 from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store

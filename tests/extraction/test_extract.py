@@ -23,6 +23,7 @@ from theworld.extraction import reading
 from theworld.extraction.extract import _seconds_an_image, extract, freeze, known_hashes, preflight, verify
 from theworld.extraction.reading import Source, Spool
 from theworld.models.encoder import EncoderSpec
+from theworld.store.format import read_failures
 from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store
 from theworld.utils import files
@@ -274,6 +275,12 @@ def test_failures_are_a_file_only_while_there_are_some(tmp_path: Path) -> None:
     write_failures(tmp_path, [("ü.png", "gone")])
     assert path.read_text(encoding="utf-8") == '{"path": "ü.png", "reason": "gone"}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["failures.jsonl"]
+    named = {
+        "a\u2028b.png": "a link to \udcff.png",
+        "ü.png": "gone",
+    }  # as a file name has it that is not UTF-8
+    write_failures(tmp_path, list(named.items()))
+    assert read_failures(tmp_path) == named
     write_failures(tmp_path, [])
     assert not path.exists()
 

@@ -153,7 +153,8 @@ def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"'0004.jpeg' is not one of the 20 in .*; nearest: '0004.jpg'"):
         rows([name(3), "0004.jpeg"])
     with pytest.raises(
-        StoreError, match=r"none is not there; make it with tools/extract_latents.py --cache "
+        StoreError,
+        match=r"none is not there; name another --cache, or make it with: python tools/extract_latents.py ",
     ):
         CachedFeatures(tmp_path / "none")
 

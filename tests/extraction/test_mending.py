@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from constants import ROOT
 from faults import CALLS, failing_disk
 from jobs import config_of, content, flip, make_photographs, sound
 from torture import Tally
 
 from theworld.config.config import Config
-from theworld.extraction.extract import extract, mending_command, verify
-from theworld.store.format import StoreMismatch
+from theworld.extraction.extract import extract, verify
+from theworld.store.format import StoreMismatch, extraction_command
 from theworld.store.verify import DAMAGED, SOUND, UNKNOWN, status
 from theworld.store.writer import Store
 from theworld.utils import files
@@ -283,13 +284,21 @@ def test_a_rerun_on_a_failing_disk_loses_nothing_and_goes_on(
     tally(faults=faults, byte_identical="yes")
 
 
-def test_the_command_that_mends_is_that_of_the_verification_with_what_it_lacks() -> None:
+def test_the_command_that_mends_is_that_of_the_verification_with_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     words = ["tools/extract_latents.py", "--verify", "--cache", "my cache"]
-    assert mending_command(words) == (
-        "python tools/extract_latents.py --cache 'my cache' --config FILE --image_folder FOLDER"
-    )
-    assert mending_command([*words, "--config", "c.json"]) == (
-        "python tools/extract_latents.py --cache 'my cache' --config c.json"
+    monkeypatch.setattr("sys.argv", words)
+    root = Path("my cache") / "latents"
+    tool = f"python {ROOT / 'tools' / 'extract_latents.py'}"
+    assert extraction_command(root) == f"{tool} --config FILE --image_folder FOLDER --cache 'my cache'"
+    monkeypatch.setattr("sys.argv", [*words, "--config", "c.json"])
+    assert extraction_command(root) == f"{tool} --config c.json --cache 'my cache'"
+    (root.parent / "gemma_vision").mkdir(parents=True)
+    (root.parent / "failures.jsonl").touch()
+    assert extraction_command(root) == (
+        f"{tool} --config c.json --cache 'my cache' --gemma_vision --allow_missing"
     )
 
 

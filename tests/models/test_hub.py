@@ -22,7 +22,7 @@ from theworld.models.rollout import Rollout
 SCRIPT = """
 import json
 from theworld.config.config import Config
-from theworld.extraction.encoders import VisionEncoder
+from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.cosmos import CosmosLatents
 from theworld.data.vsr import load_statements
 

@@ -196,6 +196,12 @@ def test_what_does_not_fit_is_refused(model: TheWorld, photographs: Path) -> Non
         model.score(a, [])
     with pytest.raises(ValueError, match="statement 2 is empty"):
         model.score(a, ["The cat is here.", " \n"])
+    with pytest.raises(ValueError, match="statement 1 holds half a character"):
+        model.score(a, "The cat is \ud83d.")
+    with pytest.raises(ValueError, match="question 1 holds NUL"):
+        model.generate(a, "What is this?\0")
+    with pytest.raises(ValueError, match="statement 1 is a value of type NoneType; give text"):
+        model.score(a, [None])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="batch_size is 0; give 1 or more"):
         model.score(a, "The cat is here.", batch_size=0)
     with pytest.raises(ValueError, match="condition 'shuffled': wanted one of world, baseline, zero"):
@@ -217,7 +223,7 @@ def test_predicted_moments_cannot_be_had_on_the_spot(model: TheWorld, photograph
     values = {**trained.to_dict(), "steps": 2, "max_steps": 2}
     model.projection.shape = ProjectionShape.from_dict(values)
     a = photographs / "a.png"
-    with pytest.raises(ValueError, match=r"trained on 2 predicted frames .*: use tools/eval\.py --cache; "):
+    with pytest.raises(ValueError, match=r"trained on 2 predicted frames .*: only a cache holds; "):
         model.score(a, "The cat is here.")
     with pytest.raises(ValueError, match="with enable_world=False, nor does score"):
         model.score(a, "The cat is here.")

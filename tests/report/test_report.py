@@ -371,7 +371,7 @@ def test_results_are_found_in_the_run_and_its_checkpoints(tmp_path: Path, photog
     text = render(tmp_path / "run", path, [other], photographs, tmp_path / "my page.html")
     assert f"{tmp_path / 'run'} --results {path} --output &#39;{tmp_path / 'my page.html'}&#39;" in text
     assert "Other evaluations of this run" in text
-    assert "checkpoint-20-vsr_random-test.jsonl:1: Expecting value" in text
+    assert "checkpoint-20-vsr_random-test.jsonl:1:1: Expecting value" in text
     with pytest.raises(ValueError, match="Expecting value"):
         write_report(tmp_path / "run", results=other)
     with pytest.raises(ValueError, match="nowhere: no such folder; name a run"):

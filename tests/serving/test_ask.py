@@ -86,7 +86,7 @@ def test_a_gemma_that_was_trained_is_no_baseline(saved: Path, photographs: Path)
         (
             ["--image", "https://example.org/a.jpg", "--statement", "So."],
             1,
-            "ask: https://example.org/a.jpg: an address; only files are read, so download the photograph first",
+            "ask: https://example.org/a.jpg: an address, and only files are read; download it first: curl",
         ),
         (["--image", "a.png", "--statement", "So.", "--device", "tpu"], 1, 'device is "tpu"; allowed: auto'),
     ],
@@ -147,9 +147,7 @@ def test_predicted_frames_are_refused_before_weights_load(
 ) -> None:
     moving = replace(config, num_world_steps=2)
     saved = save_model(tmp_path / "moving", moving, num_world_steps=2)
-    message = (
-        r"trained on 2 predicted frames .*: use tools/eval\.py --cache; --conditions baseline zero needs none"
-    )
+    message = r"trained on 2 predicted frames .*: only a cache holds; --conditions baseline zero needs none"
     with monkeypatch.context() as patched:
         patched.setattr(TheWorld, "from_pretrained", None)
         with pytest.raises(ValueError, match=message):
@@ -224,8 +222,17 @@ def test_an_address_is_refused_before_a_model_loads(
     status, out, err = run_ask(arguments, monkeypatch, capsys)
     assert (status, out) == (1, "")
     assert err == (
-        "ask: https://example.org/a.jpg: an address; only files are read, so download the photograph first\n"
+        "ask: https://example.org/a.jpg: an address, and only files are read; download it first: "
+        "curl --location --output photo.jpg https://example.org/a.jpg\n"
     )
+
+
+def test_a_statement_that_is_no_text_is_refused_before_a_model_loads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "nowhere", "--image", "a.png", "--statement", "So.", "a\udcff"]  # argv in Latin-1
+    status, _, err = run_ask(arguments, monkeypatch, capsys)
+    assert (status, err) == (1, "ask: statement 2 holds half a character (a lone surrogate); remove it\n")
 
 
 def run_ask(

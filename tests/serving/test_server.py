@@ -442,7 +442,7 @@ def body(photograph: Any, statements: Any) -> bytes:
 
 
 def test_a_photograph_and_statements_come_out_as_they_went_in(photographs: Path) -> None:
-    statements = ["The cat is on the mat.", "Die Katze – “links” \u0000 😀"]
+    statements = ["The cat is on the mat.", "Die Katze – “links” \u2028 😀"]
     pixels, found = Limits().read(body((photographs / "a.png").read_bytes(), statements))
     assert found == statements
     np.testing.assert_array_equal(pixels, read_image(photographs, "a.png"))
@@ -453,6 +453,9 @@ def test_a_photograph_and_statements_come_out_as_they_went_in(photographs: Path)
     [
         (b"", "the request is no JSON"),
         (b"\xff\xfe{}", "the request is no JSON"),
+        (body("", ["So."]).decode().encode("utf-16"), "the request is no JSON"),
+        (body("", ["So.", "a\0"]), "statement 2 holds NUL, the character of number 0; remove it"),
+        (body("", ["So.", " "]), "statement 2 is empty; leave it out, or say what it states"),
         (b"[" * 100_000, "the request is no JSON"),
         (b"[]", "wanted a JSON object of photograph and statements"),
         (b'{"photograph": ""}', "wanted a JSON object of photograph and statements"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import launch
+from commands import launch, really_launch
 from runs import metrics
 from safetensors.torch import load_file
 from torch import Tensor
@@ -42,7 +42,7 @@ def test_two_processes_train_and_evaluate_as_one(config: Config, tmp_path: Path)
     config = replace(config, align_steps=2, statement_loss_weight=0.3, max_steps=4, log_to_tensorboard=True)
     one = Trainer(config, cache).run()
     shared = replace(config, gradient_accumulation_steps=1, output_dir=str(tmp_path / "two"))
-    done = launch(shared, cache, tmp_path / "two.json")
+    done = really_launch(shared, cache, tmp_path / "two.json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trains: projection") == 1
     assert done.stdout.count("done: ") == 1

@@ -41,6 +41,8 @@ def halfway(config: Config, cache: Path) -> Path:
 OTHER = {
     "model_name": "google/gemma-3-12b-it",
     "world_encoder": "pixels",
+    "control_seed": 1,
+    "standardization": "training_images",
     "init_from": "checkpoints/first",
     "freeze_gemma_vision": False,
     "freeze_gemma_language": False,

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import tool
+from commands import held_sweep, tool
 from constants import ROOT
+from forks import fork
 from jobs import held
 from runs import metrics
 
@@ -513,46 +512,20 @@ def test_a_dry_run_says_what_would_train_and_refuses_what_could_not(
     assert not (tmp_path / "sweep").exists()
 
 
-# The tool, whose runs wait before a step until they are asked to stop. Each process of it imports this file.
-HELD = """
-import os, sys, time
-from theworld.training.trainer import Trainer
-
-train_step, hold = Trainer.train_step, int(os.environ["HOLD"])
-
-def held(self, *arguments):
-    if self.step == hold:
-        open(f"{self.config.output_dir}.held-{hold}", "w").close()
-    while self.step == hold and not self.stop.asked:
-        time.sleep(0.001)
-    return train_step(self, *arguments)
-
-Trainer.train_step = held
-if __name__ == "__main__":
-    sys.path.insert(0, "tools")
-    from sweep import main
-    from theworld.utils.console import run_tool
-    sys.exit(run_tool("sweep", main))
-"""
-
-
 class Held:
-    """The tool, held after so many steps of the runs in some folders."""
+    """The tool in a process that leads a group, held after so many steps of the runs in some folders until it is asked
+    to stop."""
 
-    def __init__(self, script: Path, given: Sequence[object], folders: Sequence[Path], hold: int) -> None:
-        script.write_text(HELD)
-        self.process = subprocess.Popen(
-            [sys.executable, script, *map(str, given)],
-            cwd=ROOT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOLD": str(hold)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    def __init__(self, output: Path, given: Sequence[object], folders: Sequence[Path], hold: int) -> None:
+        self.output = output
+        for suffix in ("out", "err"):
+            Path(f"{output}.{suffix}").unlink(missing_ok=True)
+        self.process = fork(held_sweep, list(map(str, given)), str(output), hold)
+        assert self.process.pid is not None
+        self.pid = self.process.pid
         try:
             while not all(folder.with_name(f"{folder.name}.held-{hold}").exists() for folder in folders):
-                assert self.process.poll() is None, self.process.communicate()
+                assert self.process.is_alive(), self.texts()
                 time.sleep(0.01)
         except BaseException:
             self.kill()
@@ -562,22 +535,25 @@ class Held:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
+        if self.process.is_alive():
             self.kill()
+
+    def texts(self) -> list[str]:
+        """What it printed, and its errors."""
+        return [Path(f"{self.output}.{suffix}").read_text() for suffix in ("out", "err")]
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it has ended by itself
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.communicate(timeout=60)
+            os.killpg(self.pid, signal.SIGKILL)
+        self.process.join(60)
 
-    def ends(self) -> tuple[int, str, str]:
+    def ends(self) -> tuple[int | None, str, str]:
         """Its exit status, what it printed, and its errors."""
-        try:
-            out, errors = self.process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
+        self.process.join(60)
+        if self.process.is_alive():
             self.kill()
-            raise
-        return self.process.returncode, out, errors
+        out, errors = self.texts()
+        return self.process.exitcode, out, errors
 
 
 def test_parts_are_stopped_and_killed_and_the_last_shows_the_table_of_a_sweep_that_was_not(
@@ -589,12 +565,12 @@ def test_parts_are_stopped_and_killed_and_the_last_shows_the_table_of_a_sweep_th
     folders = [output / "runs" / f"unchanged-{seed}" for seed in range(3)]
 
     def start(part: int, folder: Path, hold: int) -> Held:
-        return Held(tmp_path / f"held-{part}.py", (*given, "--part", f"{part}/2"), [folder], hold)
+        return Held(tmp_path / f"held-{part}", (*given, "--part", f"{part}/2"), [folder], hold)
 
     with start(1, folders[0], 1) as first, start(2, folders[1], 1) as second:
         stops = ((first, signal.SIGTERM, "0 of 2", 1), (second, signal.SIGUSR1, "0 of 1", 0))
         for held, number, ended, rest in stops:
-            os.killpg(held.process.pid, number)
+            os.killpg(held.pid, number)
             status, out, errors = held.ends()
             assert status == STATUS, errors
             assert out.splitlines()[-1] == (
@@ -639,8 +615,8 @@ def test_an_interrupted_sweep_says_one_line(long: Config, cache: Path, tmp_path:
     settings, output = tmp_path / "settings.json", tmp_path / "sweep"
     settings.write_text(json.dumps(long.to_dict()))
     given = ("--config", settings, "--cache", cache, "--output", output, "--seeds", 0)
-    with Held(tmp_path / "held.py", given, [output / "runs" / "unchanged-0"], 1) as held:
-        os.killpg(held.process.pid, signal.SIGINT)
+    with Held(tmp_path / "held", given, [output / "runs" / "unchanged-0"], 1) as held:
+        os.killpg(held.pid, signal.SIGINT)
         status, _, errors = held.ends()
     assert (status, errors.splitlines()[-1]) == (130, "sweep: interrupted")
 

@@ -3,12 +3,16 @@
 import io
 import logging
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from runs import Run
 
+from theworld.config.config import Config
 from theworld.utils import console
 from theworld.utils.console import (
     NOTHING_WRITTEN,
@@ -149,3 +153,79 @@ def test_a_tool_draws_into_files_whatever_backend_it_inherits() -> None:
     variables = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = subprocess.run([sys.executable, "-c", program], env=variables, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "agg\n"), done.stderr
+
+
+TALKER = """
+import logging, sys
+from pathlib import Path
+from theworld.utils.console import configure_logging, progress, run_tool
+def main():
+    configure_logging()
+    for number in progress(range(3)):
+        print('0.5 \\u00b1 0.1', flush=True)
+        logging.getLogger('theworld').warning('near \\u00bd')
+    Path(sys.argv[1]).write_text('done')
+    return 0
+raise SystemExit(run_tool('tool', main, prints=len(sys.argv) > 2))
+"""
+
+
+def talk(*words: object, end: str = "", **variables: str) -> tuple[int, bytes, bytes]:
+    """Status, output and errors of a tool that says things outside of ASCII; `end`: redirections of a shell."""
+    command = shlex.join([sys.executable, "-c", TALKER, *map(str, words)])
+    done = subprocess.run(f"{command} {end}", shell=True, env=os.environ | variables, capture_output=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_character_that_the_terminal_lacks_is_replaced(tmp_path: Path) -> None:
+    status, output, errors = talk(tmp_path / "a", PYTHONIOENCODING="ascii")
+    assert (status, output) == (0, b"0.5 ? 0.1\nnear ?\n" * 3)
+    assert errors.endswith(b"it/s]\n")
+    assert b"Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("end", "words", "wanted"),
+    [
+        ("2> /dev/null | true", [], (0, b"", b"")),
+        (">&- 2>&-", [], (0, b"", b"")),
+        ("> /dev/full", [], (0, b"", b"tool: output could not be written: No space left on device\n")),
+        ("> /dev/full", ["p"], (1, b"", b"tool: output could not be written: No space left on device\n")),
+    ],
+)
+def test_output_that_cannot_be_written_ends_nothing(
+    end: str, words: list[str], wanted: tuple[int, bytes, bytes], tmp_path: Path
+) -> None:
+    status, output, errors = talk(tmp_path / "a", *words, end=end)
+    assert (status, output, errors[errors.rfind(b"\n", 0, -1) + 1 :]) == wanted
+    assert (
+        tmp_path / "a"
+    ).read_bytes() == b"done"  # nothing else: the descriptor of a message was not its own
+
+
+def test_a_pipe_that_is_full_is_waited_for(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    program = TALKER.replace("range(3)", "range(9000)")
+    command = [sys.executable, "-c", program, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE) as child:
+        os.close(writing)
+        with open(reading, "rb") as file:
+            assert file.read() == "0.5 ± 0.1\nnear ½\n".encode() * 9000
+    assert child.returncode == 0
+
+
+def ascii_and_closed() -> None:
+    """Make the standard streams those of a terminal that shows ASCII, and of a reader that has gone."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    os.dup2(writing, 1)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        setattr(sys, name, io.TextIOWrapper(io.FileIO(number, "w", closefd=False), "ascii"))
+
+
+def test_a_training_whose_reader_has_gone_saves_its_checkpoint(config: Config, session_cache: Path) -> None:
+    run = Run(config, session_cache, prepare=ascii_and_closed)
+    assert run.wait() == {0}
+    assert (run.folder / "checkpoint-4" / "projection.safetensors").is_file()
+    assert "Traceback" not in run.log.read_text()

@@ -130,7 +130,9 @@ def test_allow_missing_goes_on_and_every_later_step_says_so(
     assert f"scoring {note}" in caplog.text
     # Missing without having been left out is another matter.
     (cache / "failures.jsonl").unlink()
-    with pytest.raises(StoreError, match=r"1 of 3 images .* such as b\.png; run tools/extract_latents\.py"):
+    with pytest.raises(
+        StoreError, match=r"1 of 3 images .* such as b\.png; name other .*: python tools/extract_latents\.py"
+    ):
         Trainer(replace(config, output_dir=str(tmp_path / "other")), cache)
 
 

@@ -117,7 +117,7 @@ def test_what_takes_a_photograph_alone_is_refused_with_the_cure(
     checkpoint: Path, photographs: Path, tmp_path: Path
 ) -> None:
     model = TheWorld.from_pretrained(checkpoint)
-    message = r"trained on 2 predicted frames a photograph .* use tools/eval\.py --cache"
+    message = r"trained on 2 predicted frames a photograph .* only a cache holds; .*eval\.py --cache FOLDER"
     with pytest.raises(ValueError, match=message + "; generate needs no cache with enable_world=False"):
         model.generate(photographs / "a.png", "Where?")
     model.generate(photographs / "a.png", "Where?", enable_world=False, max_new_tokens=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import tool
 from constants import ROOT
 from fake_hub import Uploads, serve
 from torture import Tally
@@ -137,20 +138,8 @@ def test_a_token_in_a_wrong_place_is_refused_and_not_repeated(
     (tmp_path / "settings.json").write_text(texts.get(where, settings))
     flags = {"flag": ["--hf_token", CANARY], "flag=": [f"--hf_token={CANARY}"]}
     flags["hub_model_id"] = ["--push_to_hub", "--hub_model_id", CANARY]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "tools/train.py",
-            "--config",
-            str(tmp_path / "settings.json"),
-            *flags.get(where, []),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    words = ["--config", tmp_path / "settings.json", *flags.get(where, [])]
+    done = tool("train", *words, check=False)
     assert done.returncode in (1, 2)
     (tmp_path / "settings.json").unlink()
     found = leaks(tmp_path, done.stdout, done.stderr)

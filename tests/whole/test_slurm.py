@@ -19,7 +19,9 @@ from torture import Tally
 from theworld.config.config import Config, save_config
 from theworld.extraction.extract import verify
 
-EXTRACT, TRAIN, SWEEP = (ROOT / f"tools/slurm/{name}.sh" for name in ("extract", "train", "sweep"))
+EXTRACT, TRAIN, SWEEP, STUDY = (
+    ROOT / f"tools/slurm/{name}.sh" for name in ("extract", "train", "sweep", "study")
+)
 
 
 def cluster(config: Config, folder: Path, **variables: str) -> Slurm:
@@ -34,7 +36,7 @@ def cluster(config: Config, folder: Path, **variables: str) -> Slurm:
     return Slurm(folder / "slurm", ROOT, places | variables)
 
 
-@pytest.mark.parametrize("script", [EXTRACT, TRAIN, SWEEP])
+@pytest.mark.parametrize("script", [EXTRACT, TRAIN, SWEEP, STUDY])
 def test_scripts_are_bash_that_can_be_read(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert os.access(script, os.X_OK)

@@ -35,14 +35,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory, photographs: Path, annota
 
 def test_the_three_phases_one_after_the_other(settings: Path) -> None:
     cache, run = settings.parent / "cache", settings.parent / "run"
-    done = tool("extract_latents", "--config", settings, "--cache", cache, "--gemma_vision")
+    done = tool("extract_latents", "--config", settings, "--cache", cache, "--gemma_vision", fresh=True)
     assert "latents: 3 of 3 images to encode in 1 of 1 shards" in done.stdout
     assert "GiB free), about " in done.stdout
     assert "images/s" in done.stderr
     assert "bound by" in done.stderr
     assert tool("extract_latents", "--verify", "--cache", cache).stdout == f"{cache}: sound\n"
 
-    done = tool("train", "--config", settings, "--cache", cache)
+    done = tool("train", "--config", settings, "--cache", cache, fresh=True)
     assert "trains: projection, 8,512 parameters (3.084%); frozen: Gemma, 267,520 (96.916%)" in done.stdout
     assert f"done: {run / 'checkpoint-2'}" in done.stdout
     assert "statements_per_second=" in done.stderr
@@ -50,7 +50,7 @@ def test_the_three_phases_one_after_the_other(settings: Path) -> None:
     assert list((run / "logs").glob("events.out.tfevents.*"))
 
     output = settings.parent / "results.jsonl"
-    done = tool("eval", "--model", run, "--cache", cache, "--split", "test", "--output", output)
+    done = tool("eval", "--model", run, "--cache", cache, "--split", "test", "--output", output, fresh=True)
     for line in ("majority class", "world ", "baseline ", "zero ", "shuffled ", "by category", "by relation"):
         assert line in done.stdout
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -208,7 +208,7 @@ def test_wrong_usage_is_answered_in_words(name: str, arguments: list[str], statu
 
 @pytest.mark.parametrize("name", ["get_images", "extract_latents", "train", "eval", "report", "demo"])
 def test_help_shows_every_flag_with_its_default(name: str) -> None:
-    text = tool(name, "--help").stdout
+    text = tool(name, "--help", fresh=True).stdout
     assert "default" in text
     if name == "train":
         assert "--learning_rate" in text

@@ -6,6 +6,7 @@ python -m theworld.demo         anywhere, once the package is installed
 
 import json
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from theworld.config.cli import ArgumentParser, add_dry_run, path
 from theworld.config.config import Config, load_config
 from theworld.data.scenes import write_scenes
 from theworld.evaluation.conditions import CONDITIONS, LABELS
+from theworld.utils.commands import command
 from theworld.utils.console import loading, rehearse, run_tool
 from theworld.utils.files import check_folder, check_room
 from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
@@ -71,8 +73,8 @@ def run_demo(
     checkpoint = Trainer(config, output / "cache").run()
     logger.info("4/4 phase 3: evaluate on held-out scenes, with controls")
     run, cache, results = output / "run", output / "cache", output / "results.jsonl"
-    command = f"python tools/eval.py --model {run} --cache {cache} --output {results}".split(" ")
-    _, summary = score_to_file([run], "test", cache, None, CONDITIONS, {}, command, results)
+    words = command("eval", "--model", run, "--cache", cache, "--output", results)
+    _, summary = score_to_file([run], "test", cache, None, CONDITIONS, {}, shlex.split(words), results)
     logger.info("\n%s\n", table(summary))
     draw_result(summary, run / "metrics.jsonl", output / "result.png")
     draw_scenes(read_jsonl(results), output / "scenes" / "images", output / "scenes.png")

@@ -2,31 +2,39 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from packaging.requirements import Requirement
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import ImageError, check_photographs, missing_photographs, read_image
 from theworld.data.vsr import Statement, images_of, load_all, statements_at_hand
-from theworld.extraction.encoders import VisionEncoder
+from theworld.extraction.extract import photographs_command
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
+from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import checkpoint_step, list_checkpoints
-from theworld.store.format import read_failures, read_manifest
+from theworld.store.format import VISION, read_failures, read_manifest
 from theworld.store.reader import StoreReader, verify_store
 from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
+from theworld.utils.commands import flags
 from theworld.utils.device import GIB, memory_of, resolve_device
 from theworld.utils.files import check_folder, check_room, free_bytes
 from theworld.utils.hub import GEMMA_FILE, Fault, file_at_hand, locate
 
 SAMPLE = 100  # photographs that are decoded; extraction decodes all
 OK, NOTE, FAULT = "ok", "note", "FAULT"
+
+Splits = dict[str, list[Statement]]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,21 +51,24 @@ class Finding:
         return f"{self.state:<6} {self.topic:<12} {self.message}{hint}"
 
 
-def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
-    """Return what is in order and what is not. Loads no model, changes nothing, and raises no error that a check finds.
-
-    `flags`: the flags of these settings, for the commands in the hints.
-    """
-    extract = " ".join(["python tools/extract_latents.py", *([flags] if flags else []), f"--cache {cache}"])
+def look_over(config: Config, cache: Path) -> list[Finding]:
+    """Return what is in order and what is not. Loads no model, changes nothing, and raises no error that a check
+    finds."""
+    extract = extraction_command(config, cache)
+    statements = once(lambda: _statements(config))
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("libraries", lambda: _libraries()),
         ("device", lambda: _device(config)),
         ("Gemma", lambda: _model("Gemma", config.model_name, GEMMA_FILE)),
         ("encoder", lambda: _world_encoder(config)),
         ("rollout", lambda: _rollout(config)),
-        ("photographs", lambda: _photographs(config)),
-        ("latents", lambda: _store("latents", _world(config), cache, extract, config)),
-        ("vision", lambda: _vision(cache, f"{extract} --gemma_vision", config)),
+        ("statements", lambda: _counts(statements())),
+        ("photographs", lambda: _photographs(config, statements())),
+        ("latents", lambda: _store("latents", _world(config), cache, extract, config, statements())),
+        (
+            "vision",
+            lambda: _vision(cache, extraction_command(config, cache, "--gemma_vision"), config, statements),
+        ),
         ("compared", lambda: _compared(config, cache / _world(config).name)),
         ("output_dir", lambda: _output(config)),
     ]
@@ -66,14 +77,37 @@ def look_over(config: Config, cache: Path, flags: str = "") -> list[Finding]:
         try:
             found += check()
         except Fault as fault:
-            found.append(Finding(topic, FAULT, fault.message, fault.hint))
+            found.append(_once(found, Finding(topic, FAULT, fault.message, fault.hint)))
         except (ValueError, OSError) as error:
-            found.append(Finding(topic, FAULT, str(error)))
+            found.append(_once(found, Finding(topic, FAULT, str(error))))
     return found
 
 
+def once(make: Callable[[], Result]) -> Callable[[], Result]:
+    """Return a function that does the work of `make` once, and then gives its result, or raises its error, again."""
+    outcome: Future[Result] = Future()
+
+    def get() -> Result:
+        if not outcome.done():
+            try:
+                outcome.set_result(make())
+            except (ValueError, OSError) as error:
+                outcome.set_exception(error)
+        return outcome.result()
+
+    return get
+
+
+def _once(found: list[Finding], fault: Finding) -> Finding:
+    """Return a fault, or a note in its place if an earlier line has the same cause."""
+    for earlier in found:
+        if earlier.state == FAULT and earlier.message == fault.message:
+            return Finding(fault.topic, NOTE, f"not looked at; see {earlier.topic} above")
+    return fault
+
+
 def _world(config: Config) -> EncoderSpec:
-    return world_encoder.encoder_class(config).describe(config)
+    return world_encoder.describe(config)
 
 
 def _libraries() -> Iterator[Finding]:
@@ -148,7 +182,7 @@ def _world_encoder(config: Config) -> Iterator[Finding]:
     return iter(()) if weights is None else _model(*weights)
 
 
-def _statements(config: Config) -> dict[str, list[Statement]]:
+def _statements(config: Config) -> Splits:
     return statements_at_hand(config.annotations, config.dataset_name) or load_all(None, config.dataset_name)
 
 
@@ -162,26 +196,38 @@ def _rollout(config: Config) -> Iterator[Finding]:
         yield Finding("rollout", OK, message)
 
 
-def _photographs(config: Config) -> Iterator[Finding]:
-    splits = _statements(config)
+def _counts(splits: Splits) -> Iterator[Finding]:
     counts = ", ".join(f"{len(own):,} {split}" for split, own in splits.items())
-    names = images_of([s for own in splits.values() for s in own])
-    yield Finding("statements", OK, f"{counts}, about {len(names):,} photographs")
+    yield Finding("statements", OK, f"{counts}, about {len(_names(splits)):,} photographs")
+
+
+def _names(splits: Splits) -> list[str]:
+    return images_of([s for own in splits.values() for s in own])
+
+
+def _photographs(config: Config, splits: Splits) -> Iterator[Finding]:
+    names = _names(splits)
     if config.image_folder is None:
         yield Finding("photographs", NOTE, "image_folder is not set", "--image_folder FOLDER, for extraction")
         return
     folder = Path(config.image_folder)
-    missing = missing_photographs(names, folder)
+    if not folder.is_dir():
+        yield Finding(
+            "photographs", FAULT, f"image_folder {folder}: not a folder", photographs_command(config)
+        )
+        return
+    missing = missing_photographs(names, folder, config.follow_links)
     if missing:
-        message = f"{len(missing):,} of {len(names):,} are not in {folder}, such as {missing[0]}"
-        hint = f"python tools/get_images.py --output {folder} (GUIDE.md, Photographs), or extract with --allow_missing"
+        first, reason = next(iter(missing.items()))
+        message = f"{len(missing):,} of {len(names):,} cannot be read, such as {first}: {reason}"
+        hint = f"extract with --allow_missing (GUIDE.md, Photographs), or: {photographs_command(config)}"
         yield Finding("photographs", FAULT, message, hint)
         return
     sample = np.random.default_rng(0).permutation(names)[:SAMPLE]
     bad = []
     for name in sample.tolist():
         try:
-            read_image(folder, name, config.max_image_pixels)
+            read_image(folder, name, config.max_image_pixels, config.follow_links)
         except ImageError as error:
             bad.append(str(error))
     message = f"{len(names):,} in {folder}; {len(sample) - len(bad)} of {len(sample)} looked at can be read"
@@ -189,17 +235,23 @@ def _photographs(config: Config) -> Iterator[Finding]:
     yield Finding("photographs", FAULT if bad else OK, message, hint)
 
 
-def _vision(cache: Path, command: str, config: Config) -> Iterator[Finding]:
-    """Check the store of vision features, which a text-only Gemma has none of."""
+def _vision(cache: Path, command: str, config: Config, statements: Callable[[], Splits]) -> Iterator[Finding]:
+    """Check the store of vision features, which a text-only Gemma has none of; once, where world tokens are made of
+    them."""
     path = file_at_hand(config.model_name, GEMMA_FILE)
-    if path is None or is_multimodal(str(path.parent)):
-        yield from _store("vision", VisionEncoder.describe(config), cache, command, config)
+    if _world(config).name != VISION and (path is None or is_multimodal(str(path.parent))):
+        yield from _store("vision", VisionEncoder.describe(config), cache, command, config, statements())
 
 
-def _store(topic: str, spec: EncoderSpec, cache: Path, command: str, config: Config) -> Iterator[Finding]:
-    root = cache / spec.name
+def _store(
+    topic: str, spec: EncoderSpec, cache: Path, command: str, config: Config, splits: Splits
+) -> Iterator[Finding]:
+    root, names = cache / spec.name, _names(splits)
+    if not spec.stored:
+        yield Finding(topic, OK, f"world_encoder {config.world_encoder} reads none")
+        return
     if not root.exists():
-        yield Finding(topic, NOTE, f"{root} is not there yet; {_room(root, spec, config)}", command)
+        yield Finding(topic, NOTE, f"{root} is not there yet; {_room(root, spec, len(names))}", command)
         return
     if read_manifest(root) is None:  # extraction goes on with it
         spec.check_store(root, config.shard_size)
@@ -210,7 +262,6 @@ def _store(topic: str, spec: EncoderSpec, cache: Path, command: str, config: Con
         yield Finding(topic, FAULT, problems[0], command)
         return
     left_out = read_failures(cache)
-    names = images_of([s for own in _statements(config).values() for s in own])
     missing = [name for name in names if name not in reader and name not in left_out]
     message = f"{len(reader):,} images, every byte as it was written"
     message += f"; {len(left_out):,} left out" if left_out else ""
@@ -218,21 +269,21 @@ def _store(topic: str, spec: EncoderSpec, cache: Path, command: str, config: Con
     yield Finding(topic, FAULT if missing else OK, message, hint)
 
 
-def _compared(config: Config, root: Path) -> Iterator[Finding]:
+def _compared(config: Config, cache: Path) -> Iterator[Finding]:
     """Compare every photograph that is on this machine with the hash it was extracted with."""
-    folder = Path(config.image_folder or "")
+    root, folder = cache / _world(config).name, Path(config.image_folder or "")
     if config.image_folder is None or not folder.is_dir() or not (root / "manifest.json").exists():
         return
-    yield Finding("compared", OK, check_photographs(StoreReader(root).images, folder))
+    yield Finding(
+        "compared", OK, check_photographs(StoreReader(root).images, folder, follow_links=config.follow_links)
+    )
 
 
-def _room(root: Path, spec: EncoderSpec, config: Config) -> str:
+def _room(root: Path, spec: EncoderSpec, num_images: int) -> str:
     """Return the size of a new store and the free room in words. Raises ValueError where that is not enough."""
-    splits = statements_at_hand(config.annotations, config.dataset_name)
-    if splits is None or isinstance(spec.row_shape, NotYetKnown):
+    if isinstance(spec.row_shape, NotYetKnown):
         return f"{free_bytes(root) / GIB:.0f} GiB free"
-    names = images_of([s for own in splits.values() for s in own])
-    size = len(names) * spec.array.row_nbytes
+    size = num_images * spec.array.row_nbytes
     return f"it takes {size / 2**20:,.1f} MiB, {check_room(root, size, '--cache') / GIB:.0f} GiB free"
 
 
@@ -249,7 +300,7 @@ def _output(config: Config) -> Iterator[Finding]:
         message = (
             f"{folder} holds {', '.join(path.name for path in there)}, which a training would not overwrite"
         )
-        hint = f"--resume_from {folder} to go on with it, or another --output_dir"
+        hint = f"{flags('--resume_from', folder)} to go on with it, or another --output_dir"
         yield Finding("output_dir", FAULT, message, hint)
     else:
         yield Finding(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import NotDownloaded, Statement, images_of, split_at_hand, statements_at_hand
@@ -21,9 +22,11 @@ from theworld.evaluation.score import NOT_ALONE, default_output, held_out, short
 from theworld.extraction.encoders import specs_of
 from theworld.extraction.extract import amount, check_models, check_readable, source_of
 from theworld.extraction.features import cached_vision, in_cache, latents_for
+from theworld.extraction.reading import Source
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
 from theworld.models.gemma import is_multimodal
+from theworld.models.inference import check_alone
 from theworld.models.projection import ProjectionShape
 from theworld.models.serialization import VISION as VISION_PART
 from theworld.models.serialization import SavedModel
@@ -55,7 +58,7 @@ def extraction(
     part = part or Part(count=num_launched())
     source = source_of(config, part)
     splits = statements_at_hand(config.annotations, config.dataset_name)
-    names, said = _photographs(config, splits, source.folder, allow_missing)
+    names, said = _photographs(config, splits, source, allow_missing)
     yield from said
     device = resolve_device(config.device)
     compiled = ", compiled" if wants_compile(config.compile, device) else ""
@@ -70,9 +73,10 @@ def extraction(
 
 
 def _photographs(
-    config: Config, splits: Split | None, folder: Path, allow_missing: bool
+    config: Config, splits: Split | None, source: Source, allow_missing: bool
 ) -> tuple[list[str], list[str]]:
     """Return the names of the photographs that would be encoded, and lines about them."""
+    folder = source.folder
     if splits is None:
         names = sorted(path.name for path in folder.iterdir() if path.suffix == ".jpg")
         message = f"{config.dataset_name}, from the hub when the run starts; not counted here"
@@ -82,11 +86,10 @@ def _photographs(
         ]
     said = [statement_line(splits)]
     names = images_of([statement for own in splits.values() for statement in own])
-    missing = missing_photographs(names, folder)
-    note = check_readable([(name, f"no file in {folder}") for name in missing], len(names), allow_missing)
+    missing = missing_photographs(names, folder, source.follow_links)
+    note = check_readable(list(missing.items()), len(names), allow_missing)
     there = f"all {len(names):,} are in {folder}; the run finds out whether they can be decoded"
-    gone = set(missing)
-    return [name for name in names if name not in gone], [*said, line("photographs", note or there)]
+    return [name for name in names if name not in missing], [*said, line("photographs", note or there)]
 
 
 def statement_line(splits: Split) -> str:
@@ -150,7 +153,8 @@ def evaluation(
     for checkpoint in found:
         saved.append((yield from _saved_model(checkpoint, overrides)))
     try:
-        data = held_out(checkpoints, split, overrides, train_annotations, allow_trained, split_at_hand)
+        given = (split, overrides, train_annotations, allow_trained, split_at_hand)
+        data = held_out(checkpoints, *given, cache, image_folder)
     except NotDownloaded as error:
         yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
         data = None
@@ -158,7 +162,7 @@ def evaluation(
         statements = yield from _reads(
             config, world, sees, cache, image_folder, [] if data is None else data.statements
         )
-        asked = possible_conditions(conditions, sees, config.model_name)
+        asked = possible_conditions(conditions, sees, config)
         if "shuffled" in asked and statements:
             shuffled_images(images_of(statements))
         batches = -(-len(statements) // config.eval_statements)
@@ -192,23 +196,23 @@ def _reads(
         vision = sees and VISION_PART not in world["parts"] and cached_vision(config, cache) is not None
         if sees and not vision and config.image_folder is None:
             raise ValueError(
-                f"{cache} has no vision features; extract them with tools/extract_latents.py --gemma_vision, or "
-                "score from photographs with --image_folder"
+                f"{cache} has no vision features; score from photographs with --image_folder, or extract them with: "
+                f"{extraction_command(config, cache, '--gemma_vision')}"
             )
         yield line("reads", f"{note}, from {cache}: latents{' and vision features' if vision else ''}")
         photographs = Path(str(config.image_folder)) if sees and not vision else None
     else:
-        ProjectionShape.from_dict(world["projection"]).check_no_steps(NOT_ALONE)
+        check_alone(ProjectionShape.from_dict(world["projection"]), config, NOT_ALONE)
         trained, alone = world["fingerprint"], replace(config, num_world_steps=0)
-        spec = world_encoder.encoder_class(alone).describe(alone, trained)
+        spec = world_encoder.describe(alone, trained)
         if spec.weights is not None:
             place = locate(spec.weights.model, spec.weights.file)
             yield line(spec.weights.topic, f"{spec.weights.model}: {place.words}")
         spec.check_serves(trained)
     if photographs is not None:
         names = images_of(statements)
-        missing = missing_photographs(names, photographs)
-        check_readable([(name, f"no file in {photographs}") for name in missing], len(names), False)
+        missing = missing_photographs(names, photographs, config.follow_links)
+        check_readable(list(missing.items()), len(names), False)
         yield line("reads", f"{len(names):,} photographs in {photographs}")
     return statements
 

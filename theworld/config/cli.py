@@ -1,6 +1,7 @@
 """Build the command lines of the tools: a flag for every setting, and the flags that several tools have."""
 
 import argparse
+import difflib
 import os
 import re
 import sys
@@ -11,10 +12,10 @@ from typing import Any
 
 from theworld.config.config import FIELDS, GROUPS, RENAMED, Config, load_config
 from theworld.config.fields import Setting, expand_user, nearest_name, without_tokens
+from theworld.utils import commands
+from theworld.utils.commands import ALIASES
 
 SPLITS = ("train", "dev", "test")
-# Other names of flags, the same in every tool that has the setting.
-ALIASES = {"image_folder": "image_dir", "dataset_name": "dataset"}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -57,11 +58,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 return
             flag = _with_underscores(word).partition("=")[0]
             if _FLAG.fullmatch(word) and flag not in known:
-                # Where flags begin with the whole word, the shortest is nearest: --out stands for --output_dir.
-                longer = sorted((known for known in flags if known.startswith(flag)), key=len)
-                nearest = longer[0] if longer else nearest_name(flag, flags)
-                given = word.partition("=")[0]
-                self.error(f"unknown flag {given}; did you mean {nearest}? (--help lists all)")
+                nearest = nearest_flag(flag, flags)
+                meant = f"; did you mean {nearest}?" if nearest else ""
+                self.error(f"unknown flag {word.partition('=')[0]}{meant} (--help lists all)")
 
     def flags(self) -> list[str]:
         """Return the flags that `--help` lists."""
@@ -72,6 +71,45 @@ class ArgumentParser(argparse.ArgumentParser):
         """Print one line and end the process with status 2."""
         line = " ".join(message.removeprefix("argument ").split())
         self.exit(2, without_tokens(f"{self.prog}: error: {line}\n"))
+
+
+# Names that other programs have for our flags; the first that a tool has is meant.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "epochs num_train_epochs": "num_epochs",
+    "steps max_train_steps": "max_steps",
+    "per_device_train_batch_size train_batch_size": "batch_size encode_batch_size eval_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "grad_accum gradient_accumulation accumulate_grad_batches": "gradient_accumulation_steps",
+    "bf16 fp16 precision mixed_precision": "dtype",
+    "gpu cuda device_map": "device",
+    "checkpoint ckpt checkpoint_path": "model resume_from",
+    "model_name_or_path": "model model_name",
+    "wandb use_wandb report_to": "log_to_wandb",
+    "limit max_samples": "num_samples",
+    "out out_dir save_dir": "output_dir output",
+    "output": "output_dir",
+    "output_dir": "output",
+    "data data_dir dataset_path": "annotations",
+    "images images_dir": "image_folder image",
+    "prompt question text": "statement question_template",
+    "caption": "captions statement",
+}
+NAMES_MEANT = {other: names.split() for others, names in OTHER_NAMES.items() for other in others.split()}
+SIMILAR = 0.6  # difflib's ratio from which a flag is offered
+
+
+def nearest_flag(flag: str, flags: Sequence[str]) -> str | None:
+    """Return the flag of a tool that is meant by an unknown one: what other programs call so; else the shortest that
+    begins with it; else the most similar. None if none is similar."""
+    given, known = flag.lower().removeprefix("--"), [name.removeprefix("--") for name in flags]
+    meant = [name for name in (given, *NAMES_MEANT.get(given, ())) if name in known]
+    longer = sorted((name for name in known if name.startswith(given)), key=len)
+    nearest = [*meant, *longer, nearest_name(given, known)][0]
+    if not (meant or longer) and difflib.SequenceMatcher(None, given, nearest).ratio() < SIMILAR:
+        return None
+    names = {alias: name for name, alias in ALIASES.items()}
+    return f"--{names.get(nearest, nearest)}"
 
 
 _FLAG = re.compile(r"--\w[\w-]*(=.*)?", re.DOTALL)
@@ -225,3 +263,30 @@ def config_from_arguments(arguments: argparse.Namespace, base: Config | None = N
     if file is not None and not Path(file).exists():
         raise FileNotFoundError(f"--config {file}: no such file")
     return load_config(file, given, base)
+
+
+def extraction_command(config: Config, cache: str | Path, *words: object) -> str:
+    """Return the command that makes a cache with these settings. FOLDER stands for an image folder that they do not
+    name.
+
+    A process that was given --config carries its own flags over; else all settings that are not the defaults are flags.
+    """
+    unknown = [] if config.image_folder else ["--image_folder", commands.PLACEHOLDER]
+    if commands.was_given("config"):
+        return commands.following("extract_latents", *unknown, "--cache", cache, *words)
+    own = settings_as_flags(config, commands.SETTINGS["extract_latents"])
+    return commands.command("extract_latents", *own, *unknown, "--cache", cache, *words)
+
+
+def settings_as_flags(config: Config, keys: Sequence[str]) -> list[str]:
+    """Return the flags that give these settings, without those that have their default value."""
+    found = []
+    for key in keys:
+        value, declared = getattr(config, key), FIELDS[key]
+        if value == declared.default:
+            continue
+        if declared.kind is bool and value is not None:
+            found.append(f"--{key}" if value else f"--no-{key}")
+        else:
+            found += [f"--{key}", "none" if value is None else str(value)]
+    return found

@@ -26,7 +26,7 @@ GROUPS = {
     "models": "model_name",
     "data": "dataset_name",
     "latents": "latent_size",
-    "world tokens": "world_mode",
+    "world tokens": "standardization",
     "objective": "statement_loss_weight",
     "optimisation": "batch_size",
     "memory and speed": "dtype",
@@ -50,11 +50,23 @@ class Config:
         defines_run=True,
         path=True,
     )
-    world_encoder: Literal["cosmos", "pixels"] = setting(
+    world_encoder: Literal[
+        "cosmos", "none", "pixels", "cosmos_random", "gemma_vision", "noise", "mismatched"
+    ] = setting(
         "cosmos",
-        "Encoder whose rows the world tokens are made of: the Cosmos VAE's latents, or the photograph's own pixels on "
-        "the same grid.",
+        "Encoder whose rows the world tokens are made of. cosmos: the latents of the Cosmos VAE; the others are "
+        "controls. none: no picture, but input rows that are trained; pixels: the photograph's own pixels on the same "
+        "grid; cosmos_random: latents of the VAE with random weights; gemma_vision: Gemma's own vision features; "
+        "noise: fixed noise of each image; mismatched: the latents of another image.",
         defines_run=True,
+    )
+    control_seed: int = setting(
+        0,
+        "Random seed of the world encoders that draw: of the weights of cosmos_random, of the values of noise, and of "
+        "the pairs of images of mismatched.",
+        defines_run=True,
+        at_least=0,
+        below=2**32,
     )
     cosmos_model_name: str = setting(
         "nvidia/Cosmos-Predict2-2B-Video2World",
@@ -104,6 +116,12 @@ class Config:
         "Folder of the photographs that the statements name; none: all that is needed is read from the cache.",
         defines_run=False,
         path=True,
+    )
+    follow_links: bool = setting(
+        False,
+        "Read photographs through symbolic links that lead out of image_folder, as the hub's cache, DVC and git-annex "
+        "make them; false: such a link is refused.",
+        defines_run=False,
     )
     question_template: str = setting(
         "Statement: {caption}\nAnswer (only '0' or '1'):",
@@ -185,6 +203,13 @@ class Config:
     )
 
     # World tokens
+    standardization: Literal["encoder", "training_images"] = setting(
+        "encoder",
+        "Source of the mean and standard deviation of each channel by which rows are standardised: those that the "
+        "encoder states (of the training images where it states none: cosmos_random, gemma_vision), or those of the "
+        "training images for every encoder.",
+        defines_run=True,
+    )
     world_mode: Literal["patch", "channel"] = setting(
         "patch",
         "Part of a latent that becomes one world token: a square patch or a whole channel.",
@@ -456,6 +481,9 @@ class Config:
         if self.world_encoder != "cosmos" and self.num_world_steps:
             allowed = f"0, as world_encoder is {self.world_encoder}: only cosmos predicts frames"
             raise refused("num_world_steps", self.num_world_steps, allowed)
+        if self.world_encoder == "gemma_vision" and self.world_mode == "channel":
+            allowed = "patch, as world_encoder is gemma_vision: its channels are not as many as a latent's"
+            raise refused("world_mode", self.world_mode, allowed)
         if self.latent_size % 16:
             raise refused("latent_size", self.latent_size, "a multiple of 16 pixels")
         if self.max_world_steps is not None and self.num_world_steps > self.max_world_steps:

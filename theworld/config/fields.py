@@ -13,6 +13,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from theworld.utils.text import flaw
+
 WANTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
 
 
@@ -88,7 +90,9 @@ class Setting:
             if not -largest <= value <= largest:  # NaN, infinity, an integer beyond floats
                 raise error
             value = float(value)
-        if self.kind is str and (not _is_text(value) or (self.filled and not value.strip())):
+        if self.kind is str and (found := flaw(value)):
+            raise refused(self.name, value, f"{self.allowed}; this holds {found}")
+        if self.filled and not value.strip():
             raise error
         if self.choices and value not in self.choices:
             nearest = nearest_name(value, self.choices)
@@ -176,15 +180,7 @@ def without_tokens(text: str) -> str:
     )
 
 
-def _is_text(value: str) -> bool:
-    """Return whether a string can be written to a file and used as a path: valid Unicode without NUL."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return "\0" not in value
-
-
 def nearest_name(name: str, names: Sequence[str]) -> str:
-    """Return the most similar of `names`."""
-    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+    """Return the most similar of `names`, in whatever case."""
+    by_lower = {known.lower(): known for known in names}
+    return by_lower[difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.0)[0]]

@@ -1,14 +1,14 @@
 """Captions of photographs, on which the next-token loss can be computed instead of on true statements."""
 
-import json
 import random
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from theworld.config.fields import shown
-from theworld.data.vsr import Statement, is_filled, parsed_lines
-from theworld.utils.jsonc import unique_keys
+from theworld.data.vsr import Statement
+from theworld.utils.jsonc import json_lines, parsed_json
+from theworld.utils.text import decoded, is_filled
 
 Captions = Mapping[str, Sequence[str]]  # captions by the path of their image, in the order of the file
 WANTED = 'COCO\'s captions_*.json, or a .jsonl of lines {"image": "a.jpg", "caption": "A dog on a bed."}'
@@ -47,15 +47,12 @@ def _lines(path: Path) -> list[tuple[str, Any, Any]]:
     """Return for each line of a .jsonl file its place (file:line), its image and its caption."""
     if path.suffix != ".jsonl":
         raise ValueError(f"captions: {path}; wanted {WANTED}")
-    return [(where, *_fields(row, ("image", "caption"), where)) for where, row in parsed_lines(path)]
+    return [(where, *_fields(row, ("image", "caption"), where)) for where, row in json_lines(path)]
 
 
 def _coco(path: Path) -> list[tuple[str, Any, Any]]:
     """Return the same for COCO's format: images with id and file_name, annotations with image_id and caption."""
-    try:
-        data = json.loads(path.read_bytes(), object_pairs_hook=unique_keys("key"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}; wanted {WANTED}") from None
+    data = parsed_json(decoded(path.read_bytes(), path), str(path), WANTED)
     images, annotations = _fields(data, ("images", "annotations"), str(path))
     for name, rows in (("images", images), ("annotations", annotations)):
         if not isinstance(rows, list):

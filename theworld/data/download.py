@@ -17,7 +17,6 @@ import socket
 import ssl
 import threading
 import time
-import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ from theworld.data.images import MAX_BYTES, MAX_PIXELS, ImageError, decode, miss
 from theworld.data.vsr import Statement, load_all, statements_at_hand
 from theworld.utils.console import progress
 from theworld.utils.files import FAILURES, check_folder, check_room, publish_bytes, write_failures
+from theworld.utils.text import difference, folded
 
 COCO_HOST = "images.cocodataset.org"
 # COCO's host has no certificate of its own: the same files are served over https by the host at the right.
@@ -413,11 +413,12 @@ class CocoCopy:
     / or \\ between them. Raises FileNotFoundError if the path does not exist, ValueError if it is no folder or zip.
     """
 
-    def __init__(self, path: Path, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, path: Path, max_pixels: int = MAX_PIXELS, follow_links: bool = False) -> None:
         if not path.exists():
             raise FileNotFoundError(f"coco: no file or folder {path}")
         self.path = path
         self.max_pixels = max_pixels
+        self.follow_links = follow_links
         self.archive: zipfile.ZipFile | None = None
         if path.is_dir():
             folders = [folder for folder in COCO_FOLDERS if (path / folder).is_dir()]
@@ -437,7 +438,10 @@ class CocoCopy:
     def save(self, name: str, path: Path) -> None:
         """Put a photograph of `entries` at `path`, as a hard link where that is possible. Raises ImageError."""
         entry = self.entries[name]
-        data = read_bytes(self.path, entry) if self.archive is None else self._read(self.archive, entry)
+        if self.archive is None:
+            data = read_bytes(self.path, entry, follow_links=self.follow_links)
+        else:
+            data = self._read(self.archive, entry)
         decode(data, entry, self.max_pixels)
         if self.archive is not None or not _link(self.path / entry, path):
             publish_bytes(path, data, overwrite=True)
@@ -455,8 +459,8 @@ class CocoCopy:
 
     @functools.cached_property
     def similar_names(self) -> dict[str, str]:
-        """The names of `entries`, by what `_folded` makes of them."""
-        return {_folded(name): name for name in self.entries}
+        """The names of `entries`, by what `folded` makes of them."""
+        return {folded(name): name for name in self.entries}
 
 
 def _link(source: Path, path: Path) -> bool:
@@ -474,15 +478,6 @@ def _link(source: Path, path: Path) -> bool:
     return True
 
 
-def _composed(name: str) -> str:
-    return unicodedata.normalize("NFC", name)
-
-
-def _folded(name: str) -> str:
-    """Return a name without the differences of upper and lower case and of the Unicode form."""
-    return _composed(_composed(name).casefold())
-
-
 def save_copy(copies: Sequence[CocoCopy], name: str, link: str, path: Path) -> None:
     """Put a photograph of the first copy that has it at `path`. Raises ImageError if none has, or it is damaged."""
     for copy in copies:
@@ -495,14 +490,10 @@ def why_missing(copies: Sequence[CocoCopy], name: str, link: str) -> str:
     """Return a message about a photograph that no copy has, with a similar name or the part of COCO that has it."""
     reason = f"not in {', '.join(str(copy.path) for copy in copies)}"
     for copy in copies:
-        similar = copy.similar_names.get(_folded(name))
+        similar = copy.similar_names.get(folded(name))
         if similar is not None:
-            same_letters = _composed(similar) == _composed(name)
-            difference = "Unicode form (NFC or NFD)" if same_letters else "upper and lower case"
-            entry = copy.entries[similar]
-            return (
-                f"{reason}; {copy.path} has {entry!a}, which differs in {difference}: rename one of the two"
-            )
+            entry, words = copy.entries[similar], difference(similar, name)
+            return f"{reason}; {copy.path} has {entry!a}, which differs in {words}: rename one of the two"
     split = urlsplit(link).path.strip("/").rpartition("/")[0]
     return f"{reason}; it is one of COCO's {split}: give that with --coco too" if split else reason
 
@@ -543,12 +534,13 @@ def get_images(
     stop = threading.Event()
     save: Save
     if coco:
-        copies = [CocoCopy(path, config.max_image_pixels) for path in coco]
+        copies = [CocoCopy(path, config.max_image_pixels, config.follow_links) for path in coco]
         save = functools.partial(save_copy, copies)
     else:
         limits = DownloadLimits(max_pixels=config.max_image_pixels)
         save = Downloader(allowed_hosts, limits, num_workers, stop).save
-    return save_all(links, output, save, num_workers, config.max_image_pixels, stop)
+    pixels = config.max_image_pixels
+    return save_all(links, output, save, num_workers, pixels, stop, config.follow_links)
 
 
 def plan_images(
@@ -563,7 +555,7 @@ def plan_images(
         yield f"statements   {config.dataset_name}, from the hub when the run starts; not counted here"
         return
     links = image_links(statement for statements in splits.values() for statement in statements)
-    missing = missing_photographs(list(links), output)
+    missing = missing_photographs(list(links), output, config.follow_links)
     yield f"statements   {sum(map(len, splits.values())):,}, about {len(links):,} photographs"
     yield f"photographs  {len(links) - len(missing):,} are in {output}, {len(missing):,} to get"
     if copies:
@@ -618,12 +610,13 @@ def save_all(
     num_workers: int = 8,
     max_pixels: int = MAX_PIXELS,
     stop: threading.Event | None = None,
+    follow_links: bool = False,
 ) -> Summary:
     """Call `save` for every photograph that is not in `output` yet, in `num_workers` threads.
 
-    A file that is there but does not decode is replaced. Failures are written to failures.jsonl in `output`; without
-    failures there is no such file. `stop` is set when the call ends early. Raises OSError if `output` cannot be
-    written.
+    A file that is there but does not decode is replaced; a symbolic link is not, as it may lead anywhere.
+    Failures are written to failures.jsonl in `output`; without failures there is no such file. `stop` is set when the
+    call ends early. Raises OSError if `output` cannot be written.
     """
     output.mkdir(parents=True, exist_ok=True)
     failures: list[tuple[str, str]] = []
@@ -632,8 +625,10 @@ def save_all(
     def save_unless_present(name: str) -> bool:
         """Return whether the photograph was there before."""
         try:
-            decode(read_bytes(output, name), name, max_pixels)
-        except ImageError:
+            decode(read_bytes(output, name, follow_links=follow_links), name, max_pixels)
+        except ImageError as error:
+            if os.path.islink(output / name):
+                raise ImageError(name, f"{error.reason}; a link is not replaced: remove it") from error
             save(name, links[name], output / name)
             return False
         return True

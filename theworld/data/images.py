@@ -8,16 +8,20 @@ Dimensions: H and W, height and width in pixels.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import hashlib
 import io
 import math
 import os
 import random
 import re
+import shlex
 import stat
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +34,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from theworld.utils.console import progress
+from theworld.utils.text import difference, folded
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 64 * 1024 * 1024
@@ -71,13 +76,15 @@ class ImageError(ValueError):
         return f"{self.path}: {self.reason}"
 
 
-def read_bytes(root: str | Path, relative_path: str, max_bytes: int = MAX_BYTES) -> bytes:
+def read_bytes(
+    root: str | Path, relative_path: str, max_bytes: int = MAX_BYTES, follow_links: bool = False
+) -> bytes:
     """Return the bytes of a regular file below `root`.
 
     Raises ImageError for a missing, empty, unreadable or too large file, for anything but a regular file (without
-    waiting for a FIFO), and for a path or a symbolic link that leads out of `root`.
+    waiting for a FIFO), for a path that leads out of `root`, and, unless `follow_links`, for a symbolic link that does.
     """
-    return _read_regular(_inside(root, relative_path), relative_path, root, max_bytes)
+    return _read_regular(_inside(root, relative_path, follow_links), relative_path, root, max_bytes)
 
 
 def _read_regular(location: str, name: str, root: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
@@ -95,7 +102,8 @@ def _read_regular(location: str, name: str, root: str | Path, max_bytes: int = M
                 raise ImageError(name, f"{status.st_size} bytes; at most {max_bytes} are read")
             data = file.read(max_bytes + 1)
     except OSError as error:
-        reason = f"no such file in {root}" if error.errno == errno.ENOENT else os.strerror(error.errno or 0)
+        missing = error.errno == errno.ENOENT
+        reason = _not_there(root, name, location) if missing else os.strerror(error.errno or 0)
         raise ImageError(name, reason) from error
     if not data:
         raise ImageError(name, "zero bytes")
@@ -104,8 +112,11 @@ def _read_regular(location: str, name: str, root: str | Path, max_bytes: int = M
     return data
 
 
-def _inside(root: str | Path, relative_path: str) -> str:
-    """Return the location of a path below `root` with links followed. Raises ImageError if it leads out of `root`."""
+def _inside(root: str | Path, relative_path: str, follow_links: bool) -> str:
+    """Return the location of a path below `root` with links followed.
+
+    Raises ImageError if the path leads out of `root`, or, unless `follow_links`, a link on the way.
+    """
     if "\0" in relative_path or os.path.isabs(relative_path) or ".." in Path(relative_path).parts:
         raise ImageError(relative_path, "not a path below the image folder")
     try:
@@ -113,9 +124,46 @@ def _inside(root: str | Path, relative_path: str) -> str:
         location = os.path.realpath(os.path.join(real_root, relative_path))
     except (OSError, ValueError) as error:  # a loop of links; text that no file system can hold
         raise ImageError(relative_path, f"not a path: {error}") from error
-    if os.path.commonpath([real_root, location]) != real_root:
-        raise ImageError(relative_path, f"a symbolic link out of the image folder, to {location}")
+    if not follow_links and os.path.commonpath([real_root, location]) != real_root:
+        raise ImageError(
+            relative_path, f"a symbolic link out of the image folder, to {location}; --follow_links reads it"
+        )
     return location
+
+
+def _not_there(root: str | Path, name: str, location: str) -> str:
+    """Return the reason why there is no file `name` in `root`, with a similar name if there is one."""
+    if os.path.islink(os.path.join(root, name)):
+        return f"a symbolic link to {location}, which is not there"
+    reason, similar = f"no such file in {root}", similar_name(root, name)
+    if not similar:
+        return reason
+    return (
+        f"{reason}; it has {similar!a}, which differs in {difference(name, similar)}: rename one of the two"
+    )
+
+
+def similar_name(root: str | Path, name: str) -> str:
+    """Return the path below `root` that differs from `name` in case or Unicode form only; nothing if there is none."""
+    folder, found = str(root), []
+    for part in Path(name).parts:
+        if not os.path.lexists(os.path.join(folder, part)):
+            try:
+                own = _names_by_fold(folder, os.stat(folder).st_mtime_ns).get(folded(part))
+            except OSError:
+                return ""
+            if own is None:
+                return ""
+            part = own
+        found.append(part)
+        folder = os.path.join(folder, part)
+    return "/".join(found)
+
+
+@functools.lru_cache(maxsize=8)
+def _names_by_fold(folder: str, changed: int) -> dict[str, str]:
+    """Return the names in a folder by what `folded` makes of them; `changed`: when one last came or went."""
+    return {folded(name): name for name in sorted(os.listdir(folder))}
 
 
 def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -263,9 +311,11 @@ def _from_16_bit_grey(image: Image.Image, path: str) -> np.ndarray:
     return np.repeat(pixels[:, :, None], 3, axis=2)
 
 
-def read_image(root: str | Path, relative_path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Return the pixels of a photograph file below `root`, uint8[H, W, 3]. Raises ImageError."""
-    return decode(read_bytes(root, relative_path), relative_path, max_pixels)
+def read_image(
+    root: str | Path, relative_path: str, max_pixels: int = MAX_PIXELS, follow_links: bool = False
+) -> np.ndarray:
+    """Return the pixels of a photograph file below `root`, uint8[H, W, 3]. Raises ImageError as `read_bytes` does."""
+    return decode(read_bytes(root, relative_path, follow_links=follow_links), relative_path, max_pixels)
 
 
 def photograph(image: str | Path | np.ndarray | Image.Image, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -290,9 +340,10 @@ def photograph(image: str | Path | np.ndarray | Image.Image, max_pixels: int = M
 
 
 def refuse_address(image: str | Path) -> None:
-    """Raise ImageError for an address such as https://... where a file is wanted."""
+    """Raise ImageError for an address such as https://... where a file is wanted, with the command that gets it."""
     if re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(image)) and not os.path.lexists(image):
-        raise ImageError(str(image), "an address; only files are read, so download the photograph first")
+        command = f"curl --location --output photo.jpg {shlex.quote(str(image))}"
+        raise ImageError(str(image), f"an address, and only files are read; download it first: {command}")
 
 
 def sha256(data: bytes) -> str:
@@ -344,6 +395,7 @@ def check_photographs(
     since: float | None = None,
     seconds: float | None = None,
     clock: Callable[[], float] = time.monotonic,
+    follow_links: bool = False,
 ) -> str:
     """Compare photographs with their SHA-256 (`images`: path -> hash); return a line with their number.
 
@@ -352,6 +404,7 @@ def check_photographs(
     PhotographsChanged, which names them.
     """
     changes: dict[str, tuple[str, str]] = {}
+    hash_now = functools.partial(_hash_now, folder, follow_links=follow_links)
     bar = progress(total=len(images), desc="comparing photographs", unit=" images", leave=False)
     with bar, ThreadPoolExecutor(THREADS) as pool:
         changed_at = dict(zip(images, pool.map(lambda path: _changed_at(folder / path), images), strict=True))
@@ -362,7 +415,7 @@ def check_photographs(
         for chunk, is_first in [(c, True) for c in _chunks(first)] + [(c, False) for c in _chunks(rest)]:
             if not is_first and end is not None and clock() >= end:
                 break
-            for path, now in zip(chunk, pool.map(lambda path: _hash_now(folder, path), chunk), strict=True):
+            for path, now in zip(chunk, pool.map(hash_now, chunk), strict=True):
                 if now != images[path]:
                     changes[path] = (images[path], now)
             compared += len(chunk)
@@ -389,16 +442,46 @@ def _changed_at(path: Path) -> float:
         return math.inf
 
 
-def _hash_now(folder: Path, path: str) -> str:
+def _hash_now(folder: Path, path: str, follow_links: bool) -> str:
     try:
-        return sha256(read_bytes(folder, path))
+        return sha256(read_bytes(folder, path, follow_links=follow_links))
     except ImageError as error:
         return error.reason
 
 
-def missing_photographs(names: Sequence[str], folder: Path) -> list[str]:
-    """Return the names without a file in the folder. Does not open the files, so damaged ones are not found."""
-    return [name for name in names if not (folder / name).is_file()]
+def contents(folder: Path, names: Sequence[str], follow_links: bool = False) -> dict[str, str]:
+    """Return for each photograph that is in the folder a word that only files of the same bytes share.
+
+    It is the SHA-256 where files have the same size; others, whose size tells them apart, are not read.
+    """
+    sizes: dict[str, int] = {}
+    for name in names:
+        with contextlib.suppress(OSError, ValueError):
+            sizes[name] = os.stat(folder / name).st_size
+    shared = Counter(sizes.values())
+    return {
+        name: _hash_now(folder, name, follow_links) if shared[size] > 1 else f"{size} bytes"
+        for name, size in sizes.items()
+    }
+
+
+def missing_photographs(names: Sequence[str], folder: Path, follow_links: bool = False) -> dict[str, str]:
+    """Return the names without a file in the folder, with the reasons.
+
+    Does not open the files, so damaged ones are not found.
+    """
+    reasons = {name: _why_missing(name, folder, follow_links) for name in names}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _why_missing(name: str, folder: Path, follow_links: bool) -> str:
+    try:
+        location = _inside(folder, name, follow_links)
+    except ImageError as error:
+        return error.reason
+    if os.path.isfile(location):
+        return ""
+    return "not a regular file" if os.path.exists(location) else _not_there(folder, name, location)
 
 
 @dataclass(frozen=True)

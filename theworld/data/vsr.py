@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,7 +19,8 @@ from huggingface_hub import try_to_load_from_cache
 
 from theworld.config.fields import shown
 from theworld.utils.hub import Fault, ask_hub
-from theworld.utils.jsonc import unique_keys
+from theworld.utils.jsonc import json_lines
+from theworld.utils.text import flaw, is_filled, is_text
 
 # dataset_name -> the release's folder name; the hub's is cambridgeltl/vsr_<release>.
 RELEASES = {"vsr": "random", "vsr_random": "random", "vsr_zeroshot": "zeroshot"}
@@ -62,7 +63,7 @@ class Statement:
     caption: str
     label: int  # 1: true of the photograph, 0: false
     relation: str
-    index: int  # position in its file, counted from 0: line index + 1
+    index: int  # position among the statements of its file, counted from 0, as on the hub: blank lines do not count
     image_link: str = ""  # URL at which the photograph was published
 
 
@@ -169,43 +170,18 @@ def load_hub_statements(repository: str, split: str) -> list[Statement]:
     except OSError as error:
         hint = "check the network, or set annotations to a folder with the JSONL files"
         raise OSError(f"cannot load {file} of {repository}: {error}; {hint}") from error
-    return [_statement(row, index, f"{repository}/{file}") for index, row in enumerate(rows)]
-
-
-def parsed_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the place (file:line) and the value of each line of a JSONL file. Raises ValueError for a bad line.
-
-    Only \\n ends a line: captions may contain other separators.
-    """
-    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    if lines and not lines[-1].strip():
-        lines.pop()
-    for index, line in enumerate(lines):
-        where = f"{path}:{index + 1}"
-        yield where, _parsed(line, where)
+    return [_statement(row, index, f"{repository}/{file}:{index + 1}") for index, row in enumerate(rows)]
 
 
 def _read_statements(path: Path) -> list[Statement]:
-    found = [_statement(row, index, str(path)) for index, (_, row) in enumerate(parsed_lines(path))]
+    found = [_statement(row, index, where) for index, (where, row) in enumerate(json_lines(path))]
     if not found:
         raise ValueError(f"{path}: holds no statements")
     return found
 
 
-def _parsed(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys("field"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}:{error.colno}: {error.msg}; wanted one JSON object a line") from None
-    except RecursionError:
-        raise ValueError(f"{where}: nested too deeply; wanted one flat JSON object a line") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}; mend the line") from None
-
-
-def _statement(row: Any, index: int, path: str) -> Statement:
-    """Return a checked row as a statement; other fields of VSR are allowed and not read."""
-    where = f"{path}:{index + 1}"
+def _statement(row: Any, index: int, where: str) -> Statement:
+    """Return a checked row as a statement; other fields of VSR are allowed and not read. `where`: its file and line."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: is {shown(row)}; wanted one JSON object a line")
     own = "statement" in row and "caption" not in row  # your own data, which has no relations
@@ -216,22 +192,12 @@ def _statement(row: Any, index: int, path: str) -> Statement:
         if field not in row and field != "image_link":
             raise ValueError(f"{where}: has no field {name}; give {wanted}")
         if not is_right(row.get(field)):
-            raise ValueError(f"{where}: {name} is {shown(row[field])}; give {wanted}")
+            found = flaw(row[field]) if isinstance(row[field], str) else ""
+            reason = f" (it holds {found})" if found else ""
+            raise ValueError(f"{where}: {name} is {shown(row[field])}; give {wanted}{reason}")
     return Statement(
         row["image"], row["caption"], row["label"], row["relation"], index, row.get("image_link") or ""
     )
-
-
-def _is_text(value: object) -> bool:
-    """Return whether a value is valid Unicode without NUL, which can be written to files and used in paths."""
-    if not isinstance(value, str) or "\0" in value:
-        return False
-    return not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-def is_filled(value: object) -> bool:
-    """Return whether a value is text with more than white space."""
-    return _is_text(value) and bool(str(value).strip())
 
 
 def _is_safe_path(value: object) -> bool:
@@ -249,7 +215,7 @@ _FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
     ("caption", "text that is not empty", is_filled),
     ("label", "the integer 0 (false) or 1 (true)", lambda label: type(label) is int and label in (0, 1)),
     ("relation", "text that is not empty", is_filled),
-    ("image_link", "text, or nothing", lambda link: link is None or _is_text(link)),
+    ("image_link", "text, or nothing", lambda link: link is None or is_text(link)),
 )
 
 

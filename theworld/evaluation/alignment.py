@@ -29,6 +29,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.vsr import Statement, images_of, load_statements
 from theworld.extraction.batches import FeatureSource
@@ -191,14 +192,15 @@ def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Ca
     cached = cached_vision(config, cache)
     if cached is None and not changed:
         raise ValueError(
-            f"{cache} has no vision features to compare with; extract them with tools/extract_latents.py --gemma_vision"
+            f"{cache} has no vision features to compare with; extract them with: "
+            f"{extraction_command(config, cache, '--gemma_vision')}"
         )
     return cached
 
 
 def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> ImageTokens:
     cached = vision_to_compare(model.config, cache, model.gemma.modified_parts)
-    vision = vision_source(model.gemma, model.config, cached)
+    vision = vision_source(model.gemma, model.config, cached, cache=cache)
     assert vision is not None
     return ImageTokens(model.gemma, vision, images)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from theworld.config.config import Config
 from theworld.data.vsr import Statement, images_of
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.extraction.batches import FeatureSource, Microbatch, make_microbatch, prefetch
@@ -16,6 +17,13 @@ from theworld.models.packing import Control, WorldSource
 from theworld.models.theworld import TheWorld
 from theworld.utils.console import progress
 from theworld.utils.distributed import Processes
+
+# Why a condition is left out, and the condition that it would be.
+SAME = {
+    "text": ("this Gemma sees no photograph", "baseline"),
+    "zero": ("these world tokens look at no picture", "world"),
+    "shuffled": ("these world tokens look at no picture", "world"),
+}
 
 
 def shuffled_images(images: Sequence[str], seed: int = 0) -> dict[str, str]:
@@ -26,17 +34,28 @@ def shuffled_images(images: Sequence[str], seed: int = 0) -> dict[str, str]:
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
-def possible_conditions(conditions: Sequence[str], is_multimodal: bool, model_name: str) -> list[str]:
-    """Return the conditions without "text" for a text-only Gemma, where it would be "baseline".
+def possible_conditions(conditions: Sequence[str], is_multimodal: bool, config: Config) -> list[str]:
+    """Return the conditions without those that are others under another name: "text" of a text-only Gemma, and "zero"
+    and "shuffled" of world tokens without a picture. `config`: the checkpoint's settings.
 
-    Raises ValueError if none is left; `model_name` is the Gemma in its message.
+    Raises ValueError if none is left.
     """
     possible = [condition for condition in conditions if condition != "text" or is_multimodal]
+    if config.world_encoder == "none":
+        possible = [condition for condition in possible if condition not in ("zero", "shuffled")]
     if not possible:
+        why, same = SAME[conditions[0]]
         raise ValueError(
-            f"condition 'text': {model_name} sees no photograph, so it is the same as 'baseline'; give that"
+            f"condition {conditions[0]!r}: {why} ({config.model_name}, world_encoder {config.world_encoder}), so it is "
+            f"the same as {same!r}; give that"
         )
     return possible
+
+
+def left_out(conditions: Sequence[str], possible: Sequence[str]) -> list[str]:
+    """Return a line for each condition that `possible_conditions` has left out."""
+    missing = [(condition, *SAME[condition]) for condition in conditions if condition not in possible]
+    return [f"without {condition!r}: {why}, so it is {same!r}" for condition, why, same in missing]
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@
 of all tokens but "0" and "1". The keys of the file are older than the words of the code, and stay.
 """
 
-import json
 import math
 from collections.abc import Sequence, Set
 from pathlib import Path
@@ -22,6 +21,10 @@ import numpy as np
 from theworld.data.vsr import OWN, Statement, meta_category
 from theworld.models.inference import p_true
 from theworld.utils.files import publish_bytes
+from theworld.utils.jsonc import json_bytes, json_lines
+from theworld.utils.text import flaw
+
+ONE_A_LINE = "one record of tools/eval.py a line"
 
 Row = dict[str, Any]
 
@@ -86,14 +89,12 @@ def _answer(zero: float, one: float, logsumexp: float, label: int) -> Row:
 def write_jsonl(rows: Sequence[Row], path: str | Path) -> None:
     """Write one record a line, replacing the file as a whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    publish_bytes(Path(path), text.encode("utf-8"), overwrite=True)
+    publish_bytes(Path(path), b"".join(json_bytes(row) + b"\n" for row in rows), overwrite=True)
 
 
 def publish_json(value: Row, path: Path) -> None:
     """Write indented JSON, replacing the file as a whole or not at all."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-    publish_bytes(path, text.encode("utf-8"), overwrite=True)
+    publish_bytes(path, json_bytes(value, indent=2) + b"\n", overwrite=True)
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
@@ -103,26 +104,19 @@ def read_jsonl(path: str | Path) -> list[Row]:
     its logits, a line with other conditions than the first, a statement that is there twice, and an empty file.
     """
     rows: list[Row] = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}; wanted one record of tools/eval.py a line") from None
+    lines: dict[tuple[Any, ...], str] = {}
+    for where, row in json_lines(Path(path), ONE_A_LINE):
         _check(row, where)
         if rows and list(row["systems"]) != list(rows[0]["systems"]):
             own, first = ", ".join(row["systems"]), ", ".join(rows[0]["systems"])
             raise ValueError(f"{where}: has the conditions {own}; line 1 has {first}")
+        earlier = lines.setdefault((row["dataset"], row["split"], row["index"]), where)
+        if earlier != where:
+            line = earlier.rpartition(":")[2]
+            raise ValueError(f"{where}: is statement {row['index']}, as line {line} is; remove one")
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: has no statements; wanted one record of tools/eval.py a line")
-    lines: dict[tuple[Any, ...], int] = {}
-    for number, row in enumerate(rows, 1):
-        earlier = lines.setdefault((row["dataset"], row["split"], row["index"]), number)
-        if earlier != number:
-            raise ValueError(
-                f"{path}:{number}: is statement {row['index']}, as line {earlier} is; remove one"
-            )
+        raise ValueError(f"{path}: has no statements; wanted {ONE_A_LINE}")
     return rows
 
 
@@ -136,12 +130,12 @@ _FIELDS: dict[str, type] = {
 def _check(row: Any, where: str) -> None:
     """Raise ValueError unless `row` is a record."""
     if not isinstance(row, dict) or not isinstance(row.get("systems"), dict) or not row["systems"]:
-        raise ValueError(
-            f"{where}: has no answers under 'systems'; wanted one record of tools/eval.py a line"
-        )
+        raise ValueError(f"{where}: has no answers under 'systems'; wanted {ONE_A_LINE}")
     for field, wanted in _FIELDS.items():
         if type(row.get(field)) is not wanted:
             raise ValueError(f"{where}: {field} is {row.get(field)!r}; wanted {wanted.__name__}")
+        if wanted is str and (found := flaw(row[field])):
+            raise ValueError(f"{where}: {field} is {row[field]!r}, which holds {found}; remove it")
     if not isinstance(row.get("release", ""), str):  # not in older records
         raise ValueError(f"{where}: release is {row['release']!r}; wanted str")
     if row["label"] not in (0, 1):

@@ -4,7 +4,6 @@ Three steps: `held_out` reads the statements and finds which of them training ha
 `write_results` writes the records with their provenance beside them.
 """
 
-import json
 import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,20 +17,22 @@ import numpy as np
 
 import theworld
 from theworld.config.config import Config
+from theworld.data.images import contents
 from theworld.data.vsr import (
+    OWN,
     RELEASES,
     Statement,
     dataset_label,
+    images_of,
     load_statements,
-    seen_images,
     statements_sha256,
 )
 from theworld.evaluation.conditions import checkpoint_of
 from theworld.evaluation.metrics import write_summary
-from theworld.evaluation.predict import possible_conditions, predict
+from theworld.evaluation.predict import left_out, possible_conditions, predict
 from theworld.evaluation.records import Row, publish_json, records, write_jsonl
 from theworld.extraction.batches import FeatureSource
-from theworld.extraction.extract import stores_of
+from theworld.extraction.extract import known_hashes, stores_of
 from theworld.extraction.features import (
     OnTheFlyLatents,
     OnTheFlyVision,
@@ -48,7 +49,9 @@ from theworld.store.reader import StoreReader
 from theworld.utils.device import count_parameters, set_up_torch
 from theworld.utils.files import canonical_sha256, check_output, companion, hash_file
 from theworld.utils.hub import model_id
+from theworld.utils.jsonc import read_json_with_comments
 from theworld.utils.locks import OutputLock
+from theworld.utils.text import same_words
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +70,10 @@ class HeldOut:
     dataset: str  # see `theworld.data.vsr.dataset_label`
     annotations: str | None  # None: the hub
     image_folder: str | None
-    seen_images: set[str]  # images of the split that training had
-    in_train: set[tuple[str, str]]  # (image, caption) of each training statement
+    seen_images: set[str]  # images of the split that training had, under whatever name
+    in_train: set[tuple[str, str]]  # (image, caption) of each statement of the split that training had
     trained_on: dict[str, str]  # checkpoint -> its training data in words
+    follow_links: bool = False  # whether links that lead out of the image folder are read
 
 
 def held_out(
@@ -79,14 +83,17 @@ def held_out(
     train_annotations: str | None = None,
     allow_trained: bool = False,
     load: Load = load_statements,
+    cache: Path | None = None,
+    image_folder: Path | None = None,
 ) -> HeldOut:
     """Return the split that the checkpoints' settings name, with `overrides` on top, and what training had of it.
 
     The training data of a checkpoint is named in its own settings and in those of the stages before it, whatever
-    `overrides` say; `train_annotations` is the folder of the statements of all stages, if they have moved. Raises
-    ValueError if checkpoints name different splits, if training statements are not found, and, unless `allow_trained`,
-    for a split of one release of VSR and a checkpoint of the other, since the releases share statements. `load` reads
-    statements.
+    `overrides` say; `train_annotations` is the folder of the statements of all stages, if they have moved. Content is
+    compared: photographs by their bytes, as far as `cache` or `image_folder` has them, and statements by `same_words`.
+    Raises ValueError if checkpoints name different splits, if training statements are not found, and, unless
+    `allow_trained`, for a split of one release of VSR and a checkpoint of the other, since the releases share
+    statements. `load` reads statements.
     """
     settings = {name: saved.config(overrides) for name, saved in checkpoints.items()}
     sources = {name: (c.annotations, c.dataset_name) for name, c in settings.items()}
@@ -98,23 +105,60 @@ def held_out(
     annotations, dataset_name = next(iter(sources.values()))
     statements = load(annotations, split, dataset_name)
     dataset = dataset_label(annotations, dataset_name, split, statements)
+    stages = {name: _stages(saved, train_annotations, load) for name, saved in checkpoints.items()}
+    trained = [s for own in stages.values() for train, _, _ in own for s in train]
+    config = next(iter(settings.values()))
+    had_images, places = images_of(trained), (cache, image_folder, config.follow_links)
+    identity = _identities(images_of([*statements, *trained]), had_images, *places)
     in_train: set[tuple[str, str]] = set()
     seen: set[str] = set()
-    trained_on = {}
     for name, saved in checkpoints.items():
-        stages = _stages(saved, train_annotations, load)
-        had = {(s.image, s.caption) for train, _, _ in stages for s in train}
-        overlap = sum((s.image, s.caption) in had for s in statements)
-        trained = {RELEASES[own.dataset_name] for _, _, own in stages}
+        had = {_key(s, identity) for train, _, _ in stages[name] for s in train}
+        repeated = [s for s in statements if _key(s, identity) in had]
         if not allow_trained:
-            _check_release(saved.folder, trained, RELEASES[dataset_name], split, overlap, len(statements))
-        in_train |= had
-        seen |= {image for train, _, _ in stages for image in seen_images(statements, train)}
-        trained_on[name] = ", before that on ".join(
-            f"{len(train):,} statements of {label} train" for train, label, _ in stages
+            releases = {_release(label, own.dataset_name) for _, label, own in stages[name]}
+            scored = _release(dataset, dataset_name)
+            _check_release(saved.folder, releases, scored, split, len(repeated), len(statements))
+        in_train |= {(s.image, s.caption) for s in repeated}
+        images = {image for image, _ in had}
+        seen |= {s.image for s in statements if identity.get(s.image, s.image) in images}
+    trained_on = {
+        name: ", before that on ".join(
+            f"{len(train):,} statements of {label} train" for train, label, _ in own
         )
-    image_folder = next(iter(settings.values())).image_folder
-    return HeldOut(statements, split, dataset, annotations, image_folder, seen, in_train, trained_on)
+        for name, own in stages.items()
+    }
+    data = (statements, split, dataset, annotations, config.image_folder)
+    return HeldOut(*data, seen, in_train, trained_on, config.follow_links)
+
+
+def _identities(
+    images: list[str], trained: list[str], cache: Path | None, image_folder: Path | None, follow_links: bool
+) -> dict[str, str]:
+    """Return what tells the content of each image, as far as the cache or the folder has it; the others have a name."""
+    if cache is not None:
+        found, where = known_hashes(cache), cache
+    elif image_folder is not None:
+        found, where = contents(image_folder, images, follow_links), image_folder
+    else:
+        return {}
+    unknown = sum(image not in found for image in trained)
+    if unknown:
+        logger.info(
+            f"{unknown:,} of the {len(trained):,} training photographs are not in {where}: "
+            "whether the split has them is told by their names alone"
+        )
+    return found
+
+
+def _key(statement: Statement, identity: Mapping[str, str]) -> tuple[str, str]:
+    """Return what two statements share that say the same of the same photograph."""
+    return identity.get(statement.image, statement.image), same_words(statement.caption)
+
+
+def _release(label: str, dataset_name: str) -> str:
+    """Return the release that statements are of: by their content, else as the settings name them."""
+    return RELEASES[dataset_name if label == OWN else label]
 
 
 def _stages(
@@ -232,6 +276,7 @@ def results_provenance(
         "annotations": data.annotations,
         "statements_in_split": len(data.statements),
         "image_folder": str(image_folder) if image_folder else data.image_folder,
+        "follow_links": data.follow_links,
         "cache": _cache(cache) if cache else None,
         "checkpoints": checkpoints,
         "versions": {"theworld": theworld.__version__, **{name: version(name) for name in LIBRARIES}},
@@ -265,7 +310,7 @@ def read_source(path: Path) -> dict[str, Any] | None:
     meta = companion(path, ".meta.json", ".jsonl")
     if not meta.is_file():
         return None
-    source = json.loads(meta.read_text())
+    source = read_json_with_comments(meta)
     kinds = [
         (source, _OF_RESULTS),
         *((one, _OF_CHECKPOINT) for one in source.get("checkpoints", {}).values()),
@@ -332,7 +377,7 @@ def score(
     Exactly one of `cache` and `image_folder` is given. Logs which statements are left out.
     """
     checkpoints = {"": SavedModel.open_folder(checkpoint)}
-    data = held_out(checkpoints, split, overrides)
+    data = held_out(checkpoints, split, overrides, cache=cache, image_folder=image_folder)
     return score_all(checkpoints, data, cache, image_folder, conditions, overrides)[0]
 
 
@@ -355,7 +400,8 @@ def score_to_file(
     """
     found = [SavedModel.open_folder(model) for model in models]
     checkpoints = dict(zip(short_names(models, [saved.folder for saved in found]), found, strict=True))
-    data = held_out(checkpoints, split, overrides, train_annotations, allow_trained)
+    given = (split, overrides, train_annotations, allow_trained)
+    data = held_out(checkpoints, *given, cache=cache, image_folder=image_folder)
     output = output or default_output(found, data.dataset, split)
     check_output(output)
     with OutputLock(output, "--output", is_file=True):
@@ -418,9 +464,9 @@ def score_all(
         model = TheWorld.from_pretrained(saved, gemma, **overrides)
         set_up_torch(model.gemma.dtype)
         provenance[name] = checkpoint_provenance(model, saved, data.trained_on[name])
-        possible = possible_conditions(conditions, model.gemma.is_multimodal, model.gemma.name)
-        if len(possible) < len(conditions):
-            logger.info("without 'text': this Gemma sees no photograph, so it is 'baseline'")
+        possible = possible_conditions(conditions, model.gemma.is_multimodal, model.config)
+        for reason in left_out(conditions, possible):
+            logger.info("%s", reason)
         answers.add(
             model, name, {"without" if world["parts"] and c == "baseline" else c: c for c in possible}
         )
@@ -472,7 +518,7 @@ def _from_cache(
     statements, note = in_cache(statements, latents, cache)
     logger.info("scoring %s", note)
     cached = cached_vision(model.config, cache)
-    vision = vision_source(model.gemma, model.config, cached, latents.reader.images)
+    vision = vision_source(model.gemma, model.config, cached, latents.images, cache)
     for note in vision_note(model.gemma, cached):
         logger.info("%s", note)
     return latents, vision, statements
@@ -481,8 +527,9 @@ def _from_cache(
 def _from_photographs(
     model: TheWorld, config: Config, folder: Path
 ) -> tuple[FeatureSource, FeatureSource | None]:
-    model.check_no_steps(NOT_ALONE)
-    latents = OnTheFlyLatents(model.encoder, folder, config.max_image_pixels)
+    model.check_alone(NOT_ALONE)
+    pixels, links = config.max_image_pixels, config.follow_links
+    latents = OnTheFlyLatents(model.encoder, folder, pixels, links)
     if not model.gemma.is_multimodal:
         return latents, None
-    return latents, OnTheFlyVision(model.gemma, folder, config.max_image_pixels)
+    return latents, OnTheFlyVision(model.gemma, folder, pixels, follow_links=links)

@@ -11,13 +11,16 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
+from theworld.config.cli import extraction_command
 from theworld.config.config import Config
-from theworld.extraction.encoders import VisionEncoder, encoder_of, specs_of
+from theworld.extraction.encoders import encoder_of, specs_of
 from theworld.extraction.extract import source_of, stores_of
 from theworld.extraction.features import CachedFeatures
 from theworld.extraction.reading import Source, read_photograph
 from theworld.models.encoder import Encoder, check_compatible
+from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import weights_sha256
+from theworld.store.format import VISION
 from theworld.store.shard import ImageEntry
 from theworld.utils.device import torch_dtype
 from theworld.utils.distributed import Part
@@ -63,10 +66,10 @@ def audit(config: Config, cache: Path, num_images: int) -> list[Audit]:
     """
     if num_images < 1:
         raise ValueError(f"--audit {num_images}: give 1 or more images")
-    named = {spec.name for spec in specs_of(config, with_vision=True)}
+    named = {spec.name for spec in specs_of(config, with_vision=(cache / VISION).exists())}
     roots = [root for root in stores_of(cache) if root.name in named]
     if not roots:
-        raise StoreError(f"{cache}: no store in it; run tools/extract_latents.py first")
+        raise StoreError(f"{cache}: no store in it; make it with: {extraction_command(config, cache)}")
     source = source_of(config, Part())
     return [audit_store(root, config, source, num_images) for root in roots]
 

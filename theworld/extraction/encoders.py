@@ -1,40 +1,26 @@
-"""The encoders of phase 1 beside those of photographs alone: predicted frames, and Gemma's vision features.
+"""The encoders of phase 1: that of world tokens, predicted frames, and Gemma's vision features.
 
 What a store of these settings holds follows from their `EncoderSpec`. A store that is there and holds something else is
 refused by it in a second, before any model loads; only what is known once weights are read is compared later.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor
 
 from theworld.config.config import Config
 from theworld.models import world_encoder
 from theworld.models.cosmos import CosmosLatents
-from theworld.models.encoder import (
-    UNTIL_DOWNLOADED,
-    UNTIL_LOADED,
-    Encoder,
-    EncoderSpec,
-    NotYetKnown,
-    Weights,
-    common_fields,
-    compiled_field,
-    compute_dtype,
-)
-from theworld.models.gemma import Gemma
+from theworld.models.encoder import Encoder, EncoderSpec
+from theworld.models.gemma_vision import VisionEncoder
 from theworld.store.format import LATENTS, VISION, StoreMismatch
 from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store
-from theworld.utils.device import resolve_device, resolve_dtype, torch_dtype, wants_compile
+from theworld.utils.device import torch_dtype
 from theworld.utils.files import StoreError, UnknownVersion
-from theworld.utils.hub import GEMMA_FILE, file_at_hand, hub_revision, model_id
 
 
 class RolloutEncoder:
@@ -71,86 +57,18 @@ class RolloutEncoder:
         return torch.cat([photograph, predicted.to(torch_dtype(self.spec.dtype)).cpu()])
 
 
-@dataclass(frozen=True)
-class GemmaPixels:
-    """Photographs as Gemma's vision tower takes them."""
-
-    image_processor: Any  # of transformers
-
-    def __call__(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
-        return self.image_processor(images=[pixels], return_tensors="pt")["pixel_values"][0]
-
-
-class VisionEncoder:
-    """Photographs to Gemma's own pooled vision features, so that training never loads the vision tower."""
-
-    name = VISION
-
-    def __init__(self, config: Config, like: Mapping[str, Any] | None = None) -> None:
-        """Raises ValueError for a text-only Gemma."""
-        self.device = resolve_device(config.device)
-        dtype, revision = resolve_dtype(config.dtype, self.device), (like or {}).get("model_revision")
-        self.gemma = Gemma(config.model_name, dtype, self.device, revision=revision)
-        self.spec = vision_spec(config, self.gemma)
-        assert self.gemma.processor is not None
-        self.prepare = GemmaPixels(self.gemma.processor.image_processor)
-        if wants_compile(config.compile, self.device):
-            self.gemma.compile_vision()
-
-    @staticmethod
-    def describe(config: Config, like: Mapping[str, Any] | None = None) -> EncoderSpec:
-        """Return what is stored of a photograph. Raises ValueError for a text-only Gemma."""
-        dtype = compute_dtype(config)
-        shape, from_files = _from_config_files(config.model_name, (like or {}).get("model_revision"))
-        fields = {
-            "model_name": model_id(config.model_name),
-            "vision_weights_sha256": UNTIL_LOADED,
-            **from_files,
-            **compiled_field(config),
-            **common_fields(config, dtype, "transformers"),
-        }
-        weights = Weights("Gemma's vision tower", config.model_name, GEMMA_FILE)
-        return EncoderSpec(VISION, shape, dtype, weights, fields)
-
-    def encode(self, prepared: Tensor) -> Tensor:
-        """float32[B, 3, S, S] -> storage dtype[B, N, V]."""
-        return self.gemma.vision_features(prepared.to(self.device, non_blocking=True))
-
-
-def _from_config_files(
-    model: str, revision: str | None
-) -> tuple[tuple[int, ...] | NotYetKnown, dict[str, Any]]:
-    """Return the shape of the vision features and the fields of the fingerprint that Gemma's config files give."""
-    path = file_at_hand(model, GEMMA_FILE, revision=revision)
-    if path is None:
-        names = ("image_size", "image_processor", "model_revision")
-        return UNTIL_DOWNLOADED, dict.fromkeys(names, UNTIL_DOWNLOADED)
-    config = AutoConfig.from_pretrained(path.parent)
-    vision = getattr(config, "vision_config", None)
-    if vision is None:
-        raise ValueError(f"{model} is text-only: it has no vision features to cache")
-    processor: str | NotYetKnown = UNTIL_DOWNLOADED
-    if file_at_hand(model, "processor_config.json", "preprocessor_config.json", revision=revision):
-        processor = type(AutoImageProcessor.from_pretrained(path.parent)).__name__
-    fields = {
-        "image_size": int(vision.image_size),
-        "image_processor": processor,
-        "model_revision": revision or hub_revision(model, GEMMA_FILE),
-    }
-    return (int(config.mm_tokens_per_image), int(vision.hidden_size)), fields
-
-
-def vision_spec(config: Config, gemma: Gemma) -> EncoderSpec:
-    """Return what the vision tower of a Gemma with its weights gives."""
-    own, like = replace(config, model_name=gemma.name), {"model_revision": gemma.revision}
-    return VisionEncoder.describe(own, like).having(vision_weights_sha256=gemma.vision_weights_sha256())
-
-
 def specs_of(config: Config, with_vision: bool) -> list[EncoderSpec]:
-    """Return what phase 1 stores with these settings, one spec a store."""
-    world = world_encoder.encoder_class(config).describe(config)
-    return [world, VisionEncoder.describe(config)] if with_vision else [world]
+    """Return what phase 1 stores with these settings, one spec a store. Raises ValueError if that is nothing."""
+    world = world_encoder.describe(config)
+    specs = [world] if world.stored else []
+    if with_vision and world.name != VISION:
+        specs.append(VisionEncoder.describe(config))
+    if not specs:
+        raise ValueError(
+            f"world_encoder {config.world_encoder}: it reads no store, so there is nothing to extract; train with it "
+            "as it is, or give --gemma_vision for a Gemma that sees"
+        )
+    return specs
 
 
 def check_stores(config: Config, cache: Path, with_vision: bool) -> None:

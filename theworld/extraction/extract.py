@@ -9,7 +9,6 @@ extraction mends a damaged store (`theworld.store.writer`).
 
 import contextlib
 import logging
-import shlex
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from theworld.config.cli import settings_as_flags
 from theworld.config.config import Config
 from theworld.data.images import Square
 from theworld.data.vsr import images_of, load_all
 from theworld.extraction.encoders import (
     RolloutEncoder,
-    VisionEncoder,
     check_stores,
     open_store,
     specs_of,
@@ -44,11 +43,13 @@ from theworld.extraction.reading import (
 from theworld.extraction.rollouts import refusals, roll_out
 from theworld.models import world_encoder
 from theworld.models.encoder import Encoder
+from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.rollout import check_rollout
 from theworld.store.format import LATENTS, VISION, Plan
 from theworld.store.shard import ImageEntry
 from theworld.store.verify import Problem, examine
 from theworld.store.writer import Store
+from theworld.utils.commands import PLACEHOLDER, SETTINGS, command, extraction
 from theworld.utils.console import duration, progress
 from theworld.utils.device import resolve_device
 from theworld.utils.distributed import Part, this_part
@@ -171,18 +172,15 @@ def verify(cache: Path) -> list[Problem]:
     """Return the problems of the stores of a cache: none if every byte is as it was written."""
     stores = stores_of(cache)
     if not stores:
-        return [Problem(f"{cache}: no store in it; run tools/extract_latents.py first", (), damaged=False)]
+        message = f"{cache}: no store in it; make it with: {extraction(cache)}"
+        return [Problem(message, (), damaged=False)]
     return [problem for root in stores for problem in examine(root)]
 
 
-def mending_command(words: Sequence[str]) -> str:
-    """Return the extraction that mends what a verification found; `words`: the command line of the verification."""
-    kept = [word for word in words if word != "--verify"]
-    if not any(
-        word.startswith(("--image_folder", "--image-folder", "--image_dir", "--config")) for word in kept
-    ):
-        kept += ["--config", "FILE", "--image_folder", "FOLDER"]
-    return shlex.join(["python", *kept])
+def photographs_command(config: Config) -> str:
+    """Return the command that gets the photographs of the settings' statements into their image folder."""
+    own = settings_as_flags(config, SETTINGS["get_images"])
+    return command("get_images", *own, "--output", config.image_folder or PLACEHOLDER)
 
 
 def extract(
@@ -192,41 +190,56 @@ def extract(
     allow_missing: bool,
     part: Part | None = None,
     guardrail: Any = None,
+    others: Sequence[Config] = (),
 ) -> bool:
     """Run phase 1 as `tools/extract_latents.py` does: list, check, encode, publish.
 
-    `part`: of independent tasks; `guardrail`: see `Rollout`. Returns whether all of the cache is there now, which it is
-    not before the last task is done; of processes launched together only the main one returns True. Raises ValueError
-    if photographs are missing or unreadable and `allow_missing` is not given: all of them are then in `failures.jsonl`,
-    and nothing was encoded. Photographs are read in processes that import the main module: a script calls this under
-    `if __name__ == "__main__":`.
+    `part`: of independent tasks; `guardrail`: see `Rollout`; `others`: the settings of further world encoders, without
+    predicted frames, whose stores are made in the same run: photographs are decoded once for all that take them alike.
+    Returns whether all of the cache is there now, which it is not before the last task is done; of processes launched
+    together only the main one returns True. Raises ValueError if photographs are missing or unreadable and
+    `allow_missing` is not given: all of them are then in `failures.jsonl`, and nothing was encoded. Photographs are
+    read in processes that import the main module: a script calls this under `if __name__ == "__main__":`.
     """
     part = this_part(part)
     config = replace(config, device=part.device(config.device))
-
+    if any(other.num_world_steps for other in others):
+        raise ValueError(
+            "num_world_steps: predicted frames are extracted by themselves; wanted 0 in the others"
+        )
+    stored = [other for other in others if world_encoder.describe(other).stored]
+    every = [config, *(replace(other, device=config.device) for other in stored)]
     spool = Spool(Square(config.latent_size))
 
     def check_and_list() -> list[ImageEntry]:
         source = source_of(config, part)
-        check_stores(config, cache, with_vision)
+        for one in every:
+            check_stores(one, cache, with_vision)
         if config.num_world_steps:
             check_rollout(config, guardrail)
         return list_images(config, cache, source, allow_missing, spool if part.count == 1 else None)
 
+    def check_all_models() -> None:
+        for one in every:
+            check_models(one, with_vision)
+
     images = part.broadcast_from_main(check_and_list)
-    part.broadcast_from_main(lambda: check_models(config, with_vision))
+    part.broadcast_from_main(check_all_models)
     source, device = source_of(config, part), resolve_device(config.device)
     if device.index is not None:
         torch.cuda.set_device(device)  # pinned memory and events are those of the current one
+    complete = True
     if config.num_world_steps:
         rollouts = RolloutEncoder(config, guardrail)
         complete = roll_out(rollouts, cache, images, source, config, part, allow_missing)
         del rollouts  # the largest models of all
-    else:
-        encoder = world_encoder.encoder_class(config)(config)
-        complete = run(encoder, cache, images, source, config, part, spool)
+    for one in every[1:] if config.num_world_steps else every:
+        if world_encoder.describe(one).stored:
+            encoder = world_encoder.encoder_class(one)(one)
+            complete = run(encoder, cache, images, source, one, part, spool) and complete
+            del encoder  # before the next is loaded
     spool.close()  # the vision tower takes photographs in another form
-    if with_vision:
+    if with_vision and VISION not in (world_encoder.describe(one).name for one in every):
         complete = run(VisionEncoder(config), cache, images, source, config, part, spool) and complete
     part.close()
     return complete and part.is_main_process
@@ -244,11 +257,11 @@ def source_of(config: Config, part: Part) -> Source:
     if config.image_folder is None:
         raise ValueError("image_folder is not set: give --image_folder, the folder with the COCO photographs")
     workers = num_workers(config.num_workers, part.local_count)
-    source = Source(Path(config.image_folder), config.max_image_pixels, workers)
+    source = Source(Path(config.image_folder), config.max_image_pixels, workers, config.follow_links)
     if not source.folder.is_dir():
         raise ValueError(
-            f"image_folder {source.folder}: not a folder; get the photographs with tools/get_images.py, or say where "
-            "they are with --image_folder"
+            f"image_folder {source.folder}: not a folder; say where the photographs are with --image_folder, or get "
+            f"them with: {photographs_command(config)}"
         )
     return source
 

@@ -48,6 +48,7 @@ class Source:
     folder: Path
     max_image_pixels: int
     num_workers: int
+    follow_links: bool = False
 
 
 # ---- processes
@@ -147,7 +148,7 @@ def read_photograph(row: ImageEntry, source: Source, seconds: dict[str, float]) 
     Raises ImageError if it cannot be read, or is not the one that was listed.
     """
     start = time.perf_counter()
-    data = read_bytes(source.folder, row.path)
+    data = read_bytes(source.folder, row.path, follow_links=source.follow_links)
     seconds["read"] += time.perf_counter() - start
     start = time.perf_counter()
     digest = sha256(data)
@@ -182,7 +183,7 @@ class ListPhotographs:
         prepared = []
         for path, digest in known.items():
             try:
-                data = read_bytes(self.source.folder, path)
+                data = read_bytes(self.source.folder, path, follow_links=self.source.follow_links)
                 actual = sha256(data)
                 if actual != digest:
                     pixels = decode(data, path, max_pixels=self.source.max_image_pixels)

@@ -13,6 +13,7 @@ settings is uploaded, and no token is written or shown anywhere.
 import json
 import logging
 import os
+import shlex
 import shutil
 import time
 from concurrent.futures import Future, wait
@@ -321,7 +322,8 @@ class Publisher:
         except ValueError:  # why is in the message already
             shutil.rmtree(folder, ignore_errors=True)
             return RESUME_HINT
-        return f"Repeat the upload with: hf upload {self.config.hub_model_id} {folder} ."
+        words = ["hf", "upload", str(self.config.hub_model_id), str(folder), "."]
+        return f"Repeat the upload with: {shlex.join(words)}"
 
 
 def _one_line(error: Exception) -> str:

@@ -36,7 +36,7 @@ from theworld.models.encoder import (
 from theworld.models.pretrained import load_pretrained
 from theworld.models.serialization import weights_sha256
 from theworld.store.format import LATENTS
-from theworld.utils.device import resolve_device, resolve_dtype, torch_dtype, wants_compile
+from theworld.utils.device import resolve_device, resolve_dtype, seeded, torch_dtype, wants_compile
 from theworld.utils.hub import VAE_FILE, file_at_hand, hub_revision, model_id
 
 if TYPE_CHECKING:
@@ -126,13 +126,14 @@ class CosmosEncoder:
         device: str | torch.device = "cpu",
         compile: bool = False,
         revision: str | None = None,
+        seed: int | None = None,
     ) -> None:
         """`compile`: with torch.compile, once for each shape of batch (half a minute at the first one). `revision`: the
-        commit of a hub model; None: the newest."""
+        commit of a hub model; None: the newest. `seed`: of random weights; None: the published ones."""
         self.compiled = compile
         self.device = torch.device(device)
         self.dtype = dtype
-        vae = load_vae(name_or_path, revision)
+        vae = load_vae(name_or_path, revision) if seed is None else random_vae(name_or_path, revision, seed)
         self.revision = revision or hub_revision(name_or_path, "vae/config.json")
         self.config = vae.config
         if vae.config.patch_size is not None or vae.config.is_residual:
@@ -206,20 +207,38 @@ def load_vae(name_or_path: str, revision: str | None = None) -> AutoencoderKLWan
     """
     from diffusers import AutoencoderKLWan
 
+    options = {"torch_dtype": torch.float32, "revision": revision}
+    return load_pretrained(AutoencoderKLWan, name_or_path, _subfolder(name_or_path), **options)
+
+
+def random_vae(name_or_path: str, revision: str | None, seed: int) -> AutoencoderKLWan:
+    """Return a VAE of the same architecture with the weights that torch draws for its layers, in float32.
+
+    Only the VAE's config file is read. Raises OSError without it.
+    """
+    from diffusers import AutoencoderKLWan
+
+    place = {"subfolder": subfolder} if (subfolder := _subfolder(name_or_path)) else {}
+    architecture = AutoencoderKLWan.load_config(name_or_path, revision=revision, **place)
+    with seeded(seed):
+        return AutoencoderKLWan.from_config(architecture)
+
+
+def _subfolder(name_or_path: str) -> str:
+    """Return the folder of a model's VAE: "" where the model is the VAE itself."""
     own_folder = (Path(name_or_path) / "config.json").is_file()
     if Path(name_or_path).is_dir() and not own_folder and not (Path(name_or_path) / "vae").is_dir():
         raise ValueError(
             f"{name_or_path}: neither config.json nor a folder vae/ in it; name a folder with a VAE"
         )
-    subfolder = "" if own_folder else "vae"
-    options = {"torch_dtype": torch.float32, "revision": revision}
-    return load_pretrained(AutoencoderKLWan, name_or_path, subfolder, **options)
+    return "" if own_folder else "vae"
 
 
 class CosmosLatents:
     """The encoder of photographs to Cosmos latents: see `theworld.models.encoder.Encoder`."""
 
     name = LATENTS
+    has_random_weights = False
 
     def __init__(self, config: Config, like: Mapping[str, Any] | None = None) -> None:
         config = replace(config, num_world_steps=0)  # the photograph's own latent frame
@@ -227,7 +246,8 @@ class CosmosLatents:
         dtype = resolve_dtype(config.dtype, self.device)
         compiled = wants_compile(config.compile, self.device)
         revision = (like or {}).get("cosmos_revision")
-        self.encoder = CosmosEncoder(config.cosmos_model_name, dtype, self.device, compiled, revision)
+        seed = config.control_seed if self.has_random_weights else None
+        self.encoder = CosmosEncoder(config.cosmos_model_name, dtype, self.device, compiled, revision, seed)
         self.prepare = Square(config.latent_size)
         self.spec = self.describe(config, like).having(cosmos_weights_sha256=self.encoder.weights_sha256)
 

@@ -9,7 +9,7 @@ Rows are a grid, [C, H, W], or tokens, [N, C]; with n predicted frames after the
 
 import enum
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -31,6 +31,10 @@ PRECISION = frozenset(
     "arithmetic compute_dtype compiled storage_dtype encode_batch_size torch diffusers transformers cosmos_guardrail "
     "pillow".split()
 )
+# Fields of a projection's fingerprint that its run measured on its training images; the rows are the same whatever
+# they are.
+MEASURED = ("latents_mean", "latents_std", "standardized_on")
+CHANNELS, CELL = 16, 8  # of a latent of the Cosmos VAE: its channels, and the side of a place in pixels
 
 
 class NotYetKnown(enum.Enum):
@@ -52,6 +56,18 @@ class Weights(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Use:
+    """How a projection takes the rows of a store, where it does not take each image's own as they are."""
+
+    # Fields of the projection's fingerprint beside those of the store; a value can be NotYetKnown.
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    # dtype[B, *row_shape] as stored -> dtype[B, *latent_shape] as the projection takes them
+    view: Callable[[Tensor], Tensor] | None = None
+    # SHA-256 by image path, of all images of the store -> for each the image whose row stands for it
+    pairs: Callable[[Mapping[str, str]], Mapping[str, str]] | None = None
+
+
+@dataclass(frozen=True)
 class EncoderSpec:
     """What an encoder's rows are and mean."""
 
@@ -62,6 +78,8 @@ class EncoderSpec:
     fields: Mapping[str, Any]  # the fingerprint; a value can be NotYetKnown
     # Fields of PRECISION that the settings name, so that training asks for them too.
     demanded: frozenset[str] = frozenset()
+    use: Use = Use()
+    stored: bool = True  # False: every row is zeros, of which no store is kept
 
     @property
     def array(self) -> ArraySpec:
@@ -114,9 +132,14 @@ class EncoderSpec:
     def check_serves(self, trained: Mapping[str, Any]) -> None:
         """Raise StoreMismatch, field by field, where these rows are others than those that a checkpoint was trained on.
         `trained`: the fingerprint in the checkpoint."""
-        differences = [(field, own, wanted) for field, wanted, own in self._differences(trained, PRECISION)]
-        if differences:
-            raise StoreMismatch(Path(self.weights.model if self.weights else self.name), differences)
+        self.check_taken(Path(self.weights.model if self.weights else self.name), self.fields, trained)
+
+    def check_taken(self, root: Path, stored: Mapping[str, Any], trained: Mapping[str, Any]) -> None:
+        """Raise StoreMismatch, field by field, where rows of a store, taken as here, are others than those that a
+        checkpoint was trained on. `stored`, `trained`: the fingerprints of the two."""
+        own = {**stored, **self.use.fields}
+        unknown = frozenset(key for key, value in own.items() if isinstance(value, NotYetKnown))
+        check_compatible(root, own, trained, unknown)
 
     def _differences(self, cached: Mapping[str, Any], ignored: set[str] | frozenset[str]) -> list[Difference]:
         left_out = self.unknown | ignored
@@ -127,10 +150,18 @@ class EncoderSpec:
         return fingerprint_differences(found, wanted)
 
 
-def check_compatible(root: Path, cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise StoreMismatch, field by field, unless the rows of two fingerprints can serve one projection."""
+def check_compatible(
+    root: Path, cached: Mapping[str, Any], wanted: Mapping[str, Any], unknown: frozenset[str] = frozenset()
+) -> None:
+    """Raise StoreMismatch, field by field, unless the rows of two fingerprints can serve one projection.
+
+    Statistics that were measured are no part of what rows mean. `unknown`: fields that are not compared.
+    """
+    ignored = PRECISION | unknown
+    if "standardization" in cached or "standardization" in wanted:
+        ignored = ignored.union(MEASURED)
     found, needed = (
-        {key: value for key, value in fields.items() if key not in PRECISION} for fields in (cached, wanted)
+        {key: value for key, value in fields.items() if key not in ignored} for fields in (cached, wanted)
     )
     differences = fingerprint_differences(found, needed)
     if differences:
@@ -163,6 +194,19 @@ class Encoder(Protocol):
     def encode(self, prepared: Tensor) -> Tensor:
         """[B, ...] -> dtype[B, *row_shape] on the device; may return before a GPU is done."""
         ...
+
+
+def encode_alone(encoder: Encoder, pixels: np.ndarray) -> Tensor:
+    """uint8[H, W, 3] -> dtype[1, *latent_shape] on the encoder's device: a photograph's row by itself, as a projection
+    takes it."""
+    rows, view = encoder.encode(encoder.prepare(pixels)[None]), encoder.spec.use.view
+    return rows if view is None else view(rows)
+
+
+def latent_shape(config: Config) -> tuple[int, int, int]:
+    """Return the shape of a latent of the Cosmos VAE, [C, H, W], which its controls share."""
+    side = config.latent_size // CELL
+    return CHANNELS, side, side
 
 
 def compute_dtype(config: Config) -> str:

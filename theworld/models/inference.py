@@ -25,9 +25,11 @@ from theworld.config.config import Config
 from theworld.data.images import photograph
 from theworld.models import world_encoder
 from theworld.models.attention import attention_masks
-from theworld.models.encoder import Encoder
+from theworld.models.encoder import Encoder, encode_alone
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch, Control, WorldSource
+from theworld.models.projection import ProjectionShape
+from theworld.utils.text import check_texts
 
 Photograph = str | Path | np.ndarray | Image.Image
 # The conditions of an evaluation (`theworld.evaluation.metrics`) that one photograph is enough for.
@@ -53,9 +55,10 @@ def pair_up(
 ) -> tuple[list[Photograph], list[str]]:
     """Return images and texts as lists, which pair up one to one, or one image with all texts.
 
-    Raises ValueError for other numbers of them; `kind` names the texts in it.
+    Raises ValueError for other numbers of them, and for one that is no text; `kind` names the texts in it.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
+    check_texts(texts, kind.removesuffix("s"), filled=kind == "statements")
     pictures = [images] if isinstance(images, str | Path | np.ndarray | Image.Image) else list(images)
     if not texts or len(pictures) not in (1, len(texts)):
         raise ValueError(
@@ -81,11 +84,21 @@ def load_encoder(
     """
     arithmetic: dict[str, Any] = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     config = replace(config, **arithmetic, compile=False, latent_dtype=None, num_world_steps=0)
-    kind = world_encoder.encoder_class(config)
-    kind.describe(config, fingerprint).check_serves(fingerprint)  # before its weights load
-    encoder = kind(config, fingerprint)
-    encoder.spec.check_serves(fingerprint)
+    spec = world_encoder.describe(config, fingerprint)
+    spec.check_serves(fingerprint)  # before its weights load
+    encoder = world_encoder.encoder_class(config)(config, fingerprint)
+    replace(encoder.spec, use=spec.use).check_serves(fingerprint)
     return encoder
+
+
+def check_alone(shape: ProjectionShape, config: Config, instead: str) -> None:
+    """Raise ValueError if the world tokens of a photograph need more than that photograph; `instead`: what to do."""
+    shape.check_no_steps(instead)
+    if config.world_encoder == "mismatched":
+        raise ValueError(
+            "world_encoder mismatched: a photograph has the latents of another image, which only a cache holds: use "
+            f"tools/eval.py --cache; {instead}"
+        )
 
 
 def encode_images(
@@ -117,7 +130,7 @@ def encode_images(
 def _encode(gemma: Gemma, encoder: Encoder | None, pixels: np.ndarray) -> EncodedImage:
     latent = vision = None
     if encoder is not None:
-        latent = encoder.encode(encoder.prepare(pixels)[None]).cpu()
+        latent = encode_alone(encoder, pixels).cpu()
     if gemma.is_multimodal:
         vision = gemma.vision_features(gemma.pixel_values([pixels])).cpu()
     return EncodedImage(latent, vision)

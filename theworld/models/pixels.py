@@ -14,10 +14,9 @@ from torch import Tensor
 
 from theworld.config.config import Config
 from theworld.data.images import Square
-from theworld.models.encoder import EncoderSpec, common_fields
+from theworld.models.encoder import CELL, EncoderSpec, common_fields
 from theworld.utils.device import resolve_device, torch_dtype
 
-CELL = 8  # side in pixels, that of a latent's place
 # Of ImageNet's photographs by colour, in levels: the mean and standard deviation that torchvision's models take.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from theworld.utils.commands import command
 from theworld.utils.hub import check_weight_files, file_at_hand
 
 SHOWN = 5
-HINT = "download or copy the model again; python tools/doctor.py checks its files"
 
 
 def load_pretrained(kind: Any, name_or_path: str, subfolder: str = "", **options: Any) -> Any:
@@ -37,7 +37,9 @@ def load_pretrained(kind: Any, name_or_path: str, subfolder: str = "", **options
         raise
     except (SafetensorError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name_or_path}: {kind.__name__} cannot be loaded: {first}; {HINT}") from error
+        raise ValueError(
+            f"{name_or_path}: {kind.__name__} cannot be loaded: {first}; {_hint(name_or_path)}"
+        ) from error
     faults = [
         *_named("missing", info["missing_keys"]),
         *_named("unknown", info["unexpected_keys"]),
@@ -46,9 +48,13 @@ def load_pretrained(kind: Any, name_or_path: str, subfolder: str = "", **options
     ]
     if faults:
         raise ValueError(
-            f"{name_or_path}: the weights are not those of its config.json: {'; '.join(faults)}; {HINT}"
+            f"{name_or_path}: the weights are not those of its config.json: {'; '.join(faults)}; {_hint(name_or_path)}"
         )
     return model
+
+
+def _hint(name_or_path: str) -> str:
+    return f"download or copy the model again; check its files with: {command('doctor', '--model_name', name_or_path)}"
 
 
 def _named(what: str, keys: Any) -> list[str]:

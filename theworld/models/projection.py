@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from theworld.config.config import PROJECTIONS, Config
+from theworld.utils.commands import PLACEHOLDER, following
 
 DEEP = ("conv", "transformer")  # architectures in which a token depends on more than its own patch
 HEAD = 32  # largest width of an attention head of the transformer
@@ -36,6 +37,7 @@ class ProjectionShape:
     steps: int = 0  # T - 1, the predicted frames
     max_steps: int | None = None  # predicted frames with a row in the time embedding; None: steps
     depth: int = 2  # convolutions or transformer layers of one of DEEP
+    trained_inputs: bool = False  # add trained rows, [*latent_shape], to those of each image
 
     def __post_init__(self) -> None:
         if self.mode not in ("patch", "channel"):
@@ -129,7 +131,7 @@ class ProjectionShape:
         if self.steps:
             raise ValueError(
                 f"this projection was trained on {self.steps} predicted frames a photograph (num_world_steps), which "
-                f"only a cache holds: use tools/eval.py --cache; {instead}"
+                f"only a cache holds; {instead}; evaluate with: {following('eval', '--cache', PLACEHOLDER)}"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -137,6 +139,7 @@ class ProjectionShape:
         values = asdict(self) | {"latent_shape": list(self.latent_shape)}
         absent = [] if self.steps else ["steps", "max_steps"]
         absent += [] if self.architecture in DEEP else ["depth"]
+        absent += [] if self.trained_inputs else ["trained_inputs"]
         return {k: v for k, v in values.items() if k not in absent}
 
     @classmethod
@@ -147,13 +150,14 @@ class ProjectionShape:
             latent_shape=tuple(fingerprint["latent_shape"]),
             width=width,
             mode=config.world_mode,
-            patch=config.world_patch,
+            patch=fingerprint.get("world_patch", config.world_patch),  # of a grid of other places: its own
             architecture=config.projection,
             hidden=config.projection_hidden,
             positions=config.world_positions,
             steps=steps,
             max_steps=config.max_world_steps if steps else None,
             depth=config.projection_layers if config.projection in DEEP else 2,
+            trained_inputs=fingerprint.get("trained_inputs", False),
         )
 
     @classmethod
@@ -259,7 +263,7 @@ class WorldProjection(nn.Module):
     All of its parameters train; they are float32 whatever Gemma's dtype is. `latents_mean` and `latents_std` (one
     number a channel, from the VAE) are buffers: the normalisation that the diffusion model gets, (z - mean) / std.
     Each frame goes through the same layers. With predicted frames, `time`, a trained vector a frame that starts at
-    zero, tells them apart.
+    zero, tells them apart. `inputs`, which few projections have, are trained rows that are added to every image's.
     """
 
     def __init__(
@@ -287,6 +291,8 @@ class WorldProjection(nn.Module):
         tokens, width = shape.tokens_per_frame, shape.width
         self.positions = nn.Parameter(torch.zeros(tokens, width)) if shape.positions else None
         self.time = nn.Parameter(torch.zeros(shape.time_rows, width)) if shape.steps else None
+        # As large as rows that are standardised; they come last, so that others start as they would without them.
+        self.inputs = nn.Parameter(torch.randn(shape.latent_shape)) if shape.trained_inputs else None
         self.norm = ScaledNorm(shape.width, scale)
         start = brackets if brackets is not None else torch.zeros(2, shape.width)
         self.brackets = nn.Parameter(start.detach().float().cpu().clone())
@@ -308,6 +314,8 @@ class WorldProjection(nn.Module):
                 f"latents {tuple(latents.shape[1:])}; this projection takes {self.shape.row_shape}"
             )
         normalised = (latents.float() - self.latents_mean) / self.latents_std
+        if self.inputs is not None:
+            normalised = normalised + self.inputs
         frames = normalised.flatten(0, 1) if self.time is not None else normalised
         tokens = self.layers(self.patches(frames))
         if self.positions is not None:

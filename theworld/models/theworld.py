@@ -25,6 +25,7 @@ from theworld.models.inference import (
     CONDITIONS,
     EncodedImage,
     Photograph,
+    check_alone,
     encode_images,
     generate_tokens,
     load_encoder,
@@ -217,12 +218,12 @@ class TheWorld(nn.Module):
         It is loaded on first use, which is never in training. Raises ValueError where world tokens need predicted
         frames, StoreMismatch if it is another encoder.
         """
-        self.check_no_steps("generate needs no cache with enable_world=False, nor does score")
+        self.check_alone("generate needs no cache with enable_world=False, nor does score")
         return load_encoder(self.config, self.fingerprint, self.gemma.device, self.gemma.dtype)
 
-    def check_no_steps(self, instead: str) -> None:
-        """Raise ValueError if world tokens need predicted frames; `instead` is what to do then."""
-        self.projection.shape.check_no_steps(instead)
+    def check_alone(self, instead: str) -> None:
+        """Raise ValueError if world tokens need more than a photograph; `instead` is what to do then."""
+        check_alone(self.projection.shape, self.config, instead)
 
     def packer(
         self, with_world: bool = True, question_template: str | None = None, flex: bool | None = None
@@ -419,9 +420,6 @@ class TheWorld(nn.Module):
             if condition not in CONDITIONS:
                 raise ValueError(f"condition {condition!r}: wanted one of {', '.join(CONDITIONS)}")
         pictures, captions = pair_up(images, statements, "statements")
-        for number, caption in enumerate(captions, 1):
-            if not caption.strip():
-                raise ValueError(f"statement {number} is empty; leave it out, or say what it states")
         encoded, names = self._encode_images(pictures, "world" in conditions, len(captions))
         first = {name: number for number, name in enumerate(encoded)}
         order = sorted(

@@ -16,7 +16,6 @@ import io
 import json
 import math
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -62,6 +61,7 @@ from theworld.report.charts import (
     scale_of,
     thinned,
 )
+from theworld.utils.commands import PLACEHOLDER, command
 from theworld.utils.files import check_output, companion, publish_bytes
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -259,7 +259,7 @@ def _page(
     summary = summarise(rows) if rows else None
     data = _data_words(summary["data"], source) if summary else ""
     cache = Path(source["cache"]["folder"]) if source and source["cache"] else "cache/"
-    score_command = _command("tools/eval.py", "--model", run, "--cache", cache)
+    score_command = command("eval", "--model", run, "--cache", cache)
     folder = run_of(run)
     return {
         "run": run,
@@ -277,11 +277,6 @@ def _page(
         "others": [_other(path) for path in others] or None,
         "source": _source(results, source, run, output, score_command) if results else None,
     }
-
-
-def _command(tool: str, *arguments: object) -> str:
-    """Return a command line to copy, quoted for a shell."""
-    return shlex.join(["python", tool, *map(str, arguments)])
 
 
 def name_of(condition: str) -> str:
@@ -610,13 +605,9 @@ Values = dict[str, dict[int, float]]  # of each figure: its value by optimizer s
 def _training(metrics: Path) -> dict[str, Any]:
     """Return the curves of metrics.jsonl, with `lack` for a file that is missing or has no curve yet."""
     if not metrics.is_file():
-        command = _command(
-            *("tools/train.py", "--config", "configs/vsr_training.json", "--cache", "cache/"),
-            *("--output_dir", metrics.parent),
-        )
         return {
             "lack": f"{metrics} is not there, so there are no training curves; training writes it.",
-            "command": command,
+            "command": "",
         }
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     values = _values(lines)
@@ -680,6 +671,7 @@ def _some(steps: Sequence[int]) -> list[int]:
 def _examples(rows: Sequence[Row], run: Path, image_folder: Path | None, source: Source) -> dict[str, Any]:
     """Return the most confident errors, and the statements that world tokens helped and harmed most."""
     folder, lack = _photographs(image_folder, source)
+    links = bool(source and source.get("follow_links"))  # not in older files
     names = list(rows[0]["systems"])
     model = checkpoints_in(names)[0]
     world, baseline = (find_condition(names, model, kind) for kind in ("world", "baseline"))
@@ -711,9 +703,9 @@ def _examples(rows: Sequence[Row], run: Path, image_folder: Path | None, source:
     return {
         "condition": name_of(world),
         "lack": lack,
-        "command": _command("tools/report.py", run, "--image_folder", "images/"),
+        "command": command("report", run, "--image_folder", PLACEHOLDER),
         "groups": [
-            (title, len(found), [_card(row, shown, folder) for row in _one_an_image(found)])
+            (title, len(found), [_card(row, shown, folder, links) for row in _one_an_image(found)])
             for title, found in kinds
         ],
     }
@@ -725,21 +717,21 @@ def _one_an_image(rows: Sequence[Row]) -> list[Row]:
     return list(first.values())[::-1][:NUM_PHOTOGRAPHS]
 
 
-def _card(row: Row, conditions: Sequence[str], folder: Path | None) -> dict[str, Any]:
+def _card(row: Row, conditions: Sequence[str], folder: Path | None, links: bool) -> dict[str, Any]:
     answers = [(name_of(c), row["systems"][c]["p_true"], row["systems"][c]["correct"]) for c in conditions]
     return {
         "row": row,
-        "picture": _photograph(folder, row["image"]),
+        "picture": _photograph(folder, row["image"], links),
         "answers": [(name, probability(p), "right" if right else "wrong") for name, p, right in answers],
     }
 
 
-def _photograph(folder: Path | None, name: str) -> dict[str, Any]:
+def _photograph(folder: Path | None, name: str, follow_links: bool) -> dict[str, Any]:
     """Return a photograph, made small, as the attributes of an <img>, or the reason why it cannot be shown."""
     if folder is None:
         return {"lack": "photograph not at hand"}
     try:
-        image = Image.fromarray(read_image(folder, name))
+        image = Image.fromarray(read_image(folder, name, follow_links=follow_links))
     except (ImageError, OSError) as error:
         return {"lack": str(error)}
     image.thumbnail((MAX_PHOTOGRAPH_SIDE, MAX_PHOTOGRAPH_SIDE))
@@ -762,14 +754,14 @@ COSINES = (("cosine", "world", "own image"), ("control_cosine", "baseline", "ano
 def _alignment(run: Path, folder: Path, cache: object) -> dict[str, Any]:
     """Return the figures and plots that tools/visualize_alignment.py wrote, with `lack` if there are none."""
     path, picture = folder / "alignment.json", folder / "alignment.png"
-    command = _command("tools/visualize_alignment.py", "--model", run, "--cache", cache, "--output", picture)
+    drawing = command("visualize_alignment", "--model", run, "--cache", cache, "--output", picture)
     if not path.is_file():
         lack = f"{path} is not there: where the world tokens lie was not measured for this run."
-        return {"lack": lack, "command": command}
+        return {"lack": lack, "command": drawing}
     result = json.loads(path.read_text(encoding="utf-8"))
     return {
         "lack": "",
-        "command": command,
+        "command": drawing,
         "result": result,
         "chart": _cosines(result),
         "table": _alignment_table(result),
@@ -834,8 +826,8 @@ def _other(path: Path) -> dict[str, str]:
 def _source(results: Path, source: Source, run: Path, output: Path, score_command: str) -> dict[str, Any]:
     """Return checkpoints, fingerprints and versions, and the commands that make records, metrics and page again."""
     commands = {
-        "metrics_command": _command("tools/eval.py", "--from", results),
-        "page_command": _command("tools/report.py", run, "--results", results, "--output", output),
+        "metrics_command": command("eval", "--from", results),
+        "page_command": command("report", run, "--results", results, "--output", output),
     }
     if source is None:
         meta = companion(results, ".meta.json", ".jsonl")

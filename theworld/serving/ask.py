@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from theworld.config.config import load_config
-from theworld.data.images import photograph
+from theworld.data.images import photograph, refuse_address
 from theworld.models import world_encoder
-from theworld.models.inference import CONDITIONS, Photograph
+from theworld.models.inference import CONDITIONS, Photograph, check_alone
 from theworld.models.projection import ProjectionShape
 from theworld.models.serialization import CONFIG_FILE, WORLD_FILE, SavedModel, find_model
 from theworld.models.theworld import TheWorld
 from theworld.utils.device import resolve_device, resolve_dtype, set_up_torch
 from theworld.utils.hub import GEMMA_FILE, locate
+from theworld.utils.text import check_texts
 
 # "without" is a Gemma that a later stage trained, where "baseline" would be the published Gemma, as in an evaluation.
 LABELS = {
@@ -33,7 +34,7 @@ def load_for_asking(name: str, conditions: Sequence[str], overrides: dict[str, A
     OSError as `TheWorld.from_pretrained` does; for a model trained on predicted frames before any weights load.
     """
     saved = SavedModel.open(name)
-    _check_frames(saved, conditions)
+    _check_alone(saved, conditions)
     model = TheWorld.from_pretrained(saved, **DEFAULTS | overrides)
     set_up_torch(model.gemma.dtype)
     if "world" in conditions:
@@ -41,15 +42,21 @@ def load_for_asking(name: str, conditions: Sequence[str], overrides: dict[str, A
     return model
 
 
-def _check_frames(saved: SavedModel, conditions: Sequence[str]) -> None:
+def _check_alone(saved: SavedModel, conditions: Sequence[str]) -> None:
     if "world" in conditions:
         shape = ProjectionShape.from_dict(saved.world["projection"])
-        shape.check_no_steps("--conditions baseline zero needs none")
+        check_alone(shape, saved.config(), "--conditions baseline zero needs none")
 
 
 def recorded_names(model: TheWorld, conditions: Sequence[str]) -> list[str]:
     """Return the names of these conditions in `answers`, which are those in the records of an evaluation."""
     return ["without" if c == "baseline" and model.gemma.modified_parts else c for c in conditions]
+
+
+def check_question(image: str, statements: Sequence[str]) -> None:
+    """Raise ImageError for an address in place of a file, ValueError for a statement that is empty or no text."""
+    refuse_address(image)
+    check_texts(statements, "statement")
 
 
 def answers(
@@ -99,17 +106,18 @@ def plan(
         config = load_config(None, DEFAULTS | overrides)
     else:
         saved = SavedModel.open_folder(folder)
-        _check_frames(saved, conditions)
+        _check_alone(saved, conditions)
         config = saved.config(DEFAULTS | overrides)
         device = resolve_device(config.device)
         arithmetic = f"{device}, {resolve_dtype(config.dtype, device)}"
         yield "projection", f"{folder}, for {saved.world['model_name']}"
         yield "Gemma", f"{config.model_name}: {locate(config.model_name, GEMMA_FILE).words}; {arithmetic}"
         if "world" in conditions:
-            weights = world_encoder.encoder_class(config).describe(config).weights
+            weights = world_encoder.describe(config).weights
             if weights is not None:
                 yield weights.topic, f"{weights.model}: {locate(weights.model, weights.file).words}"
     if image is not None:
+        check_question(image, statements)
         height, width, _ = photograph(image, config.max_image_pixels).shape
         yield "reads", f"{image}, {width} x {height} pixels"
         asked = f"{len(conditions)} conditions ({', '.join(conditions)})"

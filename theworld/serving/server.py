@@ -34,6 +34,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from theworld.data.images import MAX_BYTES, MAX_PIXELS, decode
+from theworld.utils.text import check_texts, decoded
 
 MAX_STATEMENTS = 32  # in one question
 MAX_CHARACTERS = 1000  # in one statement
@@ -71,7 +72,7 @@ class Limits:
         cannot be read.
         """
         try:
-            question = json.loads(body)
+            question = json.loads(decoded(body, "the request"))
         except (ValueError, RecursionError):
             raise ValueError("the request is no JSON") from None
         if not isinstance(question, dict) or set(question) != {"photograph", "statements"}:
@@ -91,13 +92,12 @@ def _check_statements(statements: object) -> None:
         raise ValueError("statements: wanted a list of texts")
     if not 1 <= len(statements) <= MAX_STATEMENTS:
         raise ValueError(f"{len(statements)} statements; wanted 1 to {MAX_STATEMENTS} at once")
+    check_texts(statements, "statement")
     for number, text in enumerate(statements, 1):
         if len(text) > MAX_CHARACTERS:
             raise ValueError(
                 f"statement {number} has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read"
             )
-        if re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"statement {number} holds half a character (a lone surrogate); remove it")
 
 
 # ---- the app

@@ -12,7 +12,9 @@ from typing import Any
 
 from theworld.store.shard import ArraySpec, ImageEntry, well_formed
 from theworld.utils import files
+from theworld.utils.commands import extraction
 from theworld.utils.files import FAILURES, SCHEMA_VERSION, StoreError, canonical_json
+from theworld.utils.jsonc import json_lines
 
 ABSENT = "(absent)"
 MANIFEST, QUARANTINE = "manifest.json", "quarantine"
@@ -219,8 +221,11 @@ def paths(root: Path, shard: int) -> tuple[Path, Path]:
 
 
 def extraction_command(root: Path) -> str:
-    """Return the command that goes on with an extraction or mends a store, as far as a store can know it."""
-    return f"python tools/extract_latents.py --config FILE --image_folder FOLDER --cache {root.parent}"
+    """Return the command that goes on with an extraction or mends a store, as far as this process can know it."""
+    cache = root.parent
+    words = ["--gemma_vision"] if root.name == VISION or (cache / VISION).exists() else []
+    words += ["--allow_missing"] if (cache / FAILURES).exists() else []
+    return extraction(cache, *words)
 
 
 def surplus(root: Path, num_shards: int) -> list[Path]:
@@ -288,12 +293,11 @@ def read_failures(cache: str | Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        reasons = {row["path"]: row["reason"] for row in rows}
+        reasons = {row["path"]: row["reason"] for _, row in json_lines(path)}
         if not all(isinstance(text, str) for pair in reasons.items() for text in pair):
             raise TypeError("path and reason are strings")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError(
-            f"{path} is damaged: {error!r:.200}; run tools/extract_latents.py with --allow_missing again"
+            f"{path} is damaged: {error!r:.200}; mend it with: {extraction(path.parent, '--allow_missing')}"
         ) from None
     return reasons

@@ -72,7 +72,9 @@ class Examination:
     def examine(self) -> None:
         names = [self.root / name for name in ("store.json", "images.jsonl", "manifest.json")]
         if not any(map(os.path.lexists, names)):
-            self._note(f"{self.root}: no store in it; run tools/extract_latents.py first", self.root)
+            self._note(
+                f"{self.root}: no store in it; make it with: {extraction_command(self.root)}", self.root
+            )
             return
         path = self.root / "manifest.json"
         published = os.path.lexists(path)

@@ -60,6 +60,7 @@ from theworld.models.serialization import (
 )
 from theworld.models.theworld import TheWorld
 from theworld.training.logging import ASIDE, METRICS, set_aside
+from theworld.utils.commands import flags
 from theworld.utils.device import resolve_dtype
 from theworld.utils.files import STALE_SECONDS, sync_folder
 
@@ -425,7 +426,7 @@ def refuse_to_overwrite(output_dir: Path, point: ResumePoint | None) -> None:
     if ahead:
         hint = "use another --output_dir, or move them away"
         if point is None:
-            hint = f"go on with --resume_from {output_dir}, " + hint
+            hint = f"go on with {flags('--resume_from', output_dir)}, " + hint
         raise CheckpointError(f"{output_dir} already holds {', '.join(p.name for p in ahead)}; {hint}")
 
 

@@ -16,13 +16,16 @@ from theworld.data.vsr import Statement, images_of, load_statements, relation_no
 from theworld.extraction.batches import FeatureSource
 from theworld.extraction.features import (
     CachedFeatures,
+    NoRows,
+    WorldRows,
     cached_latents,
     cached_vision,
     in_cache,
     vision_note,
     vision_source,
 )
-from theworld.models.encoder import check_compatible
+from theworld.extraction.statistics import measured_on
+from theworld.models.encoder import MEASURED, check_compatible
 from theworld.models.fsdp import asked
 from theworld.models.gemma import Gemma, decide_parts, load_gemma
 from theworld.models.serialization import SavedModel
@@ -38,7 +41,7 @@ class Data:
 
     train: list[Statement]
     dev: list[Statement]
-    latents: CachedFeatures
+    latents: WorldRows | NoRows
     vision: FeatureSource | None  # None: of a text-only Gemma, or not cached
     notes: list[str] = field(default_factory=list)  # lines about all this, to show before the start
     captions: Captions | None = None  # of the training photographs; None: not asked for
@@ -60,7 +63,7 @@ class Data:
 def load_data(config: Config, cache: Path) -> Data:
     """Return statements and cache, checked against the settings before any model loads. `vision` is what is cached: see
     `with_vision`."""
-    latents = cached_latents(config, cache)
+    vision, latents = cached_vision(config, cache), cached_latents(config, cache)
     train = load_statements(config.annotations, "train", config.dataset_name)
     dev = load_statements(config.annotations, "dev", config.dataset_name) if config.do_eval else []
     train = train[: config.num_samples]
@@ -75,23 +78,43 @@ def load_data(config: Config, cache: Path) -> Data:
     if captions is not None:
         notes.append(captions_note(captions, images_of(train)))
     notes += compared(config, latents, images_of([*train, *dev]))
-    return Data(train, dev, latents, cached_vision(config, cache), notes, captions)
+    return Data(train, dev, latents, vision, notes, captions)
 
 
-def compared(config: Config, latents: CachedFeatures, images: list[str]) -> list[str]:
+def with_statistics(data: Data, start: SavedModel | None) -> Data:
+    """Return the data with the statistics by which the projection standardises rows, where the settings want those of
+    the training images: measured, or those of the checkpoint that the run starts from, whose weights go with them."""
+    latents = data.latents
+    if "standardization" not in latents.fingerprint:
+        return data
+    assert isinstance(latents, WorldRows), "only rows are standardised"
+    trained = {} if start is None else start.world["fingerprint"]
+    images, source = (
+        images_of(data.train),
+        "" if start is None else f", measured by the run of {start.folder}",
+    )
+    if "standardized_on" not in trained:
+        trained, source = measured_on(latents, images), f" of the {len(images):,} training images"
+    note = f"rows are standardised by the mean and deviation of each channel{source}"
+    measured = {key: trained[key] for key in MEASURED}
+    return replace(data, latents=latents.having(**measured), notes=[*data.notes, note])
+
+
+def compared(config: Config, latents: WorldRows | NoRows, images: list[str]) -> list[str]:
     """Return a line that says how many of a run's photographs were compared with those that were extracted, where they
     are on this machine.
 
     Raises PhotographsChanged if one was edited, replaced or deleted. Only the first process looks.
     """
-    if config.image_folder is None or os.environ.get("RANK", "0") != "0":
+    if latents.images is None or config.image_folder is None or os.environ.get("RANK", "0") != "0":
         return []
     folder = Path(config.image_folder)
     if not any((folder / image).exists() for image in images):
         return [f"photographs: not in {folder}, so they were not compared with the cache"]
-    hashes = {image: latents.reader.images[image] for image in images}
-    extracted = (latents.reader.root / "manifest.json").stat().st_mtime
-    return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS)]
+    hashes = {image: latents.images[image] for image in images}
+    extracted = (latents.root / "manifest.json").stat().st_mtime
+    links = config.follow_links
+    return [check_photographs(hashes, folder, extracted, COMPARE_SECONDS, follow_links=links)]
 
 
 def plan_gemma(config: Config, device: torch.device, data: Data, start: SavedModel | None) -> Gemma:
@@ -102,7 +125,7 @@ def plan_gemma(config: Config, device: torch.device, data: Data, start: SavedMod
     """
     world = None if start is None else start.world
     if world is not None:
-        check_compatible(data.latents.reader.root, data.latents.reader.fingerprint, world["fingerprint"])
+        check_compatible(data.latents.root, data.latents.fingerprint, world["fingerprint"])
     parts = decide_parts(config, world)
     return load_gemma(config, device, parts=parts, weights=False, sharded=asked())
 
@@ -110,7 +133,7 @@ def plan_gemma(config: Config, device: torch.device, data: Data, start: SavedMod
 def with_vision(data: Data, gemma: Gemma, config: Config) -> Data:
     """Return the data with the source of this Gemma's vision features, and free its vision tower if they are cached."""
     cached = data.vision if isinstance(data.vision, CachedFeatures) else None
-    vision = vision_source(gemma, config, cached, data.latents.reader.images)
+    vision = vision_source(gemma, config, cached, data.latents.images, data.latents.cache)
     if isinstance(vision, CachedFeatures):
         gemma.drop_vision()
     return replace(data, vision=vision, notes=[*data.notes, *vision_note(gemma, cached)])
@@ -123,7 +146,7 @@ def load_model(planned: Gemma, config: Config, data: Data, start: SavedModel | N
     """
     gemma = planned.with_weights()
     data = with_vision(data, gemma, config)
-    model = TheWorld.from_config(config, gemma, data.latents.reader.fingerprint)
+    model = TheWorld.from_config(config, gemma, data.latents.fingerprint)
     if start is not None:
         model.load_weights(start)
     return model, data

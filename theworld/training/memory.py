@@ -37,9 +37,10 @@ from theworld.training.checkpoint import (
     latest_valid_checkpoint,
     refuse_to_overwrite,
 )
-from theworld.training.data import load_data, plan_gemma, with_vision
+from theworld.training.data import load_data, plan_gemma, with_statistics, with_vision
 from theworld.training.objectives import check_align
 from theworld.training.schedule import Order, num_train_steps, phase_of, phases, split_step
+from theworld.utils.commands import flags
 from theworld.utils.console import ExplainedError
 from theworld.utils.device import (
     GIB,
@@ -202,6 +203,7 @@ class Plan:
         check_unlocked(self.output_dir, "--output_dir")
         refuse_to_overwrite(self.output_dir, self.resumed)
         self.start, init_from = _start(config, self.resumed)
+        self.data = with_statistics(self.data, self.start)
         self.config = config = replace(config, init_from=init_from)
         self.changed, self.changed_besides = Changed(), Changed()
         if self.resumed is not None:
@@ -218,7 +220,7 @@ class Plan:
             revision = self.gemma.revision
             self.changed |= check_same_run(self.resumed, self.identity(), revision, allow_changed)
         self.sharded = wants_sharding(count, self.gemma)
-        fingerprint = self.data.latents.reader.fingerprint
+        fingerprint = self.data.latents.fingerprint
         shape = ProjectionShape.from_settings(config, fingerprint, self.gemma.width)
         check_align(config, shape, self.gemma.num_image_tokens)
         with seeded(config.seed):  # its values count for nothing
@@ -474,7 +476,7 @@ def out_of_memory(plan: Plan, step: int, start: int, one: Microbatch) -> OutOfMe
         peak, room = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, memory_of(device).total
     older = list_checkpoints(plan.output_dir)
     hint = (
-        f"go on from {older[-1]} with --resume_from {plan.output_dir}"
+        f"go on from {older[-1]} with {flags('--resume_from', plan.output_dir)}"
         if older
         else "no checkpoint was saved yet"
     )

@@ -1,8 +1,11 @@
 """What the tools share on a terminal: progress bars, dry runs, errors and interruptions."""
 
 import contextlib
+import errno
+import io
 import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -110,27 +113,95 @@ def duration(seconds: float) -> str:
     )
 
 
+class _Output(io.FileIO):
+    """A standard stream that ends no run: what cannot be written to it is dropped, and the first error kept."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        """Return how many bytes are done with: all of them where they cannot be written."""
+        try:
+            while (written := super().write(data)) is None:  # another process made the pipe non-blocking
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            self.error = self.error or error
+            return memoryview(data).nbytes
+
+
+def guard_outputs() -> None:
+    """Let no message end this process: not a closed pipe or terminal, a full disk, nor a character that it cannot show.
+
+    For tools only: the standard streams of the process are replaced. A stream that was closed before the start gets
+    /dev/null, as its descriptor would otherwise be that of the next file to be opened, and messages would go into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+    sys.stdout = _guarded(sys.stdout, 1, "replace")
+    sys.stderr = _guarded(sys.stderr, 2, "backslashreplace")
+
+
+def _guarded(stream: Any, number: int, errors: str) -> Any:
+    """Return a text stream on a descriptor in place of `stream`; one that is not plain, as in a notebook, stays."""
+    encoding, by_line = "utf-8", True
+    if stream is not None:
+        buffer = getattr(stream, "buffer", None)
+        if type(getattr(buffer, "raw", buffer)) is not io.FileIO or stream.fileno() != number:
+            return stream
+        stream.flush()
+        encoding, by_line = stream.encoding, stream.line_buffering or stream.write_through
+    raw = _Output(number, "w", closefd=False)
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line)
+
+
+def _output_error() -> OSError | None:
+    """Flush the standard output, and return why some of it could not be written; None where its reader had enough."""
+    with contextlib.suppress(OSError, ValueError):  # of a stream that is not guarded
+        sys.stdout.flush()
+    error = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "error", None)
+    return None if error is None or error.errno == errno.EPIPE else error
+
+
+def write_at_once(text: str) -> None:
+    """Write to standard error without `print`, which a signal may have interrupted and cannot be entered twice."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode(errors="backslashreplace"))
+
+
 class ExplainedError(Exception):
     """An error whose message is all that a user needs: a tool prints the message and no traceback."""
 
 
-def run_tool(tool: str, main: Callable[[], int], interrupted: str = "interrupted") -> int:
+def run_tool(
+    tool: str, main: Callable[[], int], interrupted: str = "interrupted", prints: bool = False
+) -> int:
     """Return the exit status of a tool: what `main` returns, 1 for an error that a user can cause, 130 for Ctrl-C.
 
-    Errors and Ctrl-C cost one line on stderr, `interrupted` for the latter. `main` imports what loads torch by itself:
-    libgomp reads OMP_WAIT_POLICY once, when it is loaded. With passive waiting small models run many times faster on a
-    machine whose cores are shared.
+    Errors and Ctrl-C cost one line on stderr, `interrupted` for the latter. Output that cannot be written ends nothing
+    (`guard_outputs`); one line says so at the end, unless its reader has gone, as `head` does. Where the output is what
+    the tool is for, `prints`, the status is then 1. `main` imports what loads torch by itself: libgomp reads
+    OMP_WAIT_POLICY once, when it is loaded. With passive waiting small models run many times faster on a machine whose
+    cores are shared.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend, inherited, is not here
+    guard_outputs()
     try:
-        return main()
+        status = main()
     except KeyboardInterrupt:
         print(f"\n{tool}: {interrupted}", file=sys.stderr)
         return 130
     except (ValueError, OSError, ExplainedError) as error:
         print(f"{tool}: {error}", file=sys.stderr, flush=True)
         return 1
+    lost = _output_error()
+    if lost is None:
+        return status
+    print(f"{tool}: output could not be written: {lost.strerror}", file=sys.stderr)
+    return status or int(prints)
 
 
 @contextlib.contextmanager
@@ -142,7 +213,7 @@ def loading(tool: str) -> Iterator[None]:
     """
 
     def leave(*_: object) -> None:
-        os.write(2, f"\n{tool}: interrupted\n".encode())
+        write_at_once(f"\n{tool}: interrupted\n")
         os._exit(130)
 
     before = signal.getsignal(signal.SIGINT)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from theworld.utils.jsonc import unique_keys
+from theworld.utils.jsonc import json_bytes, unique_keys
 
 SCHEMA_VERSION = 1
 MAX_JSON_BYTES = 1 << 30  # images.jsonl and the manifest, which grow with the number of images
@@ -172,8 +172,8 @@ def write_failures(folder: Path, failures: Sequence[tuple[str, str]]) -> None:
     if not failures:
         path.unlink(missing_ok=True)
         return
-    lines = (json.dumps({"path": p, "reason": r}, ensure_ascii=False) + "\n" for p, r in failures)
-    publish_bytes(path, "".join(lines).encode(), overwrite=True)
+    lines = (json_bytes({"path": p, "reason": r}) + b"\n" for p, r in failures)
+    publish_bytes(path, b"".join(lines), overwrite=True)
 
 
 def check_unique(names: Sequence[str], what: str) -> None:

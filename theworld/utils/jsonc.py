@@ -1,10 +1,42 @@
-"""Read JSON with `//`, `#` and `/* */` comments and trailing commas, and refuse duplicate keys in any JSON."""
+"""Read JSON, lines of JSON, and JSON with `//`, `#` and `/* */` comments and trailing commas; refuse duplicate keys."""
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from theworld.utils.text import decoded
+
+ONE_A_LINE = "one JSON object a line"
+
+
+def json_bytes(value: object, indent: int | None = None) -> bytes:
+    """Return JSON in UTF-8. Half a character, as an argument that is not UTF-8 has, is written as \\udcXX."""
+    return json.dumps(value, indent=indent, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def json_lines(path: Path, wanted: str = ONE_A_LINE) -> Iterator[tuple[str, Any]]:
+    """Yield the place (file:line) and the value of each line of a JSONL file that is not blank.
+
+    Only \\n ends a line: captions may contain other separators. Raises ValueError for a bad line, with `wanted`.
+    """
+    for number, line in enumerate(decoded(path.read_bytes(), path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", parsed_json(line, f"{path}:{number}", wanted)
+
+
+def parsed_json(text: str, where: str, wanted: str) -> Any:
+    """Return the value of one JSON text. Raises ValueError that names `where`, the column and what is `wanted`."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys("field"))
+    except json.JSONDecodeError as error:
+        place = f"{error.lineno}:{error.colno}" if error.lineno > 1 else str(error.colno)
+        raise ValueError(f"{where}:{place}: {error.msg}; wanted {wanted}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply; wanted {wanted}") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; wanted {wanted}") from None
 
 
 def read_json_with_comments(path: Path) -> dict[str, Any]:
@@ -21,8 +53,9 @@ def parse_json_with_comments(data: bytes, path: Path) -> dict[str, Any]:
     def constant(text: str) -> Any:
         raise ValueError(f"{text} is not a finite number")
 
+    text = decoded(data, path)
     try:
-        text = _without_comments(data.decode("utf-8-sig"))
+        text = _without_comments(text)
         values = json.loads(
             text, object_pairs_hook=unique_keys("key", json.dumps, is_comment), parse_constant=constant
         )

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+from theworld.utils.console import write_at_once
 from theworld.utils.distributed import num_launched
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -85,8 +86,7 @@ class StopRequest:
             self._leave(f"{name} again: ended at once; what was saved before stays", 128 + number)
 
     def _say(self, text: str) -> None:
-        # print may be at work already, and is not made to be entered twice
-        os.write(2, f"\n{self._tool}: {text}\n".encode())
+        write_at_once(f"\n{self._tool}: {text}\n")
 
     def _leave(self, text: str, status: int) -> None:
         with contextlib.suppress(RuntimeError):

@@ -103,7 +103,7 @@ def plan_parts(bench: Workbench, parts: Sequence[str]) -> Iterator[str]:
         yield f"uses         {config.annotations}: {len(names):,} photographs, {len(missing):,} of them not there"
         if missing and bench.image_folder is not None:
             raise ValueError(
-                f"{missing[0]} is not in {bench.image_folder}; get it, or leave --image_folder out"
+                f"{next(iter(missing))} is not in {bench.image_folder}; get it, or leave --image_folder out"
             )
         size += len(missing) * PHOTOGRAPH_BYTES
     free = check_room(bench.folder, size, "--folder")

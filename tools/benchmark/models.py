@@ -27,11 +27,12 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Generatio
 
 from theworld.config.config import Config
 from theworld.data.vsr import RELATIONS, images_of, load_statements
-from theworld.extraction.encoders import VisionEncoder, open_store
+from theworld.extraction.encoders import open_store
 from theworld.extraction.extract import list_images
 from theworld.extraction.features import to_numpy
 from theworld.extraction.pipeline import Source
 from theworld.models.cosmos import CosmosLatents
+from theworld.models.gemma_vision import VisionEncoder
 from theworld.utils.device import torch_dtype
 
 PROCESSOR_FILES = (

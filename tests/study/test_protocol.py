@@ -1,0 +1,124 @@
+"""What a study fixes before it runs: the file, its faults by field, and that it stays as it was."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from constants import ROOT
+
+from theworld.config.config import Config, save_config
+from theworld.study.protocol import Primary, read_study, runs_of
+
+ARMS = {"world": {}, "pixels": {"world_encoder": "pixels", "rules_out": "that any look did it"}}
+PRIMARY = {"arm": "world", "against": ["pixels"]}
+
+
+@pytest.fixture
+def write(tmp_path: Path, config: Config) -> Any:
+    save_config(config, tmp_path / "recipe.json")
+
+    def write(**fields: Any) -> Path:
+        path = tmp_path / "study.json"
+        given = {"settings": "recipe.json", "arms": ARMS, "primary": PRIMARY, "seeds": [0, 1, 2]} | fields
+        path.write_text(json.dumps({key: value for key, value in given.items() if value != "left out"}))
+        return path
+
+    return write
+
+
+def test_a_study_has_a_run_for_each_arm_and_seed_in_whole_seeds(
+    write: Any, config: Config, tmp_path: Path
+) -> None:
+    study = read_study(write())
+    assert study.base == config
+    assert study.primary == Primary("world", ["pixels"], margin=1.0, alpha=0.05)
+    runs = runs_of(study, tmp_path / "out")
+    assert [(run.number, run.name, run.config.world_encoder, run.config.seed) for run in runs] == [
+        *((0, "world-0", "cosmos", 0), (1, "pixels-0", "pixels", 0), (2, "world-1", "cosmos", 1)),
+        *((3, "pixels-1", "pixels", 1), (4, "world-2", "cosmos", 2), (5, "pixels-2", "pixels", 2)),
+    ]
+    assert runs[5].folder == tmp_path / "out" / "runs" / "pixels-2"
+    assert runs[0].config.push_to_hub is False
+
+
+def test_flags_choose_arms_and_seeds_and_change_settings_of_all_arms(write: Any) -> None:
+    study = read_study(write(), {"max_steps": 7}, ["pixels"], [4])
+    assert [arm.name for arm in study.arms] == ["pixels"]
+    assert (list(study.seeds), study.base.max_steps) == ([4], 7)
+    assert study.primary is None  # the arm that has to win is not among them
+
+
+def test_the_study_of_vsr_has_the_arms_that_the_question_needs() -> None:
+    study = read_study(ROOT / "configs" / "vsr_study.json")
+    assert [arm.name for arm in study.arms] == [
+        *("world", "prompt", "pixels", "untrained", "again", "noise", "mismatched")
+    ]
+    assert study.primary == Primary("world", ["prompt", "pixels", "untrained", "noise"])
+    assert all(arm.rules_out for arm in study.arms[1:])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"armz": {}}, "unknown key 'armz'; the nearest known key is arms"),
+        ({"arms": []}, "arms is \\[\\]; wanted"),
+        ({"arms": {"a/b": {}}}, "arms.a/b: a name has letters"),
+        ({"arms": {"a": 3}}, "arms.a is 3; wanted an object"),
+        (
+            {"arms": {"a": {"worldencoder": "pixels"}}},
+            "arms.a.worldencoder: no setting; the nearest is world_encoder",
+        ),
+        ({"arms": {"a": {"seed": 3}}}, "arms.a.seed: the study decides that itself"),
+        (
+            {"primary": {"arm": "world", "against": ["prompt"]}},
+            "primary names the arm 'prompt'; the arms are world",
+        ),
+        (
+            {"primary": {"arm": "world", "against": ["world"]}},
+            "primary.against has 'world', which is primary.arm",
+        ),
+        ({"primary": {"arm": "world", "against": []}}, "primary.against is \\[\\]; wanted a list"),
+        ({"primary": PRIMARY | {"margin": -1}}, "primary.margin is -1; wanted a number between 0 and 100"),
+        ({"primary": PRIMARY | {"alpha": "5 %"}}, "primary.alpha is '5 %'; wanted a number"),
+        ({"primary": PRIMARY | {"beta": 1}}, "primary.beta: wanted arm, against, margin and alpha"),
+        ({"seeds": 3}, "seeds is 3; wanted a list of integers"),
+        ({"seeds": [1, 1]}, "seeds are \\[1, 1\\]; name each once"),
+        ({"settings": 3}, "settings is 3; wanted the name of a settings file"),
+    ],
+)
+def test_a_file_that_makes_no_study_is_refused_by_field(
+    write: Any, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_study(write(**fields))
+
+
+def test_an_arm_with_a_value_that_is_not_allowed_is_named(write: Any, tmp_path: Path) -> None:
+    study = read_study(write(arms={"world": {}, "pixels": {"world_patch": 0}}))
+    with pytest.raises(ValueError, match="arm 'pixels': world_patch is 0"):
+        runs_of(study, tmp_path)
+
+
+def test_an_unknown_arm_is_answered_with_those_there_are(write: Any) -> None:
+    with pytest.raises(ValueError, match=r"--arms nothing: .* has world, pixels"):
+        read_study(write(), arms=["nothing"])
+
+
+def test_what_was_fixed_stays_fixed_and_places_may_change(write: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    read_study(write()).fix(output)
+    fixed = (output / "protocol.json").read_bytes()
+    read_study(write(), {"image_folder": "elsewhere", "device": "cpu", "save_steps": 3}).fix(output)
+    assert (output / "protocol.json").read_bytes() == fixed
+    for overrides, seeds, message in (
+        ({"learning_rate": 0.5}, None, r"settings.learning_rate was .*, and is 0.5"),
+        ({}, [0, 1], r"seeds was \[0, 1, 2\], and is \[0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_study(write(), overrides, None, seeds).fix(output)
+    with pytest.raises(ValueError, match=r"primary.margin was 1.0, and is 2.0; give another --output"):
+        read_study(write(primary=PRIMARY | {"margin": 2})).check(output)
+    (output / "protocol.json").write_text("{}")
+    with pytest.raises(ValueError, match="format is None; wanted 1"):
+        read_study(write()).check(output)

@@ -1,0 +1,91 @@
+"""From the records of a study's runs to its figures and its verdict."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from theworld.evaluation.records import read_jsonl
+from theworld.evaluation.study_verdict import PLAIN, Question
+from theworld.study.plan import plan_study
+from theworld.study.protocol import Arm, Study, runs_of
+from theworld.study.results import question_of, read_arms, results_of, write_results
+from theworld.study.runner import records_of
+
+
+def test_the_comparison_that_was_fixed_is_the_one_that_decides(study: Study) -> None:
+    assert question_of(study) == Question("world", "pixels", ("pixels",), "accuracy", 0.05, 0.01)
+    explores = replace(study, primary=None, arms=(*study.arms, Arm("linear", {"projection": "linear"})))
+    assert question_of(explores) == Question("world", "pixels", ("pixels", "linear"))
+
+
+def test_figures_follow_from_the_records_of_every_run(study: Study, ended: Path) -> None:
+    runs = runs_of(study, ended)
+    arms = read_arms(study, runs, "test")
+    assert {name: sorted(own) for name, own in arms.items()} == {
+        "world": [0, 1],
+        "pixels": [0, 1],
+        PLAIN: [0],
+    }
+    results = results_of(study, runs)
+    right = [row["systems"]["world"]["correct"] for row in read_jsonl(records_of(runs[3], "test"))]
+    found = results["test"]["scopes"]["all"]["arms"]["pixels"]["accuracy"]
+    assert found["each"]["1"] == sum(right) / 6
+    assert found["mean"] == sum(found["each"].values()) / 2
+    assert results["protocol"] == json.loads((ended / "protocol.json").read_text())
+    assert results["runs"]["pixels-1"]["steps"] == 2
+    assert list(results["test"]["scopes"]) == ["all"]  # every photograph was in training
+
+
+def test_what_is_written_is_shown_and_two_seeds_give_no_verdict(
+    study: Study, ended: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(ended, tmp_path / "out")
+    runs = runs_of(study, tmp_path / "out")
+    text = write_results(study, runs, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert found == json.loads(json.dumps(results_of(study, runs)))
+    assert [line.split()[0] for line in text.splitlines()[:4]] == ["arm", "world", "pixels", "plain"]
+    assert (
+        "No verdict on the test split of own data (6 statements about 3 images; 2 seeds): it takes 3 seeds"
+        in text
+    )
+
+
+def test_records_that_were_changed_are_refused_by_name(study: Study, ended: Path, tmp_path: Path) -> None:
+    shutil.copytree(ended, tmp_path / "out")
+    runs = runs_of(study, tmp_path / "out")
+    path = records_of(runs[2], "test")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[::-1]))
+    with pytest.raises(
+        ValueError, match=r"runs/world-1/evaluation/test.meta.json is of records with SHA-256"
+    ):
+        write_results(study, runs, tmp_path / "out")
+
+
+def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
+    study: Study, study_cache: Path, ended: Path, tmp_path: Path
+) -> None:
+    lines = list(plan_study(study, runs_of(study, ended), study_cache, ended))
+    assert lines[0] == "study        2 arms x 2 seeds: 4 runs, 4 done"
+    assert lines[1].startswith("decides      world against each of pixels on test, at 5")
+    assert lines[1].endswith("2 seeds give no verdict, 3 would")
+    assert [line.split(";")[0] for line in lines if line.startswith("arm")] == [
+        "arm          world: 8,512 parameters, 2 steps",
+        "arm          pixels: 53,568 parameters, 2 steps",
+    ]
+    assert "time         all runs are done" in lines
+    assert any("points of accuracy: the smallest difference between two arms" in line for line in lines)
+
+    new = list(plan_study(study, runs_of(study, tmp_path / "new"), study_cache, tmp_path / "new"))
+    assert new[0] == "study        2 arms x 2 seeds: 4 runs, 0 done"
+    (time,) = [line for line in new if line.startswith("time")]
+    assert time.endswith("the same command with --seeds 0 --arms world and another --output")
+    assert any(
+        line.strip().startswith("from 6 statements about 3 images and 2 seeds; assumed: ") for line in new
+    )
+    with pytest.raises(ValueError, match=r"--processes is 1000000: a run takes about .* give --processes"):
+        list(plan_study(study, runs_of(study, tmp_path), study_cache, tmp_path, processes=1_000_000))

@@ -1,0 +1,119 @@
+"""The runs of a study: what is extracted, that none is done twice, what goes on after a stop, how parts share it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from theworld.evaluation.records import read_jsonl
+from theworld.extraction.extract import stores_of
+from theworld.study import runner
+from theworld.study.protocol import Study, runs_of
+from theworld.study.runner import (
+    ALL,
+    extract_missing,
+    is_done,
+    lacking,
+    read_done,
+    records_of,
+    run_part,
+    waiting,
+)
+from theworld.training.memory import NotFinite
+from theworld.utils.distributed import Part
+from theworld.utils.signals import StopRequest
+
+
+def test_each_store_that_an_arm_reads_is_extracted_once(
+    study: Study, study_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [root.name for root in stores_of(study_cache)] == ["latents", "gemma_vision", "pixels"]
+    assert lacking(study, study_cache) == []
+    cache = tmp_path / "cache"
+    wanted = [(config.world_encoder, vision) for config, vision in lacking(study, cache)]
+    assert wanted == [("cosmos", True), ("pixels", False)]
+    shutil.copytree(study_cache / "latents", cache / "latents")
+    shutil.copytree(study_cache / "pixels", cache / "pixels")
+    assert [(c.world_encoder, vision) for c, vision in lacking(study, cache)] == [("cosmos", True)]
+    calls: list[Any] = []
+    monkeypatch.setattr(runner, "extract", lambda *given: calls.append(given) or True)
+    monkeypatch.setattr(runner, "lacking", lambda *_: [] if calls else [(study.base, True)])
+    assert extract_missing(study, cache)
+    assert [call[1:] for call in calls] == [(cache, True, False, None)]
+
+
+def test_a_part_waits_for_the_shards_of_the_others_until_it_is_stopped(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, slept = StopRequest(), list[float]()
+    monkeypatch.setattr(runner, "extract", lambda *_: False)
+    monkeypatch.setattr(runner.time, "sleep", lambda seconds: (slept.append(seconds), stop.ask("test")))
+    assert not extract_missing(study, tmp_path / "cache", Part(0, 2), stop)
+    assert slept == [runner.POLL_SECONDS]
+
+
+def test_a_run_leaves_records_of_both_splits_and_what_it_took(study: Study, ended: Path) -> None:
+    runs = runs_of(study, ended)
+    assert all(map(is_done, runs))
+    assert read_done(runs[1]).items() >= {
+        *(("arm", "pixels"), ("seed", 0), ("steps", 2), ("checkpoint", "checkpoint-2")),
+    }
+    assert {run.name: read_done(run)["trainable_parameters"] for run in runs[:2]} == {
+        "world-0": 8512,
+        "pixels-0": 53568,
+    }
+    conditions = [list(read_jsonl(records_of(run, "test"))[0]["systems"]) for run in runs]
+    assert conditions[0] == ["world", "baseline", "zero", "shuffled", "text"]
+    assert conditions[1:] == [["world", "zero", "shuffled"]] * 3  # without world tokens all answer alike
+    assert [len(read_jsonl(records_of(run, "dev"))) for run in runs] == [6] * 4
+
+
+def test_a_finished_run_is_not_repeated_and_a_part_has_its_own(study: Study, ended: Path) -> None:
+    runs = runs_of(study, ended)
+    assert waiting(runs, ALL) == []
+    again = runs_of(study, ended.parent / "none")
+    assert [run.name for run in waiting(again, Part(1, 3))] == ["pixels-0"]
+    assert [run.name for run in waiting(again, Part(0, 3))] == ["world-0", "pixels-1"]
+
+
+def test_a_stopped_study_goes_on_to_the_same_answers(
+    study: Study, study_cache: Path, ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequest()
+    (run, *_) = runs_of(study, tmp_path)
+    stepped = runner.Trainer.train_step
+
+    def step_and_ask(trainer: Any, *given: Any) -> Any:
+        stop.ask("test")
+        return stepped(trainer, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.Trainer, "train_step", step_and_ask)
+        assert run_part([run], study_cache, ALL, stop) == {}
+    assert not is_done(run)
+    assert [path.name for path in run.folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert run_part([run], study_cache, ALL, StopRequest()) == {}
+    (first, *_) = runs_of(study, ended)
+    for split in ("dev", "test"):
+        assert records_of(run, split).read_bytes() == records_of(first, split).read_bytes()
+    starts = [json.loads(line) for line in (run.folder / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2
+    assert read_done(run)["seconds"] == round(sum(start["seconds"] for start in starts), 1)
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(
+    study: Study, study_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = runner.work_on
+
+    def work_on(run: Any, *given: Any) -> bool:
+        if run.name == "world-0":
+            raise NotFinite("the loss of step 1 is nan")
+        return trained(run, *given)
+
+    monkeypatch.setattr(runner, "work_on", work_on)
+    runs = runs_of(study, tmp_path)[:2]
+    assert run_part(runs, study_cache, ALL, StopRequest()) == {"world-0": "the loss of step 1 is nan"}
+    assert [is_done(run) for run in runs] == [False, True]

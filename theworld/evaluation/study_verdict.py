@@ -1,0 +1,423 @@
+"""What a study shows, from the records of its arms and seeds alone.
+
+`summarise_study` returns every figure as JSON:
+
+    question    what was fixed before the study ran
+    scopes      "all" statements and, where there are both kinds, "unseen": those whose image is not in train. Each has
+                arms -> metric, differences of world less each other arm -> metric, and its verdict
+    groups      exploratory: world less each control by meta-category and by relation, p-values adjusted after Holm
+
+World tokens have to beat every control. That is an intersection-union test (Berger 1982): each comparison is at the
+full level, and none is corrected. Two arms that are not shown to differ are not shown to be equal: that takes two
+one-sided tests within a margin that was set before.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from theworld.evaluation.comparison import (
+    ALPHA,
+    METRICS,
+    Estimate,
+    Images,
+    difference_values,
+    estimate,
+    holm,
+    pigeonhole_interval,
+    sign_flip_p_value,
+    statement_values,
+)
+from theworld.evaluation.metrics import FEW, mcnemar
+from theworld.evaluation.power import POWER, smallest_difference
+from theworld.evaluation.records import Row
+from theworld.evaluation.verdict import points
+
+Arms = Mapping[str, Mapping[int, Sequence[Row]]]  # arm -> seed -> records of the same statements
+Runs = dict[str, np.ndarray]  # arm -> margins, float64[S, N]
+
+PLAIN = "plain"  # the arm of Gemma as it was published: one run, without seeds, its answers under "baseline"
+LEAST_SEEDS = 3  # of a verdict
+HELPS, CONTROL_AS_WELL, NO_DIFFERENCE, WORSE, NO_VERDICT = (
+    "helps",
+    "a control does as well",
+    "no difference",
+    "worse",
+    "no verdict",
+)
+ARM_WORDS = {
+    "world": "the video model's latents",
+    "prompt": "training alone",
+    "pixels": "the picture's own pixels",
+    "untrained": "an untrained encoder",
+    "noise": "noise",
+    "again": "Gemma's own features once more",
+    "mismatched": "another image's latents",
+    PLAIN: "plain Gemma",
+}
+METRIC_WORDS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a study fixes before it runs. `margin` is the largest difference, as a share, that counts as equal."""
+
+    world: str = "world"
+    reference: str = "prompt"  # the arm that has all of the training and nothing of the picture
+    controls: tuple[str, ...] = ("prompt", "pixels", "untrained", "noise")  # each has to be beaten
+    metric: str = "accuracy"
+    alpha: float = ALPHA
+    margin: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.reference not in self.controls:
+            raise ValueError(f"reference is {self.reference!r}; wanted one of {', '.join(self.controls)}")
+        if self.metric not in METRICS:
+            raise ValueError(f"metric is {self.metric!r}; allowed: {', '.join(METRICS)}")
+        if not 0 < self.alpha < 0.5 or self.margin <= 0:
+            raise ValueError(f"alpha is {self.alpha} and margin {self.margin}; wanted 0 to 0.5 and above 0")
+
+
+@dataclass(frozen=True)
+class StudyVerdict:
+    """One of the outcomes, the sentence that says it, and notes that a reader needs beside it."""
+
+    kind: str
+    sentence: str
+    notes: tuple[str, ...] = ()
+
+
+def arm_words(arm: str) -> str:
+    """Return an arm in words; an arm of another name in its own."""
+    return ARM_WORDS.get(arm, arm)
+
+
+def data_words(data: Sequence[Sequence[str]]) -> str:
+    """Return the data sets and splits in words: "the test split of VSR random"."""
+    names = [(name.replace("vsr_", "VSR ") or "unnamed data", split) for name, split in data]
+    return " and ".join(f"the {split} split of {name}" if split else name for name, split in names)
+
+
+def condition_of(arm: str) -> str:
+    """Return the condition of the evaluation that an arm's answers are of."""
+    return "baseline" if arm == PLAIN else "world"
+
+
+# ---- from records to arrays
+
+
+def check_arms(arms: Arms, question: Question) -> list[int]:
+    """Return the seeds of a study. Raises ValueError for a lacking arm or seed, and for other statements in a run."""
+    if lacking := [arm for arm in (question.world, *question.controls) if arm not in arms]:
+        raise ValueError(f"the study has no arm {', '.join(lacking)}; it has {', '.join(arms)}")
+    seeds = sorted(arms[question.world])
+    if not seeds or not arms[question.world][seeds[0]]:
+        raise ValueError(f"the arm {question.world} has no records")
+    wanted = _statements(arms[question.world][seeds[0]])
+    for arm, runs in arms.items():
+        if sorted(runs) != seeds and not (arm == PLAIN and len(runs) == 1):
+            raise ValueError(
+                f"the arm {arm} has the seeds {', '.join(map(str, sorted(runs))) or 'none'}; "
+                f"{question.world} has {', '.join(map(str, seeds))}"
+            )
+        for seed, rows in runs.items():
+            if _statements(rows) != wanted:
+                raise ValueError(
+                    f"the records of the arm {arm}, seed {seed}, are of other statements ({len(rows):,}) than those "
+                    f"of {question.world}, seed {seeds[0]} ({len(wanted):,})"
+                )
+            if condition_of(arm) not in rows[0]["systems"]:
+                raise ValueError(
+                    f"the records of the arm {arm}, seed {seed}, have the conditions "
+                    f"{', '.join(rows[0]['systems'])}; wanted {condition_of(arm)}"
+                )
+    return seeds
+
+
+def _statements(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+    return [
+        tuple(row[k] for k in ("dataset", "split", "index", "image", "statement", "label")) for row in rows
+    ]
+
+
+def _margins(rows: Sequence[Row], condition: str) -> list[float]:
+    answers = [row["systems"][condition] for row in rows]
+    return [answer["logit_1"] - answer["logit_0"] for answer in answers]
+
+
+# ---- the figures
+
+
+def summarise_study(arms: Arms, question: Question | None = None) -> dict[str, Any]:
+    """Return all figures of a study as JSON. Raises the errors of `check_arms`."""
+    question = question or Question()
+    seeds = check_arms(arms, question)
+    rows = arms[question.world][seeds[0]]
+    runs = {
+        arm: np.array([_margins(of[s], condition_of(arm)) for s in sorted(of)]) for arm, of in arms.items()
+    }
+    unseen = np.array([not row["image_seen_in_train"] for row in rows])
+    scopes = {"all": np.ones(len(rows), bool)}
+    if unseen.any() and not unseen.all():
+        scopes["unseen"] = unseen
+    data = sorted({(row["dataset"], row["split"]) for row in rows})
+    summary: dict[str, Any] = {
+        "question": asdict(question),
+        "data": data,
+        "seeds": seeds,
+        "statements": len(rows),
+        "images": len({row["image"] for row in rows}),
+        "statements_with_unseen_image": int(unseen.sum()),
+        "statements_in_train": sum(row["statement_in_train"] for row in rows),
+        "scopes": {},
+        "groups": {f"by_{key}": _groups(rows, runs, key, question) for key in ("category", "relation")},
+    }
+    for name, kept in scopes.items():
+        inside = [row for row, is_kept in zip(rows, kept, strict=True) if is_kept]
+        own = {arm: margin[:, kept] for arm, margin in runs.items()}
+        summary["scopes"][name] = _scope(inside, own, seeds, question)
+    for name, scope in summary["scopes"].items():
+        scope["verdict"] = asdict(verdict_on_scope(scope, question, seeds, _place(summary, name)))
+    return summary
+
+
+def _scope(rows: Sequence[Row], runs: Runs, seeds: Sequence[int], question: Question) -> dict[str, Any]:
+    """Return the figures of all arms on some statements."""
+    labels, images = np.array([row["label"] for row in rows]), Images.of([row["image"] for row in rows])
+    metrics = METRICS if 0 < labels.sum() < len(labels) else METRICS[:1]
+    others = [arm for arm in runs if arm != question.world]
+    values = {
+        (arm, metric): difference_values(metric, runs[question.world], runs[arm], labels)
+        for arm in others
+        for metric in metrics
+    }
+    lows, highs = pigeonhole_interval(np.stack(list(values.values())), images, question.alpha)
+    differences: dict[str, Any] = {arm: {} for arm in others}
+    for (arm, metric), low, high in zip(values, lows, highs, strict=True):
+        found = _difference(estimate(values[arm, metric], images), seeds, question)
+        differences[arm][metric] = found | {"bootstrap_low": float(low), "bootstrap_high": float(high)}
+    for arm in others:
+        differences[arm]["by_seed"] = _by_seed(runs[question.world], runs[arm], labels, images, seeds)
+    return {
+        "statements": len(rows),
+        "images": len(images.counts),
+        "arms": {
+            arm: {
+                metric: _arm(estimate(statement_values(metric, margin, labels), images), seeds, question)
+                for metric in metrics
+            }
+            for arm, margin in runs.items()
+        },
+        "differences": differences,
+    }
+
+
+def _arm(found: Estimate, seeds: Sequence[int], question: Question) -> dict[str, Any]:
+    """Return the metric of an arm: its mean over seeds with the interval of images and seeds, and each seed's."""
+    low, high = found.interval(question.alpha)
+    each = found.each
+    return {
+        "mean": found.value,
+        "low": low,
+        "high": high,
+        "sd": float(np.std(each, ddof=1)) if len(each) > 1 else None,
+        "each": {
+            str(seed): value
+            for seed, value in zip(seeds if len(seeds) == len(each) else [""], each, strict=True)
+        },
+    }
+
+
+def _difference(found: Estimate, seeds: Sequence[int], question: Question) -> dict[str, Any]:
+    """Return the difference of two arms with its interval, its tests and what it could have detected."""
+    low, high = found.interval(question.alpha)
+    equivalence = found.equivalence_p_value(question.margin)
+    return {
+        "difference": found.value,
+        "low": low,
+        "high": high,
+        "p_value": found.p_value(),
+        "standard_error": found.standard_error,
+        "variance": {k: float(getattr(found.variance, k)) for k in ("image", "seed", "both")},
+        "each": {str(seed): value for seed, value in zip(seeds, found.each, strict=True)},
+        "equivalence_p_value": equivalence,
+        "within_margin": equivalence < question.alpha,
+        "smallest_detectable": smallest_difference(found.variance, alpha=question.alpha),
+    }
+
+
+def _by_seed(
+    first: np.ndarray, second: np.ndarray, labels: np.ndarray, images: Images, seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Return for each seed alone the difference of its two runs: the interval over images and the McNemar test.
+
+    They compare these two runs. Counts of several seeds are never added up.
+    """
+    right = [(margin > 0) == (labels == 1) for margin in (first, second)]
+    found = {}
+    for i, seed in enumerate(seeds):
+        mine, other = right[0][i], right[1][i if len(right[1]) > 1 else 0]
+        one = estimate((mine.astype(float) - other)[None], images)
+        low, high = one.interval()
+        test = mcnemar(mine.tolist(), other.tolist())
+        found[str(seed)] = {"difference": one.value, "low": low, "high": high, **test}
+    return found
+
+
+def _groups(rows: Sequence[Row], runs: Runs, key: str, question: Question) -> list[dict[str, Any]]:
+    """Return world less each control by group of statements: exploratory.
+
+    The p-value is the larger of the exact one over images, for the seeds that there are, and the one over images and
+    seeds. All p-values of the table are adjusted together. There is no interval for fewer than FEW statements.
+    """
+    found = []
+    for value in sorted({row[key] for row in rows}):
+        kept = np.array([row[key] == value for row in rows])
+        labels = np.array([row["label"] for row in rows])[kept]
+        images = Images.of([row["image"] for row in rows if row[key] == value])
+        own = {arm: margin[:, kept] for arm, margin in runs.items()}
+        group: dict[str, Any] = {"group": value, "statements": int(kept.sum()), "images": len(images.counts)}
+        group["accuracy"] = {
+            arm: float(statement_values("accuracy", margin, labels).mean()) for arm, margin in own.items()
+        }
+        group["differences"] = {
+            control: _small(
+                difference_values("accuracy", own[question.world], own[control], labels), images, question
+            )
+            for control in question.controls
+        }
+        found.append(group)
+    tests = [test for group in found for test in group["differences"].values()]
+    for test, adjusted in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
+        test["adjusted_p_value"] = adjusted
+    return found
+
+
+def _small(values: np.ndarray, images: Images, question: Question) -> dict[str, Any]:
+    """Return the difference of a group, with a test that is valid for few statements."""
+    p, low, high = sign_flip_p_value(values, images), None, None
+    if len(images.counts) > 1:
+        found = estimate(values, images)
+        p = max(p, found.p_value())
+        if values.shape[-1] >= FEW:
+            low, high = found.interval(question.alpha)
+    return {"difference": float(values.mean()), "low": low, "high": high, "p_value": p}
+
+
+# ---- the verdict
+
+
+def _place(summary: dict[str, Any], scope: str) -> str:
+    """Return the data, the size and the seeds in words."""
+    own, seeds = summary["scopes"][scope], len(summary["seeds"])
+    only = ", those whose image is not in the training set" if scope == "unseen" else ""
+    return (
+        f"on {data_words(summary['data'])} ({own['statements']:,} statements about {own['images']:,} images{only}; "
+        f"{seeds} seed{'' if seeds == 1 else 's'})"
+    )
+
+
+def verdict_on_scope(
+    scope: dict[str, Any], question: Question, seeds: Sequence[int], place: str
+) -> StudyVerdict:
+    """Return what the differences of a scope show. `place` is the data in words, such as "on the test split of ..."."""
+    tests = {control: scope["differences"][control][question.metric] for control in question.controls}
+    reference = tests[question.reference]
+    against = {control: _against(scope, control, question) for control in question.controls}
+    notes = _notes(scope, question)
+    if len(seeds) < LEAST_SEEDS:
+        return StudyVerdict(
+            NO_VERDICT,
+            f"No verdict {place}: it takes {LEAST_SEEDS} seeds. So far {against[question.reference]}.",
+            tuple(notes),
+        )
+    if reference["high"] < 0:
+        return StudyVerdict(WORSE, f"Worse {place}: {against[question.reference]}.", tuple(notes))
+    if reference["low"] <= 0:
+        equal = (
+            f"; the two are equal within {points(question.margin).lstrip('+')}"
+            if reference["within_margin"]
+            else ""
+        )
+        return StudyVerdict(
+            NO_DIFFERENCE,
+            f"No difference that this study could have detected {place}: {against[question.reference]}{equal}; "
+            f"{_detectable(reference)}.",
+            tuple(notes),
+        )
+    unbeaten = [control for control in question.controls if tests[control]["low"] <= 0]
+    beaten = [control for control in question.controls if control not in unbeaten]
+    if unbeaten:
+        said = "; ".join(f"{against[control]}, {_as_well(tests[control], question)}" for control in unbeaten)
+        beyond = f"World tokens help beyond {_listed([arm_words(c) for c in beaten])}"
+        return StudyVerdict(
+            CONTROL_AS_WELL,
+            f"{beyond}, but not beyond {_listed([arm_words(c) for c in unbeaten])}, {place}: {said}.",
+            (*(f"{against[c][0].upper()}{against[c][1:]}." for c in beaten), *notes),
+        )
+    return StudyVerdict(
+        HELPS,
+        f"The video model helps beyond {_listed([arm_words(c) for c in question.controls])} {place}: "
+        f"{'; '.join(against.values())}.",
+        tuple(notes),
+    )
+
+
+def _against(scope: dict[str, Any], control: str, question: Question) -> str:
+    """Return both arms' figures and their difference in words."""
+    test, arms = scope["differences"][control][question.metric], scope["arms"]
+    mine, other = (100 * arms[arm][question.metric]["mean"] for arm in (question.world, control))
+    level = f"{100 * (1 - question.alpha):g}"
+    interval = f"{level} % interval {100 * test['low']:+.1f} to {100 * test['high']:+.1f}".replace("-", "−")
+    return f"{mine:.1f} % against {other:.1f} % of {arm_words(control)}, {points(test['difference'])} ({interval})"
+
+
+def _as_well(test: dict[str, Any], question: Question) -> str:
+    """Return what is shown of a control that is not beaten, as a clause."""
+    if test["high"] < 0:
+        return "which does better"
+    if test["within_margin"]:
+        return f"which is equal within {points(question.margin).lstrip('+')}"
+    return f"which is not shown to do less ({_detectable(test)})"
+
+
+def _detectable(test: dict[str, Any]) -> str:
+    size = points(test["smallest_detectable"]).lstrip("+")
+    return f"the smallest difference found with {100 * POWER:.0f} % power is {size}"
+
+
+def _notes(scope: dict[str, Any], question: Question) -> list[str]:
+    """Return where the other metrics and the bootstrap disagree with the metric of the question."""
+    notes = []
+    own = {c: scope["differences"][c][question.metric] for c in question.controls}
+    for metric in METRICS:
+        silent = [
+            arm_words(control)
+            for control, test in own.items()
+            if test["low"] > 0
+            and metric in scope["differences"][control]
+            and scope["differences"][control][metric]["low"] <= 0
+        ]
+        if silent:
+            notes.append(
+                f"{METRIC_WORDS[metric][0].upper()}{METRIC_WORDS[metric][1:]} does not show the gain over "
+                f"{_listed(silent)}: it may be one of calibration."
+            )
+    apart = [
+        arm_words(control)
+        for control, test in own.items()
+        if (test["low"] > 0) != (test["bootstrap_low"] > 0)
+        or (test["high"] < 0) != (test["bootstrap_high"] < 0)
+    ]
+    if apart:
+        notes.append(
+            "The bootstrap over images and seeds, which is too narrow for few seeds, says otherwise of "
+            f"{_listed(apart)}."
+        )
+    return notes
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -1,0 +1,153 @@
+"""What a study will take, and what it will be able to show, before anything runs."""
+
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from theworld.data.vsr import load_statements
+from theworld.evaluation.comparison import ALPHA, Images
+from theworld.evaluation.power import Assumptions, plan_power
+from theworld.evaluation.records import read_jsonl
+from theworld.models.serialization import numbered
+from theworld.study.protocol import LEAST_SEEDS, Run, Study
+from theworld.study.runner import ALL, is_done, read_done, records_of, waiting
+from theworld.training.memory import Memory, Plan
+from theworld.utils.console import duration, line
+from theworld.utils.device import GIB
+from theworld.utils.distributed import Part
+from theworld.utils.files import check_folder, check_room
+
+BYTES_A_PARAMETER = 12  # of a checkpoint: weight and AdamW's two moments, in float32
+RECORD_BYTES = 1200  # of a statement on one split
+MARGIN = 0.10  # within which the arms' numbers of trained parameters are called equal
+
+
+def plan_study(
+    study: Study, runs: Sequence[Run], cache: Path, output: Path, part: Part = ALL, processes: int = 1
+) -> Iterator[str]:
+    """Yield what the study would do, in lines; the cache has to be there.
+
+    Raises ValueError for the first arm that could not start, and for another study in the folder.
+    """
+    check_folder(output, "--output")
+    study.check(output)
+    left = waiting(runs, ALL)
+    yield line(
+        "study",
+        f"{len(study.arms)} arms x {len(study.seeds)} seeds: {len(runs)} runs, {len(runs) - len(left)} done",
+    )
+    if part.count > 1:
+        yield line(
+            "part", f"{part.index + 1} of {part.count} trains {len(waiting(runs, part))} of the others"
+        )
+    yield line("decides", decides(study))
+    size = 0
+    first = {run.arm.name: run for run in reversed(runs)}
+    for name, run in reversed(first.items()):
+        plan = _plan(run, cache)
+        _check_sharing(plan.memory, processes)
+        size += BYTES_A_PARAMETER * plan.facts.trainable * len(study.seeds)
+        yield line(
+            "arm", f"{name}: {plan.facts.trainable:,} parameters, {plan.num_steps:,} steps; {plan.memory}"
+        )
+    free = check_room(output, size, "--output")
+    yield line("disk", f"about {size / 2**30:,.2f} GiB of {free / 2**30:,.1f} GiB free in {output}")
+    yield line("time", time_needed(runs, left))
+    for number, text in enumerate(detectable(study, runs)):
+        yield line("" if number else "detects", text)
+    for run in left:
+        if numbered(run.folder):
+            yield line("goes on", f"{run.name}: from its newest checkpoint")
+
+
+def _plan(run: Run, cache: Path) -> Plan:
+    """Return the plan of a run as it starts. Raises ValueError naming the arm."""
+    try:
+        return Plan(replace(run.config, output_dir=str(run.folder / "none")), cache)
+    except ValueError as error:
+        raise ValueError(f"arm {run.arm.name!r}: {error}") from None
+
+
+def detectable(study: Study, runs: Sequence[Run]) -> Iterator[str]:
+    """Yield lines that say which difference the study will be able to detect, from its own runs where two seeds of the
+    arms that decide are done, else from an assumption, which is shown."""
+    base = study.base
+    test = load_statements(base.annotations, "test", base.dataset_name)
+    counts = list(Counter(statement.image for statement in test).values())
+    alpha = study.primary.alpha if study.primary else ALPHA
+    yield from plan_power(counts, len(study.seeds), _assumptions(study, runs), alpha)
+
+
+def _assumptions(study: Study, runs: Sequence[Run]) -> Assumptions:
+    if study.primary is None:
+        return Assumptions()
+    first, second = study.primary.arm, study.primary.against[0]
+    arms = {
+        name: {run.config.seed: run for run in runs if run.arm.name == name and is_done(run)}
+        for name in (first, second)
+    }
+    seeds = sorted(arms[first].keys() & arms[second].keys())
+    if len(seeds) < 2:
+        return Assumptions()
+    rows = {name: [read_jsonl(records_of(own[seed], "test")) for seed in seeds] for name, own in arms.items()}
+    right = {
+        name: np.array([[row["systems"]["world"]["correct"] for row in one] for one in found]).astype(int)
+        for name, found in rows.items()
+    }
+    difference = right[first] - right[second]
+    if not difference.any():
+        return Assumptions()
+    images = Images.of([row["image"] for row in rows[first][0]])
+    return Assumptions.from_pilot(
+        difference, images, f"from {len(seeds)} seeds of {first} and {second} that are done"
+    )
+
+
+def _check_sharing(memory: Memory, processes: int) -> None:
+    """Raise ValueError if that many runs do not fit on one device."""
+    if processes > 1 and processes * memory.total > memory.available:
+        fit = max(1, int(memory.available // memory.total))
+        raise ValueError(
+            f"--processes is {processes}: a run takes about {memory.total / GIB:,.1f} GiB of "
+            f"{memory.available / GIB:,.1f}; give --processes {fit}"
+        )
+
+
+def decides(study: Study) -> str:
+    """Return the comparison that decides, in words."""
+    primary = study.primary
+    if primary is None:
+        return "nothing: a study without `primary` explores, and gives no verdict"
+    few = len(study.seeds) < LEAST_SEEDS
+    return (
+        f"{primary.arm} against each of {', '.join(primary.against)} on test, at {primary.alpha:.0%} two-sided; "
+        f"within {primary.margin:g} points counts as equal"
+        + (f"; {len(study.seeds)} seeds give no verdict, {LEAST_SEEDS} would" if few else "")
+    )
+
+
+def time_needed(runs: Sequence[Run], left: Sequence[Run]) -> str:
+    """Return how long the runs that are left take, from those that are done."""
+    done = [run for run in runs if is_done(run)]
+    if not left:
+        return "all runs are done"
+    if not done:
+        one = "--seeds 0 --arms " + left[0].arm.name
+        return f"not known before a first run is done; to measure one: the same command with {one} and another --output"
+    seconds = {name: statistics.fmean(own) for name, own in seconds_by_arm(done).items()}
+    other = statistics.fmean(seconds.values())
+    total = sum(seconds.get(run.arm.name, other) for run in left)
+    device = read_done(done[-1])["device"]
+    return f"about {duration(total)} for {len(left)} runs, one after the other, as measured on {device}"
+
+
+def seconds_by_arm(done: Sequence[Run]) -> dict[str, list[float]]:
+    """Return the seconds of the runs that are done, by the name of their arm."""
+    found: dict[str, list[float]] = {}
+    for run in done:
+        found.setdefault(run.arm.name, []).append(read_done(run)["seconds"])
+    return found

@@ -1,0 +1,269 @@
+"""The runs of a study: extract what is missing, train each arm with each seed, and evaluate the last checkpoints.
+
+protocol.json              what was fixed before the first run (see `theworld.study.protocol`)
+runs/ARM-SEED/             a training run's own folder
+    evaluation/dev.jsonl   records of its last checkpoint, with provenance and summary beside them; test.jsonl likewise
+    run.json               seconds, steps and parameters: the run is done
+
+Run n belongs to part n modulo the number of parts. Each part writes to its own runs alone, so parts may work at the
+same time, on any machines that share the folder; after a stop or a kill the same command goes on.
+"""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from theworld.config.config import Config
+from theworld.data.vsr import images_of, load_all
+from theworld.evaluation.conditions import CONDITIONS
+from theworld.evaluation.records import publish_json
+from theworld.evaluation.score import read_source, score_to_file
+from theworld.extraction.encoders import specs_of
+from theworld.extraction.extract import extract
+from theworld.models.encoder import EncoderSpec
+from theworld.models.gemma import is_multimodal
+from theworld.models.serialization import numbered
+from theworld.store.format import VISION
+from theworld.store.reader import StoreReader
+from theworld.study.protocol import Run, Study, arm_config
+from theworld.training.memory import NotFinite, OutOfMemory
+from theworld.training.trainer import Trainer
+from theworld.utils.console import duration
+from theworld.utils.device import memory_of
+from theworld.utils.distributed import Part
+from theworld.utils.files import StoreError, companion, parse_json
+from theworld.utils.signals import StopRequest
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("dev", "test")
+DONE, STARTS = "run.json", "starts.jsonl"
+WITH_WORLD = (
+    "world",
+    "zero",
+    "shuffled",
+)  # conditions of each run; the others have no world tokens, and are asked once
+POLL_SECONDS, WAITS = 2.0, 15  # how long, and how often, to wait before a look for the work of other parts
+ALL = Part()
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run has been trained and evaluated."""
+    return (run.folder / DONE).is_file()
+
+
+def read_done(run: Run) -> dict[str, Any]:
+    """Return what a run that is done says of itself. Raises StoreError for a damaged file."""
+    path = run.folder / DONE
+    return parse_json(path.read_bytes(), path)
+
+
+# ---- phase 1
+
+
+def lacking(study: Study, cache: Path) -> list[tuple[Config, bool]]:
+    """Return what the cache lacks of the rows that the arms read: settings of an arm for each world encoder, and
+    whether vision features are to be extracted with it.
+
+    Raises StoreMismatch, field by field, where the cache has rows of something else.
+    """
+    configs = [arm_config(study, arm) for arm in study.arms]
+    splits = load_all(study.base.annotations, study.base.dataset_name)
+    named = set(images_of([statement for own in splits.values() for statement in own]))
+    has: dict[str, bool] = {}
+    for config in configs:
+        for spec in specs_of(config, is_multimodal(config.model_name)):
+            if spec.name not in has:
+                has[spec.name] = _has(spec, cache, named)
+    missing: dict[str, Config] = {}
+    for config in configs:
+        for spec in specs_of(config, False):
+            if not has[spec.name]:
+                missing.setdefault(spec.name, config)
+    vision = not has.get(VISION, True)
+    if vision and not missing:
+        return [(configs[0], True)]
+    return [(config, vision and number == 0) for number, config in enumerate(missing.values())]
+
+
+def _has(spec: EncoderSpec, cache: Path, named: set[str]) -> bool:
+    """Whether the cache has the rows of an encoder for every photograph that a statement names."""
+    try:
+        reader = StoreReader(cache / spec.name)
+    except StoreError:
+        return False  # not there, unfinished or damaged: extraction says which, and mends it
+    spec.check_compatible(reader.root, reader.fingerprint)
+    return named <= reader.images.keys()
+
+
+def extract_missing(study: Study, cache: Path, part: Part = ALL, stop: StopRequest | None = None) -> bool:
+    """Extract the rows that the arms read and the cache lacks, this part's share of them, and wait for other parts.
+
+    Returns False if `stop` was asked before all is there. Raises as `extract` does.
+    """
+    own = part if part.count > 1 else None
+    while missing := lacking(study, cache):
+        whole = [extract(config, cache, with_vision, False, own) for config, with_vision in missing]
+        if not all(whole):
+            logger.info("waiting for the shards of the other parts")
+            if not _wait(stop):
+                return False
+    return True
+
+
+def _wait(stop: StopRequest | None) -> bool:
+    """Wait for the other parts for a while; return False at once if asked to stop."""
+    for _ in range(WAITS):
+        if stop is not None and stop.asked:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+# ---- one run
+
+
+def work_on(run: Run, cache: Path, stop: StopRequest) -> bool:
+    """Train a run, from its newest checkpoint if it has any, and evaluate it. Returns False if it was stopped."""
+    start = time.perf_counter()
+    try:
+        trained = _train(run, cache, stop)
+        if trained is None or stop.asked:
+            return False
+        for split in SPLITS:
+            _evaluate(run, trained["checkpoint"], split, cache)
+            if stop.asked:
+                return False
+    finally:
+        if run.folder.is_dir():
+            with open(run.folder / STARTS, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"seconds": round(time.perf_counter() - start, 1)}) + "\n")
+    starts = (run.folder / STARTS).read_text(encoding="utf-8").splitlines()
+    seconds = round(sum(json.loads(line)["seconds"] for line in starts), 1)
+    publish_json(trained | {"seconds": seconds}, run.folder / DONE)
+    return True
+
+
+def _train(run: Run, cache: Path, stop: StopRequest) -> dict[str, Any] | None:
+    """Train a run to its end and return what it says of itself; None if it was stopped."""
+    trainer = Trainer(_going_on(run), cache, stop)
+    checkpoint = trainer.run()
+    if trainer.stopped:
+        return None
+    facts = trainer.plan.facts
+    return {
+        "arm": run.arm.name,
+        "seed": run.config.seed,
+        "checkpoint": checkpoint.name,
+        "steps": facts.num_steps,
+        "statements_per_step": facts.statements_per_step,
+        "trainable_parameters": facts.trainable,
+        "device": memory_of(trainer.model.gemma.device).name,
+    }
+
+
+def _going_on(run: Run) -> Config:
+    """Return the settings of a run that goes on from its newest checkpoint, or starts anew where it has none."""
+    if numbered(run.folder):
+        return replace(run.config, resume_from=str(run.folder))
+    if run.folder.exists():
+        for path in run.folder.iterdir():  # of a start that saved nothing
+            if path.name != STARTS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return run.config
+
+
+def _evaluate(run: Run, checkpoint: str, split: str, cache: Path) -> None:
+    """Write the records of the last checkpoint of a run on a split, unless they are there."""
+    output = records_of(run, split)
+    if output.is_file() and read_source(output) is not None:
+        return
+    conditions = CONDITIONS if run.number == 0 else WITH_WORLD
+    model = run.folder / checkpoint
+    names = ("--conditions", *conditions)
+    command = [
+        "python",
+        "tools/eval.py",
+        "--model",
+        str(model),
+        "--cache",
+        str(cache),
+        "--split",
+        split,
+        *names,
+    ]
+    overrides = {
+        key: getattr(run.config, key) for key in ("annotations", "image_folder", "device", "num_workers")
+    }
+    score_to_file(
+        [model], split, cache, None, conditions, overrides, [*command, "--output", str(output)], output
+    )
+
+
+def records_of(run: Run, split: str) -> Path:
+    """Return the file of a run's records on a split."""
+    return run.folder / "evaluation" / f"{split}.jsonl"
+
+
+# ---- all of them
+
+
+def run_part(runs: Sequence[Run], cache: Path, part: Part, stop: StopRequest) -> dict[str, str]:
+    """Train and evaluate the runs of a part that are not done, one after the other; return which failed, and why.
+
+    A run that fails is named, and the others go on; the same command tries it again.
+    """
+    failed: dict[str, str] = {}
+    for run in waiting(runs, part):
+        if stop.asked:
+            break
+        try:
+            done = work_on(run, cache, stop)
+        except (ValueError, OSError, NotFinite, OutOfMemory) as error:
+            failed[run.name] = str(error)
+            logger.error("%s failed: %s", run.name, error)
+            continue
+        if done:
+            logger.info("%s", said(run))
+    return failed
+
+
+def waiting(runs: Sequence[Run], part: Part) -> list[Run]:
+    """Return the runs of a part that are not done."""
+    return [run for run in runs if part.owns(run.number) and not is_done(run)]
+
+
+def said(run: Run) -> str:
+    """Return a line about a run that is done."""
+    summary = json.loads(
+        companion(records_of(run, "test"), ".summary.json", ".jsonl").read_text(encoding="utf-8")
+    )
+    found = summary["systems"]["world"]["accuracy"]
+    return f"{run.name}: {found:.1%} of test, {duration(read_done(run)['seconds'])}"
+
+
+def in_processes(count: int, part: Part, words: Sequence[str], stop: StopRequest) -> int:
+    """Share the runs of a part among processes of this machine, and return the largest of their exit statuses.
+
+    `words`: the command of this process without --part and --processes. Requests to stop are passed on.
+    """
+    own = [f"{part.index + part.count * number + 1}/{part.count * count}" for number in range(count)]
+    processes = [subprocess.Popen([sys.executable, *words, "--part", one]) for one in own]
+    told = False
+    while any(process.poll() is None for process in processes):
+        if stop.asked and not told:
+            told = True
+            for process in processes:
+                if process.poll() is None:
+                    process.terminate()
+        time.sleep(0.2)
+    return max(
+        process.returncode if process.returncode >= 0 else 128 - process.returncode for process in processes
+    )

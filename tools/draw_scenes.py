@@ -1,0 +1,50 @@
+# PYTHON_ARGCOMPLETE_OK
+"""Draw scenes of two coloured things and statements about them, in the format of VSR: data to try everything with.
+
+    python tools/draw_scenes.py --output scenes/ --train 6000 --dev 100 --test 500
+
+Writes train.jsonl, dev.jsonl, test.jsonl and images/, for --annotations and --image_folder of the other tools. A scene
+depends on --seed, its split and its number alone, so a longer data set begins with the scenes of a shorter one.
+Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+from theworld.utils.console import run_tool
+
+ROOM = 40_000  # bytes of a scene, about
+
+
+def main() -> int:
+    """Parse the flags and draw; return the exit status."""
+    from theworld.config.cli import ArgumentParser, path
+    from theworld.data.scenes import write_scenes
+    from theworld.utils.files import check_folder, check_room
+
+    parser = ArgumentParser(description=__doc__)
+    text = "Folder for the scenes; one with scenes in it is drawn over. (default: scenes)"
+    parser.add_argument("--output", type=path, default=Path("scenes"), metavar="FOLDER", help=text)
+    sizes = {"train": 6000, "dev": 100, "test": 500}
+    for split, number in sizes.items():
+        text = f"Number of scenes of {split}; each has two statements. (default: {number})"
+        parser.add_argument(f"--{split}", type=int, default=number, metavar="INTEGER", help=text)
+    parser.add_argument("--seed", type=int, default=0, metavar="INTEGER", help="Random seed. (default: 0)")
+    arguments = parser.parse_args()
+    counts = {split: getattr(arguments, split) for split in sizes}
+    for split, count in counts.items():
+        if count < 1:
+            parser.error(f"--{split} is {count}; wanted 1 or more")
+    output = arguments.output
+    check_folder(output, "--output")
+    foreign = [p.name for p in output.glob("*") if p.name not in ("images", *(f"{s}.jsonl" for s in sizes))]
+    if foreign:
+        raise ValueError(f"{output} holds {foreign[0]}, which is no file of scenes; give another --output")
+    check_room(output, ROOM * sum(counts.values()), "--output")
+    write_scenes(output, counts, seed=arguments.seed)
+    print(f"{output}: {', '.join(f'{count:,} {split}' for split, count in counts.items())} scenes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_tool("draw_scenes", main))
