@@ -7,7 +7,6 @@ python -m theworld.demo         anywhere, once the package is installed
 import json
 import logging
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +26,8 @@ from theworld.utils.commands import command
 from theworld.utils.console import loading, rehearse, run_tool
 from theworld.utils.files import check_folder, check_room, naming
 from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
+from theworld.utils.locks import NAME as LOCK
+from theworld.utils.locks import OutputLock, check_unlocked, empty_folder
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def run_demo(
 
     start = time.perf_counter()
     check_demo(output)
-    _make_room(output)
+    lock = _make_room(output)
     logger.info("1/4 drawing scenes (seed %d)", seed)
     write_scenes(output / "scenes", num_scenes or NUM_SCENES, seed=seed)
     config = _settings(config_path, output, seed)
@@ -85,6 +86,7 @@ def run_demo(
     logger.info("pictures: %s, %s; report: %s", output / "result.png", output / "scenes.png", page)
     result = _result(summary) | {"seconds": round(time.perf_counter() - start, 1)}
     (output / MARKER).write_text(json.dumps(result) + "\n")
+    lock.release()
     return result
 
 
@@ -116,6 +118,7 @@ def plan_demo(config_path: Path, output: Path, seed: int) -> Iterator[str]:
         yield f"uses         {EMBEDDED / name}: {locate(str(EMBEDDED / name), file).words}"
     free = check_demo(output)
     removes = ", after the output of an earlier demo there is removed" if _holds_a_demo(output) else ""
+    check_unlocked(output, "--output")
     counts = ", ".join(f"{count:,} {split}" for split, count in NUM_SCENES.items())
     yield f"draws        scenes with seed {seed}: {counts}"
     steps = config.align_steps + config.statement_steps + (config.max_steps or 0)
@@ -132,19 +135,22 @@ def check_demo(output: Path) -> int:
 
 def _holds_a_demo(output: Path) -> bool:
     """Return whether the output of an earlier demo is there. Raises ValueError for a folder with anything else."""
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or not any(path.name != LOCK for path in output.iterdir()):
         return False
     if not (output / MARKER).is_file():
         raise ValueError(f"{output} holds files that no demo wrote; give another --output or move them away")
     return True
 
 
-def _make_room(output: Path) -> None:
-    if _holds_a_demo(output):
+def _make_room(output: Path) -> OutputLock:
+    """Return the lock of an empty folder. Raises ValueError or OSError if it is not a demo's to use."""
+    earlier = _holds_a_demo(output)
+    lock = OutputLock(output, "--output")
+    if earlier:
         logger.info("removing the output of an earlier demo in %s", output)
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
+        empty_folder(output)
     (output / MARKER).write_text("{}\n")
+    return lock
 
 
 def _pyplot() -> Any:

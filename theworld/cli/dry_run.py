@@ -44,6 +44,7 @@ from theworld.utils.device import resolve_device, resolve_dtype, wants_compile
 from theworld.utils.distributed import Part, num_launched
 from theworld.utils.files import check_output, companion
 from theworld.utils.hub import GEMMA_FILE, locate
+from theworld.utils.locks import check_unlocked
 
 Split = dict[str, list[Statement]]
 
@@ -174,6 +175,7 @@ def evaluation(
     name = "the data" if data is None else data.dataset  # which counting will tell
     path = output or default_output(found, name, split)
     replaces = check_results(path)
+    check_unlocked(path, "--output", is_file=True)
     yield line(
         "writes",
         f"{path}, {len(statements):,} lines{replaces}, and {companion(path, '.summary.json', '.jsonl')}",

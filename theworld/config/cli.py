@@ -269,13 +269,14 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help=text)
 
 
-def config_from_arguments(arguments: argparse.Namespace) -> Config:
-    """Return the settings of `--config` with the given flags on top. Raises as `load_config` does."""
+def config_from_arguments(arguments: argparse.Namespace, base: Config | None = None) -> Config:
+    """Return the settings of `--config` with the given flags on top; the others are those of `base`, by default the
+    defaults. Raises as `load_config` does."""
     given = {key: value for key, value in vars(arguments).items() if key in FIELDS or key in RENAMED}
     file = getattr(arguments, "config", None)
     if file is not None and not Path(file).exists():
         raise FileNotFoundError(f"--config {file}: no such file")
-    return load_config(file, given)
+    return load_config(file, given, base)
 
 
 def extraction_command(config: Config, cache: str | Path, *words: object) -> str:

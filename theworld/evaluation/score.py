@@ -50,6 +50,7 @@ from theworld.utils.device import count_parameters, set_up_torch
 from theworld.utils.files import canonical_sha256, check_output, companion, hash_file
 from theworld.utils.hub import model_id
 from theworld.utils.jsonc import read_json_with_comments
+from theworld.utils.locks import OutputLock
 from theworld.utils.text import same_words
 
 logger = logging.getLogger(__name__)
@@ -411,8 +412,9 @@ def score_to_file(
     data = held_out(checkpoints, *given, cache=cache, image_folder=image_folder)
     output = output or default_output(found, data.dataset, split)
     check_results(output)
-    rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
-    return output, write_results(rows, source, output, command)
+    with OutputLock(output, "--output", is_file=True):
+        rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
+        return output, write_results(rows, source, output, command)
 
 
 @dataclass

@@ -32,8 +32,6 @@ LEAST_SEEDS = 3  # for a verdict
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", re.ASCII)
 # What a study decides for its runs; they make no difference to what is learnt.
 OWN = ("output_dir", "seed", "do_eval", "eval_steps", "save_steps", "save_total_limit", "resume_from")
-# Settings that name places and machines: they may change between two starts of one study.
-PLACES = (*OWN, "image_folder", "annotations", "num_workers", "device", "compile")
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,9 @@ class Study:
         primary = self.primary and {**vars(self.primary), "against": list(self.primary.against)}
         return {
             "format": FORMAT,
-            "settings": {k: v for k, v in self.base.to_dict().items() if k not in PLACES},
+            "settings": {
+                k: v for k, v in self.base.to_dict().items() if FIELDS[k].defines_run and k not in OWN
+            },
             "arms": {arm.name: dict(arm.changes) for arm in self.arms},
             "rules_out": {arm.name: arm.rules_out for arm in self.arms if arm.rules_out},
             "primary": primary,
