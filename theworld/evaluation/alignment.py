@@ -40,6 +40,7 @@ from theworld.models.projection import ProjectionShape, WorldProjection
 from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.utils.device import set_up_torch
+from theworld.utils.files import naming
 
 logger = logging.getLogger(__name__)
 
@@ -439,7 +440,8 @@ def draw(measured: dict[str, Measured], result: dict[str, Any], path: Path) -> N
         fontsize=15,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
 
 
 def draw_tokens(left: Axes, right: Axes, measured: Measured, name: str) -> None:

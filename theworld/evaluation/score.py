@@ -357,6 +357,14 @@ def default_output(checkpoints: Sequence[SavedModel], dataset: str, split: str) 
     return saved.run / "evaluation" / f"{saved.folder.name}-{dataset.replace(' ', '-')}-{split}.jsonl"
 
 
+def check_results(path: Path) -> str:
+    """Return " (replaces the one there)" or nothing. Raises OSError if records, or what goes beside them, could not be
+    written."""
+    for suffix in (".meta.json", ".summary.json"):
+        check_output(companion(path, suffix, ".jsonl"))
+    return check_output(path)
+
+
 # ---- scoring
 
 NOT_ALONE = "photographs alone, --image_folder, are not enough"
@@ -402,7 +410,7 @@ def score_to_file(
     given = (split, overrides, train_annotations, allow_trained)
     data = held_out(checkpoints, *given, cache=cache, image_folder=image_folder)
     output = output or default_output(found, data.dataset, split)
-    check_output(output)
+    check_results(output)
     rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
     return output, write_results(rows, source, output, command)
 
@@ -474,7 +482,7 @@ def score_all(
             plain = load_gemma(config, revision=world["model_revision"])
             model = TheWorld.from_config(config, plain, fingerprint)
             answers.add(model, name, {"baseline": "baseline"})
-        if not (model.gemma.modified_parts or model.config.fp8):  # 8 bits take the place of its weights
+        if not model.gemma.modified_parts:
             gemma, loaded = model.gemma, keys[name]
         del model  # before the next is loaded
     # Shared conditions first.

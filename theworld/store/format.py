@@ -101,7 +101,7 @@ class Plan:
         if not images or not arrays:
             raise StoreError(f"a store needs images and arrays, got {len(images)} and {len(arrays)}")
         if type(shard_size) is not int or not 0 < shard_size < 1 << 31:
-            raise StoreError(f"shard_size is {shard_size!r}, expected a positive integer")
+            raise StoreError(f"shard_size is {shard_size!r}, expected an integer from 1 to 2,147,483,647")
         self.fingerprint = check_fingerprint(fingerprint)
         self.fingerprint_sha256 = files.canonical_sha256(self.fingerprint)
         self.arrays, self.shard_size = list(arrays), shard_size

@@ -132,14 +132,15 @@ def read_study(
     """Return the study of a file: `overrides` change settings of all arms, `arms` takes some of them, `seeds` take the
     place of the file's.
 
-    Raises ValueError naming the file and the field for anything that makes no study; OSError if there is no file.
+    Rows of every arm are standardised by the training images, so that no arm has better statistics. Raises ValueError
+    naming the file and the field for anything that makes no study; OSError if there is no file.
     """
     found = {key: value for key, value in read_json_with_comments(path).items() if not is_comment(key)}
     unknown = [key for key in found if key not in ("settings", "arms", "primary", "seeds")]
     if unknown:
         known = nearest_name(unknown[0], ["settings", "arms", "primary", "seeds"])
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; the nearest known key is {known}")
-    base = _base(found.get("settings", {}), path, overrides)
+    base = replace(_base(found.get("settings", {}), path, overrides), standardization="training_images")
     every = _arms(found.get("arms"), path)
     for name in arms or ():
         if name not in every:

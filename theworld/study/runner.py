@@ -80,13 +80,13 @@ def lacking(study: Study, cache: Path) -> list[tuple[Config, bool]]:
     has: dict[str, bool] = {}
     for config in configs:
         for spec in specs_of(config, is_multimodal(config.model_name)):
-            if spec.name not in has:
+            if spec.stored and spec.name not in has:
                 has[spec.name] = _has(spec, cache, named)
     missing: dict[str, Config] = {}
     for config in configs:
-        for spec in specs_of(config, False):
-            if not has[spec.name]:
-                missing.setdefault(spec.name, config)
+        (spec,) = specs_of(config, False)
+        if spec.name != VISION and not has.get(spec.name, True):
+            missing.setdefault(spec.name, config)
     vision = not has.get(VISION, True)
     if vision and not missing:
         return [(configs[0], True)]
