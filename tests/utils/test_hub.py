@@ -131,6 +131,22 @@ def test_a_licence_has_its_page_as_the_cure(
     assert words in caught.value.hint
 
 
+def test_what_was_downloaded_serves_though_the_hub_refuses_it_now(
+    monkeypatch: pytest.MonkeyPatch, fresh: Path
+) -> None:
+    """Such as with a token that has expired."""
+
+    def refuse(url: str, **options: object) -> None:
+        raise GatedRepoError("no", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(places, "get_hf_file_metadata", refuse)
+    snapshot = downloaded(fresh / "hub", f"models/{NAME}", {"config.json": b"{}"})
+    place = locate(NAME, GEMMA_FILE)
+    assert (place.config, place.offline) == (snapshot / "config.json", True)
+    assert place.words == "downloaded before; the licence is not accepted, or no token is set"
+    assert source_of_model(NAME, GEMMA_FILE) == str(snapshot)
+
+
 def test_an_answer_without_a_rule_is_shown(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
     def refuse(url: str, **options: object) -> None:
         response = SimpleNamespace(headers={}, request=None)

@@ -58,34 +58,38 @@ def locate(name: str, file: str, revision: str | None = None) -> Place:
         )
     try:
         held = try_to_load_from_cache(name, file, revision=revision)
-        config = Path(held) if isinstance(held, str) else None
-        if config is not None:
-            check_weight_files(config.parent)
-        ask_hub(name, file, revision=revision)
     except HFValidationError:
         raise Fault(
             f"{name}: no such folder, and not a name on the hub", "check the path, or the name"
         ) from None
-    except BadToken:
-        raise
-    except GatedRepoError:
-        raise Fault(f"{name}: the licence is not accepted, or no token is set", _licence_hint(name)) from None
-    except RepositoryNotFoundError:
-        hint = "check the name (there is no such local folder either), and HF_TOKEN"
-        raise Fault(f"{name}: no such model, or a private one", hint) from None
-    except EntryNotFoundError:
-        raise Fault(f"{name}: a model on the hub without {file}", "give a model that has it") from None
-    except HfHubHTTPError as error:
-        message = f"{name}: {str(error).splitlines()[0]}"
-        raise Fault(message, "check the name, and HF_TOKEN; or try again later") from None
-    except OSError as error:
+    config = Path(held) if isinstance(held, str) else None
+    if config is not None:
+        check_weight_files(config.parent)
+    try:
+        ask_hub(name, file, revision=revision)
+    except (OSError, EntryNotFoundError) as error:  # also huggingface_hub's own errors
+        fault = _refusal(error, name, file)
         if config is None:
-            hint = "check the network, or the name (there is no such local folder)"
-            raise Fault(f"{name}: {error}", hint) from None
-        return Place(config, f"downloaded before; {error}", offline=True)
+            raise fault from None
+        return Place(config, f"downloaded before; {fault.message.removeprefix(f'{name}: ')}", offline=True)
     if config is None:
         check_download_folder(name)
     return Place(config, "downloaded before" if config else "on the hub, access granted")
+
+
+def _refusal(error: Exception, name: str, file: str) -> Fault:
+    """Return what it means that the hub does not serve a file."""
+    if isinstance(error, GatedRepoError):
+        return Fault(f"{name}: the licence is not accepted, or no token is set", _licence_hint(name))
+    if isinstance(error, RepositoryNotFoundError):
+        hint = "check the name (there is no such local folder either), and HF_TOKEN"
+        return Fault(f"{name}: no such model, or a private one", hint)
+    if isinstance(error, EntryNotFoundError):
+        return Fault(f"{name}: a model on the hub without {file}", "give a model that has it")
+    if isinstance(error, HfHubHTTPError):
+        message = f"{name}: {str(error).splitlines()[0]}"
+        return Fault(message, "check the name, and HF_TOKEN; or try again later")
+    return Fault(f"{name}: {error}", "check the network, or the name (there is no such local folder)")
 
 
 def source_of_model(name: str, file: str, revision: str | None = None) -> str:
