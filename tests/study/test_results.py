@@ -18,7 +18,7 @@ from theworld.study.runner import records_of
 def test_the_comparison_that_was_fixed_is_the_one_that_decides(study: Study) -> None:
     assert question_of(study) == Question("world", "pixels", ("pixels",), "accuracy", 0.05, 0.01)
     explores = replace(study, primary=None, arms=(*study.arms, Arm("linear", {"projection": "linear"})))
-    assert question_of(explores) == Question("world", "pixels", ("pixels", "linear"))
+    assert question_of(explores) == Question("world", "pixels", ("pixels", "linear"), decides=False)
 
 
 def test_figures_follow_from_the_records_of_every_run(study: Study, ended: Path) -> None:
@@ -44,7 +44,7 @@ def test_what_is_written_is_shown_and_two_seeds_give_no_verdict(
 ) -> None:
     shutil.copytree(ended, tmp_path / "out")
     runs = runs_of(study, tmp_path / "out")
-    text = write_results(study, runs, tmp_path / "out")
+    text = write_results(study, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "study.json").read_text())
     assert found == json.loads(json.dumps(results_of(study, runs)))
     assert [line.split()[0] for line in text.splitlines()[:4]] == ["arm", "world", "pixels", "plain"]
@@ -63,7 +63,7 @@ def test_records_that_were_changed_are_refused_by_name(study: Study, ended: Path
     with pytest.raises(
         ValueError, match=r"runs/world-1/evaluation/test.meta.json is of records with SHA-256"
     ):
-        write_results(study, runs, tmp_path / "out")
+        write_results(study, tmp_path / "out")
 
 
 def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
