@@ -106,18 +106,6 @@ def read_protocol(path: Path) -> dict[str, Any]:
     return found
 
 
-def study_in(output: Path) -> Study:
-    """Return the study whose protocol is recorded in a folder, as far as its records need it: settings that name places
-    are not recorded. Raises ValueError for a folder without one."""
-    path = output / PROTOCOL
-    if not path.is_file():
-        raise ValueError(f"{output} has no {PROTOCOL}; name the --output of tools/study.py")
-    fixed = read_protocol(path)
-    arms = [Arm(name, own, fixed["rules_out"].get(name, "")) for name, own in fixed["arms"].items()]
-    primary = Primary(**fixed["primary"]) if fixed["primary"] else None
-    return Study(Config(**fixed["settings"]), arms, primary, fixed["seeds"])
-
-
 def _differences(fixed: Mapping[str, Any], now: Mapping[str, Any], before: str = "") -> list[str]:
     """Return a line for each field that differs, as `name: value then value now`."""
     found = []

@@ -1,25 +1,20 @@
 """From the records of a study's runs to what they show: figures, a verdict, files for a paper, and a page."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from theworld.config.config import config_from
 from theworld.evaluation.records import Row, publish_json, read_jsonl
 from theworld.evaluation.score import read_source
 from theworld.evaluation.study_verdict import PLAIN, Question, summarise_study
-from theworld.report import study as report
-from theworld.report.report import SMALLEST_GEMMA_WIDTH
+from theworld.report.report import toy_warning
+from theworld.report.study import Study as Page
 from theworld.report.study import write_study
-from theworld.study.protocol import Arm, Run, Study, runs_of
+from theworld.study.protocol import PROTOCOL, Arm, Primary, Run, Study, read_protocol, runs_of
 from theworld.study.runner import SPLITS, is_done, read_done, records_of, said_of
-from theworld.training.memory import sizes_of
-from theworld.utils.commands import command
-
-TOYS = (
-    "The models are of toy size. This study shows that the machinery tells its arms apart; it says nothing about Gemma "
-    "3 4B, Cosmos or photographs."
-)
+from theworld.training.logging import METRICS
 
 
 def question_of(study: Study) -> Question:
@@ -58,62 +53,87 @@ def results_of(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def write_results(study: Study, output: Path) -> str:
-    """Write study.json, study.csv, study.tex and study.html of a study whose runs are all done, and return what it has
-    found, in words. Raises ValueError naming the first run that is not done."""
-    runs = runs_of(study, output)
-    for run in runs:
-        if not is_done(run):
-            raise ValueError(
-                f"{run.folder} is not done yet, and a study is shown as a whole; the same command goes on"
-            )
+def write_results(study: Study, runs: Sequence[Run], output: Path) -> str:
+    """Write the figures and the page of a study whose runs are all done, and return what it has found, in words. A
+    single arm has nothing to be compared with, and no page."""
     if len(study.arms) == 1:
-        return "\n".join([*map(said_of, runs), "one arm: there is nothing to compare"])
+        return "\n".join(map(said_of, runs))
     results = results_of(study, runs)
     publish_json(results, output / "study.json")
-    page = write_study(page_of(study, runs, results["test"], output), output)
-    return "\n".join([*table(results), "", said(study, results), f"page: {page}"])
+    write_study(page_of(study, runs, results, output), output)
+    return "\n".join([*table(results), "", said(study, results)])
 
 
-def page_of(study: Study, runs: Sequence[Run], summary: dict[str, Any], output: Path) -> report.Study:
-    """Return what the page of a study shows: the summary of test, curves, costs, and what was fixed."""
+def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: Path) -> Page:
+    """Return what the page shows of a study: its figures on test, and what it fixed, took and learnt."""
     curves: dict[str, dict[int, list[tuple[float, float]]]] = {arm.name: {} for arm in study.arms}
-    for run in runs:
-        curves[run.arm.name][run.config.seed] = _losses(run)
-    sizes = sizes_of(study.base.model_name)
-    small = sizes is not None and sizes.hidden < SMALLEST_GEMMA_WIDTH
-    return report.Study(
+    costs: dict[str, dict[str, str]] = {}
+    for arm in study.arms:
+        own = [run for run in runs if run.arm.name == arm.name]
+        for run in own:
+            curves[arm.name][run.config.seed] = _losses(run)
+        done = [results["runs"][run.name] for run in own]
+        costs[arm.name] = {
+            "trainable parameters": f"{done[0]['trainable_parameters']:,}",
+            "steps": f"{done[0]['steps']:,}",
+            "hours of all seeds": f"{sum(one['seconds'] for one in done) / 3600:.2f}",
+            "device": ", ".join(sorted({one["device"] for one in done})),
+        }
+    fixed = [
+        (f"arm {arm.name}", "; ".join(filter(None, [json.dumps(dict(arm.changes)), _rules_out(arm)])))
+        for arm in study.arms
+    ]
+    source = read_source(records_of(runs[0], "test"))
+    return Page(
         output.resolve().name,
-        summary,
+        results["test"],
         curves,
-        {arm.name: _costs([run for run in runs if run.arm.name == arm.name]) for arm in study.arms},
-        [(f"arm {arm.name}", _differs(arm)) for arm in study.arms],
-        TOYS if small else "",
-        command("report", output),
+        costs,
+        fixed,
+        caution=toy_warning(results["test"]["data"], source),
     )
 
 
 def _losses(run: Run) -> list[tuple[float, float]]:
-    """Return (step, loss at the label) of the main phase of a run."""
-    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
+    """Return the training losses at the label of a run, by step."""
+    path = run.folder / METRICS
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [(line["step"], line["loss"]) for line in lines if line["phase"] == "train" and "loss" in line]
 
 
-def _costs(runs: Sequence[Run]) -> dict[str, str]:
-    done = [read_done(run) for run in runs]
-    return {
-        "trained parameters": f"{done[0]['trainable_parameters']:,}",
-        "steps": f"{done[0]['steps']:,}",
-        "statements a step": f"{done[0]['statements_per_step']:,}",
-        "hours, all seeds": f"{sum(one['seconds'] for one in done) / 3600:.2f}",
-        "device": done[0]["device"],
-    }
+def _rules_out(arm: Arm) -> str:
+    return f"rules out {arm.rules_out}" if arm.rules_out else ""
 
 
-def _differs(arm: Arm) -> str:
-    changes = ", ".join(f"{key} {value}" for key, value in arm.changes.items()) or "the recipe as it is"
-    return f"{changes}; rules out {arm.rules_out}" if arm.rules_out else changes
+# ---- again, from the records alone
+
+
+def study_in(folder: Path) -> tuple[Study, list[Run]]:
+    """Return the study that a folder holds and its runs. Raises ValueError if a run is not done."""
+    path = folder / PROTOCOL
+    found = read_protocol(path)
+    arms = [Arm(name, own, found["rules_out"].get(name, "")) for name, own in found["arms"].items()]
+    primary = Primary(**found["primary"]) if found["primary"] else None
+    study = Study(config_from(found["settings"], path), arms, primary, found["seeds"])
+    runs = runs_of(study, folder)
+    left = [run.name for run in runs if not is_done(run)]
+    if left:
+        raise ValueError(
+            f"{folder}: {len(left)} of {len(runs)} runs are not done: {', '.join(left)}; go on with tools/study.py"
+        )
+    return study, runs
+
+
+def draw_again(folder: Path) -> str:
+    """Write the figures and the page of a study again from its records, and return what it has found, in words."""
+    return write_results(*study_in(folder), folder)
+
+
+def plan_again(folder: Path) -> Iterator[str]:
+    """Yield lines that say what `draw_again` would do. Raises the same errors."""
+    study, runs = study_in(folder)
+    yield f"reads        the records of {len(runs)} runs: {len(study.arms)} arms, {len(study.seeds)} seeds"
+    yield f"writes       study.json, study.csv, study.tex and study.html in {folder}"
 
 
 def said(study: Study, results: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ def run_study(
         failed = run_part(runs, cache, part, stop)
     left = [run for run in runs if not is_done(run)]
     if not left:
-        return Ended(write_results(study, output))
+        return Ended(write_results(study, runs, output))
     own = [run for run in left if part.owns(run.number)]
     if failed:
         return Ended("\n".join(f"{name} failed: {why}" for name, why in failed.items()), stop.asked, failed)
