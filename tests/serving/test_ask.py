@@ -147,7 +147,9 @@ def test_predicted_frames_are_refused_before_weights_load(
 ) -> None:
     moving = replace(config, num_world_steps=2)
     saved = save_model(tmp_path / "moving", moving, num_world_steps=2)
-    message = r"trained on 2 predicted frames .* which only a cache holds; --conditions baseline zero needs none"
+    message = (
+        r"trained on 2 predicted frames .* which only a cache holds; --conditions baseline zero needs none"
+    )
     with monkeypatch.context() as patched:
         patched.setattr(TheWorld, "from_pretrained", None)
         with pytest.raises(ValueError, match=message):
