@@ -139,6 +139,11 @@ def test_what_is_held_in_every_step_has_to_fit(config: Config, cache: Path) -> N
         check_memory(plan)
     plan.memory = replace(plan.memory, available=75 * GIB)
     check_memory(plan)
+    plan.memory = replace(plan.memory, loading=76 * GIB)
+    with pytest.raises(
+        ValueError, match=r"Loading the weights takes 76\.0 GiB for a moment: use a smaller Gemma"
+    ):
+        check_memory(plan)
 
 
 def test_a_run_that_cannot_fit_is_refused_before_weights_load_and_what_is_proposed_fits(
