@@ -185,6 +185,5 @@ def test_the_three_phases_on_the_gpu(config: Config, tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert graphs[-1] == graphs[0] > 0  # the first step compiles for all lengths
     refuses_a_step_that_is_not_finite(trainer)
-    trainer.output_dir.mkdir()
     rows = score(trainer.save(), cache, None, "test", CONDITIONS, {})
     assert len(rows) == 4

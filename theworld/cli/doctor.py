@@ -28,6 +28,7 @@ from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import sizes_of, training_bytes
 from theworld.utils.commands import flags
 from theworld.utils.device import GIB, memory_of, resolve_device
+from theworld.utils.errors import explain
 from theworld.utils.files import check_folder, check_room, free_bytes
 from theworld.utils.hub import GEMMA_FILE, Fault, file_at_hand, locate
 
@@ -70,7 +71,7 @@ def look_over(config: Config, cache: Path) -> list[Finding]:
             "vision",
             lambda: _vision(cache, extraction_command(config, cache, "--gemma_vision"), config, statements),
         ),
-        ("compared", lambda: _compared(config, cache / _world(config).name)),
+        ("compared", lambda: _compared(config, cache)),
         ("output_dir", lambda: _output(config)),
     ]
     found: list[Finding] = []
@@ -80,7 +81,7 @@ def look_over(config: Config, cache: Path) -> list[Finding]:
         except Fault as fault:
             found.append(_once(found, Finding(topic, FAULT, fault.message, fault.hint)))
         except (ValueError, OSError) as error:
-            found.append(_once(found, Finding(topic, FAULT, str(error))))
+            found.append(_once(found, Finding(topic, FAULT, explain(error, "doctor") or str(error))))
     return found
 
 

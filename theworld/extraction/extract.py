@@ -52,7 +52,15 @@ from theworld.utils.commands import PLACEHOLDER, SETTINGS, command, extraction
 from theworld.utils.console import duration, progress
 from theworld.utils.device import current_device, resolve_device
 from theworld.utils.distributed import Part, this_part
-from theworld.utils.files import FAILURES, StoreError, check_room, free_bytes, make_folder, write_failures
+from theworld.utils.files import (
+    FAILURES,
+    StoreError,
+    check_folder,
+    check_room,
+    free_bytes,
+    make_folder,
+    write_failures,
+)
 from theworld.utils.hub import locate
 
 logger = logging.getLogger(__name__)
@@ -211,11 +219,9 @@ def extract(
     spool = Spool(Square(config.latent_size))
 
     def check_and_list() -> list[ImageEntry]:
-        source = source_of(config, part)
+        source = check_start(config, cache, part, guardrail)
         for one in every:
             check_stores(one, cache, with_vision)
-        if config.num_world_steps:
-            check_rollout(config, guardrail)
         return list_images(config, cache, source, allow_missing, spool if part.count == 1 else None)
 
     def check_all_models() -> None:
@@ -240,6 +246,17 @@ def extract(
             complete = run(VisionEncoder(config), cache, images, source, config, part, spool) and complete
     part.close()
     return complete and part.is_main_process
+
+
+def check_start(config: Config, cache: Path, part: Part, guardrail: Any = None) -> Source:
+    """Return where the photographs are read from. Raises ValueError or OSError for what stops an extraction before it
+    reads any: no folder of photographs, device or video model, or a cache that cannot be written."""
+    source = source_of(config, part)
+    resolve_device(config.device)
+    check_folder(cache, "--cache")
+    if config.num_world_steps:
+        check_rollout(config, guardrail)
+    return source
 
 
 def check_models(config: Config, with_vision: bool) -> None:
@@ -325,15 +342,15 @@ def run(
     with part.main_process_first():
         store = open_store(cache, encoder.spec, images, config.shard_size)
     own = [shard for shard in range(store.num_shards) if part.owns(shard)]
+    # A batch is filled up to its size, and none has more photographs than the first shard, the largest.
+    batch_size = min(config.encode_batch_size, len(store.shard_rows(0)))
     pending = store.pending(own)
     level = part.log_level
     if pending and len(pending) < len(own):
         logger.log(level, "resuming: %d of %d shards valid", len(own) - len(pending), len(own))
-    logger.log(level, preflight(store, encoder, pending, source, config.encode_batch_size, spool))
+    logger.log(level, preflight(store, encoder, pending, source, batch_size, spool))
     if pending:
-        encode_shards(
-            store, encoder, pending, source, config.encode_batch_size, spool, not part.is_main_process
-        )
+        encode_shards(store, encoder, pending, source, batch_size, spool, not part.is_main_process)
     part.barrier()
     missing = store.missing()
     if missing:

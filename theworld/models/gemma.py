@@ -49,7 +49,7 @@ from theworld.models.serialization import (
     weights_sha256,
 )
 from theworld.utils.device import resolve_device, resolve_dtype, seeded, wants_compile
-from theworld.utils.hub import hub_revision
+from theworld.utils.hub import GEMMA_FILE, file_at_hand, hub_revision, source_of_model
 
 LORA_SCALE = 2  # factor of the low-rank product: lora_alpha / r (Hu et al. 2021, arXiv 2106.09685)
 _LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -188,6 +188,7 @@ class Gemma:
         self.parts = parts
         self._hub = {"revision": revision} if revision else {}
         self._seed, self._checkpointed, self._compiled = seed, checkpointed, compiled
+        self._source = source_of_model(name_or_path, GEMMA_FILE, revision)
         self.is_multimodal = is_multimodal(name_or_path, **self._hub)
         if VISION in parts.trainable and not self.is_multimodal:
             raise ValueError(
@@ -196,12 +197,12 @@ class Gemma:
         self.model, self.qkv = self._build(weights)
         self.revision = revision or hub_revision(name_or_path, "config.json")
         self.processor = (
-            AutoProcessor.from_pretrained(name_or_path, **self._hub) if self.is_multimodal else None
+            AutoProcessor.from_pretrained(self._source, **self._hub) if self.is_multimodal else None
         )
         self.tokenizer = (
             self.processor.tokenizer
             if self.processor
-            else AutoTokenizer.from_pretrained(name_or_path, **self._hub)
+            else AutoTokenizer.from_pretrained(self._source, **self._hub)
         )
         _check_template(self.tokenizer, self.processor, name_or_path)
         self.text_config = self.model.config.get_text_config()
@@ -220,7 +221,7 @@ class Gemma:
             model = load_pretrained(kind, self.name, **options, device_map=str(self.device), **self._hub)
         else:
             with torch.device("meta"):
-                model = kind._from_config(AutoConfig.from_pretrained(self.name, **self._hub), **options)
+                model = kind._from_config(AutoConfig.from_pretrained(self._source, **self._hub), **options)
         model = model.eval().requires_grad_(False)
         language = model.model.language_model if self.is_multimodal else model.model
         if self.parts.lora_rank is not None:
@@ -452,7 +453,9 @@ class Gemma:
 
 def is_multimodal(name_or_path: str, **hub: str) -> bool:
     """Return whether a Gemma takes photographs, from its config alone. Raises ValueError for another kind of model."""
-    model_type = AutoConfig.from_pretrained(name_or_path, **hub).model_type
+    path = file_at_hand(name_or_path, GEMMA_FILE, **hub)
+    source = str(path.parent) if path else source_of_model(name_or_path, GEMMA_FILE, **hub)
+    model_type = AutoConfig.from_pretrained(source, **hub).model_type
     if model_type not in _CLASSES:
         raise ValueError(
             f"model_name {name_or_path!r}: model_type {model_type!r}; wanted a Gemma 3 ({', '.join(_CLASSES)})"

@@ -45,7 +45,7 @@ from theworld.models.serialization import (
     write_world,
 )
 from theworld.utils.device import device_setting, seeded, wants_compile
-from theworld.utils.hub import model_id
+from theworld.utils.hub import GEMMA_FILE, model_id
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -143,6 +143,7 @@ class TheWorld(nn.Module):
         saved = SavedModel.open(name_or_path, revision)
         folder, world, config = saved.folder, saved.world, saved.config(overrides)
         if gemma is None:
+            saved.locate(config, config.model_name, GEMMA_FILE)
             published, parts = world.get("model_revision"), saved_parts(world)
             gemma = load_gemma(config, revision=published, parts=parts, sharded=asked())
         elif world["parts"] or gemma.modified_parts:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from theworld.data.vsr import Statement
 from theworld.extraction.batches import Microbatch
 from theworld.hub.card import Facts
 from theworld.hub.publish import check_hub
+from theworld.models.fp8 import check_fp8
 from theworld.models.fsdp import wants_sharding
 from theworld.models.gemma import PART_DESCRIPTIONS, parameters_of
 from theworld.models.packing import Batch, Control, Packer
@@ -35,8 +37,18 @@ from theworld.models.serialization import (
     find_model,
     list_checkpoints,
 )
-from theworld.training.checkpoint import ResumePoint, latest_valid_checkpoint, refuse_to_overwrite
+from theworld.training.checkpoint import (
+    Changed,
+    ResumePoint,
+    check_same_run,
+    check_same_settings,
+    compare_settings,
+    in_words,
+    latest_valid_checkpoint,
+    refuse_to_overwrite,
+)
 from theworld.training.data import load_data, plan_gemma, with_statistics, with_vision
+from theworld.training.logging import METRICS, check_trackers
 from theworld.training.objectives import check_align
 from theworld.training.schedule import Order, num_train_steps, phase_of, phases, split_step
 from theworld.utils.commands import flags
@@ -51,7 +63,9 @@ from theworld.utils.device import (
     wants_compile,
 )
 from theworld.utils.distributed import Processes
+from theworld.utils.files import check_output, check_room
 from theworld.utils.hub import GEMMA_FILE, Fault, locate
+from theworld.utils.locks import check_unlocked
 
 FROZEN = "frozen"  # beside LANGUAGE and LORA: how the language model trains
 TEXT_TOKENS = 60  # of a statement with its question and the chat template, at most
@@ -195,6 +209,7 @@ def projection_bytes(shape: ProjectionShape) -> int:
 
 
 LOADING = 1.53  # times the bytes of all weights: what transformers takes on a GPU for a moment (RESULTS.md)
+CHECKPOINT_BYTES = 12  # for each parameter that trains: weight and AdamW's two moments, in float32
 TRAINED_BYTES = 16  # for each parameter: weight, gradient and AdamW's two moments, in float32
 
 
@@ -227,20 +242,33 @@ class Memory:
 class Plan:
     """A run before its weights load: data, order, steps, and counts from the shapes of the models alone."""
 
-    def __init__(self, config: Config, cache: Path) -> None:
-        """Raises ValueError, StoreError or CheckpointError if the run could not start."""
+    def __init__(self, config: Config, cache: Path, allow_changed: bool = False) -> None:
+        """`allow_changed`: take changes, by a resume, of what the run learns.
+
+        Raises ValueError, StoreError or CheckpointError if the run could not start.
+        """
         self.output_dir = Path(config.output_dir)
         self.processes = Processes(config.device)
-        if self.processes.is_main_process:  # the only one that uploads
+        if self.processes.is_main_process:  # the only one that writes, logs and uploads
             check_hub(config)
+            check_trackers(config)
+            check_output(self.output_dir / METRICS, "--output_dir")
+        if config.fp8:
+            check_fp8(self.processes.device)
         count = self.processes.count
         self.global_batch_size = config.batch_size * config.gradient_accumulation_steps * count
         self.data = load_data(config, cache)
         self.resumed = latest_valid_checkpoint(config.resume_from) if config.resume_from else None
+        check_unlocked(self.output_dir, "--output_dir")
         refuse_to_overwrite(self.output_dir, self.resumed)
         self.start, init_from = _start(config, self.resumed)
         self.data = with_statistics(self.data, self.start)
         self.config = config = replace(config, init_from=init_from)
+        self.changed, self.changed_besides = Changed(), Changed()
+        if self.resumed is not None:
+            found = compare_settings(self.resumed, config, self.processes.device)
+            self.changed, self.changed_besides = found
+            check_same_settings(self.resumed, self.changed, allow_changed)
         self.order = Order(self.data.train, config.seed)
         before = config.align_steps + config.statement_steps
         self.num_steps = before + num_train_steps(config, len(self.data.train), self.global_batch_size)
@@ -250,6 +278,9 @@ class Plan:
         every = _number(self.gemma.model.parameters()) * self.gemma.dtype.itemsize
         self.loading = LOADING * every if self.gemma.device.type == "cuda" else 0.0
         self.data = with_vision(self.data, self.gemma, config)
+        if self.resumed is not None:
+            revision = self.gemma.revision
+            self.changed |= check_same_run(self.resumed, self.identity(), revision, allow_changed)
         self.sharded = wants_sharding(count, self.gemma)
         fingerprint = self.data.latents.fingerprint
         shape = ProjectionShape.from_settings(config, fingerprint, self.gemma.width)
@@ -259,11 +290,28 @@ class Plan:
                 WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
             )
         self.facts = self._facts(own)
+        if self.processes.is_main_process:
+            check_room(self.output_dir, CHECKPOINT_BYTES * self.facts.trainable, "--output_dir")
         self.sizes = own, shape
         self.heaviest_start = self._heaviest_start()
         self.memory = self.estimate(config)
         check_memory(self)
         self.lines = self._lines(own, shape)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that is resumed has taken all of its steps."""
+        return self.resumed is not None and self.resumed.progress["step"] >= self.num_steps
+
+    def identity(self) -> dict[str, Any]:
+        """Return the facts about a run that have to be the same where it is resumed."""
+        return {
+            "num_statements": len(self.data.train),
+            "data_sha256": self.data.sha256(),
+            "statements_per_step": self.global_batch_size,
+            "trained": list(self.gemma.trainable_parts),
+            "dtype": str(self.gemma.dtype).removeprefix("torch."),
+        }
 
     def _facts(self, projection: int) -> Facts:
         gemma = self.gemma
@@ -297,6 +345,12 @@ class Plan:
         if self.resumed is not None:
             lines += [f"skipped: {reason}" for reason in self.resumed.skipped.values()]
             lines.append(f"resumed after step {self.resumed.progress['step']:,}, from {self.resumed.path}")
+            if self.changed_besides:
+                lines.append(f"changed, but not what is learnt: {in_words(self.changed_besides)}")
+            if self.changed:
+                lines.append(f"changed on purpose (--allow_changed): {in_words(self.changed)}")
+        if self.finished:
+            lines.append(_finished(config, self.num_steps))
         return lines
 
     def _heaviest_start(self) -> int:
@@ -396,6 +450,16 @@ def _start(config: Config, resumed: ResumePoint | None) -> tuple[SavedModel | No
             "--init_from out to go on with that run, or leave --resume_from out to start another"
         )
     return resumed.saved, recorded
+
+
+def _finished(config: Config, num_steps: int) -> str:
+    """Return a line that says that a run has taken all of its steps, and the flags that double them."""
+    longer = f"--num_epochs {2 * config.num_epochs}"
+    longer += f" --max_steps {2 * config.max_steps}" if config.max_steps is not None else ""
+    return (
+        f"finished: all {num_steps:,} optimizer steps are taken; to go on, give more with {longer} --allow_changed, or "
+        "start a second stage from it with --init_from"
+    )
 
 
 def _number(parameters: Iterable[nn.Parameter]) -> int:

@@ -16,6 +16,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from theworld.utils.errors import explain
+
 QUIET_SECONDS = 30.0  # between two lines of a bar in a log file
 
 
@@ -186,7 +188,7 @@ def keep_compiled_code() -> None:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
     folder = home / "theworld" / "compiled"
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if folder.is_absolute() and os.access(there, os.W_OK):
+    if folder.is_absolute() and there.is_dir() and os.access(there, os.W_OK):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # torch makes it
 
 
@@ -210,8 +212,11 @@ def run_tool(
     except KeyboardInterrupt:
         print(f"\n{tool}: {interrupted}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ExplainedError) as error:
-        print(f"{tool}: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        message = str(error) if isinstance(error, ExplainedError) else explain(error, tool)
+        if message is None:
+            raise
+        print(f"{tool}: {message}", file=sys.stderr, flush=True)
         return 1
     lost = _output_error()
     if lost is None:

@@ -46,7 +46,13 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this machine has no usable CUDA GPU; use --device cpu or auto")
-    return torch.device(device)
+    found = torch.device(device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+        raise ValueError(
+            f"device {device!r}: this machine has {there}; use one of them with --device, or auto"
+        )
+    return found
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
