@@ -63,11 +63,11 @@ def main() -> int:
 
     with loading("eval"):
         from theworld.evaluation.metrics import write_summary
-        from theworld.evaluation.records import read_jsonl
+        from theworld.evaluation.records import read_results
         from theworld.evaluation.tables import table
 
     if records and not dry_run:
-        output, summary = records, write_summary(read_jsonl(records), records)
+        output, summary = records, write_summary(read_results(records)[0], records)
     else:
         with loading("eval"):
             from theworld.cli.dry_run import evaluation, recomputation

@@ -345,6 +345,25 @@ def test_damaged_weights_are_refused_wherever_a_model_is_loaded(saved: Path) -> 
         TheWorld.from_pretrained(saved)
 
 
+def test_of_a_run_the_newest_valid_checkpoint_is_loaded(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert SavedModel.open(saved.parent).folder == saved
+    flip(saved / "projection.safetensors")
+    assert SavedModel.open(saved.parent).folder == saved.with_name("checkpoint-2")
+    assert f"skipped: {saved}/projection.safetensors is damaged" in caplog.text
+    half = TheWorld.from_pretrained(saved.parent)
+    assert torch.equal(
+        half.projection.brackets,
+        TheWorld.from_pretrained(saved.with_name("checkpoint-2")).projection.brackets,
+    )
+    with pytest.raises(CheckpointError, match=r"checkpoint-4/projection\.safetensors is damaged"):
+        SavedModel.open(saved)  # named, so no other is taken
+    flip(saved.with_name("checkpoint-2") / "world.json")
+    with pytest.raises(CheckpointError, match=f"^{saved.parent}: no valid checkpoint in it"):
+        SavedModel.open(saved.parent)
+
+
 def test_a_run_skips_damaged_checkpoints_by_name_and_sets_them_aside(
     saved: Path,
     config: Config,
