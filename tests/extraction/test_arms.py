@@ -24,7 +24,7 @@ from theworld.models import world_encoder
 from theworld.models.mismatched import another_image
 from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
-from theworld.serving.ask import load_for_asking
+from theworld.serving.ask import answers, load_for_asking
 from theworld.store.format import StoreMismatch
 from theworld.training.trainer import Trainer
 
@@ -224,6 +224,14 @@ def test_without_a_picture_neither_store_nor_photograph_is_read(
     checkpoint = Trainer(config, tmp_path / "cache").run()
     rows = score(checkpoint, tmp_path / "cache", None, "test", ["world", "baseline"], {})
     assert len(rows) == 4
+    model, statement = (
+        load_for_asking(str(checkpoint), ("world", "baseline", "zero"), {}),
+        rows[0]["statement"],
+    )
+    (answer,) = answers(model, str(Path(str(base.image_folder)) / rows[0]["image"]), [statement])
+    assert answer["p_true"] == pytest.approx(
+        {name: rows[0]["systems"][name]["p_true"] for name in ("world", "baseline")}, abs=1e-5
+    )
     assert not (tmp_path / "cache").exists()
     with pytest.raises(
         ValueError, match=r"condition 'zero': these world tokens look at no picture .* 'world'"

@@ -53,11 +53,24 @@ def test_a_card_names_the_world_encoder(tmp_path: Path) -> None:
             "cosmos",
         ),
         ("pixels", "computed from\nthe photograph's own pixels, in cells of 8 x 8 pixels.", "pixels"),
+        ("none", "computed from\nno picture: their input is trained, as a control.", "none"),
+        (
+            "cosmos_random",
+            "a VAE as that of `nvidia/Cosmos-Predict2-2B-Video2World`\nwith random weights, as a control.",
+            "cosmos_random",
+        ),
+        ("gemma_vision", "Gemma's own vision features, as a control.", "gemma_vision"),
+        ("noise", "fixed noise of each photograph, as a control.", "noise"),
+        (
+            "mismatched",
+            "`nvidia/Cosmos-Predict2-2B-Video2World` gives for another photograph, as a control.",
+            "mismatched",
+        ),
     ):
         config = Config(world_encoder=name)  # type: ignore[arg-type]
         card = model_card(SavedModel.read(checkpoint_of(tmp_path / name, 2, config, 0.0)), FACTS, [])
         assert words in card
-        assert ("and the VAE." in card) is (name == "cosmos")
+        assert ("and the VAE." in card) is (name in ("cosmos", "mismatched"))
         assert header(card)["tags"][-1] == tag  # type: ignore[index]
 
 

@@ -24,7 +24,7 @@ from theworld.data.scenes import write_scenes
 from theworld.evaluation.conditions import CONDITIONS, LABELS
 from theworld.utils.commands import command
 from theworld.utils.console import loading, rehearse, run_tool
-from theworld.utils.files import check_folder, check_room
+from theworld.utils.files import check_folder, check_room, naming
 from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
 from theworld.utils.locks import NAME as LOCK
 from theworld.utils.locks import OutputLock, check_unlocked, empty_folder
@@ -63,6 +63,7 @@ def run_demo(
     from theworld.training.trainer import Trainer
 
     start = time.perf_counter()
+    check_demo(output)
     lock = _make_room(output)
     logger.info("1/4 drawing scenes (seed %d)", seed)
     write_scenes(output / "scenes", num_scenes or NUM_SCENES, seed=seed)
@@ -115,15 +116,21 @@ def plan_demo(config_path: Path, output: Path, seed: int) -> Iterator[str]:
     config = load_config(config_path)
     for name, file in (("gemma", GEMMA_FILE), ("vae", VAE_FILE)):
         yield f"uses         {EMBEDDED / name}: {locate(str(EMBEDDED / name), file).words}"
+    free = check_demo(output)
     removes = ", after the output of an earlier demo there is removed" if _holds_a_demo(output) else ""
-    check_folder(output, "--output")
     check_unlocked(output, "--output")
-    free = check_room(output, ROOM, "--output")
     counts = ", ".join(f"{count:,} {split}" for split, count in NUM_SCENES.items())
     yield f"draws        scenes with seed {seed}: {counts}"
     steps = config.align_steps + config.statement_steps + (config.max_steps or 0)
     yield f"trains       {steps:,} steps of {config.batch_size} statements"
     yield f"writes       {output}: about {ROOM / 2**20:.0f} MiB{removes} ({free / 2**30:,.1f} GiB free)"
+
+
+def check_demo(output: Path) -> int:
+    """Return the bytes that are free for a demo's output. Raises ValueError or OSError if it cannot be written."""
+    _holds_a_demo(output)
+    check_folder(output, "--output")
+    return check_room(output, ROOM, "--output")
 
 
 def _holds_a_demo(output: Path) -> bool:
@@ -137,7 +144,6 @@ def _holds_a_demo(output: Path) -> bool:
 
 def _make_room(output: Path) -> OutputLock:
     """Return the lock of an empty folder. Raises ValueError or OSError if it is not a demo's to use."""
-    check_folder(output, "--output")
     earlier = _holds_a_demo(output)
     lock = OutputLock(output, "--output")
     if earlier:
@@ -186,7 +192,8 @@ def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
     right.set_title(f"{summary['statements']:,} statements about held-out scenes")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
@@ -207,7 +214,8 @@ def draw_scenes(rows: list[dict[str, Any]], images: Path, path: Path, count: int
         )
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 

@@ -397,6 +397,11 @@ class Config:
     use_gradient_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, slower.", defines_run=False
     )
+    check_memory: bool = setting(
+        True,
+        "Refuse a training run whose estimated memory is larger than that of the device, before weights load.",
+        defines_run=False,
+    )
     num_workers: int | None = setting(
         None,
         "Number of processes that read and decode photographs; 0: the main process reads; none: one for each CPU core.",

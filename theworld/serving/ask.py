@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from theworld.config.config import load_config
+from theworld.config.config import Config, load_config
 from theworld.data.images import photograph, refuse_address
+from theworld.evaluation.predict import possible_conditions
 from theworld.models import world_encoder
 from theworld.models.inference import CONDITIONS, Photograph, check_alone
 from theworld.models.projection import ProjectionShape
@@ -35,11 +36,21 @@ def load_for_asking(name: str, conditions: Sequence[str], overrides: dict[str, A
     """
     saved = SavedModel.open(name)
     _check_alone(saved, conditions)
+    if "world" in conditions:  # before Gemma loads, which takes minutes
+        list(_encoder_place(saved, saved.config(DEFAULTS | overrides)))
     model = TheWorld.from_pretrained(saved, **DEFAULTS | overrides)
     set_up_torch(model.gemma.dtype)
     if "world" in conditions:
         _ = model.encoder  # load the VAE now and not at the first photograph
     return model
+
+
+def _encoder_place(saved: SavedModel, config: Config) -> Iterator[tuple[str, str]]:
+    """Yield the world encoder and its place, if it has weights. Raises Fault if they are nowhere."""
+    weights = world_encoder.describe(config).weights
+    if weights is not None:
+        place = saved.locate(config, weights.model, weights.file)
+        yield weights.topic, f"{weights.model}: {place.words}"
 
 
 def _check_alone(saved: SavedModel, conditions: Sequence[str]) -> None:
@@ -49,7 +60,11 @@ def _check_alone(saved: SavedModel, conditions: Sequence[str]) -> None:
 
 
 def recorded_names(model: TheWorld, conditions: Sequence[str]) -> list[str]:
-    """Return the names of these conditions in `answers`, which are those in the records of an evaluation."""
+    """Return the names of these conditions in `answers`, which are those in the records of an evaluation.
+
+    As there, "zero" is left out where world tokens look at no picture.
+    """
+    conditions = possible_conditions(conditions, model.gemma.is_multimodal, model.config)
     return ["without" if c == "baseline" and model.gemma.modified_parts else c for c in conditions]
 
 
@@ -66,6 +81,7 @@ def answers(
 
     Raises ValueError and ImageError as `TheWorld.score` does.
     """
+    conditions = possible_conditions(conditions, model.gemma.is_multimodal, model.config)
     p_true = model.ask(image, statements, conditions)
     names = dict(zip(recorded_names(model, conditions), conditions, strict=True))
     return [
@@ -108,14 +124,14 @@ def plan(
         saved = SavedModel.open_folder(folder)
         _check_alone(saved, conditions)
         config = saved.config(DEFAULTS | overrides)
+        conditions = possible_conditions(conditions, True, config)
         device = resolve_device(config.device)
         arithmetic = f"{device}, {resolve_dtype(config.dtype, device)}"
         yield "projection", f"{folder}, for {saved.world['model_name']}"
-        yield "Gemma", f"{config.model_name}: {locate(config.model_name, GEMMA_FILE).words}; {arithmetic}"
+        place = saved.locate(config, config.model_name, GEMMA_FILE)
+        yield "Gemma", f"{config.model_name}: {place.words}; {arithmetic}"
         if "world" in conditions:
-            weights = world_encoder.describe(config).weights
-            if weights is not None:
-                yield weights.topic, f"{weights.model}: {locate(weights.model, weights.file).words}"
+            yield from _encoder_place(saved, config)
     if image is not None:
         check_question(image, statements)
         height, width, _ = photograph(image, config.max_image_pixels).shape

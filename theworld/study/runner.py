@@ -39,6 +39,7 @@ from theworld.utils.console import duration
 from theworld.utils.device import memory_of
 from theworld.utils.distributed import Part
 from theworld.utils.files import StoreError, companion, parse_json
+from theworld.utils.locks import NAME as LOCK
 from theworld.utils.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -80,13 +81,13 @@ def lacking(study: Study, cache: Path) -> list[tuple[Config, bool]]:
     has: dict[str, bool] = {}
     for config in configs:
         for spec in specs_of(config, is_multimodal(config.model_name)):
-            if spec.name not in has:
+            if spec.stored and spec.name not in has:
                 has[spec.name] = _has(spec, cache, named)
     missing: dict[str, Config] = {}
     for config in configs:
-        for spec in specs_of(config, False):
-            if not has[spec.name]:
-                missing.setdefault(spec.name, config)
+        (spec,) = specs_of(config, False)
+        if spec.name != VISION and not has.get(spec.name, True):
+            missing.setdefault(spec.name, config)
     vision = not has.get(VISION, True)
     if vision and not missing:
         return [(configs[0], True)]
@@ -175,7 +176,7 @@ def _going_on(run: Run) -> Config:
         return replace(run.config, resume_from=str(run.folder))
     if run.folder.exists():
         for path in run.folder.iterdir():  # of a start that saved nothing
-            if path.name != STARTS:
+            if path.name not in (STARTS, LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     return run.config
 

@@ -62,6 +62,7 @@ from theworld.models.theworld import TheWorld
 from theworld.training.logging import ASIDE, METRICS, set_aside
 from theworld.utils.commands import flags
 from theworld.utils.device import resolve_dtype
+from theworld.utils.errors import reason_of
 from theworld.utils.files import STALE_SECONDS, sync_folder
 
 logger = logging.getLogger(__name__)
@@ -172,8 +173,7 @@ def _not_written(error: Exception, target: Path, needed: int) -> OSError:
     code = getattr(error, "errno", None) or (errno.ENOSPC if free < needed else errno.EIO)
     older = list_checkpoints(target.parent)
     last = f"{older[-1].name} is as it was" if older else "there is none before it"
-    # The message of an OSError of the store has a line of its own after its first reason.
-    reason = str(getattr(error, "strerror", None) or error).partition(";")[0].partition("\n")[0]
+    reason = reason_of(error).partition(";")[0]
     text = f"{reason}; {needed:,} bytes needed, {free:,} free; this checkpoint was not written, {last}"
     return OSError(code, text, str(target))
 

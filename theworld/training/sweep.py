@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from theworld.config.config import FIELDS, Config
+from theworld.config.fields import nearest_name
 from theworld.evaluation.metrics import accuracy, label_loss
 from theworld.evaluation.predict import predict
 from theworld.models.serialization import CheckpointError, numbered
@@ -87,7 +88,10 @@ def grid(options: Sequence[str]) -> list[Changes]:
     for option in options:
         key, equals, rest = option.partition("=")
         if key not in FIELDS or not equals:
-            raise ValueError(f"--grid {option}: wanted key=a,b,c with the key of a setting")
+            nearest = nearest_name(key, list(FIELDS))
+            raise ValueError(
+                f"--grid {option}: wanted key=a,b,c with the key of a setting; the nearest is {nearest}"
+            )
         values[key] = [_parsed(key, text) for text in rest.split(",")]
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
@@ -273,6 +277,7 @@ def run_sweep(
 
     Returns the table of all runs that have ended, and this part's runs that have not: none, unless `stop` was asked.
     """
+    check_folder(output, "--output")
     output.mkdir(parents=True, exist_ok=True)
     waiting, stop = waiting_runs(runs, output, part), stop or StopRequest()
     left = list(waiting)

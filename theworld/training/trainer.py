@@ -7,6 +7,7 @@ and nothing else is random. So a run that was resumed gives the same weights, bi
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -37,13 +38,13 @@ from theworld.training.checkpoint import (
     save_checkpoint,
 )
 from theworld.training.data import load_model
-from theworld.training.logging import Trackers, append, check_trackers, sync
+from theworld.training.logging import Trackers, append, sync
 from theworld.training.memory import Plan, check_answers, is_out_of_memory, not_finite, out_of_memory
 from theworld.training.monitor import LossMonitor, LossWindow, chance_loss, warning, what_to_try
 from theworld.training.objectives import align_losses, align_microbatch, make_optimizer, on_image_tokens
 from theworld.training.schedule import Phase, learning_rate, num_warmup_steps, phase_of, split_step
 from theworld.utils.console import progress
-from theworld.utils.device import set_up_torch
+from theworld.utils.device import num_compiled_graphs, set_up_torch
 from theworld.utils.locks import OutputLock
 from theworld.utils.signals import StopRequest
 
@@ -65,7 +66,7 @@ class Trainer:
         """`stop` receives requests to stop; all processes then stop after the same step, and save. `allow_changed`: a
         resume takes settings and data that change what is learnt, and checkpoints record both.
 
-        Sets torch's process-wide precision (`set_up_torch`).
+        Sets process-wide state (`set_up_torch`).
         """
         self.stop = stop or StopRequest()
         self.stopping = False  # all processes know that one of them was asked
@@ -82,6 +83,7 @@ class Trainer:
         self.step = 0
         self.packing = Event()  # set while a thread may pack: see `prefetch`
         self.packing.set()
+        self.steps_taken = Counter[str]()  # by this process, in each phase
         # Sums over the statements since the last log.
         names = ("loss", "statement_loss", "relation_loss", "correct", "statements")
         self.window = dict.fromkeys(names, 0.0)
@@ -95,7 +97,6 @@ class Trainer:
         if main:
             self.lock = OutputLock(self.output_dir, "--output_dir")
             refuse_to_overwrite(self.output_dir, plan.resumed)  # again: now no other run writes there
-            check_trackers(config)
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
         set_up_torch(plan.gemma.dtype)
         self.model, self.data = load_model(plan.gemma, config, plan.data, plan.start)
@@ -141,7 +142,7 @@ class Trainer:
 
         `microbatches` are those of this step, if they have been put together already.
         """
-        step, phase = self.step, phase_of(self.phases, self.step)
+        step, phase, graphs = self.step, phase_of(self.phases, self.step), num_compiled_graphs()
         microbatches = self.microbatches(step) if microbatches is None else microbatches
         if step == phase.start and step > 0:
             self.optimizer = make_optimizer(self.model, self.config)  # another objective, so no old momentum
@@ -177,6 +178,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._count(figures, phase)
+        self._report_compiling(num_compiled_graphs() - graphs, phase)
         return {"learning_rate": rate, "gradient_norm": gradient_norm}
 
     def _read(self, figures: Tensor) -> list[float]:
@@ -209,6 +211,18 @@ class Trainer:
         if phase.name == "train":
             self.at_chance = self.monitor.add(
                 self.step - phase.start, figures["label"] / self.global_batch_size
+            )
+
+    def _report_compiling(self, graphs: int, phase: Phase) -> None:
+        """Log that a step compiled anything after the first two of its phase in this process, whose code is for all
+        lengths."""
+        self.steps_taken[phase.name] += 1
+        if graphs and self.steps_taken[phase.name] > 2:
+            logger.warning(
+                "step %d: compiled %d graphs anew, which takes seconds and should not happen after two steps; "
+                "TORCH_LOGS=recompiles says why",
+                self.step,
+                graphs,
             )
 
     @contextmanager
