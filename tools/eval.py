@@ -13,9 +13,12 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 import sys
 from pathlib import Path
 
-from theworld.utils.commands import SETTINGS
-from theworld.utils.console import loading, rehearse, run_tool
-from theworld.utils.files import check_output, companion
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.commands import SETTINGS
+    from theworld.utils.console import loading, rehearse, run_tool
+    from theworld.utils.files import check_output, companion
 
 KEYS = SETTINGS["eval"]
 
