@@ -22,7 +22,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.console import loading, rehearse, run_tool
 
 KEYS = (
     "model_name cosmos_model_name dataset_name annotations image_folder num_samples max_image_pixels shard_size "

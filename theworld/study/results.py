@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from theworld.config.config import config_from
-from theworld.evaluation.records import Row, publish_json, read_jsonl
-from theworld.evaluation.score import read_source
+from theworld.evaluation.records import Row, publish_json, read_results, read_source
 from theworld.evaluation.study_verdict import PLAIN, Question, summarise_study
 from theworld.report.report import toy_warning
 from theworld.report.study import Study as Page
@@ -36,8 +35,7 @@ def read_arms(study: Study, runs: Sequence[Run], split: str) -> dict[str, dict[i
     arms: dict[str, dict[int, list[Row]]] = {arm.name: {} for arm in study.arms}
     for run in runs:
         path = records_of(run, split)
-        read_source(path)
-        arms[run.arm.name][run.config.seed] = rows = read_jsonl(path)
+        arms[run.arm.name][run.config.seed] = rows = read_results(path)[0]
         if run.number == 0 and "baseline" in rows[0]["systems"]:
             arms[PLAIN] = {run.config.seed: rows}
     return arms

@@ -23,8 +23,8 @@ from typing import Any
 from theworld.config.config import Config
 from theworld.data.vsr import images_of, load_all
 from theworld.evaluation.conditions import CONDITIONS
-from theworld.evaluation.records import publish_json
-from theworld.evaluation.score import read_source, score_to_file
+from theworld.evaluation.records import publish_json, read_source
+from theworld.evaluation.score import score_to_file
 from theworld.extraction.extract import extract
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec
