@@ -56,6 +56,24 @@ SMALL = """
   && e.getClientRects().length && (e instanceof SVGTextElement
     ? e.getBoundingClientRect().height < 10 : parseFloat(getComputedStyle(e).fontSize) < 12)).map(e => e.textContent)
 """
+# Elements beyond the right edge that no scrolling container of their own holds.
+OVERFLOW = """
+[...document.querySelectorAll('body *')].filter(e => {
+  if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
+  for (let p = e.parentElement; p; p = p.parentElement)
+    if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
+  return true;
+}).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))
+"""
+# Verdicts of which a part lies outside their card.
+CUT = """
+[...document.querySelectorAll('.verdict p, .notes li, .others p')].filter(e => {
+  const range = document.createRange();
+  range.selectNodeContents(e);
+  const card = e.closest('.verdict, .notes, section').getBoundingClientRect();
+  return [...range.getClientRects()].some(r => r.left < card.left || r.right > card.right);
+}).map(e => e.textContent)
+"""
 
 
 class Browser:

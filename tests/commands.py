@@ -182,7 +182,7 @@ def tool(
             command, cwd=ROOT, env=os.environ | OFFLINE, capture_output=True, text=True, timeout=300
         )
     else:
-        done = forked(name, words, [OFFLINE], 300)
+        done = forked(name, words, [os.environ | OFFLINE], 300)
     if check:
         assert done.returncode == 0, done.stderr
     return done

@@ -143,6 +143,12 @@ def serve(repositories: dict[str, Path], uploads: Uploads | None = None) -> Iter
             if uploads is not None and uploads.exists and path == f"api/models/{uploads.name}":
                 info = {"id": uploads.name, "sha": COMMIT, "private": uploads.private, "siblings": []}
                 return self.send(200, json.dumps(info).encode(), {})
+            if uploads is not None and path == "api/whoami-v2":
+                token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+                if token != uploads.token:
+                    return self.send(401, b"{}", {})
+                account = {"name": uploads.name.partition("/")[0], "type": "user", "orgs": []}
+                return self.send(200, json.dumps(account).encode(), {})
             for name, folder in repositories.items():
                 api = f"api/{name}" if name.startswith("datasets/") else f"api/models/{name}"
                 if path.startswith(f"{name}/resolve/"):

@@ -3,17 +3,22 @@
 import io
 import json
 import logging
+import multiprocessing
 import os
 import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 from constants import EMBEDDED_VAE
-from forks import fork
+from forks import fork, in_child
 from PIL import Image
 
 from theworld.config.config import Config, save_config
+from theworld.utils.locks import OutputLock
 
 
 def make_photographs(folder: Path, number: int, size: int) -> Config:
@@ -128,3 +133,26 @@ def finish_extraction(job: Path, cache: Path) -> str:
 def published(cache: Path) -> dict[str, bytes]:
     """Every file of a cache but the temporary ones of killed processes."""
     return {name: data for name, data in content(cache).items() if not name.endswith(".tmp")}
+
+
+# --- outputs in use ------------------------------------------------------------------------------
+
+
+@contextmanager
+def held(output: Path, is_file: bool = False, before: Callable[[], object] = lambda: None) -> Iterator[int]:
+    """A process that holds the lock of an output: its id."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+
+    def work() -> None:
+        before()
+        with OutputLock(output, "--output", is_file):
+            sender.send("held")
+            time.sleep(60)
+
+    child = in_child(work)
+    try:
+        assert receiver.poll(30)
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

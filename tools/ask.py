@@ -25,7 +25,14 @@ CONDITIONS = ("world", "baseline", "zero")  # as in theworld.models.inference, w
 
 def main() -> int:
     """Parse the flags, answer or serve, and print the answers; return the exit status."""
-    from theworld.config.cli import ArgumentParser, add_config_arguments, add_dry_run, expanded
+    from theworld.config.cli import (
+        ArgumentParser,
+        add_config_arguments,
+        add_dry_run,
+        add_gemma,
+        checkpoint_overrides,
+        expanded,
+    )
 
     parser = ArgumentParser(description=__doc__)
     text = "Checkpoint, run of which the newest checkpoint is taken, or user/name on the hub."
@@ -46,6 +53,7 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=text)
     text = "Port of the page; 0: any free port. (default: 8642)"
     parser.add_argument("--port", type=int, default=8642, metavar="INTEGER", help=text)
+    add_gemma(parser)
     add_dry_run(parser)
     add_config_arguments(parser, KEYS, of_checkpoint=True)
     arguments = parser.parse_args()
@@ -56,7 +64,7 @@ def main() -> int:
     if not 0 <= arguments.port <= 65535:
         parser.error(f"--port is {arguments.port}; give 0 to 65535")
     arguments.conditions = list(dict.fromkeys(arguments.conditions))
-    overrides = {key: value for key, value in vars(arguments).items() if key in KEYS}
+    overrides = checkpoint_overrides(arguments, KEYS)
     try:
         if arguments.dry_run:
             return dry_run(arguments, overrides)

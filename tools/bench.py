@@ -4,8 +4,8 @@
     python tools/bench.py --shapes small
     python tools/bench.py --shapes real --share 0.1 --parts encode train variants --output bench.json
 
-The models have random weights. Figures are added to the output file as they come; the last line is one JSON object with
-the speed-ups.
+The models have random weights. Figures are added to the output file as they come. At the real shapes the table is
+followed by a verdict, one line for each figure that has an aim; the last line is one JSON object with the speed-ups.
 Exit status: 0 done (a failed part is in the figures), 1 could not start, 2 wrong usage, 130 interrupted.
 """
 
@@ -53,13 +53,17 @@ def main() -> int:
     arguments = parser.parse_args()
     with loading("bench"):
         from benchmark.bench import open_bench, plan_parts, run_parts
+        from benchmark.verdict import verdict
 
     command, options = shlex.join(["python", "tools/bench.py", *sys.argv[1:]]), vars(arguments)
     if arguments.dry_run:
         return rehearse(lambda: plan_parts(open_bench(options, command), arguments.parts))
     bench = open_bench(options, command)
     summary = run_parts(bench, arguments.parts)
-    print(f"\n{bench.results.table()}\n\nfigures: {arguments.output}")
+    print(f"\n{bench.results.table()}\n")
+    if bench.shapes.name == "real":  # what the aims are of
+        print("\n".join(verdict(bench.results.content["parts"])))
+    print(f"\nfigures: {arguments.output}")
     print(json.dumps(summary))
     return 0
 

@@ -15,14 +15,22 @@ from pathlib import Path
 
 from theworld.utils.commands import SETTINGS
 from theworld.utils.console import loading, rehearse, run_tool
-from theworld.utils.files import companion
+from theworld.utils.files import check_output, companion
 
 KEYS = SETTINGS["eval"]
 
 
 def main() -> int:
     """Parse the flags, evaluate, write the records, and print the table; return the exit status."""
-    from theworld.config.cli import ArgumentParser, add_config_arguments, add_dry_run, add_split, path
+    from theworld.config.cli import (
+        ArgumentParser,
+        add_config_arguments,
+        add_dry_run,
+        add_gemma,
+        add_split,
+        checkpoint_overrides,
+        path,
+    )
     from theworld.evaluation.conditions import CONDITIONS
 
     parser = ArgumentParser(description=__doc__)
@@ -45,10 +53,12 @@ def main() -> int:
     parser.add_argument("--train_annotations", type=path, metavar="PATH", help=text)
     text = "Evaluate on one release of VSR a model trained on the other, although they share statements."
     parser.add_argument("--allow_trained_statements", action="store_true", dest="allow_trained", help=text)
+    add_gemma(parser)
     add_dry_run(parser)
     add_config_arguments(parser, KEYS, of_checkpoint=True)
-    arguments = vars(parser.parse_args())
-    overrides = {key: arguments.pop(key) for key in KEYS if key in arguments}
+    parsed = parser.parse_args()
+    overrides = checkpoint_overrides(parsed, KEYS)
+    arguments = {key: value for key, value in vars(parsed).items() if key not in (*KEYS, "gemma")}
     records, dry_run = arguments.pop("records"), arguments.pop("dry_run")
     folder = overrides.get("image_folder")
     if records and (arguments["models"] or arguments["cache"] or folder or arguments["output"]):
@@ -67,6 +77,7 @@ def main() -> int:
         from theworld.evaluation.tables import table
 
     if records and not dry_run:
+        check_output(companion(records, ".summary.json", ".jsonl"), "--from")
         output, summary = records, write_summary(read_jsonl(records), records)
     else:
         with loading("eval"):

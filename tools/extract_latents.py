@@ -56,6 +56,7 @@ def main() -> int:
         parser.error("--part and --dry_run are for extracting; --audit reads all of a cache")
     with loading("extract_latents"):
         from theworld.cli.dry_run import extraction
+        from theworld.data.vsr import splits_there
         from theworld.extraction.audit import audit
         from theworld.extraction.extract import extract, verify
         from theworld.store.format import LATENTS, extraction_command
@@ -78,7 +79,10 @@ def main() -> int:
         print("\n".join(map(str, audits)))
         return SOUND if all(one.holds for one in audits) else DAMAGED
     if extract(config, *options):
-        print(f"done: {arguments.cache}. Next: {following('train', '--cache', arguments.cache)}")
+        splits = splits_there(config.annotations, config.dataset_name)
+        evaluated = [] if "dev" in splits else ["--no-do_eval"]
+        next_step = following("train", *evaluated, "--cache", arguments.cache)
+        print(f"done: {arguments.cache}." + (f" Next: {next_step}" if "train" in splits else ""))
     return 0
 
 

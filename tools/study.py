@@ -64,13 +64,14 @@ def main() -> int:
         from theworld.study.protocol import read_study, runs_of
         from theworld.study.run import run_study
         from theworld.study.runner import lacking
+        from theworld.study.sizes import equal_sizes
         from theworld.utils.signals import STATUS, StopRequest
     for name in ("theworld.training.trainer", "theworld.evaluation.score"):
         logging.getLogger(name).setLevel(logging.WARNING)  # what each run says of itself, dozens of times
 
     study = read_study(arguments.config, overrides, arguments.arms, arguments.seeds)
-    runs = runs_of(study, arguments.output)
-    options = (study, runs, arguments.cache, arguments.output, arguments.part, arguments.processes)
+    runs_of(study, arguments.output)  # before anything runs: is every setting of every arm allowed?
+    places = (arguments.cache, arguments.output, arguments.part, arguments.processes)
 
     def plan() -> Iterator[str]:
         study.check(arguments.output)
@@ -78,12 +79,12 @@ def main() -> int:
         for config, with_vision in missing:
             yield from extraction(config, arguments.cache, with_vision, False, None)
         if not missing:
-            yield from plan_study(*options)
+            yield from plan_study(study, runs_of(equal_sizes(study), arguments.output), *places)
 
     if arguments.dry_run:
         return rehearse(plan)
     with StopRequest("study") as stop, stop.working():
-        outcome = run_study(*options, stop, sys.argv)
+        outcome = run_study(study, *places, stop, sys.argv)
         stop.end()
     print(outcome.text)
     return STATUS if outcome.stopped else int(bool(outcome.failed))

@@ -10,9 +10,10 @@ tools/slurm/train.sh.
 Exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal (continue with --resume_from), 130 interrupted.
 """
 
+import itertools
 import sys
 
-from theworld.utils.commands import again, command
+from theworld.utils.commands import again, command, flags
 from theworld.utils.console import loading, rehearse, run_tool
 
 
@@ -29,29 +30,45 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__)
     add_cache(parser)
     add_dry_run(parser)
+    text = (
+        "Take changed settings and data that --resume_from refuses, as they change what is learnt; checkpoints record "
+        "what was before and what is since."
+    )
+    parser.add_argument("--allow_changed", action="store_true", help=text)
     add_config_arguments(parser)
     arguments = parser.parse_args()
     config = config_from_arguments(arguments)
     with loading("train"):
+        from theworld.data.vsr import splits_there
+        from theworld.hub.publish import plan_uploads
+        from theworld.training.checkpoint import settings_to_resume
         from theworld.training.memory import Plan
         from theworld.training.trainer import Trainer
         from theworld.utils.signals import STATUS, StopRequest
 
+    if config.resume_from is not None:  # what is not given is as it was
+        config = config_from_arguments(arguments, settings_to_resume(config.resume_from))
+    allow_changed = arguments.allow_changed
     if arguments.dry_run:
-        plan = Plan(config, arguments.cache)  # in all processes: they wait for each other
-        return rehearse(lambda: plan.lines)
+        plan = Plan(config, arguments.cache, allow_changed)  # in all processes: they wait for each other
+        return rehearse(lambda: itertools.chain(plan.lines, plan_uploads(config)))
     with StopRequest() as stop:
-        trainer = Trainer(config, arguments.cache, stop)
+        trainer = Trainer(config, arguments.cache, stop, allow_changed)
         checkpoint = trainer.run()
         stop.end()
     if trainer.processes.is_main_process and trainer.stopped:
-        print(f"stopped as asked: {checkpoint}. Go on with: {again('--resume_from', config.output_dir)}")
+        resumed = ("--resume_from", config.output_dir)
+        launched = f"the same command with {flags(*resumed)}"
+        how = again(*resumed) if trainer.processes.count == 1 else launched
+        print(f"stopped as asked: {checkpoint}. Go on with: {how}")
     elif trainer.processes.is_main_process:
-        next_step = command("eval", "--model", checkpoint, "--cache", arguments.cache)
-        print(f"done: {checkpoint}. Next: {next_step}")
+        splits = splits_there(config.annotations, config.dataset_name)
+        split = [] if "test" in splits else ["--split", splits[-1]]
+        next_step = command("eval", "--model", checkpoint, "--cache", arguments.cache, *split)
+        print(f"{'finished before' if trainer.plan.finished else 'done'}: {checkpoint}. Next: {next_step}")
     return STATUS if trainer.stopped else 0
 
 
 if __name__ == "__main__":
-    hint = "interrupted; go on with --resume_from and the same --output_dir"
+    hint = "interrupted; the same command with --resume_from and the run's folder goes on from its last checkpoint"
     sys.exit(run_tool("train", main, interrupted=hint))

@@ -323,7 +323,9 @@ def test_what_would_stop_an_evaluation(config: Config, run: Path, cache: Path, t
     with pytest.raises(IsADirectoryError, match="is a folder, and a file is wanted"):
         plan(output=tmp_path)()
     (cache / "gemma_vision").rename(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="has no vision features; extract them"):
+    with pytest.raises(
+        ValueError, match=r"has no vision features; score from .* or extract them with: python tools"
+    ):
         plan(overrides={"image_folder": None})()
     other = tmp_path / "other"
     extract(replace(config, latent_size=80), other, with_vision=False, allow_missing=False)

@@ -301,7 +301,7 @@ def test_help_shows_settings_in_groups() -> None:
         ("world tokens", "standardization", 11),
         ("objective", "statement_loss_weight", 6),
         ("optimisation", "batch_size", 13),
-        ("memory and speed", "dtype", 6),
+        ("memory and speed", "dtype", 7),
         ("evaluation", "do_eval", 3),
         ("checkpoints and logging", "output_dir", 9),
         ("hub", "push_to_hub", 4),

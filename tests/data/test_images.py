@@ -724,7 +724,6 @@ def test_a_photograph_that_changes_while_training_stops_it(own: Config, tmp_path
     shutil.rmtree(tmp_path / "cache" / VISION)
     trainer = Trainer(own, tmp_path / "cache")  # reads the photographs at every step
     assert isinstance(trainer.data.vision, OnTheFlyVision)
-    trainer.output_dir.mkdir()
     trainer.train_step()
     saved = trainer.save()
     content = {path: path.read_bytes() for path in saved.iterdir()}

@@ -2,6 +2,8 @@
 
 import json
 import math
+import runpy
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from commands import tool
+from constants import ROOT
 from PIL import Image
+from serving_models import save_model
 
 from theworld.config.config import Config
 from theworld.data.images import read_image
@@ -193,6 +197,19 @@ def test_align_measures_the_projections_and_tokens_of_the_run(
     assert (result["images"], result["comparison"]) == (3, SAME_PLACE)
 
 
+def test_photographs_alone_give_the_figures_of_a_cache(cache: Path, config: Config, tmp_path: Path) -> None:
+    saved = Trainer(replace(config, max_steps=1), cache).run()
+    _, wanted = align(saved, cache, "train", 2, {})
+    _, found = align(saved, None, "train", 2, {})
+    for name in ("untrained", "trained"):
+        for key in FIGURES[:3]:
+            assert found[name][key]["mean"] == pytest.approx(wanted[name][key]["mean"], abs=1e-4)
+    with pytest.raises(ValueError, match="neither a cache nor photographs: give --cache, or --image_folder"):
+        align(saved, None, "train", 2, {"image_folder": None})
+    with pytest.raises(ValueError, match=r"image_folder .*nowhere: not a folder; give --cache, or"):
+        align(saved, None, "train", 2, {"image_folder": str(tmp_path / "nowhere")})
+
+
 def test_fewer_samples_are_some_of_the_split(cache: Path, config: Config, gemma: Gemma) -> None:
     model = Trainer(config, cache).model
     object.__setattr__(model, "gemma", gemma)
@@ -282,6 +299,25 @@ def test_the_tool_draws_a_picture_and_writes_its_figures(cache: Path, config: Co
             for column in range(4):
                 panel = image.crop((540 * column + 60, 540 * row + 80, 540 * column + 520, 540 * row + 480))
                 assert len(set(panel.convert("RGB").get_flattened_data())) > 5
+
+
+def test_the_command_of_the_original_recipe_needs_no_cache(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, output = save_model(tmp_path / "model", config), Path("visualizations/x.png")
+    (tmp_path / "cache").mkdir()  # an empty one is none
+    monkeypatch.chdir(tmp_path)
+    words = f"--model {model} --dataset vsr --num_samples 100 --output {output}".split()
+    for dry_run in (["--dry_run"], []):
+        monkeypatch.setattr(sys, "argv", ["visualize_alignment.py", *words, *dry_run])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools" / "visualize_alignment.py"), run_name="__main__")
+        assert ended.value.code == 0, capsys.readouterr().err
+        assert output.is_file() != bool(dry_run)
+    lines = capsys.readouterr().out.splitlines()
+    assert f"reads        2 photographs in {config.image_folder}" in lines
+    assert f"test: photographs in {config.image_folder}" in lines
+    assert "2 images of test: 16 world tokens each, 16 image tokens" in lines
 
 
 def test_drawing_is_deterministic(cache: Path, config: Config, tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from records import statement, with_rest
+from records import with_rest
+from study_records import NUM, SEEN, STATEMENTS, run, study
 
 from theworld.evaluation.comparison import Images, difference_values, estimate
-from theworld.evaluation.records import Row, records
+from theworld.evaluation.records import records
 from theworld.evaluation.study_verdict import (
     CONTROL_AS_WELL,
     HELPS,
@@ -20,24 +21,6 @@ from theworld.evaluation.study_verdict import (
     summarise_study,
 )
 
-NUM = 600  # statements, two about each image; the images of the first half are in train
-STATEMENTS = [statement(i, f"{i // 2}.jpg", i % 2, "near" if i % 3 else "left of") for i in range(NUM)]
-SEEN = {f"{i}.jpg" for i in range(NUM // 4)}
-
-
-def run(accuracy: float, seed: int, condition: str = "world") -> list[Row]:
-    """Records with `accuracy`, in which the easy statements are right: those of low number in a fixed order."""
-    difficulty = np.random.default_rng(0).permutation(NUM) / NUM
-    noise = np.random.default_rng([seed, round(1000 * accuracy)]).normal(0, 0.03, NUM)
-    right = accuracy - difficulty + noise
-    logits = np.stack([np.zeros(NUM), right * np.where(np.arange(NUM) % 2, 1, -1)], 1)
-    return records(STATEMENTS, {condition: with_rest(logits)}, SEEN, dataset="vsr_random", split="test")
-
-
-def study(world: float, seeds: int = 3, **others: float) -> dict[str, dict[int, list[Row]]]:
-    accuracies = {"world": world, "prompt": 0.6, "pixels": 0.6, "untrained": 0.6, "noise": 0.6} | others
-    return {arm: {s: run(a, s) for s in range(seeds)} for arm, a in accuracies.items()}
-
 
 @pytest.fixture(scope="module")
 def helpful() -> dict:
@@ -45,7 +28,7 @@ def helpful() -> dict:
     return summarise_study(study(0.7) | {PLAIN: {0: run(0.55, 0, "baseline")}})
 
 
-def outcome(arms: dict[str, dict[int, list[Row]]]) -> tuple[str, str]:
+def outcome(arms: dict[str, dict[int, list]]) -> tuple[str, str]:
     found = summarise_study(arms)["scopes"]["all"]["verdict"]
     return found["kind"], found["sentence"]
 
@@ -110,6 +93,19 @@ def test_two_seeds_give_no_verdict() -> None:
         "No verdict on the test split of VSR random (600 statements about 300 images; 2 seeds)"
     )
     assert "it takes 3 seeds. So far 69.8 % against" in sentence
+
+
+def test_a_study_that_fixed_no_comparison_gives_no_verdict() -> None:
+    verdict = summarise_study(study(0.7), Question(decides=False))["scopes"]["all"]["verdict"]
+    assert verdict["kind"] == NO_VERDICT
+    assert "3 seeds): no comparison was fixed before the study ran. So far 70.1 %" in verdict["sentence"]
+
+
+def test_an_arm_of_another_name_is_not_called_the_video_model() -> None:
+    arms = study(0.7)
+    renamed = {"patch-2": arms["world"], "patch-4": arms["prompt"]}
+    found = summarise_study(renamed, Question("patch-2", "patch-4", ("patch-4",)))["scopes"]["all"]["verdict"]
+    assert found["sentence"].startswith("patch-2 helps beyond patch-4 on the test split")
 
 
 def test_unseen_images_have_their_own_verdict(helpful: dict) -> None:

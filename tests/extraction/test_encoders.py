@@ -172,9 +172,9 @@ def check_message(error: StoreMismatch, root: Path, field: str, changed: Changed
 
 def words(root: Path, field: str, changed: Changed) -> str:
     return (
-        f"{root} holds something else than what is wanted:\n"
+        f"{root} was made with other settings or photographs than those of this run:\n"
         f"  {field}: cached {json.dumps(changed.cached)}, wanted {json.dumps(changed.wanted)}\n"
-        "Use another --cache folder, or change the setting back."
+        "Name another --cache, or change the setting back."
     )
 
 

@@ -194,6 +194,11 @@ def test_statements_about_images_that_were_left_out_are_counted(tmp_path: Path) 
     statements = [Statement(image, "caption", 1, "on", index) for index, image in enumerate(images)]
     with pytest.raises(StoreError, match=r"1 of 3 images that the statements name .* such as lost.jpg"):
         in_cache(statements, rows, tmp_path)
+    other = [Statement(name(1).upper(), "caption", 1, "on", 0)]
+    with pytest.raises(
+        StoreError, match=rf"such as {name(1).upper()} \(it has '{name(1)}', which differs in upper"
+    ):
+        in_cache(other, rows, tmp_path)
     (tmp_path / files.FAILURES).write_text('{"path": "lost.jpg", "reason": "missing"}\n')
     kept, note = in_cache(statements, rows, tmp_path)
     assert [statement.index for statement in kept] == [0, 1, 3]

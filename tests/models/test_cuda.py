@@ -88,7 +88,8 @@ def test_eight_bit_linears_train_nearly_alike(
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no 8-bit products on this GPU")
     own = Gemma(gemma.name, torch.bfloat16, "cuda", "flex_attention")
-    exact, rounded = make_model(own), make_model(own, fp8=True)
+    in_8_bits = Gemma(gemma.name, torch.bfloat16, "cuda", "flex_attention", fp8=True)
+    exact, rounded = make_model(own), make_model(in_8_bits, fp8=True)
     batch = rounded.packer().pack(statements)
     vision, latents = vision_of(own, photographs, batch.images), latents_of(batch.worlds).to("cuda")
     batch = batch.to("cuda")
@@ -117,21 +118,31 @@ def test_eight_bits_take_the_place_of_the_originals(tmp_path: Path) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no 8-bit products on this GPU")
     make_gemma_folder(tmp_path / "gemma", TINY, EMBEDDED_GEMMA, torch.float32, "cpu")
-    own = Gemma(str(tmp_path / "gemma"), torch.bfloat16, "cuda", "flex_attention")
-    model, ids = own.text_model, torch.arange(40, device="cuda")[None]
+    ids = torch.arange(40, device="cuda")[None]
 
-    def hidden() -> torch.Tensor:
+    def load(fp8: bool) -> tuple[Gemma, int]:
+        """A Gemma, and the bytes that it holds of the GPU's memory."""
+        before = torch.cuda.memory_allocated()
+        own = Gemma(str(tmp_path / "gemma"), torch.bfloat16, "cuda", "flex_attention", fp8=fp8)
+        return own, torch.cuda.memory_allocated() - before
+
+    def hidden(own: Gemma) -> torch.Tensor:
         with torch.no_grad():
-            return model(input_ids=ids, use_cache=False).last_hidden_state.float()
+            return own.text_model(input_ids=ids, use_cache=False).last_hidden_state.float()
 
-    exact, everything = hidden(), sum(p.numel() for p in model.parameters())
-    linears = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    make_model(own, fp8=True)
-    assert sum(p.numel() for p in model.parameters()) == everything - linears
-    assert own.qkv == []
-    assert 0 < float((hidden() - exact).norm() / exact.norm()) < 0.2  # transformers' own forward goes on
-    with pytest.raises(ValueError, match="in 8 bits: load a Gemma for each"):
-        make_model(own)
+    (exact, held), (rounded, held_in_8_bits) = load(False), load(True)
+    every = {name: p for name, p in exact.text_model.named_parameters() if not name.endswith("_proj.weight")}
+    assert dict(rounded.text_model.named_parameters()).keys() == every.keys()
+    assert held_in_8_bits < 1.2 * held  # two copies of 8 bits, their scales, and none of 16 beside them
+    # transformers' own forward goes on
+    assert 0 < float((hidden(rounded) - hidden(exact)).norm() / hidden(exact).norm()) < 0.2
+    before = torch.cuda.memory_allocated()
+    first, second = make_model(rounded, fp8=True).decoder, make_model(rounded, fp8=True).decoder
+    assert torch.cuda.memory_allocated() - before < held / 4  # two projections
+    for one, other in zip(first.layers, second.layers, strict=True):
+        assert one.qkv.weight.data_ptr() == other.qkv.weight.data_ptr()
+    with pytest.raises(ValueError, match="fp8 is false, but the linear layers of this Gemma are in 8 bits"):
+        make_model(rounded)
 
 
 def test_bfloat16_latents_are_close_to_float32() -> None:
@@ -157,7 +168,8 @@ def refuses_a_step_that_is_not_finite(trainer: Trainer) -> None:
 
 
 def test_the_three_phases_on_the_gpu(config: Config, tmp_path: Path) -> None:
-    config = replace(config, device="cuda", max_steps=40, learning_rate=3e-3, save_steps=20, eval_steps=40)
+    config = replace(config, device="cuda", max_steps=41, num_epochs=100, learning_rate=3e-3)
+    config = replace(config, save_steps=50, eval_steps=50)
     cache = tmp_path / "cache"
     extract(config, cache, with_vision=True, allow_missing=False)
     assert verify(cache) == []
@@ -173,6 +185,5 @@ def test_the_three_phases_on_the_gpu(config: Config, tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert graphs[-1] == graphs[0] > 0  # the first step compiles for all lengths
     refuses_a_step_that_is_not_finite(trainer)
-    trainer.output_dir.mkdir()
     rows = score(trainer.save(), cache, None, "test", CONDITIONS, {})
     assert len(rows) == 4

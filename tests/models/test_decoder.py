@@ -14,8 +14,9 @@ from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from theworld.data.vsr import Statement
 from theworld.models.attention import attention_masks
-from theworld.models.decoder import Decoder, quantise, to_fp8
-from theworld.models.gemma import Gemma
+from theworld.models.decoder import Decoder
+from theworld.models.fp8 import quantise, to_fp8
+from theworld.models.gemma import Gemma, GemmaParts
 
 
 @pytest.fixture(params=["multimodal", "text-only"])
@@ -166,6 +167,22 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_is_refused() -> None:
+def test_without_a_gpu_it_is_refused_before_weights_load() -> None:
+    for weights in (True, False):
+        with pytest.raises(ValueError, match="fp8 is true, but cpu has no 8-bit products"):
+            Gemma(str(EMBEDDED_GEMMA), fp8=True, weights=weights)
     with pytest.raises(ValueError, match="fp8 is true, but cpu has no 8-bit products: it takes a Hopper GPU"):
         to_fp8(torch.randn(16, 16))
+
+
+def test_a_language_model_that_was_trained_is_not_in_8_bits() -> None:
+    for parts in (("language",), ("lora",)):
+        with pytest.raises(ValueError, match=r"the language model trains or was trained, .*use --no-fp8"):
+            Gemma(str(EMBEDDED_GEMMA), parts=GemmaParts(parts, (), 2), fp8=True)
+
+
+def test_a_model_wants_a_gemma_in_as_many_bits(own_gemma: Gemma) -> None:
+    with pytest.raises(
+        ValueError, match="fp8 is true, but the linear layers of this Gemma are in 16 bits; load"
+    ):
+        make_model(own_gemma, fp8=True)

@@ -437,7 +437,9 @@ def test_a_stage_starts_from_sound_weights_of_the_same_shape_or_not_at_all(
     with pytest.raises(CheckpointError, match=r"vision\.safetensors is damaged"):
         Trainer(replace(settings, init_from=str(second), output_dir=str(tmp_path / "3")), cache)
     (second / "checkpoint.json").unlink()  # as a download has none
-    with pytest.raises(ValueError, match=r"vision\.safetensors: .* has shape nothing; this model wants"):
+    with pytest.raises(
+        ValueError, match=r"vision\.safetensors: .* is missing; this model wants it in the shape"
+    ):
         Trainer(replace(settings, init_from=str(second), output_dir=str(tmp_path / "3")), cache)
     world = json.loads((second / "world.json").read_text())
     world["fingerprint"]["latent_size"] = 32

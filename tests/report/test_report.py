@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import CONTRAST, SMALL, Browser, needs_browser
+from browser import CONTRAST, CUT, OVERFLOW, SMALL, Browser, needs_browser
 from PIL import Image
 
 from theworld.data.vsr import RELATIONS, Statement
@@ -395,24 +395,6 @@ def test_numbers_are_set_as_in_print() -> None:
 
 # ---- in a browser
 
-# Elements beyond the right edge that no scrolling container of their own holds.
-OVERFLOW = """
-[...document.querySelectorAll('body *')].filter(e => {
-  if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
-  for (let p = e.parentElement; p; p = p.parentElement)
-    if (['auto', 'scroll', 'hidden'].includes(getComputedStyle(p).overflowX)) return false;
-  return true;
-}).map(e => e.tagName + ' ' + e.textContent.slice(0, 40))
-"""
-# Verdicts of which a part lies outside their card.
-CUT = """
-[...document.querySelectorAll('.verdict p, .notes li, .others p')].filter(e => {
-  const range = document.createRange();
-  range.selectNodeContents(e);
-  const card = e.closest('.verdict, .notes, section').getBoundingClientRect();
-  return [...range.getClientRects()].some(r => r.left < card.left || r.right > card.right);
-}).map(e => e.textContent)
-"""
 # Headline figures that are broken over lines, in the middle of a word or a number.
 BROKEN = """
 [...document.querySelectorAll('.tiles dd')].filter(e => {

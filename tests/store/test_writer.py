@@ -423,10 +423,10 @@ def test_other_settings_are_a_mismatch_field_by_field(tmp_path: Path) -> None:
         create(tmp_path, size=256, more="x")
     assert caught.value.differences == [("more", "(absent)", "x"), ("size", 512, 256)]
     assert str(caught.value) == (
-        f"{tmp_path} holds something else than what is wanted:\n"
+        f"{tmp_path} was made with other settings or photographs than those of this run:\n"
         '  more: cached (absent), wanted "x"\n'
         "  size: cached 512, wanted 256\n"
-        "Use another --cache folder, or change the setting back."
+        "Name another --cache, or change the setting back."
     )
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # noqa: S301
     with pytest.raises(StoreMismatch, match="shard_size: cached 3, wanted 4"):

@@ -1,6 +1,7 @@
 """What a study fixes before it runs: the file, its faults by field, and that it stays as it was."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def test_a_study_has_a_run_for_each_arm_and_seed_in_whole_seeds(
     write: Any, config: Config, tmp_path: Path
 ) -> None:
     study = read_study(write())
-    assert study.base == config
+    assert study.base == replace(config, standardization="training_images")
     assert study.primary == Primary("world", ["pixels"], margin=1.0, alpha=0.05)
     runs = runs_of(study, tmp_path / "out")
     assert [(run.number, run.name, run.config.world_encoder, run.config.seed) for run in runs] == [

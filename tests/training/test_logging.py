@@ -97,7 +97,7 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_run_and_a_new_one_does_not(
     logged = replace(config, log_to_wandb=True)
     checkpoint = Trainer(logged, cache).run()
     longer = replace(logged, max_steps=6, num_epochs=9, resume_from=config.output_dir)
-    Trainer(longer, cache).run()
+    Trainer(longer, cache, allow_changed=True).run()
     Trainer(replace(logged, output_dir=str(tmp_path / "other")), cache).run()
     assert [run.id for run in wandb.runs] == ["id0", "id0", "id2"]
     assert [line["step"] for line in wandb.runs[1].lines] == [5, 6, 6]
@@ -206,6 +206,7 @@ def test_the_real_wandb_keeps_a_run_and_its_resumption_offline(
                 tmp_path / "settings.json",
                 "--cache",
                 session_cache,
+                "--allow_changed",
             ],
             cwd=ROOT,
             env=environment,

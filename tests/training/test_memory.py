@@ -3,6 +3,7 @@
 How much memory a training takes, by hand.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from theworld.models.projection import ProjectionShape
 from theworld.training import memory as machine
 from theworld.training.memory import (
     PUBLISHED,
+    ROOM,
     Memory,
     Plan,
     Sizes,
@@ -38,7 +40,7 @@ def test_the_guides_run_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept == 2 * tokens * (33 * 37_376 + 2 * 10_240)
     assert training_bytes(replace(Config(), fp8=True), PUBLISHED["4b"])[1] == kept + 2 * tokens * 2 * 10_240
     again = replace(Config(), use_gradient_checkpointing=True)
-    assert training_bytes(again, PUBLISHED["4b"])[1] == 2 * tokens * (34 * 2_560 + 3 * 37_376)
+    assert training_bytes(again, PUBLISHED["4b"])[1] == 2 * tokens * (34 * 2_560 + 2 * 37_376)
     channels = replace(Config(), world_mode="channel")
     assert training_bytes(channels, PUBLISHED["4b"])[1] == 2 * 8 * (16 + 256 + 60) * (33 * 37_376 + 20_480)
 
@@ -46,7 +48,7 @@ def test_the_guides_run_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sizes_are_those_of_the_model(gemma: Gemma, text_gemma_folder: Path) -> None:
     sizes = sizes_of(str(EMBEDDED_GEMMA))
     assert sizes is not None
-    assert replace(sizes, parameters=0) == Sizes(64, 4, 192, 12, 16, 0, 16)
+    assert replace(sizes, parameters=0) == Sizes(64, 4, 192, 12, 16, 0, 16, 4)
     counted = sum(p.numel() for p in gemma.text_model.parameters())
     assert sizes.parameters == pytest.approx(counted, rel=0.01)  # norms are left out
     text = sizes_of(str(text_gemma_folder))
@@ -127,14 +129,38 @@ def test_what_the_projection_keeps_is_counted_by_hand() -> None:
     assert projection_bytes(replace(shape, architecture="linear")) == 4 * 16 * 3 * 64
 
 
-def test_a_run_that_cannot_fit_is_refused_before_it_loads() -> None:
-    memory = Memory(frozen=8 * GIB, trained=64 * GIB, activations=3 * GIB, available=70 * GIB)
+def test_what_is_held_in_every_step_has_to_fit(config: Config, cache: Path) -> None:
+    plan = Plan(config, cache)
+    plan.memory = Memory(frozen=8 * GIB, trained=64 * GIB, activations=3 * GIB, available=70 * GIB)
+    assert str(plan.memory).startswith("memory: about 75.0 of 70.0 GiB: frozen weights 8.0, ")
     with pytest.raises(
-        ValueError, match=r"take 72\.0 GiB, and there are 70\.0: .*--lora_rank 16.*--use_fsdp"
+        ValueError, match=r"on cpu\. memory: about 75\.0 of 70\.0 GiB: .*--lora_rank 16.*--use_fsdp`; to try"
     ):
-        check_memory(memory, sharded=False)
-    check_memory(replace(memory, available=73 * GIB), sharded=False)  # a pass can be made smaller
-    assert str(memory).startswith("memory: about 75.0 of 70.0 GiB: frozen weights 8.0, ")
+        check_memory(plan)
+    plan.memory = replace(plan.memory, available=75 * GIB)
+    check_memory(plan)
+
+
+def test_a_run_that_cannot_fit_is_refused_before_weights_load_and_what_is_proposed_fits(
+    config: Config, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, batch_size=6, gradient_accumulation_steps=1)
+    plan = Plan(config, cache)
+    smaller = replace(config, batch_size=3, gradient_accumulation_steps=2)
+    room = plan.estimate(smaller).total / ROOM + 1
+    assert plan.estimate(smaller).total < room < plan.memory.total
+    monkeypatch.setattr(machine, "room_on", lambda device: room)
+    monkeypatch.setattr(Gemma, "with_weights", lambda gemma: pytest.fail("weights load"))
+    with pytest.raises(ValueError, match=r"this run does not fit on cpu\. memory: about .* GiB: ") as refused:
+        Trainer(config, cache)
+    found = re.search(
+        r"would fit, by the estimate: --batch_size 3 --gradient_accumulation_steps 2, or .*"
+        r"--use_gradient_checkpointing; to try it as it is, add --no-check_memory",
+        str(refused.value),
+    )
+    assert found is not None, refused.value
+    assert Plan(smaller, cache).memory.total <= room
+    assert Plan(replace(config, check_memory=False), cache).memory.total > room
 
 
 def test_available_is_what_this_machine_has(config: Config, cache: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from commands import held_sweep, tool
 from constants import ROOT
 from forks import fork
+from jobs import held
 from runs import metrics
 
 from theworld.config.config import Config
@@ -36,6 +37,7 @@ from theworld.training.sweep import (
 )
 from theworld.training.trainer import Trainer
 from theworld.utils.distributed import Part
+from theworld.utils.locks import InUse
 from theworld.utils.signals import STATUS, StopRequest
 
 
@@ -104,7 +106,11 @@ def test_runs_differ_by_what_they_learn_from_alone(base: Config, tmp_path: Path)
         ([{"colour": 1}], "run 'colour 1': colour is no setting, or one that the sweep decides"),
         ([{"seed": 1}], "seed is no setting, or one that"),
         ([{"name": "a", "world_patch": 0}], "run 'a': world_patch is 0; allowed"),
-        ([{"name": "a b"}, {"name": "a-b"}], "two runs are named 'a b'"),
+        ([{"name": "a"}, {"name": "a"}], "two runs, named 'a', have the folder .*/runs/a-0; give"),
+        (
+            [{"name": "a b"}, {"name": "a-b"}],
+            "two runs, named 'a b' and 'a-b', have the folder .*/runs/a-b-0; give",
+        ),
     ],
 )
 def test_runs_that_cannot_be_are_refused(
@@ -112,6 +118,50 @@ def test_runs_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_runs(base, changes, [0], tmp_path)
+
+
+def test_a_name_of_any_length_and_characters_has_a_folder_and_a_cell_of_the_table(
+    base: Config, tmp_path: Path
+) -> None:
+    long = {
+        "adam_beta2": 0.99,
+        "learning_rate": 0.001,
+        "question_template": "Is this true? {caption} " + "x" * 300,
+    }
+    changes = [
+        {"name": "conv | after"},
+        {"name": "|"},
+        {"name": "…"},
+        {"name": ".."},
+        long,
+        long | {"adam_beta2": 0.9},
+    ]
+    runs = make_runs(base, changes, [0, 2**32 - 1], tmp_path)
+    names = [run.folder.name for run in runs]
+    assert names[::2][:4] == ["conv-after-0", "72a2e324-0", "9ac37f78-0", "a8ca4457-0"]
+    assert len(set(names)) == len(names)
+    for run in runs:
+        assert run.folder.parent == tmp_path / "runs"
+        run.folder.mkdir(parents=True)
+    line = {"seed": 0, "key": "k", "n": 4, "last_loss": 0.5, "left_chance_at": 3}
+    line["correct"] = dict.fromkeys(("world", "baseline", "zero", "shuffled"), 3)
+    row = rank([line | {"name": "conv | after,\nmore"}]).splitlines()[2]
+    assert row.startswith("| conv \\| after, more | 75.0%")
+
+
+def test_a_run_that_another_process_trains_is_left_alone(base: Config, cache: Path, tmp_path: Path) -> None:
+    (run,) = make_runs(base, [{}], [0], tmp_path / "sweep")
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text(
+        "{}\n"
+    )  # without a checkpoint yet: else the run would begin anew
+    with held(run.folder):
+        with pytest.raises(InUse, match=f"--output {run.folder} is in use: process"):
+            run_sweep([run], cache, tmp_path / "sweep")
+        with pytest.raises(InUse):
+            list(plan_sweep([run], cache, tmp_path / "sweep"))
+    assert (run.folder / "metrics.jsonl").read_text() == "{}\n"
+    assert read_results(tmp_path / "sweep") == []
 
 
 def test_a_list_of_runs_is_read_and_anything_else_refused(tmp_path: Path) -> None:

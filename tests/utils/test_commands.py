@@ -81,6 +81,16 @@ def test_a_process_that_is_no_tool_hands_on_nothing(monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_the_file_of_a_study_is_no_settings_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, "tools/study.py --config configs/vsr_study.json --device cpu --cache c")
+    assert extraction(Path("c")) == (
+        "python tools/extract_latents.py --device cpu --config FILE --image_folder FOLDER --cache c"
+    )
+    assert extraction_command(Config(device="cpu"), Path("c")) == (
+        "python tools/extract_latents.py --device cpu --image_folder FOLDER --cache c"
+    )
+
+
 def test_a_command_is_repeated_with_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, "tools/train.py --resume-from=old --cache 'my cache' --no-fp8 --dry_run")
     assert again("--resume_from", "a run", without=["dry_run"]) == (

@@ -15,9 +15,10 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import load_statements, statements_at_hand
+from theworld.models.gemma import Gemma
 from theworld.utils import hub as places
 from theworld.utils.files import check_folder, check_output, check_room, nearest_folder
-from theworld.utils.hub import GEMMA_FILE, VAE_FILE, Fault, locate
+from theworld.utils.hub import GEMMA_FILE, VAE_FILE, Fault, locate, source_of_model
 
 NAME = "someone/gemma"
 DATA = "datasets/cambridgeltl/vsr_random"
@@ -130,6 +131,22 @@ def test_a_licence_has_its_page_as_the_cure(
     assert words in caught.value.hint
 
 
+def test_what_was_downloaded_serves_though_the_hub_refuses_it_now(
+    monkeypatch: pytest.MonkeyPatch, fresh: Path
+) -> None:
+    """Such as with a token that has expired."""
+
+    def refuse(url: str, **options: object) -> None:
+        raise GatedRepoError("no", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(places, "get_hf_file_metadata", refuse)
+    snapshot = downloaded(fresh / "hub", f"models/{NAME}", {"config.json": b"{}"})
+    place = locate(NAME, GEMMA_FILE)
+    assert (place.config, place.offline) == (snapshot / "config.json", True)
+    assert place.words == "downloaded before; the licence is not accepted, or no token is set"
+    assert source_of_model(NAME, GEMMA_FILE) == str(snapshot)
+
+
 def test_an_answer_without_a_rule_is_shown(monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
     def refuse(url: str, **options: object) -> None:
         response = SimpleNamespace(headers={}, request=None)
@@ -159,6 +176,73 @@ def test_a_hub_that_never_answers_is_left(fresh: Path, monkeypatch: pytest.Monke
         thread.start()
         thread.join(60)
     assert [fault.message for fault in caught] == [f"{NAME}: the hub cannot be reached"]
+
+
+def test_a_silent_hub_is_not_asked_again_for_what_was_downloaded(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Libraries that load a model ask for each file, for half a minute; from a folder they do not ask."""
+    snapshot = downloaded(fresh / "hub", f"models/{NAME}", {"config.json": b"{}", "vae/config.json": b"{}"})
+    monkeypatch.setattr(places, "get_hf_file_metadata", _no_answer)
+    assert source_of_model(NAME, GEMMA_FILE) == str(snapshot)
+    assert source_of_model(NAME, VAE_FILE) == str(snapshot)
+    with pytest.raises(
+        Fault, match=r"other/gemma: the hub cannot be reached; check the network, or the name"
+    ):
+        source_of_model("other/gemma", GEMMA_FILE)
+
+
+def _no_answer(url: str, **options: object) -> None:
+    raise RuntimeError("no answer")
+
+
+def test_a_model_offline_loads_from_its_download_and_its_loaders_ask_nobody(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {p.name: p.read_bytes() for p in EMBEDDED_GEMMA.iterdir() if p.is_file()}
+    downloaded(fresh / "hub", f"models/{NAME}", files)
+    monkeypatch.setattr(places, "get_hf_file_metadata", _no_answer)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    asked: list[object] = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address))
+    gemma = Gemma(NAME)
+    assert (gemma.name, gemma.revision, gemma.num_image_tokens) == (NAME, "f" * 40, 16)
+    assert asked == []
+
+
+def test_a_folder_for_downloads_that_cannot_be_written_to_is_no_fault_of_the_network(
+    hub: list[str], fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("theworld.utils.files.os.access", lambda path, mode: False)
+    with pytest.raises(
+        Fault, match=r"someone/gemma cannot be downloaded: HF_HOME .* is not yours .*HF_HOME=FOLDER"
+    ):
+        locate(NAME, GEMMA_FILE)
+
+
+@pytest.mark.parametrize(
+    ("token", "says"),
+    [
+        ("hf_\u200bcanary", "character 4 of 10 is U+200B (ZERO WIDTH SPACE)"),
+        ("hf_can ary", "character 7 of 10 is U+0020 (SPACE)"),
+        ("hf_can\x07ary", "character 7 of 10 is U+0007 (a control character)"),
+        ("\ufeffhf_canary", "character 1 of 10 is U+FEFF (ZERO WIDTH NO-BREAK SPACE)"),
+    ],
+)
+def test_a_token_with_a_hidden_character_is_refused_before_it_is_sent_and_never_shown(
+    token: str, says: str, hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(Fault) as caught:
+        locate(NAME, GEMMA_FILE)
+    assert says in str(caught.value)
+    assert "ary" not in str(caught.value)
+    assert hub == []
+
+
+def test_a_token_with_the_end_of_its_line_is_taken(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_canary\r\n")
+    assert locate(NAME, GEMMA_FILE).words == "on the hub, access granted"
 
 
 # ---- statements

@@ -1,9 +1,13 @@
 """Commands that messages show, pasted back: each works as it stands."""
 
+import os
+import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import flags_of, run_command, shown_commands
@@ -12,6 +16,7 @@ from constants import ROOT
 from theworld.cli.doctor import look_over
 from theworld.config.cli import nearest_flag
 from theworld.config.config import Config, save_config
+from theworld.training import trainer
 from theworld.utils.commands import TOOLS, command
 
 Paste = Callable[[str], tuple[object, str, str]]
@@ -51,6 +56,46 @@ def test_each_phase_says_the_next_and_it_works(folder: Path, config: Config, pas
     assert status == 0
     status, out, _ = paste(only(out))
     assert (status, f"records: {folder / 'run' / 'evaluation'}" in out) == (0, True)
+
+
+def test_a_stopped_training_says_how_to_go_on(
+    folder: Path, config: Config, session_cache: Path, paste: Paste, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_config(replace(config, output_dir=str(folder / "other")), folder / "tiny.json")
+    start = ("--config", folder / "tiny.json", "--cache", session_cache, "--output_dir", folder / "run")
+    real = trainer.append
+
+    def stopping(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "append", stopping)
+        status, out, _ = paste(command("train", *start))
+    assert (status, "stopped as asked: " in out) == (75, True)
+    status, out, _ = paste(only(out))
+    assert (status, f"done: {folder / 'run' / 'checkpoint-4'}" in out) == (0, True)
+
+
+def test_statements_without_dev_and_test_have_a_next_command_that_works(
+    folder: Path, config: Config, paste: Paste
+) -> None:
+    statements = folder / "statements"
+    statements.mkdir()
+    shutil.copy(Path(str(config.annotations)) / "train.jsonl", statements)
+    flags = ("--annotations", statements, "--image_folder", config.image_folder, "--cache", folder / "cache")
+    status, out, _ = paste(command("extract_latents", "--config", folder / "tiny.json", *flags))
+    line = only(out)
+    assert (status, "--no-do_eval" in line) == (0, True)
+    status, out, _ = paste(line)
+    line = only(out)
+    assert (status, line.endswith(" --split train")) == (0, True)
+    assert paste(line)[0] == 0
+    (statements / "train.jsonl").rename(statements / "test.jsonl")  # nothing to train on
+    status, out, _ = paste(
+        command("extract_latents", "--config", folder / "tiny.json", *flags[:-1], folder / "b")
+    )
+    assert (status, shown_commands(out)) == (0, [])
 
 
 def test_a_command_for_a_cache_that_is_not_there_makes_one_that_serves(
@@ -102,19 +147,19 @@ def test_wrong_usage_costs_one_line_with_the_nearest_flag(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags, parser = flags_of(name, monkeypatch)
-    for flag in flags:
-        if len(flag) < 8 or flag.startswith("--no-"):
+    mistakes = (lambda f: f[:-1], str.upper, lambda f: f"{f[:4]}{f[5:]}")  # cut short, shouted, a letter lost
+    long = [flag for flag in flags if len(flag) >= 8 and not flag.startswith("--no-")]
+    for number, flag in enumerate(long):
+        wrong = mistakes[number % len(mistakes)](flag)
+        if wrong in flags:
             continue
-        for wrong in (flag[:-1], flag.upper(), f"{flag[:4]}{flag[5:]}"):  # cut short, shouted, a letter lost
-            if wrong in flags:
-                continue
-            with pytest.raises(SystemExit) as ended:
-                parser.parse_args([wrong, "x"])
-            out, err = capsys.readouterr()
-            assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
-            nearest = err.partition("did you mean ")[2].partition("?")[0]
-            assert nearest in flags
-            assert nearest == ALIASED.get(flag, flag) or nearest.startswith(wrong[:6]), (wrong, nearest)
+        with pytest.raises(SystemExit) as ended:
+            parser.parse_args([wrong, "x"])
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out, err.count("\n")) == (2, "", 1)
+        nearest = err.partition("did you mean ")[2].partition("?")[0]
+        assert nearest in flags
+        assert nearest == ALIASED.get(flag, flag) or nearest.startswith(wrong[:6]), (wrong, nearest)
 
 
 ALIASED = {"--image_dir": "--image_folder", "--image-dir": "--image_folder", "--dataset": "--dataset_name"}

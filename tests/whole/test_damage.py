@@ -157,7 +157,6 @@ def test_training_stops_at_a_flip_and_goes_on_from_its_checkpoint(
     whole = Trainer(replace(config, output_dir=str(tmp_path / "whole")), cache).run()
 
     trainer = Trainer(config, cache)
-    trainer.output_dir.mkdir()
     for _ in range(2):
         trainer.train_step()
     saved = trainer.save()

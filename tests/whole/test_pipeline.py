@@ -164,7 +164,6 @@ def test_features_of_another_vision_tower_are_refused(cache: Path, config: Confi
 def stopped_and_resumed(config: Config, cache: Path, step: int) -> Trainer:
     """What goes on from the checkpoint of a run after `step` steps."""
     trainer = Trainer(config, cache)
-    trainer.output_dir.mkdir()
     while trainer.step < step:
         trainer.train_step()
     return Trainer(replace(config, resume_from=str(trainer.save())), cache)
@@ -399,7 +398,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_what_was_saved(
     cache: Path, config: Config
 ) -> None:
     trainer = Trainer(config, cache)
-    trainer.output_dir.mkdir()
     trainer.train_step()
     before = {name: p.detach().clone() for name, p in trainer.model.trainable().items()}
     saved = trainer.save()
@@ -422,10 +420,14 @@ def test_a_run_does_not_write_over_the_checkpoints_of_another(cache: Path, confi
         Trainer(config, cache)
 
 
-def test_a_resume_on_other_statements_is_refused(cache: Path, config: Config) -> None:
+def test_a_resume_on_other_statements_is_refused(cache: Path, config: Config, tmp_path: Path) -> None:
     last = Trainer(config, cache).run()
+    shorter = tmp_path / "shorter"
+    shutil.copytree(Path(str(config.annotations)), shorter)
+    lines = (shorter / "train.jsonl").read_text().splitlines(keepends=True)
+    (shorter / "train.jsonl").write_text("".join(lines[:5]))
     with pytest.raises(CheckpointError, match="was trained on 6 statements, now there are 5"):
-        Trainer(replace(config, resume_from=str(last), num_samples=5), cache)
+        Trainer(replace(config, resume_from=str(last), annotations=str(shorter)), cache)
 
 
 def test_damaged_checkpoints_are_refused(cache: Path, config: Config) -> None:

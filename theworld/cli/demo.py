@@ -7,7 +7,6 @@ python -m theworld.demo         anywhere, once the package is installed
 import json
 import logging
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -25,8 +24,10 @@ from theworld.data.scenes import write_scenes
 from theworld.evaluation.conditions import CONDITIONS, LABELS
 from theworld.utils.commands import command
 from theworld.utils.console import loading, rehearse, run_tool
-from theworld.utils.files import check_folder, check_room
+from theworld.utils.files import check_folder, check_room, naming
 from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
+from theworld.utils.locks import NAME as LOCK
+from theworld.utils.locks import OutputLock, check_unlocked, empty_folder
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def run_demo(
     from theworld.training.trainer import Trainer
 
     start = time.perf_counter()
-    _make_room(output)
+    check_demo(output)
+    lock = _make_room(output)
     logger.info("1/4 drawing scenes (seed %d)", seed)
     write_scenes(output / "scenes", num_scenes or NUM_SCENES, seed=seed)
     config = _settings(config_path, output, seed)
@@ -84,6 +86,7 @@ def run_demo(
     logger.info("pictures: %s, %s; report: %s", output / "result.png", output / "scenes.png", page)
     result = _result(summary) | {"seconds": round(time.perf_counter() - start, 1)}
     (output / MARKER).write_text(json.dumps(result) + "\n")
+    lock.release()
     return result
 
 
@@ -113,9 +116,9 @@ def plan_demo(config_path: Path, output: Path, seed: int) -> Iterator[str]:
     config = load_config(config_path)
     for name, file in (("gemma", GEMMA_FILE), ("vae", VAE_FILE)):
         yield f"uses         {EMBEDDED / name}: {locate(str(EMBEDDED / name), file).words}"
+    free = check_demo(output)
     removes = ", after the output of an earlier demo there is removed" if _holds_a_demo(output) else ""
-    check_folder(output, "--output")
-    free = check_room(output, ROOM, "--output")
+    check_unlocked(output, "--output")
     counts = ", ".join(f"{count:,} {split}" for split, count in NUM_SCENES.items())
     yield f"draws        scenes with seed {seed}: {counts}"
     steps = config.align_steps + config.statement_steps + (config.max_steps or 0)
@@ -123,22 +126,31 @@ def plan_demo(config_path: Path, output: Path, seed: int) -> Iterator[str]:
     yield f"writes       {output}: about {ROOM / 2**20:.0f} MiB{removes} ({free / 2**30:,.1f} GiB free)"
 
 
+def check_demo(output: Path) -> int:
+    """Return the bytes that are free for a demo's output. Raises ValueError or OSError if it cannot be written."""
+    _holds_a_demo(output)
+    check_folder(output, "--output")
+    return check_room(output, ROOM, "--output")
+
+
 def _holds_a_demo(output: Path) -> bool:
     """Return whether the output of an earlier demo is there. Raises ValueError for a folder with anything else."""
-    if not output.is_dir() or not any(output.iterdir()):
+    if not output.is_dir() or not any(path.name != LOCK for path in output.iterdir()):
         return False
     if not (output / MARKER).is_file():
         raise ValueError(f"{output} holds files that no demo wrote; give another --output or move them away")
     return True
 
 
-def _make_room(output: Path) -> None:
-    check_folder(output, "--output")
-    if _holds_a_demo(output):
+def _make_room(output: Path) -> OutputLock:
+    """Return the lock of an empty folder. Raises ValueError or OSError if it is not a demo's to use."""
+    earlier = _holds_a_demo(output)
+    lock = OutputLock(output, "--output")
+    if earlier:
         logger.info("removing the output of an earlier demo in %s", output)
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
+        empty_folder(output)
     (output / MARKER).write_text("{}\n")
+    return lock
 
 
 def _pyplot() -> Any:
@@ -180,7 +192,8 @@ def draw_result(summary: dict[str, Any], metrics: Path, path: Path) -> None:
     right.set_title(f"{summary['statements']:,} statements about held-out scenes")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 
@@ -201,7 +214,8 @@ def draw_scenes(rows: list[dict[str, Any]], images: Path, path: Path, count: int
         )
         axis.set_xticks([])
         axis.set_yticks([])
-    figure.savefig(path, dpi=150)
+    with naming(path):
+        figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
 

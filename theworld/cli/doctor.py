@@ -18,15 +18,17 @@ from theworld.data.vsr import Statement, images_of, load_all, statements_at_hand
 from theworld.extraction.extract import photographs_command
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
+from theworld.models.fp8 import FP8_CAPABILITY
 from theworld.models.gemma import is_multimodal
 from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import checkpoint_step, list_checkpoints
 from theworld.store.format import VISION, read_failures, read_manifest
 from theworld.store.reader import StoreReader, verify_store
 from theworld.training.checkpoint import latest_valid_checkpoint
-from theworld.training.memory import FP8_CAPABILITY, sizes_of, training_bytes
+from theworld.training.memory import sizes_of, training_bytes
 from theworld.utils.commands import flags
 from theworld.utils.device import GIB, memory_of, resolve_device
+from theworld.utils.errors import explain
 from theworld.utils.files import check_folder, check_room, free_bytes
 from theworld.utils.hub import GEMMA_FILE, Fault, file_at_hand, locate
 
@@ -69,7 +71,7 @@ def look_over(config: Config, cache: Path) -> list[Finding]:
             "vision",
             lambda: _vision(cache, extraction_command(config, cache, "--gemma_vision"), config, statements),
         ),
-        ("compared", lambda: _compared(config, cache / _world(config).name)),
+        ("compared", lambda: _compared(config, cache)),
         ("output_dir", lambda: _output(config)),
     ]
     found: list[Finding] = []
@@ -79,7 +81,7 @@ def look_over(config: Config, cache: Path) -> list[Finding]:
         except Fault as fault:
             found.append(_once(found, Finding(topic, FAULT, fault.message, fault.hint)))
         except (ValueError, OSError) as error:
-            found.append(_once(found, Finding(topic, FAULT, str(error))))
+            found.append(_once(found, Finding(topic, FAULT, explain(error, "doctor") or str(error))))
     return found
 
 

@@ -15,16 +15,17 @@ from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import NotDownloaded, Statement, images_of, split_at_hand, statements_at_hand
-from theworld.evaluation.alignment import chosen_images, vision_to_compare
+from theworld.evaluation.alignment import chosen_images, photographs_of, vision_to_compare
 from theworld.evaluation.predict import possible_conditions, shuffled_images
 from theworld.evaluation.records import read_jsonl
-from theworld.evaluation.score import NOT_ALONE, default_output, held_out, short_names
+from theworld.evaluation.score import NOT_ALONE, check_results, default_output, held_out, short_names
 from theworld.extraction.encoders import specs_to_extract
-from theworld.extraction.extract import amount, check_models, check_readable, source_of
+from theworld.extraction.extract import amount, check_models, check_readable, check_start
 from theworld.extraction.features import cached_vision, in_cache, latents_for
 from theworld.extraction.reading import Source
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec, NotYetKnown
+from theworld.models.fp8 import check_fp8
 from theworld.models.gemma import is_multimodal
 from theworld.models.inference import check_alone
 from theworld.models.projection import ProjectionShape
@@ -41,8 +42,9 @@ from theworld.store.format import (
 from theworld.utils.console import line
 from theworld.utils.device import resolve_device, resolve_dtype, wants_compile
 from theworld.utils.distributed import Part, num_launched
-from theworld.utils.files import check_folder, check_output, companion
+from theworld.utils.files import check_output, companion
 from theworld.utils.hub import GEMMA_FILE, locate
+from theworld.utils.locks import check_unlocked
 
 Split = dict[str, list[Statement]]
 
@@ -55,7 +57,7 @@ def extraction(
 ) -> Iterator[str]:
     """Yield what `theworld.extraction.extract.extract` would do with the same arguments."""
     part = part or Part(count=num_launched())
-    source = source_of(config, part)
+    source = check_start(config, cache, part)
     splits = statements_at_hand(config.annotations, config.dataset_name)
     names, said = _photographs(config, splits, source, allow_missing)
     yield from said
@@ -67,7 +69,6 @@ def extraction(
         if spec.weights is not None:
             place = locate(spec.weights.model, spec.weights.file)
             yield line("model", f"{spec.weights.topic}, {spec.weights.model}: {place.words}")
-        check_folder(cache, "--cache")
         yield from store_lines(spec, cache / spec.name, config, names, splits is not None, part)
 
 
@@ -150,16 +151,16 @@ def evaluation(
     checkpoints = dict(zip(short_names(models, [one.folder for one in found]), found, strict=True))
     saved = []
     for checkpoint in found:
-        saved.append((yield from _saved_model(checkpoint, overrides)))
+        saved.append((checkpoint, *(yield from _saved_model(checkpoint, overrides))))
     try:
         given = (split, overrides, train_annotations, allow_trained, split_at_hand)
         data = held_out(checkpoints, *given, cache, image_folder)
     except NotDownloaded as error:
         yield line("statements", f"{split} of {error}, from the hub when the run starts; not counted here")
         data = None
-    for config, world, sees in saved:
+    for checkpoint, config, world, sees in saved:
         statements = yield from _reads(
-            config, world, sees, cache, image_folder, [] if data is None else data.statements
+            checkpoint, config, world, sees, cache, image_folder, [] if data is None else data.statements
         )
         asked = possible_conditions(conditions, sees, config)
         if "shuffled" in asked and statements:
@@ -173,7 +174,8 @@ def evaluation(
         yield line("trained on", f"{'; '.join(data.trained_on.values())}, {shows}")
     name = "the data" if data is None else data.dataset  # which counting will tell
     path = output or default_output(found, name, split)
-    replaces = check_output(path)
+    replaces = check_results(path)
+    check_unlocked(path, "--output", is_file=True)
     yield line(
         "writes",
         f"{path}, {len(statements):,} lines{replaces}, and {companion(path, '.summary.json', '.jsonl')}",
@@ -181,6 +183,7 @@ def evaluation(
 
 
 def _reads(
+    saved: SavedModel,
     config: Config,
     world: dict[str, Any],
     sees: bool,
@@ -204,7 +207,7 @@ def _reads(
         trained, alone = world["fingerprint"], replace(config, num_world_steps=0)
         spec = world_encoder.describe(alone, trained)
         if spec.weights is not None:
-            place = locate(spec.weights.model, spec.weights.file)
+            place = saved.locate(alone, spec.weights.model, spec.weights.file)
             yield line(spec.weights.topic, f"{spec.weights.model}: {place.words}")
         spec.check_serves(trained)
     if photographs is not None:
@@ -224,19 +227,33 @@ def recomputation(records: Path) -> Iterator[str]:
 
 
 def alignment(
-    model_name: Path, cache: Path, split: str, num_samples: int, output: Path, overrides: dict[str, Any]
+    model_name: Path,
+    cache: Path | None,
+    split: str,
+    num_samples: int,
+    output: Path,
+    overrides: dict[str, Any],
 ) -> Iterator[str]:
     """Yield what `theworld.evaluation.alignment.align` would do with the same arguments, and the files it writes."""
-    config, world, sees = yield from _saved_model(SavedModel.open_folder(model_name), overrides)
-    statements, note = _cached(cache, config, world, (yield from _split(config, split)))
-    if sees:
-        vision_to_compare(config, cache, world["parts"])
-    count = len(chosen_images(statements, split, num_samples)) if statements else num_samples
-    yield line("reads", f"{count:,} images of {split} ({note}), from {cache}")
+    saved = SavedModel.open_folder(model_name)
+    config, world, sees = yield from _saved_model(saved, overrides)
+    statements = yield from _split(config, split)
+    if cache is None:
+        folder = photographs_of(config)
+        chosen = chosen_images(statements, split, num_samples) if statements else []
+        chosen_statements = [s for s in statements if s.image in chosen]
+        yield from _reads(saved, config, world, sees, None, folder, chosen_statements)
+    else:
+        statements, note = _cached(cache, config, world, statements)
+        if sees:
+            vision_to_compare(config, cache, world["parts"])
+        count = len(chosen_images(statements, split, num_samples)) if statements else num_samples
+        yield line("reads", f"{count:,} images of {split} ({note}), from {cache}")
     tokens = ProjectionShape.from_dict(world["projection"]).num_tokens
     yield line("measures", f"{tokens:,} world tokens of each, untrained and trained")
-    replaces = check_output(output)
-    yield line("writes", f"{output}{replaces} and {companion(output, '.json', '.png')}")
+    figures = companion(output, ".json", ".png")
+    check_output(figures)
+    yield line("writes", f"{output}{check_output(output)} and {figures}")
 
 
 def _saved_model(
@@ -245,8 +262,10 @@ def _saved_model(
     """Yield lines about a saved model; return its settings, world.json and whether its Gemma sees photographs."""
     config, world = saved.config(overrides), saved.world
     device = resolve_device(config.device)
+    if config.fp8:
+        check_fp8(device)
     yield line("projection", f"{saved.folder}, for {world['model_name']}")
-    gemma = locate(config.model_name, GEMMA_FILE)
+    gemma = saved.locate(config, config.model_name, GEMMA_FILE)
     yield line(
         "Gemma", f"{config.model_name}: {gemma.words}; {device}, {resolve_dtype(config.dtype, device)}"
     )

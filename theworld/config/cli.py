@@ -247,6 +247,20 @@ def _split(text: str) -> str:
     return split
 
 
+def add_gemma(parser: argparse.ArgumentParser) -> None:
+    """Add `--gemma`, which `checkpoint_overrides` makes the setting `model_name`."""
+    text = "Gemma that the model was trained for, where it is now: a name on the hub or a local folder."
+    parser.add_argument(
+        "--gemma", type=expanded, metavar="NAME", help=f"{text} (default: the one of the checkpoint)"
+    )
+
+
+def checkpoint_overrides(arguments: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that were given as flags, to go on top of a checkpoint's: `keys`, and `--gemma`."""
+    given = {key: value for key, value in vars(arguments).items() if key in keys}
+    return given | ({"model_name": arguments.gemma} if arguments.gemma else {})
+
+
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """Add `--dry_run`; `theworld.utils.console.rehearse` prints the plan."""
     text = (
@@ -255,13 +269,14 @@ def add_dry_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry_run", action="store_true", help=text)
 
 
-def config_from_arguments(arguments: argparse.Namespace) -> Config:
-    """Return the settings of `--config` with the given flags on top. Raises as `load_config` does."""
+def config_from_arguments(arguments: argparse.Namespace, base: Config | None = None) -> Config:
+    """Return the settings of `--config` with the given flags on top; the others are those of `base`, by default the
+    defaults. Raises as `load_config` does."""
     given = {key: value for key, value in vars(arguments).items() if key in FIELDS or key in RENAMED}
     file = getattr(arguments, "config", None)
     if file is not None and not Path(file).exists():
         raise FileNotFoundError(f"--config {file}: no such file")
-    return load_config(file, given)
+    return load_config(file, given, base)
 
 
 def extraction_command(config: Config, cache: str | Path, *words: object) -> str:
@@ -271,7 +286,7 @@ def extraction_command(config: Config, cache: str | Path, *words: object) -> str
     A process that was given --config carries its own flags over; else all settings that are not the defaults are flags.
     """
     unknown = [] if config.image_folder else ["--image_folder", commands.PLACEHOLDER]
-    if commands.was_given("config"):
+    if commands.has_settings_file():
         return commands.following("extract_latents", *unknown, "--cache", cache, *words)
     own = settings_as_flags(config, commands.SETTINGS["extract_latents"])
     return commands.command("extract_latents", *own, *unknown, "--cache", cache, *words)

@@ -18,13 +18,15 @@ from theworld.utils.text import flaw
 WANTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
 
 
-def setting(default: Any, help: str, **rules: Any) -> Any:
+def setting(default: Any, help: str, *, defines_run: bool, **rules: Any) -> Any:
     """Return a dataclass field with a help text and rules.
 
+    `defines_run`: whether another value changes what a run learns, so that a run that is resumed keeps its own. It is
+    false for the place of something whose content is compared instead, such as the statements.
     Rules: `at_least`, `above` and `below` bound a number; `filled` refuses an empty string; `path` (a local path, or a
     hub name) is `filled` and expands a leading `~`. The choices of a setting are the `Literal` of its annotation.
     """
-    return dataclasses.field(default=default, metadata={"help": help, **rules})
+    return dataclasses.field(default=default, metadata={"help": help, "defines_run": defines_run, **rules})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Setting:
     choices: tuple[str, ...]  # empty: any value of the type
     default: Any
     help: str
+    defines_run: bool  # see `setting`
     rules: dict[str, Any]
 
     @property
@@ -113,9 +116,8 @@ def settings_of(cls: Any) -> dict[str, Setting]:
     for field in dataclasses.fields(cls):
         rules = dict(field.metadata)
         kind, optional, choices = _resolve(hints[field.name])
-        found[field.name] = Setting(
-            field.name, kind, optional, choices, field.default, rules.pop("help"), rules
-        )
+        own = rules.pop("help"), rules.pop("defines_run"), rules
+        found[field.name] = Setting(field.name, kind, optional, choices, field.default, *own)
     return found
 
 

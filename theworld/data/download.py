@@ -531,6 +531,12 @@ def get_images(
     """
     splits = load_all(config.annotations, config.dataset_name)
     links = image_links(statement for statements in splits.values() for statement in statements)
+    check_folder(output, "--output")
+    if not coco:
+        check_hosts(allowed_hosts)
+        missing = missing_photographs(list(links), output)
+        allowed = sum(_is_allowed(links[name], allowed_hosts) for name in missing)
+        check_room(output, allowed * MEAN_BYTES, "--output")
     stop = threading.Event()
     save: Save
     if coco:

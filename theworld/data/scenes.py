@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from theworld.utils.files import naming
+
 SPLITS = ("train", "dev", "test")
 # Strong, well separated hues. A statement names a thing by colour and shape.
 COLOURS = {"red": (214, 40, 46), "green": (36, 148, 66), "blue": (38, 84, 206), "yellow": (246, 196, 28)}
@@ -187,7 +189,8 @@ def write_scenes(folder: Path, sizes: dict[str, int], seed: int = 0, num_stateme
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, num_scenes in sizes.items():
-        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+        path = folder / f"{split}.jsonl"
+        with naming(path), open(path, "w", encoding="utf-8") as file:
             for index in range(num_scenes):
                 scene = make_scene(seed, split, index)
                 image = f"scene-{split}-{index:06d}.png"

@@ -7,6 +7,7 @@ the same files, with the fields image, statement and label on each line.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -18,7 +19,8 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from theworld.config.fields import shown
-from theworld.utils.hub import Fault, ask_hub
+from theworld.utils.errors import reason_of
+from theworld.utils.hub import Fault, ask_hub, check_download_folder
 from theworld.utils.jsonc import json_lines
 from theworld.utils.text import flaw, is_filled, is_text
 
@@ -134,6 +136,19 @@ def load_all(annotations: str | Path | None, dataset_name: str = "vsr") -> dict[
     return found
 
 
+def splits_there(annotations: str | Path | None, dataset_name: str = "vsr") -> list[str]:
+    """Return the splits that `load_all` would read, without reading them."""
+    splits = ["train", "dev", "test"]
+    if annotations is None or Path(annotations).is_file():
+        return splits
+    found = []
+    for split in splits:
+        with contextlib.suppress(FileNotFoundError):
+            _split_file(Path(annotations), split, dataset_name)
+            found.append(split)
+    return found
+
+
 def _split_file(path: Path, split: str, dataset_name: str) -> Path:
     """Return the file that holds a split."""
     names = [f"{name}.jsonl" for name in SPLITS[split]]
@@ -166,11 +181,31 @@ def load_hub_statements(repository: str, split: str) -> list[Statement]:
     # Named files: by itself `datasets` would guess the splits and call dev "validation".
     file = f"{SPLITS[split][0]}.jsonl"
     try:
+        if not Path(repository).is_dir():
+            held = _held_offline(repository, file)
+            if held is not None:
+                return _read_statements(held)
         rows = load_dataset(repository, data_files={"rows": file}, split="rows")
     except OSError as error:
         hint = "check the network, or set annotations to a folder with the JSONL files"
-        raise OSError(f"cannot load {file} of {repository}: {error}; {hint}") from error
+        raise OSError(f"cannot load {file} of {repository}: {reason_of(error)}; {hint}") from error
     return [_statement(row, index, f"{repository}/{file}:{index + 1}") for index, row in enumerate(rows)]
+
+
+def _held_offline(repository: str, file: str) -> Path | None:
+    """Return a file of a data set that was downloaded before, if the hub cannot be asked; None if it can.
+
+    `datasets` itself would ask for half a minute. Raises OSError without an answer and without a download.
+    """
+    try:
+        ask_hub(repository, file, "dataset")
+    except OSError:
+        held = try_to_load_from_cache(repository, file, repo_type="dataset")
+        if not isinstance(held, str):
+            raise
+        return Path(held)
+    check_download_folder(repository)
+    return None
 
 
 def _read_statements(path: Path) -> list[Statement]:

@@ -32,6 +32,7 @@ from torch import Tensor
 from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.data.vsr import Statement, images_of, load_statements
+from theworld.evaluation.score import from_photographs
 from theworld.extraction.batches import FeatureSource
 from theworld.extraction.features import CachedFeatures, cached_vision, in_cache, latents_for, vision_source
 from theworld.models.gemma import Gemma
@@ -39,6 +40,7 @@ from theworld.models.projection import ProjectionShape, WorldProjection
 from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.utils.device import set_up_torch
+from theworld.utils.files import naming
 
 logger = logging.getLogger(__name__)
 
@@ -122,12 +124,18 @@ class Measured:
 
 
 def align(
-    checkpoint: Path | SavedModel, cache: Path, split: str, num_samples: int, overrides: dict[str, Any]
+    checkpoint: Path | SavedModel,
+    cache: Path | None,
+    split: str,
+    num_samples: int,
+    overrides: dict[str, Any],
 ) -> tuple[dict[str, Measured], dict[str, Any]]:
     """Measure the projection of a checkpoint, "trained", and one as its run started with, "untrained".
 
-    Returns the measurements of both, and all figures as JSON. Raises ValueError for fewer than two images and for a
-    cache without vision features, StoreMismatch for a cache that was made with other settings than the checkpoint's.
+    Without a `cache` the photographs of image_folder are encoded. Returns the measurements of both, and all figures as
+    JSON. Raises ValueError for fewer than two images, for a cache without vision features, and without a cache as
+    `photographs_of` does; ImageError for a photograph that cannot be read; StoreMismatch for a cache that was made with
+    other settings than the checkpoint's.
     """
     # Gemma's layers are not computed, so they need no copy in 8 bits.
     saved = SavedModel.open_folder(checkpoint)
@@ -157,20 +165,38 @@ def align(
     return measured, result
 
 
-def load_sample(model: TheWorld, cache: Path, split: str, num_samples: int) -> Sample:
-    """Return `num_samples` images of the split (or all of them) from the cache, the same at every call.
+def load_sample(model: TheWorld, cache: Path | None, split: str, num_samples: int) -> Sample:
+    """Return `num_samples` images of the split (or all of them), from the cache or else from their photographs.
 
-    Raises the errors of `align`.
+    They are the same at every call. Raises the errors of `align`.
     """
     config = model.config
-    latents = latents_for(model.fingerprint, config, cache)
-    statements = load_statements(config.annotations, split, config.dataset_name)
-    statements, note = in_cache(statements, latents, cache)
-    logger.info("%s: %s", split, note)
+    latents: FeatureSource
+    if cache is None:
+        folder = photographs_of(config)
+        latents, vision = from_photographs(model, folder)
+        statements = load_statements(config.annotations, split, config.dataset_name)
+        logger.info("%s: photographs in %s", split, folder)
+    else:
+        latents = cached = latents_for(model.fingerprint, config, cache)
+        statements = load_statements(config.annotations, split, config.dataset_name)
+        statements, note = in_cache(statements, cached, cache)
+        logger.info("%s: %s", split, note)
+        vision = _vision(model, cache) if model.gemma.is_multimodal else None
     images = chosen_images(statements, split, num_samples)
-    image = _image_tokens(model, cache, images) if model.gemma.is_multimodal else None
+    image = None if vision is None else ImageTokens(model.gemma, vision, images)
     text, text_of = _text_tokens(model.gemma, statements, images)
     return Sample(images, latents(images), image, text, text_of)
+
+
+def photographs_of(config: Config) -> Path:
+    """Return the folder of the photographs. Raises ValueError if none is set, or none is there."""
+    if config.image_folder is None:
+        raise ValueError("neither a cache nor photographs: give --cache, or --image_folder")
+    folder = Path(config.image_folder)
+    if not folder.is_dir():
+        raise ValueError(f"image_folder {folder}: not a folder; give --cache, or --image_folder")
+    return folder
 
 
 def chosen_images(statements: Sequence[Statement], split: str, num_samples: int) -> list[str]:
@@ -198,11 +224,9 @@ def vision_to_compare(config: Config, cache: Path, changed: Sequence[str]) -> Ca
     return cached
 
 
-def _image_tokens(model: TheWorld, cache: Path, images: Sequence[str]) -> ImageTokens:
+def _vision(model: TheWorld, cache: Path) -> FeatureSource | None:
     cached = vision_to_compare(model.config, cache, model.gemma.modified_parts)
-    vision = vision_source(model.gemma, model.config, cached, cache=cache)
-    assert vision is not None
-    return ImageTokens(model.gemma, vision, images)
+    return vision_source(model.gemma, model.config, cached, cache=cache)
 
 
 @torch.no_grad()
@@ -416,7 +440,8 @@ def draw(measured: dict[str, Measured], result: dict[str, Any], path: Path) -> N
         fontsize=15,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
 
 
 def draw_tokens(left: Axes, right: Axes, measured: Measured, name: str) -> None:

@@ -50,6 +50,7 @@ from theworld.utils.device import count_parameters, set_up_torch
 from theworld.utils.files import canonical_sha256, check_output, companion, hash_file
 from theworld.utils.hub import model_id
 from theworld.utils.jsonc import read_json_with_comments
+from theworld.utils.locks import OutputLock
 from theworld.utils.text import same_words
 
 logger = logging.getLogger(__name__)
@@ -357,6 +358,14 @@ def default_output(checkpoints: Sequence[SavedModel], dataset: str, split: str) 
     return saved.run / "evaluation" / f"{saved.folder.name}-{dataset.replace(' ', '-')}-{split}.jsonl"
 
 
+def check_results(path: Path) -> str:
+    """Return " (replaces the one there)" or nothing. Raises OSError if records, or what goes beside them, could not be
+    written."""
+    for suffix in (".meta.json", ".summary.json"):
+        check_output(companion(path, suffix, ".jsonl"))
+    return check_output(path)
+
+
 # ---- scoring
 
 NOT_ALONE = "photographs alone, --image_folder, are not enough"
@@ -402,9 +411,10 @@ def score_to_file(
     given = (split, overrides, train_annotations, allow_trained)
     data = held_out(checkpoints, *given, cache=cache, image_folder=image_folder)
     output = output or default_output(found, data.dataset, split)
-    check_output(output)
-    rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
-    return output, write_results(rows, source, output, command)
+    check_results(output)
+    with OutputLock(output, "--output", is_file=True):
+        rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
+        return output, write_results(rows, source, output, command)
 
 
 @dataclass
@@ -474,7 +484,7 @@ def score_all(
             plain = load_gemma(config, revision=world["model_revision"])
             model = TheWorld.from_config(config, plain, fingerprint)
             answers.add(model, name, {"baseline": "baseline"})
-        if not (model.gemma.modified_parts or model.config.fp8):  # 8 bits take the place of its weights
+        if not model.gemma.modified_parts:
             gemma, loaded = model.gemma, keys[name]
         del model  # before the next is loaded
     # Shared conditions first.
@@ -506,7 +516,7 @@ def _sources(
     if cache is not None:
         return _from_cache(model, cache, statements)
     assert image_folder is not None
-    return *_from_photographs(model, model.config, image_folder), statements
+    return *from_photographs(model, image_folder), statements
 
 
 def _from_cache(
@@ -522,10 +532,13 @@ def _from_cache(
     return latents, vision, statements
 
 
-def _from_photographs(
-    model: TheWorld, config: Config, folder: Path
-) -> tuple[FeatureSource, FeatureSource | None]:
+def from_photographs(model: TheWorld, folder: Path) -> tuple[FeatureSource, FeatureSource | None]:
+    """Return latents and vision features of a model, the latter None for a text-only Gemma, from photographs alone.
+
+    Raises ValueError for a model that needs more than them, such as predicted frames.
+    """
     model.check_alone(NOT_ALONE)
+    config = model.config
     pixels, links = config.max_image_pixels, config.follow_links
     latents = OnTheFlyLatents(model.encoder, folder, pixels, links)
     if not model.gemma.is_multimodal:

@@ -38,6 +38,7 @@ from theworld.evaluation.verdict import points
 Arms = Mapping[str, Mapping[int, Sequence[Row]]]  # arm -> seed -> records of the same statements
 Runs = dict[str, np.ndarray]  # arm -> margins, float64[S, N]
 
+WORLD = "world"  # the arm whose world tokens are made of the video model's latents
 PLAIN = "plain"  # the arm of Gemma as it was published: one run, without seeds, its answers under "baseline"
 LEAST_SEEDS = 3  # of a verdict
 HELPS, CONTROL_AS_WELL, NO_DIFFERENCE, WORSE, NO_VERDICT = (
@@ -48,7 +49,7 @@ HELPS, CONTROL_AS_WELL, NO_DIFFERENCE, WORSE, NO_VERDICT = (
     "no verdict",
 )
 ARM_WORDS = {
-    "world": "the video model's latents",
+    WORLD: "the video model's latents",
     "prompt": "training alone",
     "pixels": "the picture's own pixels",
     "untrained": "an untrained encoder",
@@ -62,14 +63,18 @@ METRIC_WORDS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"
 
 @dataclass(frozen=True)
 class Question:
-    """What a study fixes before it runs. `margin` is the largest difference, as a share, that counts as equal."""
+    """What a study fixes before it runs. `margin` is the largest difference, as a share, that counts as equal.
 
-    world: str = "world"
+    A study that explores fixes no comparison: `decides` is False, and it has figures and no verdict.
+    """
+
+    world: str = WORLD
     reference: str = "prompt"  # the arm that has all of the training and nothing of the picture
     controls: tuple[str, ...] = ("prompt", "pixels", "untrained", "noise")  # each has to be beaten
     metric: str = "accuracy"
     alpha: float = ALPHA
     margin: float = 0.01
+    decides: bool = True
 
     def __post_init__(self) -> None:
         if self.reference not in self.controls:
@@ -327,11 +332,14 @@ def verdict_on_scope(
     reference = tests[question.reference]
     against = {control: _against(scope, control, question) for control in question.controls}
     notes = _notes(scope, question)
-    if len(seeds) < LEAST_SEEDS:
+    if not question.decides or len(seeds) < LEAST_SEEDS:
+        lacks = (
+            f"it takes {LEAST_SEEDS} seeds"
+            if question.decides
+            else "no comparison was fixed before the study ran"
+        )
         return StudyVerdict(
-            NO_VERDICT,
-            f"No verdict {place}: it takes {LEAST_SEEDS} seeds. So far {against[question.reference]}.",
-            tuple(notes),
+            NO_VERDICT, f"No verdict {place}: {lacks}. So far {against[question.reference]}.", tuple(notes)
         )
     if reference["high"] < 0:
         return StudyVerdict(WORSE, f"Worse {place}: {against[question.reference]}.", tuple(notes))
@@ -351,15 +359,17 @@ def verdict_on_scope(
     beaten = [control for control in question.controls if control not in unbeaten]
     if unbeaten:
         said = "; ".join(f"{against[control]}, {_as_well(tests[control], question)}" for control in unbeaten)
-        beyond = f"World tokens help beyond {_listed([arm_words(c) for c in beaten])}"
+        subject = "World tokens help" if question.world == WORLD else f"{question.world} helps"
+        beyond = f"{subject} beyond {_listed([arm_words(c) for c in beaten])}"
         return StudyVerdict(
             CONTROL_AS_WELL,
             f"{beyond}, but not beyond {_listed([arm_words(c) for c in unbeaten])}, {place}: {said}.",
             (*(f"{against[c][0].upper()}{against[c][1:]}." for c in beaten), *notes),
         )
+    subject = "The video model" if question.world == WORLD else question.world
     return StudyVerdict(
         HELPS,
-        f"The video model helps beyond {_listed([arm_words(c) for c in question.controls])} {place}: "
+        f"{subject} helps beyond {_listed([arm_words(c) for c in question.controls])} {place}: "
         f"{'; '.join(against.values())}.",
         tuple(notes),
     )

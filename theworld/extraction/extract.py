@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from theworld.config.cli import settings_as_flags
 from theworld.config.config import Config
@@ -51,9 +50,17 @@ from theworld.store.verify import Problem, examine
 from theworld.store.writer import Store
 from theworld.utils.commands import PLACEHOLDER, SETTINGS, command, extraction
 from theworld.utils.console import duration, progress
-from theworld.utils.device import resolve_device
+from theworld.utils.device import current_device, resolve_device
 from theworld.utils.distributed import Part, this_part
-from theworld.utils.files import FAILURES, StoreError, check_room, free_bytes, make_folder, write_failures
+from theworld.utils.files import (
+    FAILURES,
+    StoreError,
+    check_folder,
+    check_room,
+    free_bytes,
+    make_folder,
+    write_failures,
+)
 from theworld.utils.hub import locate
 
 logger = logging.getLogger(__name__)
@@ -212,11 +219,9 @@ def extract(
     spool = Spool(Square(config.latent_size))
 
     def check_and_list() -> list[ImageEntry]:
-        source = source_of(config, part)
+        source = check_start(config, cache, part, guardrail)
         for one in every:
             check_stores(one, cache, with_vision)
-        if config.num_world_steps:
-            check_rollout(config, guardrail)
         return list_images(config, cache, source, allow_missing, spool if part.count == 1 else None)
 
     def check_all_models() -> None:
@@ -225,24 +230,33 @@ def extract(
 
     images = part.broadcast_from_main(check_and_list)
     part.broadcast_from_main(check_all_models)
-    source, device = source_of(config, part), resolve_device(config.device)
-    if device.index is not None:
-        torch.cuda.set_device(device)  # pinned memory and events are those of the current one
-    complete = True
-    if config.num_world_steps:
-        rollouts = RolloutEncoder(config, guardrail)
-        complete = roll_out(rollouts, cache, images, source, config, part, allow_missing)
-        del rollouts  # the largest models of all
-    for one in every[1:] if config.num_world_steps else every:
-        if world_encoder.describe(one).stored:
-            encoder = world_encoder.encoder_class(one)(one)
-            complete = run(encoder, cache, images, source, one, part, spool) and complete
-            del encoder  # before the next is loaded
-    spool.close()  # the vision tower takes photographs in another form
-    if with_vision and VISION not in (world_encoder.describe(one).name for one in every):
-        complete = run(VisionEncoder(config), cache, images, source, config, part, spool) and complete
+    source, complete = source_of(config, part), True
+    with current_device(resolve_device(config.device)):
+        if config.num_world_steps:
+            rollouts = RolloutEncoder(config, guardrail)
+            complete = roll_out(rollouts, cache, images, source, config, part, allow_missing)
+            del rollouts  # the largest models of all
+        for one in every[1:] if config.num_world_steps else every:
+            if world_encoder.describe(one).stored:
+                encoder = world_encoder.encoder_class(one)(one)
+                complete = run(encoder, cache, images, source, one, part, spool) and complete
+                del encoder  # before the next is loaded
+        spool.close()  # the vision tower takes photographs in another form
+        if with_vision and VISION not in (world_encoder.describe(one).name for one in every):
+            complete = run(VisionEncoder(config), cache, images, source, config, part, spool) and complete
     part.close()
     return complete and part.is_main_process
+
+
+def check_start(config: Config, cache: Path, part: Part, guardrail: Any = None) -> Source:
+    """Return where the photographs are read from. Raises ValueError or OSError for what stops an extraction before it
+    reads any: no folder of photographs, device or video model, or a cache that cannot be written."""
+    source = source_of(config, part)
+    resolve_device(config.device)
+    check_folder(cache, "--cache")
+    if config.num_world_steps:
+        check_rollout(config, guardrail)
+    return source
 
 
 def check_models(config: Config, with_vision: bool) -> None:
@@ -328,15 +342,15 @@ def run(
     with part.main_process_first():
         store = open_store(cache, encoder.spec, images, config.shard_size)
     own = [shard for shard in range(store.num_shards) if part.owns(shard)]
+    # A batch is filled up to its size, and none has more photographs than the first shard, the largest.
+    batch_size = min(config.encode_batch_size, len(store.shard_rows(0)))
     pending = store.pending(own)
     level = part.log_level
     if pending and len(pending) < len(own):
         logger.log(level, "resuming: %d of %d shards valid", len(own) - len(pending), len(own))
-    logger.log(level, preflight(store, encoder, pending, source, config.encode_batch_size, spool))
+    logger.log(level, preflight(store, encoder, pending, source, batch_size, spool))
     if pending:
-        encode_shards(
-            store, encoder, pending, source, config.encode_batch_size, spool, not part.is_main_process
-        )
+        encode_shards(store, encoder, pending, source, batch_size, spool, not part.is_main_process)
     part.barrier()
     missing = store.missing()
     if missing:

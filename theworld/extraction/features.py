@@ -11,7 +11,7 @@ the files at each call: the operating system's page cache keeps them, once for a
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from theworld.store.reader import StoreReader
 from theworld.utils.commands import PLACEHOLDER, extraction
 from theworld.utils.device import torch_dtype
 from theworld.utils.files import StoreError
+from theworld.utils.text import difference, folded
 
 KEPT_BYTES = 2**30  # of the rows that a source which computes them keeps
 
@@ -224,16 +225,23 @@ def in_cache(
     images = images_of(statements)
     missing = {image for image in images if image not in features}
     unknown = sorted(missing - read_failures(cache).keys())
-    if unknown:
+    if unknown and isinstance(features, CachedFeatures):
+        first = unknown[0]
         raise StoreError(
             f"{cache}: {len(unknown)} of {len(images)} images that the statements name are not in "
-            f"the cache, such as {unknown[0]}; name other statements with --annotations, or make a cache of these "
-            f"with: {extraction(Path(f'{cache}-new'))}"
+            f"the cache, such as {first}{_similar(first, features.reader.images)}; name other statements with "
+            f"--annotations, or make a cache of these with: {extraction(Path(f'{cache}-new'))}"
         )
     kept = [s for s in statements if s.image not in missing]
     found = f"{len(images) - len(missing)} of {len(images)} images"
     note = f"{len(kept)} of {len(statements)} statements, {found}"
     return kept, note + (f" ({len(missing)} left out by --allow_missing)" if missing else "")
+
+
+def _similar(name: str, cached: Iterable[str]) -> str:
+    """Return in words which of the cached names differs in case or Unicode form only; nothing if none does."""
+    found = next((own for own in cached if folded(own) == folded(name)), None)
+    return "" if found is None else f" (it has {found!a}, which differs in {difference(name, found)})"
 
 
 def cached_latents(config: Config, cache: Path) -> WorldRows | NoRows:

@@ -16,6 +16,7 @@ import os
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from theworld.models.serialization import (
     model_files,
 )
 from theworld.utils.console import progress
+from theworld.utils.hub import check_token
 
 logger = logging.getLogger(__name__)
 
@@ -139,24 +141,39 @@ class BackgroundApi(HfApi):
 
 def check_hub(config: Config) -> None:
     """Raise ValueError if the settings ask for uploads and this machine has no token. Makes no request."""
-    if config.push_to_hub and get_token() is None:
+    if not config.push_to_hub:
+        return
+    check_token()
+    if get_token() is None:
         raise ValueError(
             f"push_to_hub to {config.hub_model_id}: there is no token; export HF_TOKEN=..., or log in with "
             "`hf auth login`"
         )
 
 
-def connect(config: Config) -> BackgroundApi:
+def plan_uploads(config: Config) -> Iterator[str]:
+    """Yield a line on what would be uploaded. Raises as `connect`, which asks the same of the hub."""
+    if config.push_to_hub:
+        connect(config, create=False)
+        yield f"uploads: checkpoints to {config.hub_model_id}, as hub_strategy {config.hub_strategy} says"
+
+
+def connect(config: Config, create: bool = True) -> BackgroundApi:
     """Return the hub's client after checking that this run may write to hub_model_id, which is created if needed.
 
-    Raises ValueError with what is wrong and a hint, never with the token.
+    With `create` false nothing is created: for a model that is not there, it is checked that the token's account may
+    make one. Raises ValueError with what is wrong and a hint, never with the token.
     """
     check_hub(config)
     name = str(config.hub_model_id)
     api = BackgroundApi()
 
     def ask() -> bool:
-        api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
+        if create:
+            api.create_repo(name, private=config.hub_private_repo, exist_ok=True)
+        elif not api.repo_exists(name):
+            _check_owner(api, name)
+            return bool(config.hub_private_repo)
         private = bool(api.model_info(name).private)
         # Writes nothing: the hub answers how it would store the file, to those who may write.
         api.preupload_lfs_files(name, [CommitOperationAdd(CARD, b"# TheWorld\n")])
@@ -179,6 +196,14 @@ def connect(config: Config) -> BackgroundApi:
             "choose another hub_model_id"
         )
     return api
+
+
+def _check_owner(api: HfApi, name: str) -> None:
+    """Raise ValueError unless the account of the token, or one of its organisations, is that of a model's name."""
+    account = api.whoami()
+    owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))]
+    if name.partition("/")[0] not in owners:
+        raise ValueError(f"the token is of the account {owners[0]}, which cannot make it")
 
 
 # ---- uploads of a run

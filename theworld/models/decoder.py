@@ -5,105 +5,29 @@ from one matrix, nothing is computed for weight gradients, and the last layer go
 functions compile as a whole; all layers share their compiled code, since weights are arguments. `HFDecoder` calls
 transformers' own layers, for a language model that trains or has LoRA matrices.
 
-With `fp8` the frozen linear layers are in 8 bits: faster on Hopper GPUs, not exact. Values are float8 e4m3 (largest
-448) with one float32 scale a row of the weight and one a token, chosen from the largest magnitude in it. The product is
-accumulated in hardware and comes out in bfloat16. Forward and the gradient of the input are both in 8 bits.
-
-Dimensions: R rows of L tokens, K wanted tokens, D width, H query heads and G key-value heads of E. Of an 8-bit linear
-layer: T tokens, I inputs, O outputs.
+Dimensions: R rows of L tokens, K wanted tokens, D width, H query heads and G key-value heads of E.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from theworld.models.attention import attention_masks, block_mask, prepare_masks
+from theworld.models.fp8 import Weight, linear
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 
-LARGEST = 448.0  # of float8 e4m3 (Micikevicius et al. 2022, arXiv 2209.05433)
 RECOMPILE_LIMIT = (
     32  # dense and flex masks, with gradients and without, with a prefix, fixed and changing lengths
 )
 
 
-class Fp8Weight(NamedTuple):
-    """A frozen weight in 8 bits, and its transpose: a product needs the summed dimension last."""
-
-    weight: Tensor  # float8_e4m3fn[O, I]
-    scale: Tensor  # float32[1, O]
-    transposed: Tensor  # float8_e4m3fn[I, O]
-    transposed_scale: Tensor  # float32[1, I]
-
-
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """dtype[T, I] -> float8_e4m3fn[T, I] and float32[T, 1], their product being nearly x."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
-
-
-@torch.no_grad()
-def to_fp8(weight: Tensor) -> Fp8Weight:
-    """Return dtype[O, I] in 8 bits. Raises ValueError unless it is on a GPU with 8-bit products (Hopper or newer)."""
-    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (9, 0):
-        raise ValueError(
-            f"fp8 is true, but {weight.device} has no 8-bit products: it takes a Hopper GPU or newer"
-        )
-    own, scale = quantise(weight)
-    transposed, transposed_scale = quantise(weight.t().contiguous())
-    return Fp8Weight(own, scale.t().contiguous(), transposed, transposed_scale.t().contiguous())
-
-
-def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
-    """bfloat16[..., I] -> bfloat16[..., O]."""
-    return _Fp8Linear.apply(x.flatten(0, -2), *weight).unflatten(0, x.shape[:-1])
-
-
-class Fp8Linear(nn.Module):
-    """A frozen linear layer in 8 bits."""
-
-    def __init__(self, weight: Fp8Weight) -> None:
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        """bfloat16[..., I] -> bfloat16[..., O]."""
-        return fp8_linear(x, self.weight)
-
-    def split(self, sizes: Sequence[int]) -> "list[Fp8Linear]":
-        """Return layers over the same memory that have so many of the outputs each."""
-        weight, scale, transposed, transposed_scale = self.weight
-        parts = zip(weight.split(sizes), scale.split(sizes, 1), transposed.split(sizes, 1), strict=True)
-        return [Fp8Linear(Fp8Weight(*part, transposed_scale)) for part in parts]
-
-
-class _Fp8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor, transposed_scale: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(transposed, transposed_scale)
-        return _product(x, weight, scale)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return _product(gradient, *ctx.saved_tensors), None, None, None, None
-
-
-def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    values, own_scale = quantise(x)
-    return torch._scaled_mm(
-        values, weight.t(), own_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-
-
-Weight = Tensor | Fp8Weight
 # Options of flex attention in bfloat16 on a Hopper GPU at Gemma's heads of 256, the fastest that were tried
 # (RESULTS.md). With its own choice of 4 warps the gradients of keys and values do not fit into registers.
 HOPPER_KERNELS = {
@@ -141,16 +65,12 @@ class Shape(NamedTuple):
 
 
 class Decoder:
-    """The decoder of a frozen Gemma. Its weights are Gemma's own, without a copy; with `fp8` two in 8 bits take their
-    place, in transformers' modules too."""
+    """The decoder of a frozen Gemma. Its weights are Gemma's own, without a copy, and in as many bits."""
 
-    def __init__(
-        self, gemma: Gemma, compiled: bool = False, fp8: bool = False, checkpointed: bool = False
-    ) -> None:
+    def __init__(self, gemma: Gemma, compiled: bool = False, checkpointed: bool = False) -> None:
         """`compiled`: use torch.compile. `checkpointed`: keep only each layer's input for the backward pass.
 
-        Raises ValueError for a Gemma that computes something else than Gemma 3 does, or for 8 bits without a GPU
-        that has them.
+        Raises ValueError for a Gemma that computes something else than Gemma 3 does.
         """
         config = gemma.text_config
         _check(config, gemma.name)
@@ -164,14 +84,8 @@ class Decoder:
             _kernel_options(config.head_dim, gemma),
         )
         self.kinds = list(config.layer_types)
-        layers = gemma.text_model.layers
-        if not gemma.qkv:
-            raise ValueError(
-                "another decoder has this Gemma's linear layers in 8 bits: load a Gemma for each"
-            )
-        self.layers = [_layer(layer, qkv, fp8) for layer, qkv in zip(layers, gemma.qkv, strict=True)]
-        if fp8:
-            gemma.qkv.clear()  # the originals are freed
+        layers = zip(gemma.text_model.layers, gemma.qkv, strict=True)
+        self.layers = [_layer(layer, qkv) for layer, qkv in layers]
         self.compiled = compiled
         functions = (decoder_layer, last_layer, prefix_layer, prefix_last_layer)
         self.functions: dict[Any, Any] = {f: _compile(f) if compiled else f for f in functions}
@@ -340,11 +254,6 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
-    """Return x times the transposed weight."""
-    return fp8_linear(x, weight) if isinstance(weight, Fp8Weight) else F.linear(x, weight)
-
-
 def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...]:
     """Return options of flex attention, or none, and it chooses for itself. In float32 these would not fit."""
     if gemma.device.type != "cuda":
@@ -368,18 +277,13 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _layer(layer: Any, qkv: Tensor, fp8: bool) -> Layer:
+def _layer(layer: Any, qkv: Weight) -> Layer:
     """Return the weights of a layer of transformers; `qkv` are those of its queries, keys and values.
 
     Gate and up stay two matrices: the gradients of both halves would have to be put side by side for the product that
     follows, which costs more than one large product saves over two.
     """
     attention, mlp = layer.self_attn, layer.mlp
-    others = (attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    matrices: Sequence[Any] = (qkv, *(module.weight for module in others))
-    if fp8:
-        matrices = [to_fp8(matrix) for matrix in matrices]
-        _replace_linears(attention, mlp, matrices)
     return Layer(
         layer.input_layernorm.weight,
         layer.post_attention_layernorm.weight,
@@ -387,16 +291,12 @@ def _layer(layer: Any, qkv: Tensor, fp8: bool) -> Layer:
         layer.post_feedforward_layernorm.weight,
         attention.q_norm.weight,
         attention.k_norm.weight,
-        *matrices,
+        qkv,
+        attention.o_proj.weight,
+        mlp.gate_proj.weight,
+        mlp.up_proj.weight,
+        mlp.down_proj.weight,
     )
-
-
-def _replace_linears(attention: Any, mlp: Any, matrices: Sequence[Fp8Weight]) -> None:
-    """Put layers in 8 bits in the place of transformers' linear layers, whose weights are freed by that."""
-    qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj = map(Fp8Linear, matrices)
-    names = ("q_proj", "k_proj", "v_proj")
-    for name, part in zip(names, qkv.split([getattr(attention, n).out_features for n in names]), strict=True):
-        setattr(attention, name, part)
 
 
 def _check(config: Any, name: str) -> None:

@@ -52,9 +52,6 @@ def wants_sharding(processes: int, gemma: Gemma) -> bool:
             "this run was started with --use_fsdp, but its language model is frozen (freeze_gemma_language is true), "
             "so it fits on each GPU; start it with `accelerate launch --multi_gpu`"
         )
-    # The launcher's default lets processes but the first have models without weights; here each reads what it loaded,
-    # such as the scale of the embeddings, before anything is sharded.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return processes > 1
 
 

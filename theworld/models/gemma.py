@@ -37,6 +37,7 @@ from transformers import (
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from theworld.config.config import Config
+from theworld.models.fp8 import Weight, check_fp8, convert_layer
 from theworld.models.pretrained import load_pretrained
 from theworld.models.serialization import (
     LANGUAGE,
@@ -48,7 +49,7 @@ from theworld.models.serialization import (
     weights_sha256,
 )
 from theworld.utils.device import resolve_device, resolve_dtype, seeded, wants_compile
-from theworld.utils.hub import hub_revision
+from theworld.utils.hub import GEMMA_FILE, file_at_hand, hub_revision, source_of_model
 
 LORA_SCALE = 2  # factor of the low-rank product: lora_alpha / r (Hu et al. 2021, arXiv 2106.09685)
 _LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
@@ -133,7 +134,8 @@ class Gemma:
     """A Gemma 3 with its tokeniser and, if it is multimodal, its image processor.
 
     In each layer of a frozen language model the weights of queries, keys and values are views of one matrix, `qkv`,
-    which every decoder of this Gemma shares; transformers' own forward goes on working with the views.
+    which every decoder of this Gemma shares; transformers' own forward goes on working with the views. With `fp8` all
+    linear layers are in 8 bits from the start.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class Gemma:
         weights: bool = True,
         checkpointed: bool = False,
         compiled: bool = False,
+        fp8: bool = False,
     ) -> None:
         """Load a Gemma from a folder or the hub.
 
@@ -160,8 +163,9 @@ class Gemma:
         `weights`: False gives shapes without values, on the meta device, which can be counted and packed for.
         `checkpointed`: layers of parts that train keep only their inputs for the backward pass.
         `compiled`: transformers' decoder layers are compiled, where they read packed rows.
+        `fp8`: the linear layers of the language model are in 8 bits (`theworld.models.fp8`), in place of the originals.
 
-        Raises ValueError for another model than a Gemma 3, or one that cannot have these parts.
+        Raises ValueError for another model than a Gemma 3, or one that cannot have these parts, or 8 bits.
         """
         if attention not in ("sdpa", "flex_attention"):
             raise ValueError(f"attention {attention!r}: wanted sdpa or flex_attention")
@@ -169,13 +173,22 @@ class Gemma:
             raise ValueError(
                 "attention 'flex_attention': transformers' decoder takes dense masks; wanted sdpa"
             )
+        if fp8 and {LANGUAGE, LORA} & set(parts.modified):
+            raise ValueError(
+                "fp8 is true, but the language model trains or was trained, and its weights stay in 16 bits; use "
+                "--no-fp8"
+            )
         self.name = name_or_path
         self.device = torch.device(device)
+        if fp8:
+            check_fp8(self.device)
         self.dtype = dtype
         self.attention = attention
+        self.fp8 = fp8
         self.parts = parts
         self._hub = {"revision": revision} if revision else {}
         self._seed, self._checkpointed, self._compiled = seed, checkpointed, compiled
+        self._source = source_of_model(name_or_path, GEMMA_FILE, revision)
         self.is_multimodal = is_multimodal(name_or_path, **self._hub)
         if VISION in parts.trainable and not self.is_multimodal:
             raise ValueError(
@@ -184,12 +197,12 @@ class Gemma:
         self.model, self.qkv = self._build(weights)
         self.revision = revision or hub_revision(name_or_path, "config.json")
         self.processor = (
-            AutoProcessor.from_pretrained(name_or_path, **self._hub) if self.is_multimodal else None
+            AutoProcessor.from_pretrained(self._source, **self._hub) if self.is_multimodal else None
         )
         self.tokenizer = (
             self.processor.tokenizer
             if self.processor
-            else AutoTokenizer.from_pretrained(name_or_path, **self._hub)
+            else AutoTokenizer.from_pretrained(self._source, **self._hub)
         )
         _check_template(self.tokenizer, self.processor, name_or_path)
         self.text_config = self.model.config.get_text_config()
@@ -197,15 +210,18 @@ class Gemma:
         self._control_tokens = sorted(token.content for token in added if token.special)
         self.answer_ids = tuple(_single_token(self.tokenizer, digit) for digit in "01")
 
-    def _build(self, weights: bool) -> tuple[PreTrainedModel, list[Tensor]]:
-        """Return the model with its parts, and for each layer of a frozen language model the merged matrix."""
+    def _build(self, weights: bool) -> tuple[PreTrainedModel, list[Weight]]:
+        """Return the model with its parts, and for each layer of a frozen language model the merged matrix.
+
+        Shapes without values are those of 16 bits: two copies in 8 bits take as much memory.
+        """
         kind = _CLASSES["gemma3" if self.is_multimodal else "gemma3_text"]
         options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": "sdpa"}
         if weights:
             model = load_pretrained(kind, self.name, **options, device_map=str(self.device), **self._hub)
         else:
             with torch.device("meta"):
-                model = kind._from_config(AutoConfig.from_pretrained(self.name, **self._hub), **options)
+                model = kind._from_config(AutoConfig.from_pretrained(self._source, **self._hub), **options)
         model = model.eval().requires_grad_(False)
         language = model.model.language_model if self.is_multimodal else model.model
         if self.parts.lora_rank is not None:
@@ -222,7 +238,10 @@ class Gemma:
         if self._compiled and self.parts.uses_hf_decoder:
             for layer in language.layers:
                 layer.compile()
-        return model, [] if self.parts.uses_hf_decoder else [_merge_qkv(layer) for layer in language.layers]
+        if self.parts.uses_hf_decoder:
+            return model, []
+        convert = self.fp8 and weights
+        return model, [_merge_qkv(layer, convert) for layer in language.layers]
 
     @property
     def has_weights(self) -> bool:
@@ -434,7 +453,9 @@ class Gemma:
 
 def is_multimodal(name_or_path: str, **hub: str) -> bool:
     """Return whether a Gemma takes photographs, from its config alone. Raises ValueError for another kind of model."""
-    model_type = AutoConfig.from_pretrained(name_or_path, **hub).model_type
+    path = file_at_hand(name_or_path, GEMMA_FILE, **hub)
+    source = str(path.parent) if path else source_of_model(name_or_path, GEMMA_FILE, **hub)
+    model_type = AutoConfig.from_pretrained(source, **hub).model_type
     if model_type not in _CLASSES:
         raise ValueError(
             f"model_name {name_or_path!r}: model_type {model_type!r}; wanted a Gemma 3 ({', '.join(_CLASSES)})"
@@ -504,6 +525,7 @@ def load_gemma(
         weights=weights,
         checkpointed=config.use_gradient_checkpointing,
         compiled=compiled and not sharded,
+        fp8=config.fp8,
     )
 
 
@@ -530,13 +552,16 @@ def _checkpoint_layers(module: Any) -> None:
 
 
 @torch.no_grad()
-def _merge_qkv(layer: Any) -> Tensor:
-    """Return the weights of a layer's queries, keys and values as one matrix, of which its modules then keep views."""
+def _merge_qkv(layer: Any, fp8: bool) -> Weight:
+    """Return the weights of a layer's queries, keys and values as one matrix, of which its modules then keep views.
+
+    `fp8`: all linear layers of the layer are then in 8 bits.
+    """
     modules = (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
     merged = torch.cat([module.weight for module in modules])
     for module, rows in zip(modules, merged.split([len(m.weight) for m in modules]), strict=True):
         module.weight.data = rows
-    return merged
+    return convert_layer(layer, merged) if fp8 else merged
 
 
 def load_parts(gemma: Gemma, folder: Path, parts: Sequence[str]) -> None:

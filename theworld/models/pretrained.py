@@ -7,13 +7,14 @@ parameter comes from the files, and an error of a loader is one line that names 
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 
 from theworld.utils.commands import command
-from theworld.utils.hub import check_weight_files, file_at_hand
+from theworld.utils.errors import is_no_memory, reason_of
+from theworld.utils.hub import GEMMA_FILE, source_of_model
 
 SHOWN = 5
+_ERRORS = (SafetensorError, RuntimeError, ImportError, KeyError, TypeError, AttributeError, OSError)
 
 
 def load_pretrained(kind: Any, name_or_path: str, subfolder: str = "", **options: Any) -> Any:
@@ -23,22 +24,18 @@ def load_pretrained(kind: Any, name_or_path: str, subfolder: str = "", **options
     Raises ValueError, which names tensors that are missing, unknown or of another shape, and for files that cannot be
     loaded; OSError as the hub's client does.
     """
-    config = file_at_hand(
-        name_or_path, str(Path(subfolder) / "config.json"), revision=options.get("revision")
-    )
-    if config is not None:
-        check_weight_files(config.parent)
+    file = str(Path(subfolder) / GEMMA_FILE)
+    source = source_of_model(name_or_path, file, options.get("revision"))
     options |= {"subfolder": subfolder} if subfolder else {}
     # Tensors of another shape are named and refused below.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, info = kind.from_pretrained(name_or_path, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except (SafetensorError, RuntimeError, ImportError, KeyError, TypeError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        model, info = kind.from_pretrained(source, **options)
+    except _ERRORS as error:
+        if is_no_memory(error):
+            raise
         raise ValueError(
-            f"{name_or_path}: {kind.__name__} cannot be loaded: {first}; {_hint(name_or_path)}"
+            f"{name_or_path}: {kind.__name__} cannot be loaded: {reason_of(error)}; {_hint(name_or_path)}"
         ) from error
     faults = [
         *_named("missing", info["missing_keys"]),

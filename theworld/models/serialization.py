@@ -19,10 +19,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from theworld.config.config import Config, config_from
+from theworld.utils.errors import reason_of
+from theworld.utils.hub import Fault, Place, locate
 from theworld.utils.jsonc import parse_json_with_comments
 
 FORMAT_VERSION = 1
@@ -33,6 +36,7 @@ PROJECTION_FILE, WORLD_FILE, CONFIG_FILE = "projection.safetensors", "world.json
 # random state, and the optimizer state of a sharded run in a folder of shards.
 INDEX, INDEX_VERSION, INDEX_VERSIONS = "checkpoint.json", 2, (1, 2)
 SHARDS = "optimizer"  # the only folder in a checkpoint
+MOVED = {"model_name": "--gemma", "cosmos_model_name": "--cosmos_model_name"}  # flags for models that moved
 _CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -67,7 +71,11 @@ class SavedModel:
         if not _HUB_NAME.fullmatch(str(model)):
             raise ValueError(f"{model}: neither a folder nor a name on the hub, such as user/name")
         files = [PROJECTION_FILE, *map(part_file, PARTS), WORLD_FILE, CONFIG_FILE]
-        return cls.open_folder(snapshot_download(str(model), revision=revision, allow_patterns=files))
+        offline = locate(str(model), WORLD_FILE, revision).offline
+        folder = snapshot_download(
+            str(model), revision=revision, allow_patterns=files, local_files_only=offline
+        )
+        return cls.open_folder(folder)
 
     @classmethod
     def open_folder(cls, model: "str | Path | SavedModel") -> "SavedModel":
@@ -92,6 +100,21 @@ class SavedModel:
     def config(self, overrides: Mapping[str, object] | None = None) -> Config:
         """Return the settings of the run with `overrides` on top. Raises ValueError as `load_config` does."""
         return config_from(self.settings, self.folder / CONFIG_FILE, overrides)
+
+    def locate(self, config: Config, name: str, file: str) -> Place:
+        """Return the place of a model that the settings name.
+
+        Raises Fault as `theworld.utils.hub.locate` does, with the file that names it and the flag for one that moved.
+        """
+        try:
+            return locate(name, file)
+        except Fault as fault:
+            # Not for a model that a flag named.
+            key = next((k for k in MOVED if getattr(config, k) == self.settings.get(k) == name), None)
+            if key is None:
+                raise
+            where = f"{self.folder / CONFIG_FILE}: {key} is {fault.message}"
+            raise Fault(where, f"{fault.hint}; if it has moved, name it with {MOVED[key]}") from None
 
     def verify(self, names: Iterable[str]) -> None:
         """Raise ValueError unless these files are there and, if the model has an index, have the recorded bytes."""
@@ -199,7 +222,7 @@ def _parse_world(data: bytes, path: Path) -> dict[str, Any]:
             f"{path} is damaged: {error}; use another checkpoint, or download it again"
         ) from None
     if world.get("format") != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {world.get('format')!r}; wanted {FORMAT_VERSION}")
+        raise ValueError(f"{path}: format {world.get('format', 'not stated')}; wanted {FORMAT_VERSION}")
     return world
 
 
@@ -245,10 +268,20 @@ def copy_strictly(path: Path, wanted: dict[str, nn.Parameter]) -> None:
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; download or copy the whole folder again")
-    state = load_file(path)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged: {reason_of(error)}; download or copy the whole folder again"
+        ) from None
     for name in sorted(wanted.keys() | state.keys()):
-        have = tuple(state[name].shape) if name in state else "nothing"
-        want = tuple(wanted[name].shape) if name in wanted else "nothing"
+        if name not in state:
+            shape = tuple(wanted[name].shape)
+            raise ValueError(f"{path}: {name} is missing; this model wants it in the shape {shape}")
+        if name not in wanted:
+            shape = tuple(state[name].shape)
+            raise ValueError(f"{path}: {name} of shape {shape} is not one of this model's tensors")
+        have, want = tuple(state[name].shape), tuple(wanted[name].shape)
         if have != want:
             raise ValueError(f"{path}: {name} has shape {have}; this model wants {want}")
     with torch.no_grad():

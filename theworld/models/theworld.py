@@ -6,6 +6,7 @@ Dimensions: R rows of L tokens, W worlds, G images, S statements, N world tokens
 language model.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial, wraps
 from pathlib import Path
@@ -44,7 +45,7 @@ from theworld.models.serialization import (
     write_world,
 )
 from theworld.utils.device import device_setting, seeded, wants_compile
-from theworld.utils.hub import model_id
+from theworld.utils.hub import GEMMA_FILE, model_id
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -70,8 +71,15 @@ class TheWorld(nn.Module):
     def __init__(
         self, gemma: Gemma, projection: WorldProjection, config: Config, fingerprint: dict[str, Any]
     ) -> None:
-        """`fingerprint` identifies the latents that the projection takes."""
+        """`fingerprint` identifies the latents that the projection takes. Raises ValueError for a Gemma that was not
+        loaded as the setting `fp8` says."""
         super().__init__()
+        if config.fp8 != gemma.fp8:
+            bits = 8 if gemma.fp8 else 16
+            raise ValueError(
+                f"fp8 is {json.dumps(config.fp8)}, but the linear layers of this Gemma are in {bits} bits; load it "
+                "with `load_gemma(config)`"
+            )
         object.__setattr__(self, "gemma", gemma)
         self.gemma: Gemma
         self.shell: nn.Module | None
@@ -87,7 +95,7 @@ class TheWorld(nn.Module):
             self.decoder = HFDecoder(gemma)
         else:
             compiled = wants_compile(config.compile, gemma.device)
-            self.decoder = Decoder(gemma, compiled, config.fp8, config.use_gradient_checkpointing)
+            self.decoder = Decoder(gemma, compiled, config.use_gradient_checkpointing)
 
     @classmethod
     def from_config(cls, config: Config, gemma: Gemma, fingerprint: dict[str, Any]) -> "TheWorld":
@@ -135,6 +143,7 @@ class TheWorld(nn.Module):
         saved = SavedModel.open(name_or_path, revision)
         folder, world, config = saved.folder, saved.world, saved.config(overrides)
         if gemma is None:
+            saved.locate(config, config.model_name, GEMMA_FILE)
             published, parts = world.get("model_revision"), saved_parts(world)
             gemma = load_gemma(config, revision=published, parts=parts, sharded=asked())
         elif world["parts"] or gemma.modified_parts:

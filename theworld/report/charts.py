@@ -88,20 +88,24 @@ class Mark:
 
 @dataclass(frozen=True)
 class Track:
-    """A row of a chart: marks one below the other, and a dashed line at `reference`."""
+    """A row of a chart: marks one below the other, and a dashed line at `reference`.
+
+    `dots` are the single values, such as those of seeds, that the first mark is the mean of. They lie above it.
+    """
 
     marks: Sequence[Mark]
     scale: Scale
     reference: float | None = None
+    dots: Sequence[float] = ()
 
     @property
     def height(self) -> int:
         """The least height in pixels. A higher row keeps the marks in its middle."""
-        return 12 + 11 * max(1, len(self.marks))
+        return 12 + 11 * max(1, len(self.marks) + bool(self.dots))
 
     def offset(self, index: int) -> float:
-        """Return the distance in pixels of a mark below the middle of the track."""
-        return 11 * index - 5.5 * (len(self.marks) - 1)
+        """Return the distance in pixels of a mark below the middle of the track; of the dots, for -1."""
+        return 11 * index - 5.5 * (len(self.marks) - 1 - bool(self.dots))
 
 
 # ---- plots: series over two axes

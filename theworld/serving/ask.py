@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from theworld.config.config import load_config
+from theworld.config.config import Config, load_config
 from theworld.data.images import photograph, refuse_address
 from theworld.evaluation.predict import possible_conditions
 from theworld.models import world_encoder
@@ -36,11 +36,21 @@ def load_for_asking(name: str, conditions: Sequence[str], overrides: dict[str, A
     """
     saved = SavedModel.open(name)
     _check_alone(saved, conditions)
+    if "world" in conditions:  # before Gemma loads, which takes minutes
+        list(_encoder_place(saved, saved.config(DEFAULTS | overrides)))
     model = TheWorld.from_pretrained(saved, **DEFAULTS | overrides)
     set_up_torch(model.gemma.dtype)
     if "world" in conditions:
         _ = model.encoder  # load the VAE now and not at the first photograph
     return model
+
+
+def _encoder_place(saved: SavedModel, config: Config) -> Iterator[tuple[str, str]]:
+    """Yield the world encoder and its place, if it has weights. Raises Fault if they are nowhere."""
+    weights = world_encoder.describe(config).weights
+    if weights is not None:
+        place = saved.locate(config, weights.model, weights.file)
+        yield weights.topic, f"{weights.model}: {place.words}"
 
 
 def _check_alone(saved: SavedModel, conditions: Sequence[str]) -> None:
@@ -118,11 +128,10 @@ def plan(
         device = resolve_device(config.device)
         arithmetic = f"{device}, {resolve_dtype(config.dtype, device)}"
         yield "projection", f"{folder}, for {saved.world['model_name']}"
-        yield "Gemma", f"{config.model_name}: {locate(config.model_name, GEMMA_FILE).words}; {arithmetic}"
+        place = saved.locate(config, config.model_name, GEMMA_FILE)
+        yield "Gemma", f"{config.model_name}: {place.words}; {arithmetic}"
         if "world" in conditions:
-            weights = world_encoder.describe(config).weights
-            if weights is not None:
-                yield weights.topic, f"{weights.model}: {locate(weights.model, weights.file).words}"
+            yield from _encoder_place(saved, config)
     if image is not None:
         check_question(image, statements)
         height, width, _ = photograph(image, config.max_image_pixels).shape

@@ -31,17 +31,17 @@ Record = dict[str, Any]
 
 
 class StoreMismatch(StoreError):
-    """A sound store that holds something else than is wanted.
+    """A sound store that was made with other settings, or of other photographs, than those of a run.
 
     `differences`: (field, cached, wanted) each, which the message shows.
     """
 
     def __init__(self, root: Path, differences: list[Difference]):
         self.root, self.differences = root, differences
-        lines = [f"{root} holds something else than what is wanted:"]
+        lines = [f"{root} was made with other settings or photographs than those of this run:"]
         for field, cached, wanted in differences:
             lines.append(f"  {field}: cached {_show(cached)}, wanted {_show(wanted)}")
-        super().__init__("\n".join([*lines, "Use another --cache folder, or change the setting back."]))
+        super().__init__("\n".join([*lines, "Name another --cache, or change the setting back."]))
 
     def __reduce__(self) -> tuple:
         return StoreMismatch, (self.root, self.differences)
@@ -101,7 +101,7 @@ class Plan:
         if not images or not arrays:
             raise StoreError(f"a store needs images and arrays, got {len(images)} and {len(arrays)}")
         if type(shard_size) is not int or not 0 < shard_size < 1 << 31:
-            raise StoreError(f"shard_size is {shard_size!r}, expected a positive integer")
+            raise StoreError(f"shard_size is {shard_size!r}, expected an integer from 1 to 2,147,483,647")
         self.fingerprint = check_fingerprint(fingerprint)
         self.fingerprint_sha256 = files.canonical_sha256(self.fingerprint)
         self.arrays, self.shard_size = list(arrays), shard_size

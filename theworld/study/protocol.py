@@ -32,8 +32,6 @@ LEAST_SEEDS = 3  # for a verdict
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", re.ASCII)
 # What a study decides for its runs; they make no difference to what is learnt.
 OWN = ("output_dir", "seed", "do_eval", "eval_steps", "save_steps", "save_total_limit", "resume_from")
-# Settings that name places and machines: they may change between two starts of one study.
-PLACES = (*OWN, "image_folder", "annotations", "num_workers", "device", "compile")
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,9 @@ class Study:
         primary = self.primary and {**vars(self.primary), "against": list(self.primary.against)}
         return {
             "format": FORMAT,
-            "settings": {k: v for k, v in self.base.to_dict().items() if k not in PLACES},
+            "settings": {
+                k: v for k, v in self.base.to_dict().items() if FIELDS[k].defines_run and k not in OWN
+            },
             "arms": {arm.name: dict(arm.changes) for arm in self.arms},
             "rules_out": {arm.name: arm.rules_out for arm in self.arms if arm.rules_out},
             "primary": primary,
@@ -132,14 +132,15 @@ def read_study(
     """Return the study of a file: `overrides` change settings of all arms, `arms` takes some of them, `seeds` take the
     place of the file's.
 
-    Raises ValueError naming the file and the field for anything that makes no study; OSError if there is no file.
+    Rows of every arm are standardised by the training images, so that no arm has better statistics. Raises ValueError
+    naming the file and the field for anything that makes no study; OSError if there is no file.
     """
     found = {key: value for key, value in read_json_with_comments(path).items() if not is_comment(key)}
     unknown = [key for key in found if key not in ("settings", "arms", "primary", "seeds")]
     if unknown:
         known = nearest_name(unknown[0], ["settings", "arms", "primary", "seeds"])
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; the nearest known key is {known}")
-    base = _base(found.get("settings", {}), path, overrides)
+    base = replace(_base(found.get("settings", {}), path, overrides), standardization="training_images")
     every = _arms(found.get("arms"), path)
     for name in arms or ():
         if name not in every:

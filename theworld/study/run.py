@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from theworld.study.plan import plan_study
-from theworld.study.protocol import Run, Study
+from theworld.study.protocol import Study, runs_of
 from theworld.study.results import write_results
 from theworld.study.runner import extract_missing, in_processes, is_done, run_part, waiting
+from theworld.study.sizes import equal_sizes
 from theworld.utils.distributed import Part
 from theworld.utils.signals import STATUS, StopRequest
 
@@ -27,7 +28,6 @@ class Ended:
 
 def run_study(
     study: Study,
-    runs: Sequence[Run],
     cache: Path,
     output: Path,
     part: Part,
@@ -42,6 +42,7 @@ def run_study(
     study.fix(output)
     if not extract_missing(study, cache, part, stop):
         return Ended(f"stopped as asked: {goes_on(command)}", stopped=True)
+    runs = runs_of(equal_sizes(study), output)
     logger.info("\n".join(plan_study(study, runs, cache, output, part, processes)))
     if processes > 1 and len(waiting(runs, part)) > 1:
         status = in_processes(processes, part, without_sharing(command), stop)

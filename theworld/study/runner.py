@@ -39,6 +39,7 @@ from theworld.utils.console import duration
 from theworld.utils.device import memory_of
 from theworld.utils.distributed import Part
 from theworld.utils.files import StoreError, companion, parse_json
+from theworld.utils.locks import NAME as LOCK
 from theworld.utils.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,8 @@ def lacking(study: Study, cache: Path) -> list[tuple[Config, bool]]:
                 has[spec.name] = _has(spec, cache, named)
     missing: dict[str, Config] = {}
     for config in configs:
-        for spec in specs_of(config, False):
-            if not has[spec.name]:
+        for spec in specs_of(config, False):  # none of an arm without a picture
+            if spec.name != VISION and not has[spec.name]:
                 missing.setdefault(spec.name, config)
     vision = not has.get(VISION, True)
     if vision and not missing:
@@ -175,7 +176,7 @@ def _going_on(run: Run) -> Config:
         return replace(run.config, resume_from=str(run.folder))
     if run.folder.exists():
         for path in run.folder.iterdir():  # of a start that saved nothing
-            if path.name != STARTS:
+            if path.name not in (STARTS, LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     return run.config
 

@@ -23,7 +23,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from theworld.config.config import FIELDS, Config
+from theworld.config.fields import shown
+from theworld.data.vsr import RELEASES
 from theworld.models.fsdp import (
     State,
     load_state,
@@ -58,6 +61,8 @@ from theworld.models.serialization import (
 from theworld.models.theworld import TheWorld
 from theworld.training.logging import ASIDE, METRICS, set_aside
 from theworld.utils.commands import flags
+from theworld.utils.device import resolve_dtype
+from theworld.utils.errors import reason_of
 from theworld.utils.files import STALE_SECONDS, sync_folder
 
 logger = logging.getLogger(__name__)
@@ -168,8 +173,7 @@ def _not_written(error: Exception, target: Path, needed: int) -> OSError:
     code = getattr(error, "errno", None) or (errno.ENOSPC if free < needed else errno.EIO)
     older = list_checkpoints(target.parent)
     last = f"{older[-1].name} is as it was" if older else "there is none before it"
-    # The message of an OSError of the store has a line of its own after its first reason.
-    reason = str(getattr(error, "strerror", None) or error).partition(";")[0].partition("\n")[0]
+    reason = reason_of(error).partition(";")[0]
     text = f"{reason}; {needed:,} bytes needed, {free:,} free; this checkpoint was not written, {last}"
     return OSError(code, text, str(target))
 
@@ -309,32 +313,105 @@ def _check_moments(
                 raise CheckpointError(f"{path / STATE}: {name} of parameter {number} is not finite")
 
 
-def check_same_run(point: ResumePoint, run: dict[str, Any]) -> None:
-    """Raise CheckpointError unless `run`, its identity in the trainer.json of each checkpoint, is that of `point`."""
+def settings_to_resume(path: str | Path) -> Config:
+    """Return the settings of a run that is resumed, with the folder where its checkpoint lies as `output_dir`.
+
+    Weights are not verified yet. Raises CheckpointError if `path` is neither a checkpoint nor a folder with one.
+    """
+    path = Path(path)
+    for one in reversed([] if (path / INDEX).is_file() else list_checkpoints(path)):
+        try:
+            return _settings_of(SavedModel.read(one))
+        except CheckpointError as error:
+            logger.debug("skipped, as it is for the run itself: %s", error)
+    return _settings_of(SavedModel.read(find_model(path)))
+
+
+def _settings_of(saved: SavedModel) -> Config:
+    return replace(saved.config(), output_dir=str(saved.run))
+
+
+Changed = dict[str, list[Any]]  # a setting or fact about a run -> [what it was, what it is now]
+
+
+def compare_settings(point: ResumePoint, config: Config, device: torch.device) -> tuple[Changed, Changed]:
+    """Return the settings that `config` changes: those that change what is learnt, and the others.
+
+    `device` is the one of this start. What only has another name is no change.
+    """
+    before, recorded = point.saved.config(), point.progress.get("dtype")  # older checkpoints do not record it
+    before = before if recorded is None else replace(before, dtype=recorded)
+    learnt, others = Changed(), Changed()
+    for key, declared in FIELDS.items():
+        values = [getattr(before, key), getattr(config, key)]
+        unused = key.startswith("rollout_") and not (before.num_world_steps or config.num_world_steps)
+        if len({_meant(key, value, device) for value in values}) == 2 and not unused and key != "resume_from":
+            (learnt if declared.defines_run else others)[key] = values
+    return learnt, others
+
+
+def _meant(key: str, value: Any, device: torch.device) -> Any:
+    """Return what the value of a setting stands for: the same dtype, release of VSR, Gemma or folder has several
+    names."""
+    if key == "dtype":
+        return resolve_dtype(value, device)
+    if key == "dataset_name":
+        return RELEASES[value]
+    if key == "model_name":  # on the hub or in a folder; its revision is compared as well
+        return Path(value).name
+    return Path(value).resolve() if key in ("init_from", "output_dir") and value is not None else value
+
+
+def in_words(changed: Changed) -> str:
+    """Return changes in one line: "seed 0, now 1; dtype ..."."""
+    return "; ".join(f"{key} {shown(before)}, now {shown(now)}" for key, (before, now) in changed.items())
+
+
+def check_same_settings(point: ResumePoint, learnt: Changed, allow_changed: bool) -> None:
+    """Raise CheckpointError for changed settings of a run (see `compare_settings`) unless they are allowed."""
+    if learnt and not allow_changed:
+        raise CheckpointError(
+            f"{point.path} was trained with {in_words(learnt)}; a run that is resumed keeps what changes its training: "
+            f"leave {' and '.join(learnt)} as before, or take the new values on purpose with --allow_changed"
+        )
+
+
+def check_same_run(
+    point: ResumePoint, run: dict[str, Any], revision: str | None, allow_changed: bool
+) -> Changed:
+    """Compare `run`, the facts about it in the trainer.json of each checkpoint, and Gemma's revision with `point`'s.
+
+    Returns the changed facts, which `allow_changed` takes. Raises CheckpointError for the first one if they are not
+    allowed, and for another part of Gemma that trains: its weights and optimizer state do not fit.
+    """
     path, record = point.path, point.progress
-    saved, now = record["num_statements"], run["num_statements"]
-    if saved != now:
-        raise CheckpointError(
-            f"{path} was trained on {saved} statements, now there are {now}; use the same --annotations and cache"
-        )
-    saved, now = record.get("data_sha256"), run["data_sha256"]
-    if saved not in (None, now):  # older checkpoints do not have it
-        raise CheckpointError(
-            f"{path} was trained on other statements or captions: their SHA-256 is {saved}, now {now}; use the same "
-            "files of --annotations and --captions"
-        )
-    saved, now = record["statements_per_step"], run["statements_per_step"]
-    if saved != now:
-        raise CheckpointError(
-            f"{path} was trained with {saved} statements a step, now there are {now}: batch_size x "
-            "gradient_accumulation_steps x processes has to stay the same"
-        )
     saved, now = record["trained"], run["trained"]
     if saved != now:
         raise CheckpointError(
             f"{path} trained {saved or 'nothing'} of Gemma, now {now or 'nothing'} would train; start a new stage with "
             "--init_from in place of --resume_from"
         )
+    record = record | {"model_revision": point.saved.world.get("model_revision")}
+    run, changed = run | {"model_revision": revision}, Changed()
+    for key, hint in FACTS.items():
+        saved, now = record.get(key), run[key]
+        if saved is None or now is None or saved == now:  # older checkpoints lack some of them
+            continue
+        if not allow_changed:
+            raise CheckpointError(f"{path} {hint.format(saved=saved, now=now)}, or give --allow_changed")
+        changed[key] = [saved, now]
+    return changed
+
+
+# The facts that are compared besides the settings, and the message of each. A Gemma in a folder has no revision.
+FACTS = {
+    "num_statements": "was trained on {saved} statements, now there are {now}; use the same --annotations and cache",
+    "data_sha256": "was trained on other statements or captions: their SHA-256 is {saved}, now {now}; use the same "
+    "files of --annotations and --captions",
+    "statements_per_step": "was trained with {saved} statements a step, now there are {now}: batch_size x "
+    "gradient_accumulation_steps x processes has to stay the same",
+    "model_revision": "was trained with Gemma's revision {saved}, now it is {now}; use the same one",
+}
 
 
 # ---- what earlier starts left

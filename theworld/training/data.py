@@ -70,7 +70,9 @@ def load_data(config: Config, cache: Path) -> Data:
     train, train_note = in_cache(train, latents, cache)
     dev, dev_note = in_cache(dev, latents, cache)
     if not train:
-        raise ValueError(f"{config.annotations}: no training statement has its image in {cache}")
+        raise ValueError(
+            f"{config.annotations or config.dataset_name}: no training statement has its image in {cache}"
+        )
     notes = [f"train: {train_note}", f"dev: {dev_note}"]
     if config.relation_loss_weight > 0:
         notes.append(relation_note(train))

@@ -12,14 +12,15 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from theworld.config.config import Config
-from theworld.utils.files import publish_bytes
+from theworld.utils.files import naming, publish_bytes
+from theworld.utils.hub import check_secret
 
 METRICS, ASIDE = "metrics.jsonl", "metrics.aside.jsonl"
 
 
 def append(folder: Path, line: dict[str, Any]) -> None:
     """Append a line to metrics.jsonl."""
-    with open(folder / METRICS, "a", encoding="utf-8") as file:
+    with naming(folder / METRICS), open(folder / METRICS, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -44,7 +45,10 @@ def set_aside(folder: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
         target = kept if _is_wanted(raw, keep) else moved
         target += raw if raw.endswith(b"\n") else raw + b"\n"
     if moved:
-        with open(folder / ASIDE, "ab") as file:  # first, so that a stop in between loses nothing
+        with (
+            naming(folder / ASIDE),
+            open(folder / ASIDE, "ab") as file,
+        ):  # first, so that a stop in between loses nothing
             file.write(moved)
             file.flush()
             os.fsync(file.fileno())
@@ -74,6 +78,9 @@ def check_trackers(config: Config) -> None:
         raise ValueError(f"log_to_wandb is true, but {error}; run `pip install wandb`") from None
     if os.environ.get("WANDB_MODE", "online") != "online":
         return
+    check_secret(
+        "WANDB_API_KEY", os.environ.get("WANDB_API_KEY", "").strip(), "export WANDB_API_KEY=... again"
+    )
     try:
         wandb.login()
     except wandb.errors.Error as error:

@@ -9,7 +9,9 @@ import re
 import resource
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +23,32 @@ from theworld.data.vsr import Statement
 from theworld.extraction.batches import Microbatch
 from theworld.hub.card import Facts
 from theworld.hub.publish import check_hub
+from theworld.models.fp8 import check_fp8
 from theworld.models.fsdp import wants_sharding
 from theworld.models.gemma import PART_DESCRIPTIONS, parameters_of
-from theworld.models.packing import Control, Packer
+from theworld.models.packing import Batch, Control, Packer
 from theworld.models.projection import ProjectionShape, WorldProjection
-from theworld.models.serialization import VISION, CheckpointError, SavedModel, find_model, list_checkpoints
-from theworld.training.checkpoint import ResumePoint, latest_valid_checkpoint, refuse_to_overwrite
+from theworld.models.serialization import (
+    LANGUAGE,
+    LORA,
+    VISION,
+    CheckpointError,
+    SavedModel,
+    find_model,
+    list_checkpoints,
+)
+from theworld.training.checkpoint import (
+    Changed,
+    ResumePoint,
+    check_same_run,
+    check_same_settings,
+    compare_settings,
+    in_words,
+    latest_valid_checkpoint,
+    refuse_to_overwrite,
+)
 from theworld.training.data import load_data, plan_gemma, with_statistics, with_vision
+from theworld.training.logging import METRICS, check_trackers
 from theworld.training.objectives import check_align
 from theworld.training.schedule import Order, num_train_steps, phase_of, phases, split_step
 from theworld.utils.commands import flags
@@ -35,18 +56,20 @@ from theworld.utils.console import ExplainedError
 from theworld.utils.device import (
     GIB,
     count_parameters,
-    memory_of,
     resolve_device,
     resolve_dtype,
+    room_on,
     seeded,
     wants_compile,
 )
 from theworld.utils.distributed import Processes
+from theworld.utils.files import check_output, check_room
 from theworld.utils.hub import GEMMA_FILE, Fault, locate
+from theworld.utils.locks import check_unlocked
 
+FROZEN = "frozen"  # beside LANGUAGE and LORA: how the language model trains
 TEXT_TOKENS = 60  # of a statement with its question and the chat template, at most
 SURVEYED_EPOCHS = 3  # of the order, for the step that takes the most memory
-FP8_CAPABILITY = (9, 0)  # Hopper
 
 
 @dataclass(frozen=True)
@@ -60,15 +83,16 @@ class Sizes:
     head_dim: int
     parameters: float  # of the language model
     image_tokens: int
+    query_heads: int
 
 
 # Published shapes of Gemma 3 (arXiv 2503.19786), for models whose config is not on this machine yet.
 PUBLISHED = {
-    "270m": Sizes(640, 18, 2048, 10, 256, 0.27e9, 0),
-    "1b": Sizes(1152, 26, 6912, 10, 256, 1.0e9, 0),
-    "4b": Sizes(2560, 34, 10240, 24, 256, 3.88e9, 256),
-    "12b": Sizes(3840, 48, 15360, 48, 256, 11.8e9, 256),
-    "27b": Sizes(5376, 62, 21504, 96, 128, 27.0e9, 256),
+    "270m": Sizes(640, 18, 2048, 10, 256, 0.27e9, 0, 4),
+    "1b": Sizes(1152, 26, 6912, 10, 256, 1.0e9, 0, 4),
+    "4b": Sizes(2560, 34, 10240, 24, 256, 3.88e9, 256, 8),
+    "12b": Sizes(3840, 48, 15360, 48, 256, 11.8e9, 256, 16),
+    "27b": Sizes(5376, 62, 21504, 96, 128, 27.0e9, 256, 32),
 }
 
 
@@ -98,7 +122,24 @@ def config_sizes(config: PretrainedConfig) -> Sizes:
         text.head_dim,
         text.num_hidden_layers * layer + text.vocab_size * text.hidden_size,
         getattr(config, "mm_tokens_per_image", 0) if hasattr(config, "vision_config") else 0,
+        text.num_attention_heads,
     )
+
+
+@dataclass(frozen=True)
+class Layers:
+    """How the layers of a language model are computed, which decides what they keep for the backward pass."""
+
+    compiled: bool
+    kind: str = FROZEN
+    width: int = 2  # bytes of a value
+    fp8: bool = False
+    checkpointed: bool = False
+
+    @property
+    def widened(self) -> int:
+        """The size of a float32 value in values: those that norms keep in float32."""
+        return 4 // self.width
 
 
 def training_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
@@ -110,21 +151,54 @@ def training_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
     world = 16 if config.world_mode == "channel" else (side // config.world_patch) ** 2
     world *= 1 + config.num_world_steps
     tokens = config.batch_size * (world + sizes.image_tokens + TEXT_TOKENS)
-    return sizes.parameters * width, tokens * width * kept_values(config, sizes)
+    compiled = wants_compile(config.compile, device)
+    layers = Layers(compiled, FROZEN, width, config.fp8, config.use_gradient_checkpointing)
+    return sizes.parameters * width, tokens * width * kept_values(layers, sizes)
 
 
-def kept_values(config: Config, sizes: Sizes, multiple: float = 1.0) -> float:
+def layer_values(layers: Layers, sizes: Sizes) -> int:
+    """Return the number of values that a decoder layer keeps of a token for the backward pass.
+
+    Counted from the tensors that autograd, or torch's partitioner where code is compiled, saves of one layer at the
+    widths of Gemma 3 4B (RESULTS.md). A norm that is not compiled keeps its input in float32.
+    """
+    hidden, inner, wide = sizes.hidden, sizes.feed_forward, layers.widened
+    turned = sizes.heads // 2 * sizes.head_dim  # queries and keys
+    queries = sizes.query_heads * sizes.head_dim  # as keys and values are, once they are repeated
+    if layers.compiled and layers.kind == FROZEN:
+        return 3 * hidden + 2 * inner + 3 * turned
+    if layers.compiled:
+        adapters = queries if layers.kind == LORA else 0
+        return 5 * hidden + 3 * inner + turned + 4 * queries + adapters
+    if layers.kind == FROZEN:
+        return 4 * wide * hidden + 3 * inner + wide * turned + 4 * queries
+    if layers.kind == LORA:
+        return (4 * wide + 5) * hidden + 4 * inner + wide * turned + 5 * queries
+    return (8 * wide + 2) * hidden + 4 * inner + 2 * wide * turned + 4 * queries
+
+
+def kept_values(layers: Layers, sizes: Sizes) -> int:
     """Return the number of values that all decoder layers keep of a token for the backward pass.
 
-    A layer of ours keeps its input and two products of that width, gate and up, all heads of queries, keys, values and
-    outputs, and queries and keys once more after norm and rotation (measured: RESULTS.md). The last layer keeps little;
-    most memory is taken as the backward pass begins, with the gradients of gate and up and, with `fp8`, their products.
-    Other decoders keep a `multiple` of that in every layer.
+    The last layer of a frozen language model keeps little. Most memory is taken as the backward pass begins, with the
+    gradients of gate and up and, with `fp8`, their products. With checkpointing the layers keep their inputs, and one
+    layer at work has its values and their gradients and, where it is transformers' own, intermediate values.
     """
-    layer = 3 * sizes.hidden + 2 * sizes.feed_forward + sizes.heads * sizes.head_dim * 3 // 2
-    if multiple != 1 or config.use_gradient_checkpointing:
-        return _over_layers(config, sizes.layers, sizes.hidden, multiple * layer)
-    return (sizes.layers - 1) * layer + (4 if config.fp8 else 2) * sizes.feed_forward
+    layer = layer_values(layers, sizes)
+    if layers.checkpointed:
+        return sizes.layers * sizes.hidden + (2 if layers.kind == FROZEN else 3) * layer
+    last = 0 if layers.kind == FROZEN else layer
+    return (sizes.layers - 1) * layer + last + (4 if layers.fp8 else 2) * sizes.feed_forward
+
+
+def vision_values(tower: PretrainedConfig, layers: Layers) -> int:
+    """Return the number of values that a vision tower that trains keeps of a patch, fitted to what was measured: two
+    widths more than the tensors that autograd saves (RESULTS.md)."""
+    hidden = tower.hidden_size
+    layer = (8 + 2 * layers.widened) * hidden + 2 * tower.intermediate_size
+    if layers.checkpointed:
+        return tower.num_hidden_layers * hidden + 2 * layer
+    return tower.num_hidden_layers * layer
 
 
 def projection_bytes(shape: ProjectionShape) -> int:
@@ -134,18 +208,8 @@ def projection_bytes(shape: ProjectionShape) -> int:
     return 4 * shape.num_tokens * (2 * inner + 3 * shape.width)
 
 
-def _over_layers(config: Config, layers: int, hidden: int, layer: float) -> float:
-    """Return the values that all layers keep of a token. With checkpointing these are their inputs, and of one layer at
-    work its values, their gradients, and intermediate values."""
-    return layers * hidden + 3 * layer if config.use_gradient_checkpointing else layers * layer
-
-
+CHECKPOINT_BYTES = 12  # for each parameter that trains: weight and AdamW's two moments, in float32
 TRAINED_BYTES = 16  # for each parameter: weight, gradient and AdamW's two moments, in float32
-# Values that transformers' own layers keep for the backward pass, in multiples of those of ours; measured: RESULTS.md.
-HF_LAYER, HF_LAYER_UNCOMPILED = 1.93, 2.75
-VISION_LAYER = (
-    2.1  # the same of the vision tower, in multiples of eight widths and two of the feed-forward layer
-)
 
 
 @dataclass(frozen=True)
@@ -176,26 +240,42 @@ class Memory:
 class Plan:
     """A run before its weights load: data, order, steps, and counts from the shapes of the models alone."""
 
-    def __init__(self, config: Config, cache: Path) -> None:
-        """Raises ValueError, StoreError or CheckpointError if the run could not start."""
+    def __init__(self, config: Config, cache: Path, allow_changed: bool = False) -> None:
+        """`allow_changed`: take changes, by a resume, of what the run learns.
+
+        Raises ValueError, StoreError or CheckpointError if the run could not start.
+        """
         self.output_dir = Path(config.output_dir)
         self.processes = Processes(config.device)
-        if self.processes.is_main_process:  # the only one that uploads
+        if self.processes.is_main_process:  # the only one that writes, logs and uploads
             check_hub(config)
+            check_trackers(config)
+            check_output(self.output_dir / METRICS, "--output_dir")
+        if config.fp8:
+            check_fp8(self.processes.device)
         count = self.processes.count
         self.global_batch_size = config.batch_size * config.gradient_accumulation_steps * count
         self.data = load_data(config, cache)
         self.resumed = latest_valid_checkpoint(config.resume_from) if config.resume_from else None
+        check_unlocked(self.output_dir, "--output_dir")
         refuse_to_overwrite(self.output_dir, self.resumed)
         self.start, init_from = _start(config, self.resumed)
         self.data = with_statistics(self.data, self.start)
         self.config = config = replace(config, init_from=init_from)
+        self.changed, self.changed_besides = Changed(), Changed()
+        if self.resumed is not None:
+            found = compare_settings(self.resumed, config, self.processes.device)
+            self.changed, self.changed_besides = found
+            check_same_settings(self.resumed, self.changed, allow_changed)
         self.order = Order(self.data.train, config.seed)
         before = config.align_steps + config.statement_steps
         self.num_steps = before + num_train_steps(config, len(self.data.train), self.global_batch_size)
         self.phases = phases(config, self.num_steps)
         self.gemma = plan_gemma(config, self.processes.device, self.data, self.start)
         self.data = with_vision(self.data, self.gemma, config)
+        if self.resumed is not None:
+            revision = self.gemma.revision
+            self.changed |= check_same_run(self.resumed, self.identity(), revision, allow_changed)
         self.sharded = wants_sharding(count, self.gemma)
         fingerprint = self.data.latents.fingerprint
         shape = ProjectionShape.from_settings(config, fingerprint, self.gemma.width)
@@ -205,11 +285,28 @@ class Plan:
                 WorldProjection(shape, fingerprint["latents_mean"], fingerprint["latents_std"])
             )
         self.facts = self._facts(own)
+        if self.processes.is_main_process:
+            check_room(self.output_dir, CHECKPOINT_BYTES * self.facts.trainable, "--output_dir")
         self.sizes = own, shape
         self.heaviest_start = self._heaviest_start()
         self.memory = self.estimate(config)
-        check_memory(self.memory, self.sharded)
+        check_memory(self)
         self.lines = self._lines(own, shape)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that is resumed has taken all of its steps."""
+        return self.resumed is not None and self.resumed.progress["step"] >= self.num_steps
+
+    def identity(self) -> dict[str, Any]:
+        """Return the facts about a run that have to be the same where it is resumed."""
+        return {
+            "num_statements": len(self.data.train),
+            "data_sha256": self.data.sha256(),
+            "statements_per_step": self.global_batch_size,
+            "trained": list(self.gemma.trainable_parts),
+            "dtype": str(self.gemma.dtype).removeprefix("torch."),
+        }
 
     def _facts(self, projection: int) -> Facts:
         gemma = self.gemma
@@ -243,6 +340,12 @@ class Plan:
         if self.resumed is not None:
             lines += [f"skipped: {reason}" for reason in self.resumed.skipped.values()]
             lines.append(f"resumed after step {self.resumed.progress['step']:,}, from {self.resumed.path}")
+            if self.changed_besides:
+                lines.append(f"changed, but not what is learnt: {in_words(self.changed_besides)}")
+            if self.changed:
+                lines.append(f"changed on purpose (--allow_changed): {in_words(self.changed)}")
+        if self.finished:
+            lines.append(_finished(config, self.num_steps))
         return lines
 
     def _heaviest_start(self) -> int:
@@ -269,24 +372,57 @@ class Plan:
         batches = [
             packer.pack(part, captions=self.data.captions_of(part, phase, seed, 0)) for part in parts if part
         ]
-        multiple = 1.0
-        if gemma.uses_hf_decoder:
-            compiled = wants_compile(config.compile, gemma.device) and not self.sharded
-            multiple = HF_LAYER if compiled else HF_LAYER_UNCOMPILED
-        tokens = max(batch.token_ids.numel() for batch in batches)
-        kept = tokens * kept_values(config, config_sizes(gemma.model.config), multiple)
+        sizes, width = config_sizes(gemma.model.config), gemma.dtype.itemsize
+        layers = self._layers_of(config)
+        kept = max(map(partial(_kept_bytes, layers=layers, sizes=sizes), batches))
         if VISION in gemma.trainable_parts:
             tower = gemma.model.config.vision_config
             patches = (tower.image_size // tower.patch_size) ** 2
-            layer = VISION_LAYER * (8 * tower.hidden_size + 2 * tower.intermediate_size)
             images = max(len(batch.images) for batch in batches)
-            kept += images * patches * _over_layers(config, tower.num_hidden_layers, tower.hidden_size, layer)
+            kept += images * patches * width * vision_values(tower, layers)
+        kept += max(len(batch.worlds) for batch in batches) * projection_bytes(shape)
         held = TRAINED_BYTES * (_number(trained) / share + projection)
+        if trained and not self.sharded:
+            kept = self._with_gradients(kept, _number(trained), layers, len(batches))
+        return Memory(frozen / share, held, kept, room_on(gemma.device))
+
+    def _layers_of(self, config: Config) -> Layers:
+        gemma = self.gemma
+        compiled = wants_compile(config.compile, gemma.device)
+        kind = FROZEN
+        if gemma.uses_hf_decoder:
+            compiled = compiled and not self.sharded
+            kind = LORA if LORA in gemma.modified_parts else LANGUAGE
         width = gemma.dtype.itemsize
-        if gemma.dtype != torch.float32 and not self.sharded:
-            held += width * _number(trained)  # copies to compute with, while a micro-batch is computed
-        activations = kept * width + max(len(batch.worlds) for batch in batches) * projection_bytes(shape)
-        return Memory(frozen / share, held, activations, memory_of(gemma.device).total)
+        return Layers(compiled, kind, width, config.fp8, config.use_gradient_checkpointing)
+
+    def _with_gradients(self, kept: float, trained: int, layers: Layers, num_microbatches: int) -> float:
+        """Return the bytes that a step takes beyond weights, gradients and moments of all that trains, where `kept` is
+        kept for the backward pass and so many parameters of Gemma train.
+
+        As the backward pass begins there are also the copies of the weights in the dtype to compute in, or of one layer
+        with checkpointing, and the gradient of the head; gradients of the weights are there only from an earlier
+        micro-batch. As it ends there are all gradients, and that of the embeddings once more.
+        """
+        language = layers.kind == LANGUAGE
+        table = self.gemma.text_model.embed_tokens.weight.numel() if language else 0
+        copies = 0 if layers.widened == 1 else layers.width * (table if layers.checkpointed else trained)
+        earlier = 4 * trained if num_microbatches == 1 else 0
+        return max(kept + copies + 4 * table - earlier, 4 * table)
+
+
+def _kept_bytes(batch: Batch, layers: Layers, sizes: Sizes) -> float:
+    """Return the bytes that the decoder keeps of a batch: nothing of the prefix, which has no gradient, but its keys
+    and values, and dense masks of both kinds where code is not compiled."""
+    rows, length = batch.token_ids.shape
+    prefix = rows * batch.num_prefix_tokens
+    values = (rows * length - prefix) * kept_values(layers, sizes)
+    groups = sizes.heads // 2 - sizes.query_heads
+    if not layers.checkpointed:
+        values += prefix * sizes.layers * 2 * groups * sizes.head_dim
+    dense = not (layers.compiled and layers.kind == FROZEN)
+    masks = 2 * rows * (length - batch.num_prefix_tokens) * length if dense else 0
+    return layers.width * (values + masks)
 
 
 def _start(config: Config, resumed: ResumePoint | None) -> tuple[SavedModel | None, str | None]:
@@ -311,19 +447,35 @@ def _start(config: Config, resumed: ResumePoint | None) -> tuple[SavedModel | No
     return resumed.saved, recorded
 
 
+def _finished(config: Config, num_steps: int) -> str:
+    """Return a line that says that a run has taken all of its steps, and the flags that double them."""
+    longer = f"--num_epochs {2 * config.num_epochs}"
+    longer += f" --max_steps {2 * config.max_steps}" if config.max_steps is not None else ""
+    return (
+        f"finished: all {num_steps:,} optimizer steps are taken; to go on, give more with {longer} --allow_changed, or "
+        "start a second stage from it with --init_from"
+    )
+
+
 def _number(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def check_memory(memory: Memory, sharded: bool) -> None:
-    """Raise ValueError if what is held in every step does not fit. Micro-batches can be made smaller."""
+def check_memory(plan: Plan) -> None:
+    """Raise ValueError for a run that does not fit by its estimate, with settings that would, unless the setting
+    `check_memory` is false."""
+    memory = plan.memory
+    if not plan.config.check_memory or memory.total <= memory.available:
+        return
     held = memory.frozen + memory.trained
-    if held > memory.available:
-        hint = "more GPUs" if sharded else "more GPUs with `accelerate launch --use_fsdp`"
-        raise ValueError(
-            f"weights, gradients and moments take {held / GIB:,.1f} GiB, and there are {memory.available / GIB:,.1f}: "
-            f"train less of Gemma (--lora_rank 16), or use {hint}"
-        )
+    if held > memory.available:  # micro-batches can be made smaller, this cannot
+        more = "more GPUs" if plan.sharded else "more GPUs with `accelerate launch --use_fsdp`"
+        hint = f"Train less of Gemma (--lora_rank 16), or use {more}"
+    else:
+        hint = advice(settings_that_fit(plan, plan.heaviest_start, memory.available))
+    raise ValueError(
+        f"this run does not fit on {plan.gemma.device}. {memory}. {hint}; to try it as it is, add --no-check_memory"
+    )
 
 
 SHOWN = 8  # images that a message names
@@ -416,10 +568,11 @@ def out_of_memory(plan: Plan, step: int, start: int, one: Microbatch) -> OutOfMe
     device = plan.gemma.device
     tokens = f", {one.batch.token_ids.numel():,} tokens" if one.batch is not None else ""
     images = sorted({s.image for s in one.statements})
+    room = room_on(device)
     if device.type == "cuda":
-        peak, room = torch.cuda.max_memory_allocated(device), _room_on_gpu(device)
+        peak = torch.cuda.max_memory_allocated(device)
     else:
-        peak, room = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, memory_of(device).total
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     older = list_checkpoints(plan.output_dir)
     hint = (
         f"go on from {older[-1]} with {flags('--resume_from', plan.output_dir)}"
@@ -429,16 +582,12 @@ def out_of_memory(plan: Plan, step: int, start: int, one: Microbatch) -> OutOfMe
     return OutOfMemory(
         f"step {step}: out of memory in a micro-batch of {len(one.statements)} statements about {len(images)} "
         f"images{tokens} ({named(images)}): this process had {peak / GIB:.1f} GiB at most, {device} has "
-        f"{room / GIB:.1f} for it. {_advice(settings_that_fit(plan, start, room))}; {hint}"
+        f"{room / GIB:.1f} for it. {advice(settings_that_fit(plan, start, room))}; {hint}"
     )
 
 
-def _room_on_gpu(device: torch.device) -> float:
-    """Return the bytes that this process could have, beside others on the same GPU."""
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-
-
-def _advice(found: Sequence[str]) -> str:
+def advice(found: Sequence[str]) -> str:
+    """Return a sentence that proposes these settings, or others where there are none."""
     if not found:
         return (
             "By the estimate no way to divide this step would fit: train less of Gemma (--lora_rank 16), take fewer "

@@ -13,7 +13,6 @@ import itertools
 import json
 import logging
 import re
-import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from theworld.config.config import FIELDS, Config
+from theworld.config.fields import nearest_name
 from theworld.evaluation.metrics import accuracy, label_loss
 from theworld.evaluation.predict import predict
 from theworld.models.serialization import CheckpointError, numbered
@@ -32,8 +32,9 @@ from theworld.training.memory import NotFinite, OutOfMemory, Plan
 from theworld.training.monitor import below_chance_from, chance_loss
 from theworld.training.trainer import Trainer
 from theworld.utils.distributed import Part
-from theworld.utils.files import canonical_sha256, check_folder, holds, make_folder, publish_bytes
+from theworld.utils.files import canonical_sha256, check_folder, holds, publish_bytes
 from theworld.utils.jsonc import read_json_with_comments
+from theworld.utils.locks import OutputLock, check_unlocked, empty_folder
 from theworld.utils.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ ASKED = ("world", "baseline", "zero", "shuffled")  # with world tokens, and the 
 WORDS = [f"{of}{words}_loss" for words in ("statement", "relation") for of in ("", "dev_")]
 LINES = 5  # of metrics.jsonl, which a loss that has left chance is averaged over
 NEVER = 10**9  # steps
+LONGEST = 200  # characters of a run's name in that of its folder; file systems take 255 bytes
 ALL = Part()  # the part that has all runs
 KEY = "key"  # the file with the key of the run whose folder it is
 # What a sweep decides for its runs; they make no difference to what is learnt.
@@ -86,7 +88,10 @@ def grid(options: Sequence[str]) -> list[Changes]:
     for option in options:
         key, equals, rest = option.partition("=")
         if key not in FIELDS or not equals:
-            raise ValueError(f"--grid {option}: wanted key=a,b,c with the key of a setting")
+            nearest = nearest_name(key, list(FIELDS))
+            raise ValueError(
+                f"--grid {option}: wanted key=a,b,c with the key of a setting; the nearest is {nearest}"
+            )
         values[key] = [_parsed(key, text) for text in rest.split(",")]
     return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
 
@@ -117,7 +122,7 @@ def make_runs(base: Config, changes: Sequence[Changes], seeds: Sequence[int], ou
         if unknown:
             raise ValueError(f"run {name!r}: {unknown[0]} is no setting, or one that the sweep decides")
         for seed in seeds:
-            folder = output / "runs" / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name).strip('-')}-{seed}"
+            folder = output / "runs" / f"{short_name(name)}-{seed}"
             decided = {"output_dir": str(folder), "seed": seed, "do_eval": True, "resume_from": None}
             kept = {"eval_steps": NEVER, "save_total_limit": 1}
             try:
@@ -126,11 +131,24 @@ def make_runs(base: Config, changes: Sequence[Changes], seeds: Sequence[int], ou
                 raise ValueError(f"run {name!r}: {error}") from None
             relevant = {k: v for k, v in config.to_dict().items() if k not in OWN}
             runs.append(Run(name, config, canonical_sha256(relevant | {"seed": seed})))
-    folders = [run.folder for run in runs]
-    twice = [run.name for run in runs if folders.count(run.folder) > 1]
-    if twice:
-        raise ValueError(f"two runs are named {twice[0]!r}; give each a name of its own")
+    owners: dict[Path, str] = {}
+    for run in runs:
+        if run.folder in owners:
+            names = " and ".join(map(repr, dict.fromkeys((owners[run.folder], run.name))))
+            raise ValueError(
+                f"two runs, named {names}, have the folder {run.folder}; give each a name of its own"
+            )
+        owners[run.folder] = run.name
     return runs
+
+
+def short_name(name: str) -> str:
+    """Return the name of a run as part of a folder's name: ASCII, and no longer than a file system takes."""
+    text = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
+    if text.strip(".") and len(text) <= LONGEST:
+        return text
+    digest = canonical_sha256(name)[:8]
+    return f"{text[: LONGEST - 9].strip('-.')}-{digest}".strip("-")
 
 
 # ---- one run
@@ -141,20 +159,26 @@ def train_one(run: Run, stop: StopRequest, cache: Path) -> dict[str, Any] | None
     results.jsonl.
 
     The line of a failed run states why. Returns None if the run was stopped before its last step. `seconds` are those
-    of the start that ended the run, without earlier starts that were stopped or killed.
+    of the start that ended the run, without earlier starts that were stopped or killed. Raises InUse if another process
+    trains the run.
     """
     if stop.asked:
         return None
+    with OutputLock(run.folder, "--output"):
+        return _train_alone(run, stop, cache)
+
+
+def _train_alone(run: Run, stop: StopRequest, cache: Path) -> dict[str, Any] | None:
+    """Do what `train_one` does, in a process that is the only one to write to the folder of the run."""
     start = time.perf_counter()
     line: dict[str, Any] = {"name": run.name, "seed": run.config.seed, "key": run.key}
     config = replace(run.config, resume_from=str(run.folder)) if run.started else run.config
-    if config.resume_from is None and run.folder.exists():
-        shutil.rmtree(run.folder)  # our own, of other settings, or of a run that saved nothing
+    if config.resume_from is None:
+        empty_folder(run.folder)  # our own, of other settings, or of a run that saved nothing
     try:
         trainer = Trainer(config, cache, stop)
         if stop.asked:
             return None
-        make_folder(run.folder)
         publish_bytes(run.folder / KEY, run.key.encode())
         trainer.run()
         if trainer.stopped:
@@ -231,6 +255,7 @@ def plan_sweep(runs: Sequence[Run], cache: Path, output: Path, part: Part = ALL)
     if part.count > 1:
         yield f"part         {part.index + 1} of {part.count} trains {len(waiting)} of the others"
     for run in waiting:
+        check_unlocked(run.folder, "--output")
         if run.started:
             step = latest_valid_checkpoint(run.folder).progress["step"]
             yield f"goes on      {run.name}, seed {run.config.seed}: after step {step:,}"
@@ -252,6 +277,7 @@ def run_sweep(
 
     Returns the table of all runs that have ended, and this part's runs that have not: none, unless `stop` was asked.
     """
+    check_folder(output, "--output")
     output.mkdir(parents=True, exist_ok=True)
     waiting, stop = waiting_runs(runs, output, part), stop or StopRequest()
     left = list(waiting)
@@ -332,7 +358,8 @@ def _row(name: str, group: Sequence[dict[str, Any]]) -> str:
         f"{', '.join(map(str, left))} ({len(left)} of {len(group)})" if left else f"never (0 of {len(group)})"
     )
     loss = statistics.fmean(line["last_loss"] for line in group)
+    cell = " ".join(name.split()).replace("|", "\\|")
     return (
-        f"| {name} | {world['accuracy']:.1%} ({world['low']:.1%}–{world['high']:.1%}) "
+        f"| {cell} | {world['accuracy']:.1%} ({world['low']:.1%}–{world['high']:.1%}) "
         f"| {seeds[0]:.1%}–{seeds[-1]:.1%} | {others} | {loss:.3f} | {when} |"
     )

@@ -7,6 +7,7 @@ and nothing else is random. So a run that was resumed gives the same weights, bi
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -30,20 +31,21 @@ from theworld.models.fsdp import clip, sum_over
 from theworld.models.packing import Packer
 from theworld.training.checkpoint import (
     ResumePoint,
-    check_same_run,
     clean_up_run,
     load_optimizer,
+    refuse_to_overwrite,
     rotate,
     save_checkpoint,
 )
 from theworld.training.data import load_model
-from theworld.training.logging import Trackers, append, check_trackers, sync
+from theworld.training.logging import Trackers, append, sync
 from theworld.training.memory import Plan, check_answers, is_out_of_memory, not_finite, out_of_memory
 from theworld.training.monitor import LossMonitor, LossWindow, chance_loss, warning, what_to_try
 from theworld.training.objectives import align_losses, align_microbatch, make_optimizer, on_image_tokens
 from theworld.training.schedule import Phase, learning_rate, num_warmup_steps, phase_of, split_step
 from theworld.utils.console import progress
-from theworld.utils.device import set_up_torch
+from theworld.utils.device import num_compiled_graphs, set_up_torch
+from theworld.utils.locks import OutputLock
 from theworld.utils.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -54,23 +56,34 @@ LOSSES = ("total", "label", "statement", "relation", "correct")  # those of a mi
 class Trainer:
     """One run: `Trainer(config, cache).run()`. Progress counts the optimizer steps of all phases."""
 
-    def __init__(self, config: Config, cache: str | Path, stop: StopRequest | None = None) -> None:
-        """`stop` receives requests to stop; all processes then stop after the same step, and save.
+    def __init__(
+        self,
+        config: Config,
+        cache: str | Path,
+        stop: StopRequest | None = None,
+        allow_changed: bool = False,
+    ) -> None:
+        """`stop` receives requests to stop; all processes then stop after the same step, and save. `allow_changed`: a
+        resume takes settings and data that change what is learnt, and checkpoints record both.
 
-        Sets torch's process-wide precision (`set_up_torch`).
+        Sets process-wide state (`set_up_torch`).
         """
         self.stop = stop or StopRequest()
         self.stopping = False  # all processes know that one of them was asked
         self.pending_dev_eval = False  # an evaluation was due when the run was stopped
-        plan = Plan(config, Path(cache))
+        self.changed: list[
+            dict[str, Any]
+        ] = []  # by resumes with --allow_changed: what it was, and what it is since
+        plan = Plan(config, Path(cache), allow_changed)
         config = plan.config  # init_from is the checkpoint that it meant
         self.config, self.plan, self.data, self.order = config, plan, plan.data, plan.order
         self.processes, self.phases, self.num_steps = plan.processes, plan.phases, plan.num_steps
-        self.global_batch_size = plan.global_batch_size
+        self.global_batch_size, self.identity = plan.global_batch_size, plan.identity()
         self.output_dir = plan.output_dir
         self.step = 0
         self.packing = Event()  # set while a thread may pack: see `prefetch`
         self.packing.set()
+        self.steps_taken = Counter[str]()  # by this process, in each phase
         # Sums over the statements since the last log.
         names = ("loss", "statement_loss", "relation_loss", "correct", "statements")
         self.window = dict.fromkeys(names, 0.0)
@@ -80,8 +93,10 @@ class Trainer:
         self.at_chance: LossWindow | None = None  # a window at chance that has not been reported yet
         self.processes.barrier()  # until all have looked: the main one is going to write there
         main = self.processes.is_main_process
+        self.lock: OutputLock | None = None
         if main:
-            check_trackers(config)
+            self.lock = OutputLock(self.output_dir, "--output_dir")
+            refuse_to_overwrite(self.output_dir, plan.resumed)  # again: now no other run writes there
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
         set_up_torch(plan.gemma.dtype)
         self.model, self.data = load_model(plan.gemma, config, plan.data, plan.start)
@@ -127,7 +142,7 @@ class Trainer:
 
         `microbatches` are those of this step, if they have been put together already.
         """
-        step, phase = self.step, phase_of(self.phases, self.step)
+        step, phase, graphs = self.step, phase_of(self.phases, self.step), num_compiled_graphs()
         microbatches = self.microbatches(step) if microbatches is None else microbatches
         if step == phase.start and step > 0:
             self.optimizer = make_optimizer(self.model, self.config)  # another objective, so no old momentum
@@ -163,6 +178,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self._count(figures, phase)
+        self._report_compiling(num_compiled_graphs() - graphs, phase)
         return {"learning_rate": rate, "gradient_norm": gradient_norm}
 
     def _read(self, figures: Tensor) -> list[float]:
@@ -195,6 +211,18 @@ class Trainer:
         if phase.name == "train":
             self.at_chance = self.monitor.add(
                 self.step - phase.start, figures["label"] / self.global_batch_size
+            )
+
+    def _report_compiling(self, graphs: int, phase: Phase) -> None:
+        """Log that a step compiled anything after the first two of its phase in this process, whose code is for all
+        lengths."""
+        self.steps_taken[phase.name] += 1
+        if graphs and self.steps_taken[phase.name] > 2:
+            logger.warning(
+                "step %d: compiled %d graphs anew, which takes seconds and should not happen after two steps; "
+                "TORCH_LOGS=recompiles says why",
+                self.step,
+                graphs,
             )
 
     @contextmanager
@@ -256,6 +284,8 @@ class Trainer:
             self.publisher.finish(last, self.plan.facts)
         if trackers is not None:
             trackers.close()
+        if self.lock is not None:
+            self.lock.release()
         return last
 
     @property
@@ -331,7 +361,8 @@ class Trainer:
         """Publish checkpoint-<step>, then remove the oldest ones beyond save_total_limit; return the new one."""
         main, path = self.processes.is_main_process, self.output_dir / f"checkpoint-{self.step}"
         record = {"step": self.step, "window": self.window}
-        record |= {"watch": self.monitor.state(), "owes_dev": self.pending_dev_eval} | self._identity()
+        record |= {"watch": self.monitor.state(), "owes_dev": self.pending_dev_eval} | self.identity
+        record |= {"changed": self.changed}
         if main:
             sync(self.output_dir)
         if main or self.sharded:  # the others write their shares
@@ -344,20 +375,13 @@ class Trainer:
         self.processes.barrier()
         return path
 
-    def _identity(self) -> dict[str, Any]:
-        """Return the facts about a run that have to be the same where it is resumed."""
-        return {
-            "num_statements": len(self.data.train),
-            "data_sha256": self.data.sha256(),
-            "statements_per_step": self.global_batch_size,
-            "trained": list(self.model.gemma.trainable_parts),
-        }
-
     def _resume(self, point: ResumePoint) -> None:
         record = point.progress
-        check_same_run(point, self._identity())
         load_optimizer(self.optimizer, point)
         self.step, self.window = record["step"], self.window | record["window"]
+        self.changed = record.get("changed", [])  # older checkpoints have none
+        if self.plan.changed:
+            self.changed = [*self.changed, {"after_step": self.step, "settings": self.plan.changed}]
         if "watch" in record:  # older checkpoints have none
             self.monitor.restore(record["watch"])
         self.pending_dev_eval = record.get("owes_dev", False)

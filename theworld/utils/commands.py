@@ -23,11 +23,14 @@ SETTINGS = {
     ).split(),
     "get_images": ["dataset_name", "annotations", "max_image_pixels", "follow_links"],
     "eval": (
-        "dataset_name annotations image_folder follow_links num_workers dtype device max_image_pixels "
+        "cosmos_model_name dataset_name annotations image_folder follow_links num_workers dtype device "
+        "max_image_pixels "
         "eval_batch_size"
     ).split(),
-    "ask": "dtype device max_image_pixels".split(),
-    "visualize_alignment": "dataset_name annotations dtype device".split(),
+    "ask": "cosmos_model_name dtype device max_image_pixels".split(),
+    "visualize_alignment": (
+        "dataset_name annotations image_folder follow_links max_image_pixels dtype device"
+    ).split(),
 }
 TOOLS = (
     *SETTINGS,
@@ -39,12 +42,15 @@ TOOLS = (
     "bench",
     "make_demo_models",
     "make_text_model",
+    "draw_scenes",
+    "study",
+    "study_errors",
 )
 # Flags beside settings that the next tool has too, and takes over.
 SHARED = {
     "extract_latents": ("config", "cache"),
     "get_images": ("config",),
-    "eval": ("model", "cache"),
+    "eval": ("model", "cache", "gemma"),
     "train": ("config", "cache"),
 }
 # Flags of extraction that are no settings, so that training does not have them.
@@ -80,7 +86,7 @@ def again(*words: object, without: Collection[str] = ()) -> str:
 def extraction(cache: Path, *words: object) -> str:
     """Return the command that makes or mends a cache, as far as this process was told how: FOLDER and FILE stand for
     what only the user knows."""
-    told = was_given("config") or was_given("image_folder")
+    told = has_settings_file() or was_given("image_folder")
     unknown = [] if told else ["--config", "FILE", "--image_folder", PLACEHOLDER]
     return following("extract_latents", *unknown, "--cache", cache, *words)
 
@@ -88,6 +94,26 @@ def extraction(cache: Path, *words: object) -> str:
 def was_given(name: str) -> bool:
     """Return whether this process is a tool that was given the flag of this name."""
     return name in {flag for flag, _ in _flags(_own())}
+
+
+def has_settings_file() -> bool:
+    """Return whether this process was given a settings file; the --config of a study is another one."""
+    return was_given("config") and Path(sys.argv[0]).stem != "study"
+
+
+def value_of(name: str) -> str:
+    """Return the words after a flag on the command line of this process; "" if it is no tool, or was not given it."""
+    words = [word for flag, group in _flags(_own()) if flag == name for word in group]
+    return words[0].partition("=")[2] if words and "=" in words[0] else " ".join(words[1:])
+
+
+def flag_of(path: Path) -> str:
+    """Return the flag of this process that names a path or a folder above it; "" for none."""
+    for name, _ in _flags(_own()):
+        given = value_of(name) if name else ""
+        if given and path.absolute().is_relative_to(Path(given).expanduser().absolute()):
+            return f"--{name}"
+    return ""
 
 
 def is_tool() -> bool:
@@ -109,6 +135,8 @@ def _carried(tool: str, own: Collection[str]) -> list[str]:
     before = Path(sys.argv[0]).stem
 
     def is_shared(name: str) -> bool:
+        if name == "config" and not has_settings_file():
+            return False
         if tool == "train" and before == "extract_latents":
             return name not in OF_EXTRACTION
         return name in SHARED.get(tool, ()) or name in SETTINGS.get(tool, ())

@@ -11,9 +11,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from theworld.utils.errors import explain
 
 QUIET_SECONDS = 30.0  # between two lines of a bar in a log file
 
@@ -175,6 +178,20 @@ class ExplainedError(Exception):
     """An error whose message is all that a user needs: a tool prints the message and no traceback."""
 
 
+def keep_compiled_code() -> None:
+    """Have torch keep compiled code in the user's cache folder, which survives a reboot: its own place does not.
+
+    An environment that names a folder has its way. Without a home folder to write to, torch's own place serves.
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
+    folder = home / "theworld" / "compiled"
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if folder.is_absolute() and os.access(there, os.W_OK):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # torch makes it
+
+
 def run_tool(
     tool: str, main: Callable[[], int], interrupted: str = "interrupted", prints: bool = False
 ) -> int:
@@ -187,6 +204,7 @@ def run_tool(
     cores are shared.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    keep_compiled_code()
     os.environ["MPLBACKEND"] = "agg"  # pictures are files; a notebook's backend, inherited, is not here
     guard_outputs()
     try:
@@ -194,8 +212,11 @@ def run_tool(
     except KeyboardInterrupt:
         print(f"\n{tool}: {interrupted}", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ExplainedError) as error:
-        print(f"{tool}: {error}", file=sys.stderr, flush=True)
+    except Exception as error:
+        message = str(error) if isinstance(error, ExplainedError) else explain(error, tool)
+        if message is None:
+            raise
+        print(f"{tool}: {message}", file=sys.stderr, flush=True)
         return 1
     lost = _output_error()
     if lost is None:

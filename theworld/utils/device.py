@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,13 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this machine has no usable CUDA GPU; use --device cpu or auto")
-    return torch.device(device)
+    found = torch.device(device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+        raise ValueError(
+            f"device {device!r}: this machine has {there}; use one of them with --device, or auto"
+        )
+    return found
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -62,14 +68,30 @@ def wants_compile(setting: bool | None, device: torch.device) -> bool:
 
 
 def set_up_torch(dtype: torch.dtype) -> None:
-    """Set the process-wide precision of float32 products for models that compute in `dtype`.
+    """Set the process-wide state that models which compute in `dtype` want: the precision of float32 products, and
+    whether the processes of a launch load weights.
 
-    Called by the trainer and by the programs that evaluate and ask, once their model is there; models themselves set
+    Called by the trainer before its model loads, and by the programs that evaluate and ask; models themselves set
     nothing. With models in bfloat16 only the projection is in float32: TF32 rounds its products to 10 bits, the frozen
     models have 7.
     """
     if dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high")
+    # The default of `accelerate launch --use_fsdp` leaves processes but the first without weights; here each reads what
+    # it loaded, such as the scale of the embeddings, before anything is sharded.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+@contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """Make a GPU torch's current one within the block: pinned memory and events belong to the current one."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        yield
+
+
+def num_compiled_graphs() -> int:
+    """Return how many graphs torch.compile has made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 @contextmanager
@@ -105,6 +127,17 @@ def memory_of(device: torch.device) -> Memory:
     available = re.search(r"MemAvailable:\s+(\d+) kB", _meminfo())
     free = int(available[1]) * 1024 if available else page * os.sysconf("SC_AVPHYS_PAGES")
     return Memory(f"CPU, {len(os.sched_getaffinity(0))} cores", free, total)
+
+
+def room_on(device: torch.device) -> float:
+    """Return the bytes that this process can have on a device: what is free on a GPU beside other processes, up to the
+    share that `torch.cuda.set_per_process_memory_fraction` allows, or the memory of the machine for a CPU."""
+    memory = memory_of(device)
+    if device.type != "cuda":
+        return memory.total
+    index = torch.cuda.current_device() if device.index is None else device.index
+    allowed = torch.cuda.get_per_process_memory_fraction(index) * memory.total
+    return min(memory.free + torch.cuda.memory_reserved(device), allowed)
 
 
 def _meminfo() -> str:

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ STALE_SECONDS = 24 * 3600
 TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 FAILURES = "failures.jsonl"
 COMPARED = 1 << 20  # bytes at a time
+SMALL_FILE = 1 << 16  # bytes that have to be free for a file of results
 HEX_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -96,6 +97,17 @@ def explained(error: OSError, path: Path, needed: str) -> OSError:
     there = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     return OSError(error.errno, f"{error.strerror or error}; {needed} needed, {free:,} bytes free", str(path))
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError of the block the path that was written to: of a write into an open file it has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -311,7 +323,10 @@ def check_folder(folder: Path, flag: str) -> None:
     """Raise OSError if nothing can be written into a folder, which need not exist."""
     there = nearest_folder(folder)
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{flag} {folder}: {there} is not yours to write to; choose another {flag}")
+        reason = "is not yours to write to"
+        if os.statvfs(there).f_flag & os.ST_RDONLY:
+            reason = "is on a file system that cannot be written to"
+        raise PermissionError(f"{flag} {folder}: {there} {reason}; choose another {flag}")
 
 
 def companion(path: Path, suffix: str, own: str) -> Path:
@@ -330,4 +345,5 @@ def check_output(path: Path, flag: str = "--output") -> str:
     refuse_special(path)
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f"{flag} {path} is not yours to write to; choose another {flag}")
+    check_room(path.parent, SMALL_FILE, flag)
     return " (replaces the one there)" if path.exists() else ""

@@ -5,10 +5,11 @@ Runs, `--dry_run` and tools/doctor.py all call `locate`, so they give the same a
 
 import json
 import os
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -17,6 +18,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+
+from theworld.utils.files import check_folder
 
 GEMMA_FILE, VAE_FILE = "config.json", "vae/config.json"
 TIMEOUT = 10.0  # seconds to wait for an answer of the hub
@@ -36,13 +39,14 @@ class Place:
 
     config: Path | None
     words: str
+    offline: bool = False  # the hub cannot be asked, and what was downloaded before has to do
 
 
-def locate(name: str, file: str) -> Place:
+def locate(name: str, file: str, revision: str | None = None) -> Place:
     """Return the place of a model, named by a local folder or on the hub; `file` is GEMMA_FILE or VAE_FILE.
 
     Downloads nothing. Raises Fault if a run could not load the model: there is no such folder or model, the licence is
-    not accepted, or the hub cannot be reached.
+    not accepted, the hub cannot be reached, or nothing can be downloaded.
     """
     if Path(name).is_dir():
         for own in (Path(name) / file, Path(name) / Path(file).name):
@@ -53,30 +57,77 @@ def locate(name: str, file: str) -> Place:
             f"{name}: a local folder without {file}", "give a folder with a model, or a name on the hub"
         )
     try:
-        held = try_to_load_from_cache(name, file)
-        config = Path(held) if isinstance(held, str) else None
-        if config is not None:
-            check_weight_files(config.parent)
-        ask_hub(name, file)
+        held = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:
         raise Fault(
             f"{name}: no such folder, and not a name on the hub", "check the path, or the name"
         ) from None
-    except GatedRepoError:
-        raise Fault(f"{name}: the licence is not accepted, or no token is set", _licence_hint(name)) from None
-    except RepositoryNotFoundError:
-        hint = "check the name (there is no such local folder either), and HF_TOKEN"
-        raise Fault(f"{name}: no such model, or a private one", hint) from None
-    except EntryNotFoundError:
-        raise Fault(f"{name}: a model on the hub without {file}", "give a model that has it") from None
-    except HfHubHTTPError as error:
-        message = f"{name}: {str(error).splitlines()[0]}"
-        raise Fault(message, "check the name, and HF_TOKEN; or try again later") from None
-    except OSError as error:
+    config = Path(held) if isinstance(held, str) else None
+    if config is not None:
+        check_weight_files(config.parent)
+    try:
+        ask_hub(name, file, revision=revision)
+    except (OSError, EntryNotFoundError) as error:  # also huggingface_hub's own errors
+        fault = _refusal(error, name, file)
         if config is None:
-            raise Fault(f"{name}: {error}", "check the network, or give a local folder") from None
-        return Place(config, f"downloaded before; {error}")
+            raise fault from None
+        return Place(config, f"downloaded before; {fault.message.removeprefix(f'{name}: ')}", offline=True)
+    if config is None:
+        check_download_folder(name)
     return Place(config, "downloaded before" if config else "on the hub, access granted")
+
+
+def _refusal(error: Exception, name: str, file: str) -> Fault:
+    """Return what it means that the hub does not serve a file."""
+    if isinstance(error, GatedRepoError):
+        return Fault(f"{name}: the licence is not accepted, or no token is set", _licence_hint(name))
+    if isinstance(error, RepositoryNotFoundError):
+        hint = "check the name (there is no such local folder either), and HF_TOKEN"
+        return Fault(f"{name}: no such model, or a private one", hint)
+    if isinstance(error, EntryNotFoundError):
+        return Fault(f"{name}: a model on the hub without {file}", "give a model that has it")
+    if isinstance(error, HfHubHTTPError):
+        message = f"{name}: {str(error).splitlines()[0]}"
+        return Fault(message, "check the name, and HF_TOKEN; or try again later")
+    return Fault(f"{name}: {error}", "check the network, or the name (there is no such local folder)")
+
+
+def source_of_model(name: str, file: str, revision: str | None = None) -> str:
+    """Return what a library is to load a model from: its name or, where the hub cannot be asked, the folder of its
+    download. The libraries themselves ask again and again, for half a minute a file. Raises Fault as `locate` does."""
+    place = locate(name, file, revision)
+    if not place.offline or place.config is None:
+        return name
+    return str(place.config.parents[len(Path(file).parts) - 1])
+
+
+def check_download_folder(name: str) -> None:
+    """Raise Fault if the folder for downloads cannot be written to."""
+    folder = Path(constants.HF_HUB_CACHE)
+    try:
+        check_folder(folder, "HF_HOME")
+    except OSError as error:
+        raise Fault(f"{name} cannot be downloaded: {error}", "export HF_HOME=FOLDER") from None
+
+
+class BadToken(Fault):
+    """A token that cannot be one."""
+
+
+def check_token() -> None:
+    """Raise BadToken if the hub's token has a character that no token has: it would be refused by the HTTP library,
+    whose message shows the token."""
+    token = get_token() or ""
+    check_secret("the hub's token", token, "export HF_TOKEN=... again, or `hf auth login`")
+
+
+def check_secret(what: str, secret: str, hint: str) -> None:
+    """Raise BadToken for a token or key with a character that is no printing ASCII one. The secret is not shown."""
+    for place, character in enumerate(secret, start=1):
+        if not "!" <= character <= "~":
+            name = unicodedata.name(character, "a control character")
+            message = f"{what}: character {place} of {len(secret)} is U+{ord(character):04X} ({name})"
+            raise BadToken(message, f"copy it again, without what is invisible: {hint}")
 
 
 def _licence_hint(name: str) -> str:
@@ -86,12 +137,13 @@ def _licence_hint(name: str) -> str:
     return f"accept the licence on {page} with the account that the token in use belongs to"
 
 
-def ask_hub(name: str, file: str, kind: str = "model") -> None:
+def ask_hub(name: str, file: str, kind: str = "model", revision: str | None = None) -> None:
     """Ask the hub once, for at most `TIMEOUT` seconds, whether it would serve a file.
 
-    Raises huggingface_hub's error if the hub refuses, OSError if there is no answer.
+    Raises huggingface_hub's error if the hub refuses, OSError if there is no answer, BadToken before asking.
     """
-    url = hf_hub_url(name, file, repo_type=kind)
+    url = hf_hub_url(name, file, repo_type=kind, revision=revision)
+    check_token()
     try:
         get_hf_file_metadata(url, timeout=TIMEOUT)
     except (HfHubHTTPError, EntryNotFoundError, HFValidationError):

@@ -251,20 +251,27 @@ class Workbench:
         torch._dynamo.reset()
         start = time.perf_counter()
         trainer = self.trainer(**changes)
-        loaded = time.perf_counter() - start
+        loaded, load_peak = time.perf_counter() - start, self.peak_gib()
+        self.free()  # for the peak of the steps alone
         step = stepper(trainer)
         first = self.call_seconds(step, self.shapes.warm_up)[0]
         seconds = self.call_seconds(step, self.shapes.repeats * self.shapes.steps)
         statements = statements_a_step(trainer.config)
+        # The step that the estimate of memory is of, which may not have been among the others.
+        heaviest = trainer.phases[-1].start + trainer.plan.heaviest_start // trainer.global_batch_size
+        trainer.train_step(trainer.microbatches(heaviest))
+        peak, estimate = self.peak_gib(), trainer.plan.memory.total / 2**30
         row = spread([statements / s for s in seconds]) | {
             "unit": "statements/s",
             # The weight gradients of a trained Gemma are not counted.
             "mfu": None
             if trainer.model.gemma.trainable_parts
             else self.mfu(trainer, statistics.median(seconds)),
-            "memory_gib": self.peak_gib(),
-            "estimated_gib": trainer.plan.memory.total / 2**30,
+            "memory_gib": peak,
+            "estimated_gib": estimate,
+            "estimate_error": None if peak is None else estimate / peak - 1,
             "load_s": loaded,
+            "load_gib": load_peak,
             "first_step_s": first,
             "step_s": statistics.median(seconds),
         }

@@ -1,0 +1,182 @@
+"""The page of a study, and its figures for other programs."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+from browser import CONTRAST, CUT, OVERFLOW, SMALL, Browser, needs_browser
+from study_records import run, study
+
+from theworld.evaluation.study_verdict import PLAIN, Question, summarise_study
+from theworld.report.charts import Mark, Scale, Track
+from theworld.report.report import environment
+from theworld.report.study import Study, study_csv, study_latex, write_study
+
+ARMS = ("world", "prompt", "pixels", "untrained", "noise")
+
+
+@pytest.fixture(scope="module")
+def summary() -> dict:
+    """A study in which pixels do nearly as well as world tokens, as its file has it."""
+    arms = study(0.7, pixels=0.69) | {PLAIN: {0: run(0.55, 0, "baseline")}}
+    return json.loads(json.dumps(summarise_study(arms)))
+
+
+@pytest.fixture(scope="module")
+def folder(summary: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the study."""
+    folder = tmp_path_factory.mktemp("study") / "vsr"
+    curves = {
+        arm: {s: [(i, 0.7 - 0.001 * i + 0.01 * s) for i in range(300)] for s in range(3)} for arm in ARMS
+    }
+    costs = {arm: {"trainable parameters": "1,234,567"} for arm in ARMS} | {PLAIN: {"steps": "none"}}
+    found = Study(
+        "vsr <1>", summary, curves=curves, costs=costs, fixed=[("recipe", "3 epochs")], caution="Toy model."
+    )
+    assert write_study(found, folder) == folder / "study.html"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> str:
+    return (folder / "study.html").read_text(encoding="utf-8")
+
+
+def plain(html: str) -> str:
+    """The text of a page, with one space for any space."""
+    return " ".join(re.sub(r"<[^>]+>", " ", html).replace("&#39;", "'").split())
+
+
+def test_the_files_are_three(folder: Path) -> None:
+    assert sorted(p.name for p in folder.iterdir()) == ["study.csv", "study.html", "study.tex"]
+
+
+def test_the_page_opens_with_both_verdicts(page: str, summary: dict) -> None:
+    text = plain(page)
+    assert "Does the video model help on the test split of VSR random?" in text
+    assert text.index("All statements: Helps, but not beyond every control") < text.index(
+        "Statements whose image is not in the training set: Helps, but not beyond every control"
+    )
+    for scope in summary["scopes"].values():
+        assert scope["verdict"]["sentence"] in text
+    assert text.count("Toy model.") == 1
+
+
+def test_the_page_has_every_part(page: str) -> None:
+    assert re.findall(r"<h2 [^>]*>([^<]+)</h2>", page) == [
+        "Arms and seeds",
+        "Differences to each control",
+        "By meta-category and relation",
+        "Training",
+        "What each arm costs",
+        "What was fixed before",
+        "What this cannot show",
+    ]
+    assert "vsr &lt;1&gt;" in page
+    text = plain(page)
+    assert "primary comparison world against prompt, pixels, untrained, noise, each to be beaten" in text
+    assert "recipe 3 epochs" in text
+    assert "Exploratory: the study was not planned for these" in text
+    assert page.count('class="line ') == 5 * 3
+    assert "<script" not in page
+    assert not re.search(r"""(src|href)=["'](?!#)""", page)
+
+
+def test_a_study_without_curves_and_costs_leaves_them_out(tmp_path: Path) -> None:
+    write_study(Study("small", summarise_study(study(0.7, seeds=1))), tmp_path)
+    page = (tmp_path / "study.html").read_text(encoding="utf-8")
+    assert 'id="training"' not in page
+    assert 'id="costs"' not in page
+    assert '#training"' not in page
+    assert "A difference of arms: 1 seeds say too little about others." not in plain(page)
+    assert "A difference of arms: one seed says too little about others." in plain(page)
+
+
+def test_every_arm_and_seed_is_a_dot(page: str) -> None:
+    """Two scopes: six arms with five of three seeds, and five differences of three seeds each."""
+    assert page.count('r="3.5"') == 2 * (5 * 3 + 1 + 5 * 3)
+
+
+def test_dots_lie_above_the_mark_of_their_mean() -> None:
+    scale = Scale(0.0, 1.0, (0.0, 1.0))
+    charts = environment().get_template("charts.html").module
+    drawn = str(charts.track(Track([Mark("world", 0.5, 0.4, 0.6)], scale, dots=(0.45, 0.55))))  # type: ignore[attr-defined]
+    assert re.findall(r'<circle class="([^"]+)" cx="([^"]+)" cy="([^"]+)"', drawn) == [
+        ("dot hollow world", "45.00%", "-5.5"),
+        ("dot hollow world", "55.00%", "-5.5"),
+        ("dot world", "50.00%", "5.5"),
+    ]
+    assert "height:34px" in drawn
+
+
+def test_the_csv_has_a_line_for_each_value(summary: dict, folder: Path) -> None:
+    text = (folder / "study.csv").read_text()
+    assert text == study_csv(summary)
+    lines = list(csv.DictReader(text.splitlines()))
+    # Two scopes, three metrics: a mean and three seeds of five arms and of five differences, and plain Gemma's two.
+    assert len(lines) == 2 * 3 * (5 * 4 + 5 * 4 + 2)
+    seeds = [
+        float(line["value"])
+        for line in lines
+        if (line["scope"], line["quantity"], line["arm"], line["metric"])
+        == ("all", "metric", "world", "auroc")
+    ]
+    own = summary["scopes"]["all"]["arms"]["world"]["auroc"]
+    assert seeds == [own["mean"], *own["each"].values()]
+    test = summary["scopes"]["unseen"]["differences"]["pixels"]["accuracy"]
+    assert {
+        "scope": "unseen",
+        "quantity": "difference",
+        "arm": "pixels",
+        "metric": "accuracy",
+        "seed": "mean",
+        "value": str(test["difference"]),
+        "low": str(test["low"]),
+        "high": str(test["high"]),
+        "p_value": str(test["p_value"]),
+    } in lines
+
+
+def test_the_latex_table_has_a_row_for_each_arm(summary: dict, folder: Path) -> None:
+    text = (folder / "study.tex").read_text()
+    assert text == study_latex(summary)
+    lines = text.splitlines()
+    assert lines[1:5] == [
+        r"\begin{tabular}{lcccrr}",
+        r"\toprule",
+        r"arm & accuracy & balanced accuracy & AUROC & $\Delta$ accuracy & $p$ \\",
+        r"\midrule",
+    ]
+    assert (
+        lines[5] == r"the video model's latents & 70.1 $\pm$ 0.7 & 70.1 $\pm$ 0.7 & 82.2 $\pm$ 0.1 &  &  \\"
+    )
+    assert lines[10].startswith(r"plain Gemma & 53.2 & 53.2 & 59.2 & $+")
+    assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 768, 1400])
+def test_the_page_fits_and_is_legible(browser: Browser, folder: Path, width: int, dark: bool) -> None:
+    browser.show(folder / "study.html", width, dark=dark)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    for poor in (OVERFLOW, CUT, CONTRAST, SMALL):
+        assert browser.evaluate(poor) == []
+    assert browser.logged == []
+    ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == ("rgb(20, 23, 27)" if dark else "rgb(247, 246, 242)")
+
+
+def test_a_study_that_explores_asks_no_question(tmp_path: Path) -> None:
+    arms = study(0.7, seeds=1)
+    explored = {"patch-2": arms["world"], "patch-4": arms["prompt"]}
+    question = Question("patch-2", "patch-4", ("patch-4",), decides=False)
+    write_study(Study("patches", summarise_study(explored, question)), tmp_path)
+    text = plain((tmp_path / "study.html").read_text(encoding="utf-8"))
+    assert "Arms compared on the test split of VSR random" in text
+    assert "primary comparison none: the study explores" in text
+    assert "has to be beaten" not in text
+    assert "video model" not in text

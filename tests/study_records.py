@@ -1,0 +1,24 @@
+"""Records of the arms and seeds of a study, made by hand."""
+
+import numpy as np
+from records import statement, with_rest
+
+from theworld.evaluation.records import Row, records
+
+NUM = 600  # statements, two about each image; the images of the first half are in train
+STATEMENTS = [statement(i, f"{i // 2}.jpg", i % 2, "near" if i % 3 else "left of") for i in range(NUM)]
+SEEN = {f"{i}.jpg" for i in range(NUM // 4)}
+
+
+def run(accuracy: float, seed: int, condition: str = "world") -> list[Row]:
+    """Records with `accuracy`, in which the easy statements are right: those of low number in a fixed order."""
+    difficulty = np.random.default_rng(0).permutation(NUM) / NUM
+    noise = np.random.default_rng([seed, round(1000 * accuracy)]).normal(0, 0.03, NUM)
+    right = accuracy - difficulty + noise
+    logits = np.stack([np.zeros(NUM), right * np.where(np.arange(NUM) % 2, 1, -1)], 1)
+    return records(STATEMENTS, {condition: with_rest(logits)}, SEEN, dataset="vsr_random", split="test")
+
+
+def study(world: float, seeds: int = 3, **others: float) -> dict[str, dict[int, list[Row]]]:
+    accuracies = {"world": world, "prompt": 0.6, "pixels": 0.6, "untrained": 0.6, "noise": 0.6} | others
+    return {arm: {s: run(a, s) for s in range(seeds)} for arm, a in accuracies.items()}

@@ -1,0 +1,116 @@
+"""Frozen linear layers in 8 bits: faster on Hopper GPUs, not exact.
+
+Values are float8 e4m3 (largest 448) with one float32 scale a row of the weight and one a token, chosen from the largest
+magnitude in it. The product is accumulated in hardware and comes out in bfloat16. Forward and the gradient of the input
+are both in 8 bits.
+
+Dimensions: T tokens, I inputs, O outputs.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LARGEST = 448.0  # of float8 e4m3 (Micikevicius et al. 2022, arXiv 2209.05433)
+FP8_CAPABILITY = (9, 0)  # Hopper
+
+
+class Fp8Weight(NamedTuple):
+    """A frozen weight in 8 bits, and its transpose: a product needs the summed dimension last."""
+
+    weight: Tensor  # float8_e4m3fn[O, I]
+    scale: Tensor  # float32[1, O]
+    transposed: Tensor  # float8_e4m3fn[I, O]
+    transposed_scale: Tensor  # float32[1, I]
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raise ValueError unless a device is a GPU with 8-bit products (Hopper or newer)."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise ValueError(f"fp8 is true, but {device} has no 8-bit products: it takes a Hopper GPU or newer")
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """dtype[T, I] -> float8_e4m3fn[T, I] and float32[T, 1], their product being nearly x."""
+    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+
+
+@torch.no_grad()
+def to_fp8(weight: Tensor) -> Fp8Weight:
+    """Return dtype[O, I] in 8 bits. Raises ValueError as `check_fp8` does."""
+    check_fp8(weight.device)
+    own, scale = quantise(weight)
+    transposed, transposed_scale = quantise(weight.t().contiguous())
+    return Fp8Weight(own, scale.t().contiguous(), transposed, transposed_scale.t().contiguous())
+
+
+def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
+    """bfloat16[..., I] -> bfloat16[..., O]."""
+    return _Fp8Linear.apply(x.flatten(0, -2), *weight).unflatten(0, x.shape[:-1])
+
+
+class Fp8Linear(nn.Module):
+    """A frozen linear layer in 8 bits."""
+
+    def __init__(self, weight: Fp8Weight) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """bfloat16[..., I] -> bfloat16[..., O]."""
+        return fp8_linear(x, self.weight)
+
+    def split(self, sizes: Sequence[int]) -> "list[Fp8Linear]":
+        """Return layers over the same memory that have so many of the outputs each."""
+        weight, scale, transposed, transposed_scale = self.weight
+        parts = zip(weight.split(sizes), scale.split(sizes, 1), transposed.split(sizes, 1), strict=True)
+        return [Fp8Linear(Fp8Weight(*part, transposed_scale)) for part in parts]
+
+
+class _Fp8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor, transposed_scale: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(transposed, transposed_scale)
+        return _product(x, weight, scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        return _product(gradient, *ctx.saved_tensors), None, None, None, None
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    values, own_scale = quantise(x)
+    return torch._scaled_mm(
+        values, weight.t(), own_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+Weight = Tensor | Fp8Weight
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """Return x times the transposed weight."""
+    return fp8_linear(x, weight) if isinstance(weight, Fp8Weight) else F.linear(x, weight)
+
+
+def convert_layer(layer: Any, qkv: Tensor) -> Fp8Weight:
+    """Put linear layers in 8 bits in the place of a transformers decoder layer's own, whose weights are freed by that.
+
+    `qkv` is the merged matrix of the layer's queries, keys and values; return the same in 8 bits.
+    """
+    attention, mlp = layer.self_attn, layer.mlp
+    names = ("q_proj", "k_proj", "v_proj")
+    merged = Fp8Linear(to_fp8(qkv))
+    sizes = [getattr(attention, name).out_features for name in names]
+    for name, part in zip(names, merged.split(sizes), strict=True):
+        setattr(attention, name, part)
+    attention.o_proj = Fp8Linear(to_fp8(attention.o_proj.weight))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        setattr(mlp, name, Fp8Linear(to_fp8(getattr(mlp, name).weight)))
+    return merged.weight
