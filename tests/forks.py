@@ -6,6 +6,7 @@ imported `warm`.
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,9 +23,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.envir
 def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Start a process that calls a function of a module."""
     PROCESSES.set_forkserver_preload(reading.PRELOAD)
-    process = PROCESSES.Process(target=target, args=arguments)
+    process = PROCESSES.Process(target=_hearing, args=(target, *arguments))
     process.start()
     return process
+
+
+def _hearing(target: Callable[..., None], *arguments: Any) -> None:
+    """A process as a shell starts it, even where the server was started for reading processes, which hear no Ctrl-C."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    target(*arguments)
 
 
 def in_child(work: Callable[[], object]) -> int:

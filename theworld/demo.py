@@ -3,9 +3,11 @@
 
 import sys
 
-from theworld.utils.console import run_tool
+from theworld.utils.starting import starting
 
 if __name__ == "__main__":
-    from theworld.cli.demo import main
+    with starting():
+        from theworld.cli.demo import main
+        from theworld.utils.console import run_tool
 
     sys.exit(run_tool("demo", main))

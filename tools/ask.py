@@ -16,8 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from theworld.utils.commands import SETTINGS
-from theworld.utils.console import ExplainedError, loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.commands import SETTINGS
+    from theworld.utils.console import ExplainedError, loading, rehearse, run_tool
 
 KEYS = SETTINGS["ask"]
 CONDITIONS = ("world", "baseline", "zero")  # as in theworld.models.inference, which takes seconds to load

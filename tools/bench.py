@@ -14,7 +14,10 @@ import shlex
 import sys
 from pathlib import Path
 
-from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.console import loading, rehearse, run_tool
 
 
 def main() -> int:

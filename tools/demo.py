@@ -8,12 +8,16 @@ The same as `python -m theworld.demo`; see --help.
 
 import sys
 
-from theworld.utils.console import run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.console import run_tool
 
 
 def main() -> int:
     """Run the demo; return the exit status."""
-    from theworld.cli.demo import main
+    with starting():
+        from theworld.cli.demo import main
 
     return main()
 

@@ -10,7 +10,10 @@ Exit status: 0 nothing stands in the way of a run, 1 something does, 2 wrong usa
 
 import sys
 
-from theworld.utils.console import loading, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.console import loading, run_tool
 
 # Settings of extraction, and those that training has in addition.
 EXTRACTION = (

@@ -11,7 +11,10 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 import sys
 from pathlib import Path
 
-from theworld.utils.console import run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.console import run_tool
 
 ROOM = 40_000  # bytes of a scene, about
 
@@ -19,8 +22,10 @@ ROOM = 40_000  # bytes of a scene, about
 def main() -> int:
     """Parse the flags and draw; return the exit status."""
     from theworld.config.cli import ArgumentParser, path
-    from theworld.data.scenes import write_scenes
     from theworld.utils.files import check_folder, check_room
+
+    with starting():
+        from theworld.data.scenes import write_scenes
 
     parser = ArgumentParser(description=__doc__)
     text = "Folder for the scenes; one with scenes in it is drawn over. (default: scenes)"

@@ -13,9 +13,12 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 import sys
 from pathlib import Path
 
-from theworld.utils.commands import SETTINGS
-from theworld.utils.console import loading, rehearse, run_tool
-from theworld.utils.files import check_output, companion
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.commands import SETTINGS
+    from theworld.utils.console import loading, rehearse, run_tool
+    from theworld.utils.files import check_output, companion
 
 KEYS = SETTINGS["eval"]
 
@@ -73,12 +76,12 @@ def main() -> int:
 
     with loading("eval"):
         from theworld.evaluation.metrics import write_summary
-        from theworld.evaluation.records import read_jsonl
+        from theworld.evaluation.records import read_results
         from theworld.evaluation.tables import table
 
     if records and not dry_run:
         check_output(companion(records, ".summary.json", ".jsonl"), "--from")
-        output, summary = records, write_summary(read_jsonl(records), records)
+        output, summary = records, write_summary(read_results(records)[0], records)
     else:
         with loading("eval"):
             from theworld.cli.dry_run import evaluation, recomputation

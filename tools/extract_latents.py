@@ -15,8 +15,11 @@ import signal
 import sys
 from typing import Any
 
-from theworld.utils.commands import SETTINGS, following
-from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.commands import SETTINGS, following
+    from theworld.utils.console import loading, rehearse, run_tool
 
 KEYS = SETTINGS["extract_latents"]
 

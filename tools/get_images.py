@@ -12,8 +12,11 @@ Exit status: 0 all photographs are there, 1 something failed, 2 wrong usage, 130
 import sys
 from pathlib import Path
 
-from theworld.utils.commands import SETTINGS
-from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.commands import SETTINGS
+    from theworld.utils.console import loading, rehearse, run_tool
 
 
 def main() -> int:

@@ -10,7 +10,10 @@ import shlex
 import sys
 from dataclasses import fields
 
-from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.console import loading, rehearse, run_tool
 
 HELP = {
     "seed": "Random seed of the scenes, the first weights and the order of lessons.",

@@ -9,7 +9,10 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 import sys
 
-from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.console import loading, rehearse, run_tool
 
 
 def main() -> int:

@@ -22,7 +22,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.console import loading, rehearse, run_tool
 
 KEYS = (
     "model_name cosmos_model_name dataset_name annotations image_folder num_samples max_image_pixels shard_size "
@@ -84,7 +87,7 @@ def main() -> int:
     if arguments.dry_run:
         return rehearse(plan)
     with StopRequest("study") as stop, stop.working():
-        outcome = run_study(study, *places, stop, sys.argv)
+        outcome = run_study(study, *places, stop)
         stop.end()
     print(outcome.text)
     return STATUS if outcome.stopped else int(bool(outcome.failed))

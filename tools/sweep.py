@@ -19,7 +19,10 @@ Exit status: 0 done (a failed run is in the table), 1 could not start or continu
 import sys
 from pathlib import Path
 
-from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.console import loading, rehearse, run_tool
 
 
 def main() -> int:

@@ -13,8 +13,11 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal (continue w
 import itertools
 import sys
 
-from theworld.utils.commands import again, command, flags
-from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.commands import again, command, flags
+    from theworld.utils.console import loading, rehearse, run_tool
 
 
 def main() -> int:

@@ -12,8 +12,11 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 import sys
 from pathlib import Path
 
-from theworld.utils.commands import SETTINGS
-from theworld.utils.console import loading, rehearse, run_tool
+from theworld.utils.starting import starting
+
+with starting():
+    from theworld.utils.commands import SETTINGS
+    from theworld.utils.console import loading, rehearse, run_tool
 
 KEYS = SETTINGS["visualize_alignment"]
 DEFAULT_CACHE = Path("cache")

@@ -350,7 +350,8 @@ def test_aliases_of_flags() -> None:
 
 def test_a_run_has_the_name_of_its_folder_unless_it_is_given() -> None:
     assert (Config().output_dir, Config().wandb_project) == ("checkpoints/theworld-vsr", "theworld-vsr")
-    assert Config().run_name == "theworld-vsr"
+    assert Config().run_name == "vsr-cosmos-mlp-lr0.0001-seed0"
+    assert Config(seed=3, learning_rate=0.002).run_name == "vsr-cosmos-mlp-lr0.002-seed3"
     assert Config(output_dir="a/b/").run_name == "b"
     assert Config(wandb_run_name="first").run_name == "first"
 

@@ -5,13 +5,17 @@ Checkpoints scored together answer as each by itself, and say where their answer
 
 import json
 import logging
+import re
+import runpy
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from constants import ROOT
+from jobs import held
 from serving_models import save_model
 
 from theworld.cli.doctor import look_over
@@ -20,12 +24,11 @@ from theworld.data.images import ImageError, sha256
 from theworld.data.vsr import OWN, PUBLISHED_SHA256, load_statements, release_of, statements_sha256
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.metrics import summarise
-from theworld.evaluation.records import read_jsonl
+from theworld.evaluation.records import read_jsonl, read_results, read_source, write_jsonl
 from theworld.evaluation.score import (
     HeldOut,
     default_output,
     held_out,
-    read_source,
     score,
     score_to_file,
     short_names,
@@ -39,6 +42,7 @@ from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store
 from theworld.training.trainer import Trainer
 from theworld.utils.files import hash_file
+from theworld.utils.locks import InUse
 
 
 @pytest.fixture
@@ -463,3 +467,48 @@ def test_the_real_releases(tmp_path: Path) -> None:
     for release, split in PUBLISHED_SHA256:
         rows = ((s.image, s.caption, s.label) for s in load_statements(VSR, split, release))
         assert release_of(rows, split) == release
+
+
+def test_records_that_were_changed_since_are_read_by_nothing(
+    seeds: list[Path], cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, summary = score_to_file(seeds[:1], "test", cache, None, ("world",), {}, [])
+    rows, source = read_results(path)
+    assert (len(rows), source) == (summary["statements"], read_source(path))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    before = path.with_suffix(".summary.json").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--from", str(path)])
+    for flags in ([], ["--dry_run"]):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--from", str(path), *flags])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools/eval.py"), run_name="__main__")
+        assert ended.value.code == 1
+        assert re.match(
+            r"eval: .*\.meta\.json is of records with SHA-256 \w+, .*\.jsonl has",
+            capsys.readouterr().err.splitlines()[-1],
+        )
+    assert path.with_suffix(".summary.json").read_bytes() == before
+
+
+def test_validation_is_dev_in_records_provenance_and_file_names(seeds: list[Path], cache: Path) -> None:
+    path, summary = score_to_file(seeds[:1], "validation", cache, None, ("world",), {}, [])
+    assert path.name == "checkpoint-1-own-data-dev.jsonl"
+    rows, source = read_results(path)
+    assert source is not None
+    assert ({row["split"] for row in rows}, source["split"]) == ({"dev"}, "dev")
+    assert [split for _, split in summary["data"]] == ["dev"]
+    path.with_suffix(".meta.json").unlink()
+    write_jsonl([row | {"split": "validation"} for row in rows], path)  # as earlier versions wrote
+    assert {row["split"] for row in read_jsonl(path)} == {"dev"}
+
+
+def test_two_evaluations_do_not_write_to_one_file(seeds: list[Path], cache: Path, tmp_path: Path) -> None:
+    output = tmp_path / "results" / "lr-0.001"
+    arguments = (seeds[:1], "test", cache, None, ("world",), {}, [], output)
+    with held(output, is_file=True), pytest.raises(InUse, match=f"--output {output} is in use"):
+        score_to_file(*arguments)
+    assert [path.name for path in output.parent.iterdir()] == [".lr-0.001.lock"]
+    score_to_file(*arguments)
+    names = ["lr-0.001", "lr-0.001.meta.json", "lr-0.001.summary.json"]
+    assert sorted(path.name for path in output.parent.iterdir()) == names

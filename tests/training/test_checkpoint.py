@@ -345,6 +345,25 @@ def test_damaged_weights_are_refused_wherever_a_model_is_loaded(saved: Path) -> 
         TheWorld.from_pretrained(saved)
 
 
+def test_of_a_run_the_newest_valid_checkpoint_is_loaded(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert SavedModel.open(saved.parent).folder == saved
+    flip(saved / "projection.safetensors")
+    assert SavedModel.open(saved.parent).folder == saved.with_name("checkpoint-2")
+    assert f"skipped: {saved}/projection.safetensors is damaged" in caplog.text
+    half = TheWorld.from_pretrained(saved.parent)
+    assert torch.equal(
+        half.projection.brackets,
+        TheWorld.from_pretrained(saved.with_name("checkpoint-2")).projection.brackets,
+    )
+    with pytest.raises(CheckpointError, match=r"checkpoint-4/projection\.safetensors is damaged"):
+        SavedModel.open(saved)  # named, so no other is taken
+    flip(saved.with_name("checkpoint-2") / "world.json")
+    with pytest.raises(CheckpointError, match=f"^{saved.parent}: no valid checkpoint in it"):
+        SavedModel.open(saved.parent)
+
+
 def test_a_run_skips_damaged_checkpoints_by_name_and_sets_them_aside(
     saved: Path,
     config: Config,
@@ -446,7 +465,7 @@ while True:
         text = str(error)
         assert "No space left" in text or "bytes needed" in text, text
         assert "bytes needed" in text and "this checkpoint was not written" in text and "checkpoint-1" in text, text
-        assert list(disk.iterdir()) == [], list(disk.iterdir())
+        assert [path.name for path in disk.iterdir()] == [".lock"], list(disk.iterdir())
         full, size = full + 1, size + 8
         subprocess.run(["mount", "-o", f"remount,size={size}k", "none", str(disk)], check=True)
 from theworld.training.checkpoint import latest_valid_checkpoint

@@ -51,10 +51,27 @@ def test_the_second_writer_is_told_host_process_and_time_of_the_first(tmp_path: 
             )
         with OutputLock(tmp_path / "lr-0.003", "--output", is_file):  # another output
             pass
+    file = locks.lock_file(output, is_file)
+    assert file.name == (".lr-0.001.lock" if is_file else ".lock")
     with OutputLock(output, "--output_dir", is_file):  # it was killed
-        assert [path.name for path in tmp_path.rglob(".*lock")].count(
-            ".lock" if not is_file else ".lr-0.001.lock"
-        )
+        assert file.exists()
+    assert file.exists() != is_file
+
+
+def test_a_lock_on_a_file_that_its_holder_has_removed_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, lock = tmp_path / "r.jsonl", locks._lock
+
+    def slow(*arguments: object) -> None:
+        monkeypatch.setattr(locks, "_lock", lock)
+        (tmp_path / ".r.jsonl.lock").unlink()
+        lock(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(locks, "_lock", slow)
+    with OutputLock(output, "--output", is_file=True):
+        assert locked_here(output, is_file=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
@@ -85,10 +102,13 @@ def test_a_process_takes_a_lock_as_often_as_it_likes_and_keeps_it_until_the_last
     assert locks._held == {}
 
 
-def test_a_process_that_was_forked_from_a_holder_holds_nothing(tmp_path: Path) -> None:
-    with OutputLock(tmp_path, "--output"):
+def test_a_process_that_was_forked_from_a_holder_holds_nothing_and_takes_nothing(tmp_path: Path) -> None:
+    with OutputLock(tmp_path / "r.jsonl", "--output", is_file=True) as lock:
+        os.waitpid(in_child(lock.release), 0)
+        assert (tmp_path / ".r.jsonl.lock").exists()
+        assert locked_here(tmp_path / "r.jsonl", is_file=True)
         child = in_child(lambda: time.sleep(60))
-    assert not locked_here(tmp_path)
+    assert not locked_here(tmp_path / "r.jsonl", is_file=True)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from theworld.config.cli import extraction_command
-from theworld.config.config import Config
+from theworld.config.config import Config, split_name
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import NotDownloaded, Statement, images_of, split_at_hand, statements_at_hand
 from theworld.evaluation.alignment import chosen_images, photographs_of, vision_to_compare
 from theworld.evaluation.predict import possible_conditions, shuffled_images
-from theworld.evaluation.records import read_jsonl
+from theworld.evaluation.records import read_results
 from theworld.evaluation.score import NOT_ALONE, check_results, default_output, held_out, short_names
-from theworld.extraction.encoders import specs_of
+from theworld.extraction.encoders import specs_to_extract
 from theworld.extraction.extract import amount, check_models, check_readable, check_start
 from theworld.extraction.features import cached_vision, in_cache, latents_for
 from theworld.extraction.reading import Source
@@ -65,7 +65,7 @@ def extraction(
     compiled = ", compiled" if wants_compile(config.compile, device) else ""
     yield line("device", f"{device}, {resolve_dtype(config.dtype, device)}{compiled}")
     check_models(config, with_vision)
-    for spec in specs_of(config, with_vision):
+    for spec in specs_to_extract(config, with_vision):
         if spec.weights is not None:
             place = locate(spec.weights.model, spec.weights.file)
             yield line("model", f"{spec.weights.topic}, {spec.weights.model}: {place.words}")
@@ -147,6 +147,7 @@ def evaluation(
     allow_trained: bool = False,
 ) -> Iterator[str]:
     """Yield what `theworld.evaluation.score.score_to_file` would do with the same arguments."""
+    split = split_name(split)
     found = [SavedModel.open_folder(model) for model in models]
     checkpoints = dict(zip(short_names(models, [one.folder for one in found]), found, strict=True))
     saved = []
@@ -220,7 +221,7 @@ def _reads(
 
 def recomputation(records: Path) -> Iterator[str]:
     """Yield what `tools/eval.py --from` would do."""
-    rows = read_jsonl(records)
+    rows, _ = read_results(records)
     yield line("reads", f"{records}: {len(rows):,} statements, {', '.join(rows[0]['systems'])}")
     summary = companion(records, ".summary.json", ".jsonl")
     yield line("writes", f"{summary}{check_output(summary, '--from')}")
@@ -235,6 +236,7 @@ def alignment(
     overrides: dict[str, Any],
 ) -> Iterator[str]:
     """Yield what `theworld.evaluation.alignment.align` would do with the same arguments, and the files it writes."""
+    split = split_name(split)
     saved = SavedModel.open_folder(model_name)
     config, world, sees = yield from _saved_model(saved, overrides)
     statements = yield from _split(config, split)

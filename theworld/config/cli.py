@@ -10,12 +10,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from theworld.config.config import FIELDS, GROUPS, RENAMED, Config, load_config
+from theworld.config.config import (
+    FIELDS,
+    GROUPS,
+    RENAMED,
+    SPLIT_ALIASES,
+    SPLITS,
+    Config,
+    load_config,
+    split_name,
+)
 from theworld.config.fields import Setting, expand_user, nearest_name, without_tokens
 from theworld.utils import commands
 from theworld.utils.commands import ALIASES
-
-SPLITS = ("train", "dev", "test")
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -238,13 +245,13 @@ def add_split(parser: argparse.ArgumentParser) -> None:
 
 
 def _split(text: str) -> str:
-    split = "dev" if text == "validation" else text
-    if split not in SPLITS:
-        nearest = nearest_name(text, [*SPLITS, "validation"])
+    try:
+        return split_name(text)
+    except ValueError:
+        nearest = nearest_name(text, [*SPLITS, *SPLIT_ALIASES])
         raise argparse.ArgumentTypeError(
             f"{text!r} is none of train, dev (or validation) and test; did you mean {nearest}?"
-        )
-    return split
+        ) from None
 
 
 def add_gemma(parser: argparse.ArgumentParser) -> None:

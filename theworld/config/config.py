@@ -21,6 +21,9 @@ from theworld.utils.jsonc import is_comment, read_json_with_comments
 FRAMES_A_STEP = 4  # video frames in a latent frame, after the first
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
+SPLITS = ("train", "dev", "test")
+SPLIT_ALIASES = {"validation": "dev"}  # of splits
+
 # The groups of settings in `--help`: the name of each and its first setting; a group ends where the next begins.
 GROUPS = {
     "models": "model_name",
@@ -452,7 +455,8 @@ class Config:
     )
     wandb_run_name: str | None = setting(
         None,
-        "Name of the run on Weights & Biases; none: the name of the folder output_dir.",
+        "Name of the run on Weights & Biases; none: the name of the folder output_dir or, in the default folder, made "
+        "of settings that tell runs apart.",
         defines_run=False,
     )
 
@@ -544,7 +548,19 @@ class Config:
     @property
     def run_name(self) -> str:
         """Name of the run on Weights & Biases."""
-        return self.wandb_run_name or Path(self.output_dir).resolve().name
+        if self.wandb_run_name:
+            return self.wandb_run_name
+        if self.output_dir != FIELDS["output_dir"].default:
+            return Path(self.output_dir).resolve().name
+        return "-".join(
+            (
+                self.dataset_name,
+                self.world_encoder,
+                self.projection,
+                f"lr{self.learning_rate:g}",
+                f"seed{self.seed}",
+            )
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return every setting with its value, as plain JSON types; `Config(**config.to_dict()) == config`."""
@@ -570,6 +586,14 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "mixed_precision": (None, "not supported; bf16, no and null are"),
     "hf_token": (None, "a token does not belong in the settings; set HF_TOKEN in the environment"),
 }
+
+
+def split_name(split: str) -> str:
+    """Return the one name of a split: validation is dev. Raises ValueError for what is no split."""
+    name = SPLIT_ALIASES.get(split, split)
+    if name not in SPLITS:
+        raise ValueError(f"split is {split!r}; allowed: train, dev, validation, test")
+    return name
 
 
 def load_config(

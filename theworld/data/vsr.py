@@ -18,6 +18,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from theworld.config.config import SPLIT_ALIASES, split_name
 from theworld.config.fields import shown
 from theworld.utils.errors import reason_of
 from theworld.utils.hub import Fault, ask_hub, check_download_folder
@@ -27,12 +28,7 @@ from theworld.utils.text import flaw, is_filled, is_text
 # dataset_name -> the release's folder name; the hub's is cambridgeltl/vsr_<release>.
 RELEASES = {"vsr": "random", "vsr_random": "random", "vsr_zeroshot": "zeroshot"}
 # split -> the names that its file can have.
-SPLITS = {
-    "train": ("train",),
-    "dev": ("dev", "validation"),
-    "validation": ("dev", "validation"),
-    "test": ("test",),
-}
+FILE_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 
 # Meta-category -> its relations. The paper's table has "among" under topological too; here it is unallocated.
 _TABLE = {
@@ -107,8 +103,7 @@ def load_statements(annotations: str | Path | None, split: str, dataset_name: st
     for an unknown split or dataset name and for a bad line (naming file, line, field, value and the allowed values),
     FileNotFoundError, and OSError if the hub cannot be reached.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    split = split_name(split)
     if dataset_name not in RELEASES:
         raise ValueError(f"dataset_name is {dataset_name!r}; allowed: {', '.join(RELEASES)}")
     if annotations is None:
@@ -151,7 +146,7 @@ def splits_there(annotations: str | Path | None, dataset_name: str = "vsr") -> l
 
 def _split_file(path: Path, split: str, dataset_name: str) -> Path:
     """Return the file that holds a split."""
-    names = [f"{name}.jsonl" for name in SPLITS[split]]
+    names = [f"{name}.jsonl" for name in FILE_NAMES[split]]
     if path.is_file():
         if path.name not in names:
             raise ValueError(
@@ -179,7 +174,7 @@ def load_hub_statements(repository: str, split: str) -> list[Statement]:
     from datasets import load_dataset
 
     # Named files: by itself `datasets` would guess the splits and call dev "validation".
-    file = f"{SPLITS[split][0]}.jsonl"
+    file = f"{split_name(split)}.jsonl"
     try:
         if not Path(repository).is_dir():
             held = _held_offline(repository, file)
@@ -309,7 +304,7 @@ def statements_sha256(statements: Iterable[tuple[str, str, int]]) -> str:
 
 def release_of(statements: Iterable[tuple[str, str, int]], split: str) -> str:
     """Return "vsr_random" or "vsr_zeroshot" if these are the statements of that release's split, else ""."""
-    sha256, split = statements_sha256(statements), "dev" if split == "validation" else split
+    sha256, split = statements_sha256(statements), SPLIT_ALIASES.get(split, split)
     return next(
         (name for (name, own), wanted in PUBLISHED_SHA256.items() if (own, wanted) == (split, sha256)), ""
     )
@@ -365,4 +360,4 @@ def split_at_hand(annotations: str | None, split: str, dataset_name: str) -> lis
     splits = statements_at_hand(None, dataset_name)
     if splits is None:
         raise NotDownloaded(dataset_name)
-    return splits["dev" if split == "validation" else split]
+    return splits[split_name(split)]

@@ -30,7 +30,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 
 from theworld.config.cli import extraction_command
-from theworld.config.config import Config
+from theworld.config.config import Config, split_name
 from theworld.data.vsr import Statement, images_of, load_statements
 from theworld.evaluation.score import from_photographs
 from theworld.extraction.batches import FeatureSource
@@ -138,7 +138,7 @@ def align(
     other settings than the checkpoint's.
     """
     # Gemma's layers are not computed, so they need no copy in 8 bits.
-    saved = SavedModel.open_folder(checkpoint)
+    saved, split = SavedModel.open_folder(checkpoint), split_name(split)
     model = TheWorld.from_pretrained(saved, **overrides | {"fp8": False})
     set_up_torch(model.gemma.dtype)
     start = TheWorld.from_config(model.config, model.gemma, model.fingerprint)

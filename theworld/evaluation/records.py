@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from theworld.config.config import SPLIT_ALIASES
 from theworld.data.vsr import OWN, Statement, meta_category
 from theworld.models.inference import p_true
-from theworld.utils.files import publish_bytes
-from theworld.utils.jsonc import json_bytes, json_lines
+from theworld.utils.files import companion, hash_file, publish_bytes
+from theworld.utils.jsonc import json_bytes, json_lines, read_json_with_comments
 from theworld.utils.text import flaw
 
 ONE_A_LINE = "one record of tools/eval.py a line"
@@ -107,6 +108,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
     lines: dict[tuple[Any, ...], str] = {}
     for where, row in json_lines(Path(path), ONE_A_LINE):
         _check(row, where)
+        row["split"] = SPLIT_ALIASES.get(row["split"], row["split"])
         if rows and list(row["systems"]) != list(rows[0]["systems"]):
             own, first = ", ".join(row["systems"]), ", ".join(rows[0]["systems"])
             raise ValueError(f"{where}: has the conditions {own}; line 1 has {first}")
@@ -153,3 +155,50 @@ def _check(row: Any, where: str) -> None:
                 raise ValueError(
                     f"{where}: {condition} has {key} {answer.get(key)!r}; its logits and label give {value!r}"
                 )
+
+
+# ---- provenance
+
+_OF_RESULTS = set(
+    "command records_sha256 date dataset split annotations statements_in_split image_folder cache checkpoints "
+    "versions".split()
+)
+_OF_CHECKPOINT = set(
+    "checkpoint step seed model_name model_revision dtype device trained_on parts trained_parameters projection "
+    "fingerprint fingerprint_sha256".split()
+)
+
+
+def read_results(path: Path) -> tuple[list[Row], dict[str, Any] | None]:
+    """Return the records of `path` and the provenance beside them (see `read_source`): the one reader of results.
+
+    Raises ValueError for records that are not as they were written, as far as there is a provenance, and as
+    `read_jsonl` does.
+    """
+    source = read_source(path)
+    return read_jsonl(path), source
+
+
+def read_source(path: Path) -> dict[str, Any] | None:
+    """Return the provenance beside the records of `path`, or None without any.
+
+    Raises ValueError if it belongs to other records or lacks a field.
+    """
+    meta = companion(path, ".meta.json", ".jsonl")
+    if not meta.is_file():
+        return None
+    source = read_json_with_comments(meta)
+    kinds = [
+        (source, _OF_RESULTS),
+        *((one, _OF_CHECKPOINT) for one in source.get("checkpoints", {}).values()),
+    ]
+    lacking = sorted({field for found, fields in kinds for field in fields - found.keys()})
+    if lacking:
+        raise ValueError(f"{meta} has no {', '.join(lacking)}; score again, or move it away")
+    have = hash_file(path)[1]
+    if source["records_sha256"] != have:
+        raise ValueError(
+            f"{meta} is of records with SHA-256 {source['records_sha256']}, {path} has {have}; "
+            "score again, or move one of them away"
+        )
+    return source

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import theworld
-from theworld.config.config import Config
+from theworld.config.config import Config, split_name
 from theworld.data.images import contents
 from theworld.data.vsr import (
     OWN,
@@ -49,7 +49,6 @@ from theworld.store.reader import StoreReader
 from theworld.utils.device import count_parameters, set_up_torch
 from theworld.utils.files import canonical_sha256, check_output, companion, hash_file
 from theworld.utils.hub import model_id
-from theworld.utils.jsonc import read_json_with_comments
 from theworld.utils.locks import OutputLock
 from theworld.utils.text import same_words
 
@@ -95,6 +94,7 @@ def held_out(
     `allow_trained`, for a split of one release of VSR and a checkpoint of the other, since the releases share
     statements. `load` reads statements.
     """
+    split = split_name(split)
     settings = {name: saved.config(overrides) for name, saved in checkpoints.items()}
     sources = {name: (c.annotations, c.dataset_name) for name, c in settings.items()}
     if len(set(sources.values())) > 1:
@@ -233,14 +233,6 @@ def _check_release(
 # ---- provenance
 
 _LONG = ("latents_mean", "latents_std")  # of a fingerprint: numbers a channel
-_OF_RESULTS = set(
-    "command records_sha256 date dataset split annotations statements_in_split image_folder cache checkpoints "
-    "versions".split()
-)
-_OF_CHECKPOINT = set(
-    "checkpoint step seed model_name model_revision dtype device trained_on parts trained_parameters projection "
-    "fingerprint fingerprint_sha256".split()
-)
 LIBRARIES = ("torch", "transformers", "numpy", "scipy", "scikit-learn")
 
 
@@ -300,31 +292,6 @@ def write_results(rows: Sequence[Row], source: dict[str, Any], path: Path, comma
     meta = {"command": shlex.join(command), "records_sha256": hash_file(path)[1], **source}
     publish_json(meta, companion(path, ".meta.json", ".jsonl"))
     return write_summary(rows, path)
-
-
-def read_source(path: Path) -> dict[str, Any] | None:
-    """Return the provenance beside the records of `path`, or None without any.
-
-    Raises ValueError if it belongs to other records or lacks a field.
-    """
-    meta = companion(path, ".meta.json", ".jsonl")
-    if not meta.is_file():
-        return None
-    source = read_json_with_comments(meta)
-    kinds = [
-        (source, _OF_RESULTS),
-        *((one, _OF_CHECKPOINT) for one in source.get("checkpoints", {}).values()),
-    ]
-    lacking = sorted({field for found, fields in kinds for field in fields - found.keys()})
-    if lacking:
-        raise ValueError(f"{meta} has no {', '.join(lacking)}; score again, or move it away")
-    have = hash_file(path)[1]
-    if source["records_sha256"] != have:
-        raise ValueError(
-            f"{meta} is of records with SHA-256 {source['records_sha256']}, {path} has {have}; "
-            "score again, or move one of them away"
-        )
-    return source
 
 
 # ---- names and places
@@ -410,7 +377,7 @@ def score_to_file(
     checkpoints = dict(zip(short_names(models, [saved.folder for saved in found]), found, strict=True))
     given = (split, overrides, train_annotations, allow_trained)
     data = held_out(checkpoints, *given, cache=cache, image_folder=image_folder)
-    output = output or default_output(found, data.dataset, split)
+    output = output or default_output(found, data.dataset, data.split)
     check_results(output)
     with OutputLock(output, "--output", is_file=True):
         rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, forkserver, get_context, parent_process
 from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import Any, NamedTuple, TypeVar
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from theworld.data.images import ImageError, decode, read_bytes, sha256
 from theworld.store.shard import ImageEntry
+from theworld.utils.starting import starting_workers
 
 FEW = 64  # photographs that are read in this process: to start others takes longer
 AHEAD = 2  # tasks that each process is ahead
@@ -93,6 +94,8 @@ def in_processes(
         return
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    with starting_workers():
+        forkserver.ensure_running()
     pool = ProcessPoolExecutor(workers, context, _begin, (work,))
     try:
         yield _in_order(pool, tasks, AHEAD * workers)

@@ -11,6 +11,7 @@ checkpoint.json                                            in a checkpoint: size
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from theworld.config.config import Config, config_from
 from theworld.utils.errors import reason_of
 from theworld.utils.hub import Fault, Place, locate
 from theworld.utils.jsonc import parse_json_with_comments
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 VISION, LANGUAGE, LORA = "vision", "language", "lora"
@@ -79,13 +82,26 @@ class SavedModel:
 
     @classmethod
     def open_folder(cls, model: "str | Path | SavedModel") -> "SavedModel":
-        """Open a saved model, or the newest checkpoint of a run, and compare each file with its recorded SHA-256.
+        """Open a saved model, or the newest valid checkpoint of a run, and compare each file with its recorded SHA-256.
 
-        Raises ValueError if there is none, or if a file of it is missing or damaged.
+        Newer checkpoints that are damaged are logged. Raises ValueError if there is none, or if a file of the saved
+        model itself is missing or damaged.
         """
         if isinstance(model, SavedModel):
             return model
-        saved = cls.read(find_model(model))
+        folder = Path(model)
+        if _is_model(folder) or len(list_checkpoints(folder)) < 2:
+            return cls._verified(find_model(folder))
+        for checkpoint in reversed(list_checkpoints(folder)):
+            try:
+                return cls._verified(checkpoint)
+            except CheckpointError as error:
+                logger.warning("skipped: %s", error)
+        raise CheckpointError(f"{folder}: no valid checkpoint in it; use another run")
+
+    @classmethod
+    def _verified(cls, folder: Path) -> "SavedModel":
+        saved = cls.read(folder)
         saved.verify(name for name in model_files(saved.world) if name not in (WORLD_FILE, CONFIG_FILE))
         return saved
 
@@ -308,10 +324,14 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for path in numbered(output_dir) if (path / INDEX).is_file()]
 
 
+def _is_model(path: Path) -> bool:
+    return (path / PROJECTION_FILE).is_file() or (path / INDEX).is_file()
+
+
 def find_model(path: str | Path) -> Path:
     """Return the folder of a saved model: `path` itself, or the newest checkpoint in it. Raises CheckpointError."""
     path = Path(path)
-    if (path / PROJECTION_FILE).is_file() or (path / INDEX).is_file():
+    if _is_model(path):
         return path
     found = list_checkpoints(path)
     if not found:

@@ -26,6 +26,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from theworld.config.config import SPLIT_ALIASES
 from theworld.data.images import ImageError, read_image
 from theworld.data.vsr import OWN, quoted
 from theworld.evaluation.conditions import (
@@ -37,8 +38,7 @@ from theworld.evaluation.conditions import (
     find_condition,
 )
 from theworld.evaluation.metrics import FEW, find_pair, summarise
-from theworld.evaluation.records import Row, read_jsonl
-from theworld.evaluation.score import read_source
+from theworld.evaluation.records import Row, read_results
 from theworld.evaluation.verdict import (
     HELPS,
     HURTS,
@@ -81,7 +81,7 @@ MAX_PICTURE_BYTES = 4 << 20  # of the alignment plots
 MAX_STEP_ROWS = 40  # of the table of training
 
 Summary = dict[str, Any]  # of theworld.evaluation.metrics.summarise
-Source = dict[str, Any] | None  # of theworld.evaluation.score.read_source
+Source = dict[str, Any] | None  # of theworld.evaluation.records.read_results
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ def plan_report(
     """Yield lines that say what `write_report` would do with the same arguments. Raises the same errors."""
     shown, others = _choose(run, results)
     if shown is not None:
-        rows = read_jsonl(shown)
-        folder, lack = _photographs(image_folder, read_source(shown))
+        rows, source = read_results(shown)
+        folder, lack = _photographs(image_folder, source)
         yield f"reads        {shown}: {len(rows):,} statements, {', '.join(rows[0]['systems'])}"
         yield f"             photographs: {folder or lack}"
     for path in (*others, run_of(run) / "metrics.jsonl", run_of(run) / "alignment.json"):
@@ -201,7 +201,8 @@ def _split_of(path: Path) -> str | None:
             first = json.loads(file.readline())
         except ValueError:
             return None
-    return first.get("split") if isinstance(first, dict) else None
+    split = first.get("split") if isinstance(first, dict) else None
+    return SPLIT_ALIASES.get(str(split), split)
 
 
 def _photographs(given: Path | None, source: Source) -> tuple[Path | None, str]:
@@ -254,8 +255,7 @@ def _page(
     run: Path, results: Path | None, others: Sequence[Path], image_folder: Path | None, output: Path
 ) -> dict[str, Any]:
     """Return the data of the page: one entry a section, None for a section that is left out."""
-    rows = read_jsonl(results) if results else []
-    source = read_source(results) if results else None
+    rows, source = read_results(results) if results else ([], None)
     summary = summarise(rows) if rows else None
     data = _data_words(summary["data"], source) if summary else ""
     cache = Path(source["cache"]["folder"]) if source and source["cache"] else "cache/"
@@ -816,7 +816,7 @@ def _picture(path: Path) -> dict[str, Any]:
 def _other(path: Path) -> dict[str, str]:
     """Return the verdict of other records, or the reason why they cannot be read."""
     try:
-        summary = summarise(read_jsonl(path))
+        summary = summarise(read_results(path)[0])
     except ValueError as error:
         return {"name": path.name, "scope": "", "verdict": str(error)}
     scope = f"{_data_words(summary['data'], None)}, {_size(summary)}"

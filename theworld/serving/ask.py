@@ -10,7 +10,7 @@ from theworld.evaluation.predict import possible_conditions
 from theworld.models import world_encoder
 from theworld.models.inference import CONDITIONS, Photograph, check_alone
 from theworld.models.projection import ProjectionShape
-from theworld.models.serialization import CONFIG_FILE, WORLD_FILE, SavedModel, find_model
+from theworld.models.serialization import CONFIG_FILE, WORLD_FILE, SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.utils.device import resolve_device, resolve_dtype, set_up_torch
 from theworld.utils.hub import GEMMA_FILE, locate
@@ -113,7 +113,7 @@ def plan(
     `image` is None for a page, whose photographs are not known yet. Raises ValueError and OSError where a run would
     stop.
     """
-    folder = find_model(name) if Path(name).is_dir() else None
+    folder = SavedModel.open_folder(name).folder if Path(name).is_dir() else None
     place = locate(name, WORLD_FILE) if folder is None else None
     if place is not None:
         folder = None if place.config is None else place.config.parent

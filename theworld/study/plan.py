@@ -11,7 +11,7 @@ import numpy as np
 from theworld.data.vsr import load_statements
 from theworld.evaluation.comparison import ALPHA, Images
 from theworld.evaluation.power import Assumptions, plan_power
-from theworld.evaluation.records import read_jsonl
+from theworld.evaluation.records import read_results
 from theworld.models.serialization import numbered
 from theworld.study.protocol import LEAST_SEEDS, Run, Study
 from theworld.study.runner import ALL, is_done, read_done, records_of, waiting
@@ -93,7 +93,9 @@ def _assumptions(study: Study, runs: Sequence[Run]) -> Assumptions:
     seeds = sorted(arms[first].keys() & arms[second].keys())
     if len(seeds) < 2:
         return Assumptions()
-    rows = {name: [read_jsonl(records_of(own[seed], "test")) for seed in seeds] for name, own in arms.items()}
+    rows = {
+        name: [read_results(records_of(own[seed], "test"))[0] for seed in seeds] for name, own in arms.items()
+    }
     right = {
         name: np.array([[row["systems"]["world"]["correct"] for row in one] for one in found]).astype(int)
         for name, found in rows.items()

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from theworld.config.config import config_from
-from theworld.evaluation.records import Row, publish_json, read_jsonl
-from theworld.evaluation.score import read_source
+from theworld.evaluation.records import Row, publish_json, read_results, read_source
 from theworld.evaluation.study_verdict import PLAIN, Question, summarise_study
 from theworld.report.report import toy_warning
 from theworld.report.study import Study as Page
 from theworld.report.study import write_study
 from theworld.study.protocol import PROTOCOL, Arm, Primary, Run, Study, read_protocol, runs_of
-from theworld.study.runner import SPLITS, is_done, read_done, records_of
+from theworld.study.runner import SPLITS, is_done, read_done, records_of, said_of
 from theworld.training.logging import METRICS
 
 
@@ -36,8 +35,7 @@ def read_arms(study: Study, runs: Sequence[Run], split: str) -> dict[str, dict[i
     arms: dict[str, dict[int, list[Row]]] = {arm.name: {} for arm in study.arms}
     for run in runs:
         path = records_of(run, split)
-        read_source(path)
-        arms[run.arm.name][run.config.seed] = rows = read_jsonl(path)
+        arms[run.arm.name][run.config.seed] = rows = read_results(path)[0]
         if run.number == 0 and "baseline" in rows[0]["systems"]:
             arms[PLAIN] = {run.config.seed: rows}
     return arms
@@ -54,7 +52,10 @@ def results_of(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def write_results(study: Study, runs: Sequence[Run], output: Path) -> str:
-    """Write the figures and the page of a study whose runs are all done, and return what it has found, in words."""
+    """Write the figures and the page of a study whose runs are all done, and return what it has found, in words. A
+    single arm has nothing to be compared with, and no page."""
+    if len(study.arms) == 1:
+        return "\n".join(map(said_of, runs))
     results = results_of(study, runs)
     publish_json(results, output / "study.json")
     write_study(page_of(study, runs, results, output), output)
@@ -82,7 +83,7 @@ def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: 
     ]
     source = read_source(records_of(runs[0], "test"))
     return Page(
-        output.name,
+        output.resolve().name,
         results["test"],
         curves,
         costs,

@@ -6,7 +6,6 @@ import io
 import logging
 import os
 import select
-import signal
 import sys
 import time
 import warnings
@@ -17,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from theworld.utils.errors import explain
+from theworld.utils.starting import starting
 
 QUIET_SECONDS = 30.0  # between two lines of a bar in a log file
 
@@ -188,7 +188,7 @@ def keep_compiled_code() -> None:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
     folder = home / "theworld" / "compiled"
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if folder.is_absolute() and os.access(there, os.W_OK):
+    if folder.is_absolute() and there.is_dir() and os.access(there, os.W_OK):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # torch makes it
 
 
@@ -227,25 +227,14 @@ def run_tool(
 
 @contextlib.contextmanager
 def loading(tool: str) -> Iterator[None]:
-    """For the imports of a tool that take seconds: Ctrl-C ends the process at once, with status 130 and one line.
+    """For the imports of a tool that take seconds: Ctrl-C ends the process at once, as in `starting`.
 
-    A KeyboardInterrupt inside an import may be caught or turned into another error by the library that is imported.
     Afterwards the libraries are quiet (`quiet_libraries`) and the package's log is shown (`configure_logging`).
     """
-
-    def leave(*_: object) -> None:
-        write_at_once(f"\n{tool}: interrupted\n")
-        os._exit(130)
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # a process in the background of a script
-        signal.signal(signal.SIGINT, leave)
-    try:
+    with starting(tool):
         yield
         quiet_libraries()
         configure_logging()
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 NOTHING_WRITTEN = "dry run: nothing was written"

@@ -1,8 +1,8 @@
 """One writer for one output: a lock that the kernel holds for a process, and that ends with it, however it ends.
 
-An output that is a folder has its lock in the file `.lock` in it; an output that is a file, in `.<name>.lock` beside
-it. The file stays: who holds the lock is asked of the kernel (fcntl's record locks, which work over NFS as well), and
-the content of the file only says who that is.
+An output that is a folder has its lock in the file `.lock` in it, which stays there; an output that is a file, in
+`.<name>.lock` beside it, which its holder removes. Who holds a lock is asked of the kernel (fcntl's record locks, which
+work over NFS as well), and the content of the file only says who that is: a file that was left means nothing.
 """
 
 import errno
@@ -46,32 +46,27 @@ class OutputLock:
         path = lock_file(output, is_file)
         make_folder(path.parent)
         self._key = _key(path)
+        self._removed: Path | None = path if is_file else None
         if self._key in _held:
             _held[self._key][1] += 1
             return
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            _lock(descriptor, fcntl.LOCK_EX, output, flag)
-            _write_holder(descriptor)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                os.close(descriptor)
-                raise
-            logger.warning(
-                "%s: its file system has no locks (%s); nothing keeps a second run out of it",
-                output,
-                error.strerror,
-            )
-        self._key = _key(path)
+        while True:
+            descriptor = _locked(path, output, flag)
+            self._key = _key_of(os.fstat(descriptor))
+            if self._key == _key(path):
+                break
+            os.close(descriptor)  # the file of a holder that has ended, and removed it
         _held[self._key] = [descriptor, 1]
 
     def release(self) -> None:
         """Give the lock back; a second call changes nothing."""
         key, self._key = self._key, (0, 0, 0)
-        if key not in _held:
+        if key not in _held or key[0] != os.getpid():  # a copy of the holder, made by fork
             return
         _held[key][1] -= 1
         if _held[key][1] == 0:
+            if self._removed is not None:
+                self._removed.unlink(missing_ok=True)
             os.close(_held.pop(key)[0])
 
     def __enter__(self) -> "OutputLock":
@@ -120,10 +115,31 @@ def lock_file(output: Path, is_file: bool) -> Path:
 def _key(path: Path) -> tuple[int, int, int]:
     """Return what identifies a lock file in this process; zeros if there is none yet."""
     try:
-        status = path.stat()
+        return _key_of(path.stat())
     except FileNotFoundError:
         return 0, 0, 0
+
+
+def _key_of(status: os.stat_result) -> tuple[int, int, int]:
     return os.getpid(), status.st_dev, status.st_ino
+
+
+def _locked(path: Path, output: Path, flag: str) -> int:
+    """Return the descriptor of a lock file that this process holds. Raises InUse."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _lock(descriptor, fcntl.LOCK_EX, output, flag)
+        _write_holder(descriptor)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise
+        logger.warning(
+            "%s: its file system has no locks (%s); nothing keeps a second run out of it",
+            output,
+            error.strerror,
+        )
+    return descriptor
 
 
 def _lock(descriptor: int, kind: int, output: Path, flag: str) -> None:

@@ -34,6 +34,7 @@ from theworld.extraction.pipeline import Source
 from theworld.models.cosmos import CosmosLatents
 from theworld.models.gemma_vision import VisionEncoder
 from theworld.utils.device import torch_dtype
+from theworld.utils.starting import starting_workers
 
 PROCESSOR_FILES = (
     "tokenizer.json",
@@ -381,7 +382,9 @@ def write_photographs(
         return
     # A fork would carry a CUDA context of the parent along.
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_write_share, shares, chunksize=4))
+        with starting_workers():
+            done = pool.map(_write_share, shares, chunksize=4)
+        list(done)
 
 
 def _write_share(share: tuple[Path, list[str], int, tuple[int, int]]) -> None:

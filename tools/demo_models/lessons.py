@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import Gemma3ForConditionalGeneration
 
 from theworld.data.scenes import COLOURS, RELATIONS, SHAPES, draw_scene, make_scene
+from theworld.utils.starting import starting_workers
 
 SCHOOL_RADIUS = (
     0.085,
@@ -47,7 +48,9 @@ def _draw_one(key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 def draw_pool(seed: int, num_scenes: int, num_workers: int, device: str) -> Pool:
     """Draw the scenes in worker processes, a few milliseconds each on one core."""
     keys = [(POOL_SEED + seed, index) for index in range(num_scenes)]
-    with get_context("spawn").Pool(num_workers) as workers:
+    with starting_workers():
+        pool = get_context("spawn").Pool(num_workers)
+    with pool as workers:
         drawn = workers.map(_draw_one, keys, chunksize=64)
     scenes = [make_scene(key[0], "train", key[1], SCHOOL_RADIUS).things for key in keys]
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
