@@ -82,7 +82,9 @@ def test_a_study_is_drawn_again_from_its_records_alone(
     assert report() == 0
     assert "reads        the records of 4 runs: 2 arms, 2 seeds" in capsys.readouterr().out
     (runs_of(study, out)[3].folder / DONE).unlink()
-    with pytest.raises(ValueError, match=r"1 of 4 runs are not done: pixels-1; go on with tools/study\.py"):
+    with pytest.raises(
+        ValueError, match=r"1 of 4 runs are not done: pixels-1; go on with: python tools/study\.py"
+    ):
         draw_again(out)
 
 

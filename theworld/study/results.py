@@ -14,6 +14,7 @@ from theworld.report.study import write_study
 from theworld.study.protocol import PROTOCOL, Arm, Primary, Run, Study, read_protocol, runs_of
 from theworld.study.runner import SPLITS, is_done, read_done, records_of, said_of
 from theworld.training.logging import METRICS
+from theworld.utils.commands import PLACEHOLDER, command
 
 
 def question_of(study: Study) -> Question:
@@ -116,8 +117,9 @@ def study_in(folder: Path) -> tuple[Study, list[Run]]:
     runs = runs_of(study, folder)
     left = [run.name for run in runs if not is_done(run)]
     if left:
+        again = command("study", "--config", "FILE", "--cache", PLACEHOLDER, "--output", folder)
         raise ValueError(
-            f"{folder}: {len(left)} of {len(runs)} runs are not done: {', '.join(left)}; go on with tools/study.py"
+            f"{folder}: {len(left)} of {len(runs)} runs are not done: {', '.join(left)}; go on with: {again}"
         )
     return study, runs
 
