@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from theworld.cli import dry_run
 from theworld.cli.doctor import FAULT, look_over
 from theworld.config.config import Config
-from theworld.evaluation.score import score
+from theworld.evaluation.score import score, score_to_file
 from theworld.extraction import reading
 from theworld.extraction.audit import audit
 from theworld.extraction.encoders import specs_of
@@ -41,7 +41,7 @@ CONDITIONS = ["world", "baseline", "zero", "shuffled"]
 
 
 def settings(base: Config, arm: str, **others: Any) -> Config:
-    return replace(base, world_encoder=arm, standardization="training_images", max_steps=2, **others)
+    return replace(base, world_encoder=arm, standardization="training_images", **({"max_steps": 2} | others))
 
 
 @pytest.fixture(scope="module")
@@ -237,10 +237,17 @@ def test_without_a_picture_neither_store_nor_photograph_is_read(
         ValueError, match=r"condition 'zero': these world tokens look at no picture .* 'world'"
     ):
         score(checkpoint, tmp_path / "cache", None, "test", ["zero", "shuffled"], {})
-    with pytest.raises(
-        ValueError, match="world_encoder none: it reads no store, so there is nothing to extract"
+    assert specs_of(config, with_vision=False) == []
+    config = replace(config, image_folder=base.image_folder)
+    for attempt in (
+        lambda: extract(config, tmp_path / "cache", False, False),
+        lambda: list(dry_run.extraction(config, tmp_path / "cache", False, False, None)),
+        lambda: audit(config, tmp_path / "cache", 1),
     ):
-        specs_of(config, with_vision=False)
+        with pytest.raises(
+            ValueError, match="world_encoder none: it reads no store, so there is nothing to ext"
+        ):
+            attempt()
 
 
 def test_without_a_picture_the_statements_are_those_of_the_other_arms(base: Config, tmp_path: Path) -> None:
@@ -270,3 +277,15 @@ def test_statistics_of_the_encoder_are_taken_where_it_states_them(base: Config, 
     spec = world_encoder.describe(base)
     assert spec.use.fields == {}
     assert cached_latents(base, cache).fingerprint == CachedFeatures(cache / "latents").reader.fingerprint
+
+
+def test_an_arm_without_a_picture_is_compared_with_another_in_one_evaluation(
+    base: Config, cache: Path, tmp_path: Path
+) -> None:
+    runs = [tmp_path / arm for arm in ("cosmos", "none")]
+    for run in runs:
+        Trainer(settings(base, run.name, output_dir=str(run), max_steps=1), cache).run()
+    output = tmp_path / "both.jsonl"
+    _, summary = score_to_file(runs, "test", cache, None, CONDITIONS, {}, ["eval"], output)
+    asked = {f"cosmos:{condition}" for condition in ("world", "zero", "shuffled")}
+    assert summary["systems"].keys() == {"baseline", "none:world"} | asked

@@ -203,7 +203,7 @@ def test_what_is_proposed_when_memory_runs_out_then_fits(config: Config, cache: 
             r"step (\d+): out of memory in a micro-batch of 4 statements about \d images, (\d+) tokens "
             r"\([abc, .png]+\): this process had [\d.]+ GiB at most, cpu has [\d.]+ for it\. The same training in "
             r"settings that would fit, by the estimate: (--batch_size 2 --gradient_accumulation_steps 2), or "
-            r"(--batch_size 2 --gradient_accumulation_steps 2 --use_gradient_checkpointing); .*",
+            r"(--use_gradient_checkpointing); .*",
             str(caught.value),
         )
         assert said is not None, caught.value
@@ -218,7 +218,7 @@ def test_what_is_proposed_when_memory_runs_out_then_fits(config: Config, cache: 
         start = config.output_dir if there else None
         for proposed in (
             {"batch_size": 2, "gradient_accumulation_steps": 2},
-            {"batch_size": 2, "gradient_accumulation_steps": 2, "use_gradient_checkpointing": True},
+            {"use_gradient_checkpointing": True},
         ):
             trainer = Trainer(replace(config, resume_from=start, **proposed), cache)
             assert trainer.run().name == f"checkpoint-{trainer.num_steps}"

@@ -239,3 +239,18 @@ def test_the_real_wandb_keeps_a_run_and_its_resumption_offline(
     assert found == list(merged.values())
     for path in Path(config.output_dir).rglob("*"):
         assert not path.is_file() or CANARY[3:].encode() not in path.read_bytes(), path
+
+
+def test_a_step_that_compiles_after_the_second_is_logged(
+    config: Config, session_cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(replace(config, max_steps=4, num_epochs=100), session_cache)
+    graphs = iter([0, 2, 2, 3, 3, 3, 3, 4])  # before and after each step
+    monkeypatch.setattr("theworld.training.trainer.num_compiled_graphs", lambda: next(graphs))
+    for _ in range(4):
+        trainer.train_step()
+    found = [record.getMessage() for record in caplog.records if "compiled" in record.getMessage()]
+    assert found == [
+        "step 4: compiled 1 graphs anew, which takes seconds and should not happen after two steps; "
+        "TORCH_LOGS=recompiles says why"
+    ]

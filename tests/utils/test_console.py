@@ -20,6 +20,7 @@ from theworld.utils.console import (
     ExplainedError,
     LogBar,
     configure_logging,
+    keep_compiled_code,
     progress,
     rehearse,
     run_tool,
@@ -229,3 +230,23 @@ def test_a_training_whose_reader_has_gone_saves_its_checkpoint(config: Config, s
     assert run.wait() == {0}
     assert (run.folder / "checkpoint-4" / "projection.safetensors").is_file()
     assert "Traceback" not in run.log.read_text()
+
+
+def test_compiled_code_is_kept_in_the_users_cache_unless_the_environment_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(**environment: str) -> str | None:
+        with monkeypatch.context() as patch:
+            for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+                patch.delenv(name, raising=False)
+            patch.setenv("HOME", "/dev/null/nowhere")
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            keep_compiled_code()
+            return os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
+
+    assert kept(HOME=str(tmp_path)) == f"{tmp_path}/.cache/theworld/compiled"
+    assert kept(HOME=str(tmp_path), XDG_CACHE_HOME=f"{tmp_path}/x") == f"{tmp_path}/x/theworld/compiled"
+    assert kept(HOME=str(tmp_path), TORCHINDUCTOR_CACHE_DIR="/elsewhere") == "/elsewhere"
+    assert kept() is None  # no home folder to write to: torch's own place
+    assert list(tmp_path.iterdir()) == []  # nothing is written for it

@@ -1,5 +1,7 @@
 """Where models lie and in what numbers, in transformers' words and ours."""
 
+import os
+
 import pytest
 import torch
 
@@ -33,11 +35,13 @@ def test_a_model_in_parts_is_refused(device_map: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "high"), (torch.float32, "highest")])
 def test_products_in_float32_are_rounded_beside_models_in_bfloat16_alone(
-    dtype: torch.dtype, precision: str
+    dtype: torch.dtype, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as `accelerate launch --use_fsdp` has it
     try:
         set_up_torch(dtype)
         assert torch.get_float32_matmul_precision() == precision
+        assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
     finally:
         torch.set_float32_matmul_precision("highest")
 

@@ -284,7 +284,7 @@ def test_statements_that_cannot_be_had_are_a_fault(hub: list[str]) -> None:
 def test_only_files_count_as_photographs(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     (tmp_path / "b.jpg").mkdir()
-    assert missing_photographs(["a.jpg", "b.jpg", "c.jpg"], tmp_path) == ["b.jpg", "c.jpg"]
+    assert list(missing_photographs(["a.jpg", "b.jpg", "c.jpg"], tmp_path)) == ["b.jpg", "c.jpg"]
 
 
 def test_the_existing_parent_is_found_and_a_file_in_the_way_named(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from theworld.evaluation.alignment import chosen_images, photographs_of, vision_
 from theworld.evaluation.predict import possible_conditions, shuffled_images
 from theworld.evaluation.records import read_results
 from theworld.evaluation.score import NOT_ALONE, check_results, default_output, held_out, short_names
-from theworld.extraction.encoders import specs_of
+from theworld.extraction.encoders import specs_to_extract
 from theworld.extraction.extract import amount, check_models, check_readable, check_start
 from theworld.extraction.features import cached_vision, in_cache, latents_for
 from theworld.extraction.reading import Source
@@ -65,7 +65,7 @@ def extraction(
     compiled = ", compiled" if wants_compile(config.compile, device) else ""
     yield line("device", f"{device}, {resolve_dtype(config.dtype, device)}{compiled}")
     check_models(config, with_vision)
-    for spec in specs_of(config, with_vision):
+    for spec in specs_to_extract(config, with_vision):
         if spec.weights is not None:
             place = locate(spec.weights.model, spec.weights.file)
             yield line("model", f"{spec.weights.topic}, {spec.weights.model}: {place.words}")

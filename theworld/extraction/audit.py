@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from theworld.config.cli import extraction_command
 from theworld.config.config import Config
-from theworld.extraction.encoders import encoder_of, specs_of
+from theworld.extraction.encoders import encoder_of, specs_to_extract
 from theworld.extraction.extract import source_of, stores_of
 from theworld.extraction.features import CachedFeatures
 from theworld.extraction.reading import Source, read_photograph
@@ -66,7 +66,7 @@ def audit(config: Config, cache: Path, num_images: int) -> list[Audit]:
     """
     if num_images < 1:
         raise ValueError(f"--audit {num_images}: give 1 or more images")
-    named = {spec.name for spec in specs_of(config, with_vision=(cache / VISION).exists())}
+    named = {spec.name for spec in specs_to_extract(config, with_vision=(cache / VISION).exists())}
     roots = [root for root in stores_of(cache) if root.name in named]
     if not roots:
         raise StoreError(f"{cache}: no store in it; make it with: {extraction_command(config, cache)}")

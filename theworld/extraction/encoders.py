@@ -58,11 +58,17 @@ class RolloutEncoder:
 
 
 def specs_of(config: Config, with_vision: bool) -> list[EncoderSpec]:
-    """Return what phase 1 stores with these settings, one spec a store. Raises ValueError if that is nothing."""
+    """Return what phase 1 stores with these settings, one spec a store."""
     world = world_encoder.describe(config)
     specs = [world] if world.stored else []
     if with_vision and world.name != VISION:
         specs.append(VisionEncoder.describe(config))
+    return specs
+
+
+def specs_to_extract(config: Config, with_vision: bool) -> list[EncoderSpec]:
+    """Return the same for a run of phase 1. Raises ValueError if that is nothing."""
+    specs = specs_of(config, with_vision)
     if not specs:
         raise ValueError(
             f"world_encoder {config.world_encoder}: it reads no store, so there is nothing to extract; train with it "
@@ -76,7 +82,7 @@ def check_stores(config: Config, cache: Path, with_vision: bool) -> None:
 
     A damaged store is left to `Store.create`, which mends it.
     """
-    for spec in specs_of(config, with_vision):
+    for spec in specs_to_extract(config, with_vision):
         try:
             spec.check_store(cache / spec.name, config.shard_size)
         except (StoreMismatch, UnknownVersion):

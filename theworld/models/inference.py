@@ -29,6 +29,7 @@ from theworld.models.encoder import Encoder, encode_alone
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch, Control, WorldSource
 from theworld.models.projection import ProjectionShape
+from theworld.utils.commands import PLACEHOLDER, following
 from theworld.utils.text import check_texts
 
 Photograph = str | Path | np.ndarray | Image.Image
@@ -96,8 +97,8 @@ def check_alone(shape: ProjectionShape, config: Config, instead: str) -> None:
     shape.check_no_steps(instead)
     if config.world_encoder == "mismatched":
         raise ValueError(
-            "world_encoder mismatched: a photograph has the latents of another image, which only a cache holds: use "
-            f"tools/eval.py --cache; {instead}"
+            "world_encoder mismatched: a photograph has the latents of another image, which only a cache holds; "
+            f"{instead}; evaluate with: {following('eval', '--cache', PLACEHOLDER)}"
         )
 
 

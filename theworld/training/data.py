@@ -108,7 +108,7 @@ def compared(config: Config, latents: WorldRows | NoRows, images: list[str]) -> 
 
     Raises PhotographsChanged if one was edited, replaced or deleted. Only the first process looks.
     """
-    if latents.images is None or config.image_folder is None or os.environ.get("RANK", "0") != "0":
+    if config.image_folder is None or os.environ.get("RANK", "0") != "0" or latents.images is None:
         return []
     folder = Path(config.image_folder)
     if not any((folder / image).exists() for image in images):

@@ -208,6 +208,7 @@ def projection_bytes(shape: ProjectionShape) -> int:
     return 4 * shape.num_tokens * (2 * inner + 3 * shape.width)
 
 
+LOADING = 1.53  # times the bytes of all weights: what transformers takes on a GPU for a moment (RESULTS.md)
 CHECKPOINT_BYTES = 12  # for each parameter that trains: weight and AdamW's two moments, in float32
 TRAINED_BYTES = 16  # for each parameter: weight, gradient and AdamW's two moments, in float32
 
@@ -220,11 +221,12 @@ class Memory:
     trained: float  # weights, gradients and moments
     activations: float  # kept by the largest micro-batch of a step for its backward pass
     available: float
+    loading: float = 0.0  # for a moment, while weights load
 
     @property
     def total(self) -> float:
-        """The sum of all that is used."""
-        return self.frozen + self.trained + self.activations
+        """The most that is used at a time, in a step or while weights load."""
+        return max(self.frozen + self.trained + self.activations, self.loading)
 
     def __str__(self) -> str:
         total, available, frozen, trained, activations = (
@@ -272,6 +274,9 @@ class Plan:
         self.num_steps = before + num_train_steps(config, len(self.data.train), self.global_batch_size)
         self.phases = phases(config, self.num_steps)
         self.gemma = plan_gemma(config, self.processes.device, self.data, self.start)
+        # The vision tower is loaded too, though a run with cached features does not need it.
+        every = _number(self.gemma.model.parameters()) * self.gemma.dtype.itemsize
+        self.loading = LOADING * every if self.gemma.device.type == "cuda" else 0.0
         self.data = with_vision(self.data, self.gemma, config)
         if self.resumed is not None:
             revision = self.gemma.revision
@@ -384,7 +389,7 @@ class Plan:
         held = TRAINED_BYTES * (_number(trained) / share + projection)
         if trained and not self.sharded:
             kept = self._with_gradients(kept, _number(trained), layers, len(batches))
-        return Memory(frozen / share, held, kept, room_on(gemma.device))
+        return Memory(frozen / share, held, kept, room_on(gemma.device), self.loading)
 
     def _layers_of(self, config: Config) -> Layers:
         gemma = self.gemma
@@ -468,7 +473,10 @@ def check_memory(plan: Plan) -> None:
     if not plan.config.check_memory or memory.total <= memory.available:
         return
     held = memory.frozen + memory.trained
-    if held > memory.available:  # micro-batches can be made smaller, this cannot
+    if memory.loading > memory.available:
+        size = f"{memory.loading / GIB:,.1f} GiB"
+        hint = f"Loading the weights takes {size} for a moment: use a smaller Gemma or a larger GPU"
+    elif held > memory.available:  # micro-batches can be made smaller, this cannot
         more = "more GPUs" if plan.sharded else "more GPUs with `accelerate launch --use_fsdp`"
         hint = f"Train less of Gemma (--lora_rank 16), or use {more}"
     else:

@@ -188,7 +188,7 @@ def keep_compiled_code() -> None:
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.path.expanduser("~")) / ".cache")
     folder = home / "theworld" / "compiled"
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if folder.is_absolute() and os.access(there, os.W_OK):
+    if folder.is_absolute() and there.is_dir() and os.access(there, os.W_OK):
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)  # torch makes it
 
 
