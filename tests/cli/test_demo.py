@@ -28,7 +28,7 @@ def test_a_short_demo_writes_its_files_and_returns_its_result_line(
     assert list(result) == KEYS
     assert result["statements"] == 12
     assert json.loads((output / "demo.json").read_text()) == result
-    names = ["cache", "demo.json", "report.html", "result.png", "results.jsonl", "results.meta.json"]
+    names = [".lock", "cache", "demo.json", "report.html", "result.png", "results.jsonl", "results.meta.json"]
     names += ["results.summary.json", "run", "scenes", "scenes.png"]
     assert sorted(p.name for p in output.iterdir()) == names
     page = (output / "report.html").read_text(encoding="utf-8")

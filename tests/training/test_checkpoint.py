@@ -453,9 +453,10 @@ from theworld.training.trainer import Trainer
 settings, cache, disk = sys.argv[1:]
 torch.set_num_threads(1)
 disk = Path(disk)
-subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20k", "none", str(disk)], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "none", str(disk)], check=True)
 trainer = Trainer(load_config(settings), cache)
 trainer.train_step()
+subprocess.run(["mount", "-o", "remount,size=20k", "none", str(disk)], check=True)
 full, size = 0, 20
 while True:
     try:

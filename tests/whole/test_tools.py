@@ -46,7 +46,7 @@ def test_the_three_phases_one_after_the_other(settings: Path) -> None:
     assert "trains: projection, 8,512 parameters (3.084%); frozen: Gemma, 267,520 (96.916%)" in done.stdout
     assert f"done: {run / 'checkpoint-2'}" in done.stdout
     assert "statements_per_second=" in done.stderr
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoint-2", "logs", "metrics.jsonl"]
+    assert sorted(p.name for p in run.iterdir()) == [".lock", "checkpoint-2", "logs", "metrics.jsonl"]
     assert list((run / "logs").glob("events.out.tfevents.*"))
 
     output = settings.parent / "results.jsonl"
