@@ -2,6 +2,7 @@
 """Write the report of a run: its training, evaluation and verdict, in one HTML file that needs no network.
 
     python tools/report.py checkpoints/theworld-vsr
+    python tools/report.py studies/vsr                   # the figures and the page of a study, again from its records
 
 Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
@@ -16,7 +17,7 @@ def main() -> int:
     from theworld.config.cli import ArgumentParser, add_dry_run, path
 
     parser = ArgumentParser(description=__doc__, usage="%(prog)s RUN [FLAG ...]")
-    text = "Run such as checkpoints/theworld-vsr, or one of its checkpoints."
+    text = "Run such as checkpoints/theworld-vsr, one of its checkpoints, or a study such as studies/vsr."
     parser.add_argument("run", type=path, metavar="RUN", help=text)
     text = "Records that tools/eval.py wrote. (default: the newest of a test split)"
     parser.add_argument("--results", type=path, metavar="FILE", help=text)
@@ -28,7 +29,20 @@ def main() -> int:
     arguments = parser.parse_args()
     with loading("report"):
         from theworld.report.report import plan_report, write_report
+        from theworld.study.protocol import PROTOCOL
+        from theworld.study.results import draw_again, plan_again
 
+    if (arguments.run / PROTOCOL).is_file():
+        if given := [
+            f"--{name}" for name in ("results", "image_folder", "output") if getattr(arguments, name)
+        ]:
+            parser.error(
+                f"{', '.join(given)}: of a run; {arguments.run} is a study, which has no such choice"
+            )
+        if arguments.dry_run:
+            return rehearse(lambda: plan_again(arguments.run))
+        print(f"{draw_again(arguments.run)}\n\npage: {arguments.run / 'study.html'}")
+        return 0
     chosen = (arguments.run, arguments.output, arguments.results, arguments.image_folder)
     if arguments.dry_run:
         return rehearse(lambda: plan_report(*chosen))

@@ -84,7 +84,7 @@ def main() -> int:
     if arguments.dry_run:
         return rehearse(plan)
     with StopRequest("study") as stop, stop.working():
-        outcome = run_study(study, *places, stop, sys.argv)
+        outcome = run_study(study, *places, stop)
         stop.end()
     print(outcome.text)
     return STATUS if outcome.stopped else int(bool(outcome.failed))

@@ -27,6 +27,8 @@ def main() -> int:
     parser.add_argument("--dataset_name", default="vsr_random", metavar="TEXT", help=text)
     text = "Split of the annotations. (default: test)"
     parser.add_argument("--split", default="test", metavar="NAME", help=text)
+    text = "Number of drawn images with two statements each. (default: VSR's statements and images)"
+    parser.add_argument("--images", type=int, metavar="NUMBER", help=text)
     text = "Number of studies that are simulated for each row. (default: 2000)"
     parser.add_argument("--studies", type=int, default=2000, metavar="NUMBER", help=text)
     output = Path("checkpoints/study_errors.json")
@@ -36,6 +38,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.studies < 1:
         parser.error(f"--studies is {arguments.studies}; wanted 1 or more")
+    if arguments.images is not None and (arguments.images < 2 or arguments.annotations):
+        parser.error(f"--images is {arguments.images}; wanted 2 or more, and no --annotations beside it")
     with loading("study_errors"):
         from benchmark.error_rates import Structure, measure_all, plan, tables, too_often
 
@@ -43,7 +47,7 @@ def main() -> int:
         from theworld.utils.files import check_output
 
     check_output(arguments.output)
-    structure = Structure.drawn()
+    structure = Structure.pairs(arguments.images) if arguments.images else Structure.drawn()
     if arguments.annotations:
         structure = Structure.read(arguments.annotations, arguments.split, arguments.dataset_name)
     if arguments.dry_run:

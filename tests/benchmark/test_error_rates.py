@@ -35,6 +35,11 @@ def test_the_drawn_statements_have_the_counts_of_random_test(structure: Structur
     assert structure.labels.mean() == pytest.approx(0.538, abs=1 / 2195)
 
 
+def test_few_images_have_two_statements_each() -> None:
+    found = Structure.pairs(3)
+    assert (found.index.tolist(), found.labels.tolist()) == ([0, 0, 1, 1, 2, 2], [1, 0, 1, 0, 1, 0])
+
+
 def test_statements_are_read_from_a_file(tmp_path: Path) -> None:
     rows = [("b.jpg", 1), ("a.jpg", 0), ("b.jpg", 0)]
     text = "".join(

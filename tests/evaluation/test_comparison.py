@@ -137,6 +137,14 @@ def test_the_p_value_is_the_level_at_which_the_interval_ends_at_zero() -> None:
     assert found.p_value(0.02) == 1.0
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("num_images", [2, 4, 6, 9, 2000])
+def test_a_difference_of_any_size_has_a_p_value(num_images: int) -> None:
+    found = Estimate(1.0, (), Variance(*map(np.float64, (1e-20, 0.0, 0.0)), num_images, 3))
+    wanted = 2 * stats.t.sf(1e10, num_images - 1)
+    assert found.p_value() == (pytest.approx(wanted, rel=1e-6) if wanted > 1e-100 else 0.0)
+
+
 def test_arms_that_never_vary_have_the_p_value_of_a_sign_test() -> None:
     found = estimate(np.ones((3, 5)), Images.of(range(5)))
     assert found.interval() == (1.0, 1.0)

@@ -165,6 +165,9 @@ def test_the_page_fits_and_is_legible(browser: Browser, folder: Path, width: int
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     for poor in (OVERFLOW, CUT, CONTRAST, SMALL):
         assert browser.evaluate(poor) == []
+    assert browser.evaluate("[...document.querySelectorAll('.line')].map(e => getComputedStyle(e).fill)") == [
+        "none"
+    ] * (5 * 3)
     assert browser.logged == []
     ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(20, 23, 27)" if dark else "rgb(247, 246, 242)")

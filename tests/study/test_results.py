@@ -1,24 +1,27 @@
 """From the records of a study's runs to its figures and its verdict."""
 
 import json
+import runpy
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from constants import ROOT
 
 from theworld.evaluation.records import read_jsonl
 from theworld.evaluation.study_verdict import PLAIN, Question
 from theworld.study.plan import plan_study
 from theworld.study.protocol import Arm, Study, runs_of
-from theworld.study.results import question_of, read_arms, results_of, write_results
-from theworld.study.runner import records_of
+from theworld.study.results import draw_again, page_of, question_of, read_arms, results_of, write_results
+from theworld.study.runner import DONE, read_done, records_of
 
 
 def test_the_comparison_that_was_fixed_is_the_one_that_decides(study: Study) -> None:
     assert question_of(study) == Question("world", "pixels", ("pixels",), "accuracy", 0.05, 0.01)
     explores = replace(study, primary=None, arms=(*study.arms, Arm("linear", {"projection": "linear"})))
-    assert question_of(explores) == Question("world", "pixels", ("pixels", "linear"))
+    assert question_of(explores) == Question("world", "pixels", ("pixels", "linear"), decides=False)
 
 
 def test_figures_follow_from_the_records_of_every_run(study: Study, ended: Path) -> None:
@@ -52,6 +55,48 @@ def test_what_is_written_is_shown_and_two_seeds_give_no_verdict(
         "No verdict on the test split of own data (6 statements about 3 images; 2 seeds): it takes 3 seeds"
         in text
     )
+
+
+FILES = ("study.json", "study.csv", "study.tex", "study.html")
+
+
+def test_a_study_is_drawn_again_from_its_records_alone(
+    study: Study,
+    ended: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(ended, out)
+    text = write_results(study, runs_of(study, out), out)
+    files = {name: (out / name).read_bytes() for name in FILES}
+    for name in FILES:
+        (out / name).unlink()
+    report = runpy.run_path(str(ROOT / "tools" / "report.py"))["main"]
+    monkeypatch.setattr(sys, "argv", ["report.py", str(out)])
+    assert report() == 0
+    assert capsys.readouterr().out == f"{text}\n\npage: {out / 'study.html'}\n"
+    assert {name: (out / name).read_bytes() for name in FILES} == files
+    monkeypatch.setattr(sys, "argv", ["report.py", str(out), "--dry_run"])
+    assert report() == 0
+    assert "reads        the records of 4 runs: 2 arms, 2 seeds" in capsys.readouterr().out
+    (runs_of(study, out)[3].folder / DONE).unlink()
+    with pytest.raises(ValueError, match=r"1 of 4 runs are not done: pixels-1; go on with tools/study\.py"):
+        draw_again(out)
+
+
+def test_the_page_has_the_curves_the_costs_and_what_was_fixed(study: Study, ended: Path) -> None:
+    runs = runs_of(study, ended)
+    page = page_of(study, runs, results_of(study, runs), ended)
+    assert {arm: {seed: len(c) for seed, c in own.items()} for arm, own in page.curves.items()} == {
+        "world": {0: 2, 1: 2},
+        "pixels": {0: 2, 1: 2},
+    }
+    trained = read_done(runs[0])["trainable_parameters"]
+    assert page.costs["world"]["trainable parameters"] == f"{trained:,}"
+    assert ("arm pixels", '{"world_encoder": "pixels"}; rules out that any second look did it') in page.fixed
+    assert page.caution.startswith("Toy model: the hidden size of this Gemma is ")
 
 
 def test_records_that_were_changed_are_refused_by_name(study: Study, ended: Path, tmp_path: Path) -> None:

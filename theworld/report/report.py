@@ -304,7 +304,7 @@ def _verdict(summary: Summary, data: str, source: Source) -> dict[str, Any]:
         "kind": kind,
         "word": word,
         "scope": f"{_size(summary)}: {data}{'; ' if models else ''}{', '.join(sorted(models))}.",
-        "toy": _toy(summary, source),
+        "toy": toy_warning(summary["data"], source),
         "sentence": found.sentence,
         "notes": found.notes,
         "tiles": _tiles(summary),
@@ -315,13 +315,13 @@ def _size(summary: Summary) -> str:
     return f"{summary['statements']:,} statements about {summary['images']:,} images"
 
 
-def _toy(summary: Summary, source: Source) -> str:
+def toy_warning(data: Sequence[tuple[str, str]], source: Source) -> str:
     """Return a warning about models that are smaller than any published Gemma 3, or "" for all others."""
     shapes = [one["projection"] for one in source["checkpoints"].values()] if source else []
     widths = [shape["width"] for shape in shapes if shape.get("width", math.inf) < SMALLEST_GEMMA_WIDTH]
     if not widths:
         return ""
-    own = any(dataset == OWN for dataset, _ in summary["data"])
+    own = any(dataset == OWN for dataset, _ in data)
     return (
         f"Toy model: the hidden size of this Gemma is {min(widths)}, that of the smallest published Gemma 3 is "
         f"{SMALLEST_GEMMA_WIDTH}.{' The statements are no release of Visual Spatial Reasoning.' if own else ''} The "

@@ -1,14 +1,20 @@
 """From the records of a study's runs to what they show: figures, a verdict, files for a paper, and a page."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from theworld.config.config import config_from
 from theworld.evaluation.records import Row, publish_json, read_jsonl
 from theworld.evaluation.score import read_source
 from theworld.evaluation.study_verdict import PLAIN, Question, summarise_study
-from theworld.study.protocol import Run, Study
-from theworld.study.runner import SPLITS, read_done, records_of
+from theworld.report.report import toy_warning
+from theworld.report.study import Study as Page
+from theworld.report.study import write_study
+from theworld.study.protocol import PROTOCOL, Arm, Primary, Run, Study, read_protocol, runs_of
+from theworld.study.runner import SPLITS, is_done, read_done, records_of, said_of
+from theworld.training.logging import METRICS
 
 
 def question_of(study: Study) -> Question:
@@ -17,7 +23,7 @@ def question_of(study: Study) -> Question:
     primary = study.primary
     names = [arm.name for arm in study.arms]
     if primary is None:
-        return Question(names[0], names[1], tuple(names[1:]))
+        return Question(names[0], names[1], tuple(names[1:]), decides=False)
     against = tuple(primary.against)
     return Question(primary.arm, against[0], against, alpha=primary.alpha, margin=primary.margin / 100)
 
@@ -48,10 +54,86 @@ def results_of(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def write_results(study: Study, runs: Sequence[Run], output: Path) -> str:
-    """Write study.json of a study whose runs are all done, and return what it has found, in words."""
+    """Write the figures and the page of a study whose runs are all done, and return what it has found, in words. A
+    single arm has nothing to be compared with, and no page."""
+    if len(study.arms) == 1:
+        return "\n".join(map(said_of, runs))
     results = results_of(study, runs)
     publish_json(results, output / "study.json")
+    write_study(page_of(study, runs, results, output), output)
     return "\n".join([*table(results), "", said(study, results)])
+
+
+def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: Path) -> Page:
+    """Return what the page shows of a study: its figures on test, and what it fixed, took and learnt."""
+    curves: dict[str, dict[int, list[tuple[float, float]]]] = {arm.name: {} for arm in study.arms}
+    costs: dict[str, dict[str, str]] = {}
+    for arm in study.arms:
+        own = [run for run in runs if run.arm.name == arm.name]
+        for run in own:
+            curves[arm.name][run.config.seed] = _losses(run)
+        done = [results["runs"][run.name] for run in own]
+        costs[arm.name] = {
+            "trainable parameters": f"{done[0]['trainable_parameters']:,}",
+            "steps": f"{done[0]['steps']:,}",
+            "hours of all seeds": f"{sum(one['seconds'] for one in done) / 3600:.2f}",
+            "device": ", ".join(sorted({one["device"] for one in done})),
+        }
+    fixed = [
+        (f"arm {arm.name}", "; ".join(filter(None, [json.dumps(dict(arm.changes)), _rules_out(arm)])))
+        for arm in study.arms
+    ]
+    source = read_source(records_of(runs[0], "test"))
+    return Page(
+        output.resolve().name,
+        results["test"],
+        curves,
+        costs,
+        fixed,
+        caution=toy_warning(results["test"]["data"], source),
+    )
+
+
+def _losses(run: Run) -> list[tuple[float, float]]:
+    """Return the training losses at the label of a run, by step."""
+    path = run.folder / METRICS
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if line["phase"] == "train" and "loss" in line]
+
+
+def _rules_out(arm: Arm) -> str:
+    return f"rules out {arm.rules_out}" if arm.rules_out else ""
+
+
+# ---- again, from the records alone
+
+
+def study_in(folder: Path) -> tuple[Study, list[Run]]:
+    """Return the study that a folder holds and its runs. Raises ValueError if a run is not done."""
+    path = folder / PROTOCOL
+    found = read_protocol(path)
+    arms = [Arm(name, own, found["rules_out"].get(name, "")) for name, own in found["arms"].items()]
+    primary = Primary(**found["primary"]) if found["primary"] else None
+    study = Study(config_from(found["settings"], path), arms, primary, found["seeds"])
+    runs = runs_of(study, folder)
+    left = [run.name for run in runs if not is_done(run)]
+    if left:
+        raise ValueError(
+            f"{folder}: {len(left)} of {len(runs)} runs are not done: {', '.join(left)}; go on with tools/study.py"
+        )
+    return study, runs
+
+
+def draw_again(folder: Path) -> str:
+    """Write the figures and the page of a study again from its records, and return what it has found, in words."""
+    return write_results(*study_in(folder), folder)
+
+
+def plan_again(folder: Path) -> Iterator[str]:
+    """Yield lines that say what `draw_again` would do. Raises the same errors."""
+    study, runs = study_in(folder)
+    yield f"reads        the records of {len(runs)} runs: {len(study.arms)} arms, {len(study.seeds)} seeds"
+    yield f"writes       study.json, study.csv, study.tex and study.html in {folder}"
 
 
 def said(study: Study, results: dict[str, Any]) -> str:

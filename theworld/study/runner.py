@@ -11,8 +11,8 @@ same time, on any machines that share the folder; after a stop or a kill the sam
 
 import json
 import logging
+import multiprocessing
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,17 +25,18 @@ from theworld.data.vsr import images_of, load_all
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.records import publish_json
 from theworld.evaluation.score import read_source, score_to_file
-from theworld.extraction.encoders import specs_of
 from theworld.extraction.extract import extract
+from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec
 from theworld.models.gemma import is_multimodal
+from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import numbered
 from theworld.store.format import VISION
 from theworld.store.reader import StoreReader
 from theworld.study.protocol import Run, Study, arm_config
 from theworld.training.memory import NotFinite, OutOfMemory
 from theworld.training.trainer import Trainer
-from theworld.utils.console import duration
+from theworld.utils.console import configure_logging, duration, quiet_libraries
 from theworld.utils.device import memory_of
 from theworld.utils.distributed import Part
 from theworld.utils.files import StoreError, companion, parse_json
@@ -78,20 +79,17 @@ def lacking(study: Study, cache: Path) -> list[tuple[Config, bool]]:
     configs = [arm_config(study, arm) for arm in study.arms]
     splits = load_all(study.base.annotations, study.base.dataset_name)
     named = set(images_of([statement for own in splits.values() for statement in own]))
-    has: dict[str, bool] = {}
+    stores: dict[str, tuple[EncoderSpec, Config]] = {}  # those of the world encoders, by name
     for config in configs:
-        for spec in specs_of(config, is_multimodal(config.model_name)):
-            if spec.name not in has:
-                has[spec.name] = _has(spec, cache, named)
-    missing: dict[str, Config] = {}
-    for config in configs:
-        for spec in specs_of(config, False):  # none of an arm without a picture
-            if spec.name != VISION and not has[spec.name]:
-                missing.setdefault(spec.name, config)
-    vision = not has.get(VISION, True)
+        spec = world_encoder.describe(config)
+        if spec.stored and spec.name != VISION:
+            stores.setdefault(spec.name, (spec, config))
+    sees = is_multimodal(study.base.model_name)
+    vision = sees and not _has(VisionEncoder.describe(study.base), cache, named)
+    missing = [config for spec, config in stores.values() if not _has(spec, cache, named)]
     if vision and not missing:
-        return [(configs[0], True)]
-    return [(config, vision and number == 0) for number, config in enumerate(missing.values())]
+        return [(next(config for _, config in stores.values()) if stores else study.base, True)]
+    return [(config, vision and number == 0) for number, config in enumerate(missing)]
 
 
 def _has(spec: EncoderSpec, cache: Path, named: set[str]) -> bool:
@@ -232,7 +230,7 @@ def run_part(runs: Sequence[Run], cache: Path, part: Part, stop: StopRequest) ->
             logger.error("%s failed: %s", run.name, error)
             continue
         if done:
-            logger.info("%s", said(run))
+            logger.info("%s", said_of(run))
     return failed
 
 
@@ -241,7 +239,7 @@ def waiting(runs: Sequence[Run], part: Part) -> list[Run]:
     return [run for run in runs if part.owns(run.number) and not is_done(run)]
 
 
-def said(run: Run) -> str:
+def said_of(run: Run) -> str:
     """Return a line about a run that is done."""
     summary = json.loads(
         companion(records_of(run, "test"), ".summary.json", ".jsonl").read_text(encoding="utf-8")
@@ -250,21 +248,34 @@ def said(run: Run) -> str:
     return f"{run.name}: {found:.1%} of test, {duration(read_done(run)['seconds'])}"
 
 
-def in_processes(count: int, part: Part, words: Sequence[str], stop: StopRequest) -> int:
-    """Share the runs of a part among processes of this machine, and return the largest of their exit statuses.
+def in_processes(count: int, runs: Sequence[Run], cache: Path, part: Part, stop: StopRequest) -> bool:
+    """Share the runs of a part among processes of this machine; return whether none of their runs failed.
 
-    `words`: the command of this process without --part and --processes. Requests to stop are passed on.
+    Requests to stop are passed on. The processes import the main module: a script calls this under
+    `if __name__ == "__main__":`.
     """
-    own = [f"{part.index + part.count * number + 1}/{part.count * count}" for number in range(count)]
-    processes = [subprocess.Popen([sys.executable, *words, "--part", one]) for one in own]
+    context = multiprocessing.get_context("spawn")
+    shares = [Part(part.index + part.count * number, part.count * count) for number in range(count)]
+    processes = [context.Process(target=_work_in_process, args=(runs, cache, share)) for share in shares]
+    for process in processes:
+        process.start()
     told = False
-    while any(process.poll() is None for process in processes):
+    while any(process.is_alive() for process in processes):
         if stop.asked and not told:
             told = True
             for process in processes:
-                if process.poll() is None:
-                    process.terminate()
+                process.terminate()
         time.sleep(0.2)
-    return max(
-        process.returncode if process.returncode >= 0 else 128 - process.returncode for process in processes
-    )
+    return all(process.exitcode == 0 for process in processes)
+
+
+def _work_in_process(runs: Sequence[Run], cache: Path, part: Part) -> None:
+    """Train and evaluate the runs of a part in this process; its exit status is 1 if one failed."""
+    quiet_libraries()
+    configure_logging()
+    try:
+        with StopRequest("study") as stop, stop.working():
+            failed = run_part(runs, cache, part, stop)
+    except KeyboardInterrupt:  # of the terminal, which the process that started this one answers
+        sys.exit(130)
+    sys.exit(1 if failed else 0)

@@ -84,6 +84,12 @@ class Structure:
         labels = np.random.default_rng(0).permutation(np.arange(len(index)) < SHARE_TRUE * len(index))
         return cls(index, labels.astype(int), "drawn with the counts of VSR's random test")
 
+    @classmethod
+    def pairs(cls, num_images: int) -> "Structure":
+        """Return one with a true and a false statement about each image."""
+        index = np.repeat(np.arange(num_images), 2)
+        return cls(index, np.tile([1, 0], num_images), f"two about each of {num_images:,} images")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -145,12 +151,12 @@ def _usual_ways(
     values: np.ndarray, parts: Variance, mean: np.ndarray, images: Images
 ) -> dict[str, np.ndarray]:
     """Return what other ways to compare accuracies say, from the differences of correct answers, float[B, S, N]."""
-    t = abs(mean) / np.sqrt(parts.total)
+    error = np.sqrt(parts.total)
     by_seed = values.mean(-1)
     first, second = (values > 0).sum((-2, -1)), (values < 0).sum((-2, -1))
     low, high = pigeonhole_interval(values, images, resamples=RESAMPLES)
     significant = {
-        "satterthwaite": t > stats.t.isf(ALPHA / 2, parts.satterthwaite()),
+        "satterthwaite": abs(mean) > stats.t.isf(ALPHA / 2, parts.satterthwaite()) * error,
         "bootstrap": (low > 0) | (high < 0),
         "seeds": abs(mean) > stats.t.isf(ALPHA / 2, by_seed.shape[-1] - 1) * stats.sem(by_seed, axis=-1),
         "images": abs(mean) > stats.norm.isf(ALPHA / 2) * np.sqrt(parts.image),
