@@ -14,14 +14,14 @@ from pathlib import Path
 from theworld.utils.starting import starting
 
 with starting():
-    from theworld.utils.console import run_tool
+    from theworld.utils.console import rehearse, run_tool
 
 ROOM = 40_000  # bytes of a scene, about
 
 
 def main() -> int:
     """Parse the flags and draw; return the exit status."""
-    from theworld.config.cli import ArgumentParser, path
+    from theworld.config.cli import ArgumentParser, add_dry_run, path
     from theworld.utils.files import check_folder, check_room
 
     with starting():
@@ -35,6 +35,7 @@ def main() -> int:
         text = f"Number of scenes of {split}; each has two statements. (default: {number})"
         parser.add_argument(f"--{split}", type=int, default=number, metavar="INTEGER", help=text)
     parser.add_argument("--seed", type=int, default=0, metavar="INTEGER", help="Random seed. (default: 0)")
+    add_dry_run(parser)
     arguments = parser.parse_args()
     counts = {split: getattr(arguments, split) for split in sizes}
     for split, count in counts.items():
@@ -45,9 +46,12 @@ def main() -> int:
     foreign = [p.name for p in output.glob("*") if p.name not in ("images", *(f"{s}.jsonl" for s in sizes))]
     if foreign:
         raise ValueError(f"{output} holds {foreign[0]}, which is no file of scenes; give another --output")
-    check_room(output, ROOM * sum(counts.values()), "--output")
+    free = check_room(output, ROOM * sum(counts.values()), "--output")
+    words = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    if arguments.dry_run:
+        return rehearse(lambda: [f"draws        {words} scenes into {output} ({free / 2**30:,.1f} GiB free)"])
     write_scenes(output, counts, seed=arguments.seed)
-    print(f"{output}: {', '.join(f'{count:,} {split}' for split, count in counts.items())} scenes")
+    print(f"{output}: {words} scenes")
     return 0
 
 
