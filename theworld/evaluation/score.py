@@ -42,7 +42,7 @@ from theworld.extraction.features import (
     vision_note,
     vision_source,
 )
-from theworld.models.gemma import load_gemma
+from theworld.models.gemma import Gemma, load_gemma
 from theworld.models.serialization import CONFIG_FILE, SavedModel, find_model
 from theworld.models.theworld import TheWorld
 from theworld.store.reader import StoreReader
@@ -367,9 +367,10 @@ def score_to_file(
     output: Path | None = None,
     train_annotations: str | None = None,
     allow_trained: bool = False,
+    gemma: Gemma | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Score checkpoints, or the newest ones in folders, write records, summary and provenance, and return the path of
-    the records and the summary. Without `output` the path is `default_output`.
+    the records and the summary. Without `output` the path is `default_output`. `gemma`: see `score_all`.
 
     Raises ValueError as `held_out` and `score_all` do, and for several models without `output`.
     """
@@ -380,7 +381,7 @@ def score_to_file(
     output = output or default_output(found, data.dataset, data.split)
     check_results(output)
     with OutputLock(output, "--output", is_file=True):
-        rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides)
+        rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides, gemma)
         return output, write_results(rows, source, output, command)
 
 
@@ -417,8 +418,10 @@ def score_all(
     image_folder: Path | None,
     conditions: Sequence[str],
     overrides: dict[str, Any],
+    gemma: Gemma | None = None,
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Return the records of several checkpoints on the same statements, and their provenance.
+    """Return the records of several checkpoints on the same statements, and their provenance. `gemma`: the published
+    Gemma of the first checkpoint, where it is loaded already.
 
     "baseline" is always Gemma as it was published: the answers without world tokens of a checkpoint that has a Gemma of
     its own are "without". Conditions that are the same for all checkpoints are asked once, and have no name before
@@ -431,7 +434,9 @@ def score_all(
     shared = _shared(checkpoints, keys)
     answers = _Answers(data, cache, image_folder, shared)
     provenance: dict[str, Any] = {}
-    gemma, loaded = None, None  # as it was published, and its key
+    loaded = (
+        None if gemma is None else next(iter(keys.values()))
+    )  # the key of the published Gemma that is loaded
     for name, saved in checkpoints.items():
         world = saved.world
         if world["parts"] or keys[name] != loaded:

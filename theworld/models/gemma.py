@@ -194,6 +194,7 @@ class Gemma:
             raise ValueError(
                 f"freeze_gemma_vision is false, but {name_or_path} is text-only: it has no vision tower to train"
             )
+        self._vision_sha256 = ""  # not taken yet
         self.model, self.qkv = self._build(weights)
         self.revision = revision or hub_revision(name_or_path, "config.json")
         self.processor = (
@@ -447,8 +448,14 @@ class Gemma:
         self.model.model.vision_tower = None
 
     def vision_weights_sha256(self) -> str:
-        """Return the hash of the vision tower's weights, in the dtype in which they were loaded."""
-        return weights_sha256(self.model.model.vision_tower.state_dict())
+        """Return the hash of the vision tower's weights, in the dtype in which they were loaded; of a tower that was
+        freed, the hash that was taken before."""
+        tower = self.model.model.vision_tower
+        if tower is not None:
+            self._vision_sha256 = weights_sha256(tower.state_dict())
+        if not self._vision_sha256:
+            raise ValueError("this Gemma is without its vision tower (drop_vision)")
+        return self._vision_sha256
 
 
 def is_multimodal(name_or_path: str, **hub: str) -> bool:

@@ -12,8 +12,9 @@ from theworld.data.vsr import load_statements
 from theworld.evaluation.comparison import ALPHA, Images
 from theworld.evaluation.power import Assumptions, plan_power
 from theworld.evaluation.records import read_results
+from theworld.evaluation.study_verdict import LEAST_SEEDS
 from theworld.models.serialization import numbered
-from theworld.study.protocol import LEAST_SEEDS, Run, Study
+from theworld.study.protocol import Run, Study
 from theworld.study.runner import ALL, is_done, read_done, records_of, waiting
 from theworld.training.memory import Memory, Plan
 from theworld.utils.console import duration, line

@@ -28,7 +28,6 @@ from theworld.utils.jsonc import is_comment, read_json_with_comments
 
 PROTOCOL = "protocol.json"
 FORMAT = 1  # of protocol.json
-LEAST_SEEDS = 3  # for a verdict
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", re.ASCII)
 # What a study decides for its runs; they make no difference to what is learnt.
 OWN = ("output_dir", "seed", "do_eval", "eval_steps", "save_steps", "save_total_limit", "resume_from")

@@ -28,7 +28,7 @@ from theworld.evaluation.score import score_to_file
 from theworld.extraction.extract import extract
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec
-from theworld.models.gemma import is_multimodal
+from theworld.models.gemma import Gemma, is_multimodal
 from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import numbered
 from theworld.store.format import VISION
@@ -133,29 +133,28 @@ def work_on(run: Run, cache: Path, stop: StopRequest) -> bool:
     """Train a run, from its newest checkpoint if it has any, and evaluate it. Returns False if it was stopped."""
     start = time.perf_counter()
     try:
-        trained = _train(run, cache, stop)
-        if trained is None or stop.asked:
+        trainer = Trainer(_going_on(run), cache, stop)
+        checkpoint = trainer.run()
+        if trainer.stopped:
             return False
+        done, gemma = _done(run, trainer, checkpoint), trainer.model.gemma
+        del trainer  # its optimizer and its projection
         for split in SPLITS:
-            _evaluate(run, trained["checkpoint"], split, cache)
             if stop.asked:
                 return False
+            _evaluate(run, checkpoint, split, cache, None if gemma.modified_parts else gemma)
     finally:
         if run.folder.is_dir():
             with open(run.folder / STARTS, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"seconds": round(time.perf_counter() - start, 1)}) + "\n")
     starts = (run.folder / STARTS).read_text(encoding="utf-8").splitlines()
     seconds = round(sum(json.loads(line)["seconds"] for line in starts), 1)
-    publish_json(trained | {"seconds": seconds}, run.folder / DONE)
+    publish_json(done | {"seconds": seconds}, run.folder / DONE)
     return True
 
 
-def _train(run: Run, cache: Path, stop: StopRequest) -> dict[str, Any] | None:
-    """Train a run to its end and return what it says of itself; None if it was stopped."""
-    trainer = Trainer(_going_on(run), cache, stop)
-    checkpoint = trainer.run()
-    if trainer.stopped:
-        return None
+def _done(run: Run, trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
+    """Return what a run that was trained to its end says of itself."""
     facts = trainer.plan.facts
     return {
         "arm": run.arm.name,
@@ -179,31 +178,17 @@ def _going_on(run: Run) -> Config:
     return run.config
 
 
-def _evaluate(run: Run, checkpoint: str, split: str, cache: Path) -> None:
+def _evaluate(run: Run, checkpoint: Path, split: str, cache: Path, gemma: Gemma | None) -> None:
     """Write the records of the last checkpoint of a run on a split, unless they are there."""
     output = records_of(run, split)
     if output.is_file() and read_source(output) is not None:
         return
     conditions = CONDITIONS if run.number == 0 else WITH_WORLD
-    model = run.folder / checkpoint
-    names = ("--conditions", *conditions)
-    command = [
-        "python",
-        "tools/eval.py",
-        "--model",
-        str(model),
-        "--cache",
-        str(cache),
-        "--split",
-        split,
-        *names,
-    ]
-    overrides = {
-        key: getattr(run.config, key) for key in ("annotations", "image_folder", "device", "num_workers")
-    }
-    score_to_file(
-        [model], split, cache, None, conditions, overrides, [*command, "--output", str(output)], output
-    )
+    places = ("--model", checkpoint, "--cache", cache, "--split", split, "--output", output)
+    words = ["python", "tools/eval.py", *map(str, places), "--conditions", *conditions]
+    keys = ("annotations", "image_folder", "device", "num_workers")
+    overrides = {key: getattr(run.config, key) for key in keys}
+    score_to_file([checkpoint], split, cache, None, conditions, overrides, words, output, gemma=gemma)
 
 
 def records_of(run: Run, split: str) -> Path:
