@@ -426,9 +426,13 @@ def test_a_stage_that_cannot_be_is_refused_in_words(
     resumed = replace(config, resume_from=str(with_lora), output_dir=str(tmp_path / "resumed"))
     with pytest.raises(
         CheckpointError,
-        match=r"was trained with freeze_gemma_language false, now true; lora_rank 2, now null; .*--init_from",
+        match=r"was trained with freeze_gemma_language false, now true; lora_rank 2, now null; .*--allow_changed",
     ):
         Trainer(resumed, cache)
+    with pytest.raises(
+        CheckpointError, match=r"trained \['lora'\] of Gemma, now nothing would .*--init_from"
+    ):
+        Trainer(resumed, cache, allow_changed=True)
     blind = Config(model_name=str(text_gemma_folder), device="cpu", **STAGES["vision"])
     with pytest.raises(ValueError, match="text-only: it has no vision tower to train"):
         load_gemma(blind, parts=decide_parts(blind))
