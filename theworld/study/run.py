@@ -47,7 +47,8 @@ def run_study(
         failed = run_part(runs, cache, part, stop)
     left = [run for run in runs if not is_done(run)]
     if not left:
-        return Ended(write_results(study, runs, output))
+        page = f"\n\npage: {output / 'study.html'}" if len(study.arms) > 1 else ""
+        return Ended(write_results(study, runs, output) + page)
     own = [run for run in left if part.owns(run.number)]
     if failed:
         return Ended("\n".join(f"{name} failed: {why}" for name, why in failed.items()), stop.asked, failed)

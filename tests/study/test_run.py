@@ -1,0 +1,88 @@
+"""A study as its tool runs it: to the verdict, shared by parts and processes, stopped, and gone on with."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from commands import tool
+
+from theworld.study import run as study_run
+from theworld.study.protocol import Study, runs_of
+from theworld.study.run import run_study
+from theworld.study.runner import ALL, DONE, is_done
+from theworld.utils.distributed import Part
+from theworld.utils.signals import StopRequest
+
+
+def test_a_study_ends_with_its_verdict_and_its_files(
+    study: Study, study_cache: Path, ended: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(ended, out)
+    found = run_study(study, study_cache, out, ALL, 1, StopRequest())
+    assert not found.stopped
+    assert found.failed == {}
+    assert "No verdict on the test split of own data" in found.text
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["protocol.json", "runs", "study.csv", "study.html", "study.json", "study.tex"]
+
+
+def test_a_part_says_what_other_parts_have_still_to_do(
+    study: Study, study_cache: Path, ended: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(ended, out)
+    runs = runs_of(study, out)
+    (runs[1].folder / DONE).unlink()
+    found = run_study(study, study_cache, out, Part(0, 2), 1, StopRequest())
+    assert found.text == (
+        "part 1 of 2 is done; 1 of 4 runs are still missing: those of other parts. Whichever part ends last writes the "
+        "results"
+    )
+    assert not (out / "study.json").exists()
+
+
+def test_a_stopped_study_says_how_to_go_on(
+    study: Study, study_cache: Path, ended: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(ended, out)
+    (runs_of(study, out)[2].folder / DONE).unlink()
+    stop = StopRequest()
+    stop.ask("test")
+    found = run_study(study, study_cache, out, ALL, 1, stop)
+    assert found.stopped
+    assert found.text.startswith("stopped as asked: 3 of 4 runs are done; go on with: ")
+
+
+def test_a_run_that_failed_is_in_the_words_at_the_end(
+    study: Study, study_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_run, "run_part", lambda *_: {"world-0": "the loss of step 1 is nan"})
+    found = run_study(study, study_cache, tmp_path / "out", ALL, 1, StopRequest())
+    assert (found.text, found.failed) == (
+        "world-0 failed: the loss of step 1 is nan",
+        {"world-0": "the loss of step 1 is nan"},
+    )
+
+
+@pytest.mark.heavy
+def test_two_processes_do_the_runs_of_the_tool_and_the_page_is_drawn_once(
+    study: Study, study_cache: Path, tmp_path: Path
+) -> None:
+    from theworld.config.config import save_config
+
+    save_config(study.base, tmp_path / "recipe.json")
+    (tmp_path / "study.json").write_text(
+        '{"settings": "recipe.json", "arms": {"world": {}, "pixels": {"world_encoder": "pixels"}}, '
+        '"primary": {"arm": "world", "against": ["pixels"]}, "seeds": [0, 1]}'
+    )
+    out = tmp_path / "out"
+    given = ("--config", tmp_path / "study.json", "--cache", study_cache, "--output", out, "--processes", 2)
+    done = tool("study", *given)
+    assert done.stdout.count("page: ") == 1
+    assert all(map(is_done, runs_of(replace(study, seeds=[0, 1]), out)))
+    assert tool("study", *given, "--dry_run").stdout.splitlines()[0] == (
+        "study        2 arms x 2 seeds: 4 runs, 4 done"
+    )
