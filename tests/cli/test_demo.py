@@ -35,7 +35,7 @@ def test_a_short_demo_writes_its_files_and_returns_its_result_line(
     assert page.count("data:image/jpeg") > 0  # scenes
     assert page.count("data:image/png") == 1  # the alignment
     assert "is not there" not in page
-    assert f"python tools/eval.py --model {output / 'run'} --cache {output / 'cache'}" in page
+    assert f"python {ROOT / 'tools/eval.py'} --model {output / 'run'} --cache {output / 'cache'}" in page
     for picture in ("result.png", "scenes.png"):
         with Image.open(output / picture) as image:
             assert image.width > 1000

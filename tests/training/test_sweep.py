@@ -413,7 +413,9 @@ def test_other_settings_and_what_saved_nothing_start_anew(
     run_sweep([run], cache, output)
     assert steps == FIRST
     assert lines_of(output) == lines_of(whole)[:1]
-    assert sorted(path.name for path in run.folder.iterdir()) == ["checkpoint-5", "key", "metrics.jsonl"]
+    assert sorted(path.name for path in run.folder.iterdir()) == [
+        *(".lock", "checkpoint-5", "key", "metrics.jsonl")
+    ]
 
 
 @pytest.mark.usefixtures("log_shown")

@@ -87,6 +87,7 @@ def test_a_lock_ends_with_its_process(tmp_path: Path, number: int) -> None:
 def test_a_process_takes_a_lock_as_often_as_it_likes_and_keeps_it_until_the_last_is_released(
     tmp_path: Path,
 ) -> None:
+    before = dict(locks._held)  # of earlier tests, whose runs may not be collected yet
     first, second = OutputLock(tmp_path, "--output"), OutputLock(tmp_path, "--output")
     check_unlocked(tmp_path, "--output")
     assert locked_here(tmp_path)
@@ -99,7 +100,7 @@ def test_a_process_takes_a_lock_as_often_as_it_likes_and_keeps_it_until_the_last
     with OutputLock(tmp_path, "--output"):
         assert locked_here(tmp_path)
     assert not locked_here(tmp_path)
-    assert locks._held == {}
+    assert locks._held.items() <= before.items()
 
 
 def test_a_process_that_was_forked_from_a_holder_holds_nothing_and_takes_nothing(tmp_path: Path) -> None:

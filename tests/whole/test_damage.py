@@ -171,7 +171,7 @@ def test_training_stops_at_a_flip_and_goes_on_from_its_checkpoint(
     for name, parameter in trainer.model.trainable().items():
         assert bool((parameter == weights[name]).all())
     assert {path: path.read_bytes() for path in saved.iterdir()} == content
-    assert sorted(path.name for path in trainer.output_dir.iterdir()) == ["checkpoint-2"]
+    assert sorted(path.name for path in trainer.output_dir.iterdir()) == [".lock", "checkpoint-2"]
 
     resume = replace(config, resume_from=str(saved))
     with pytest.raises(StoreError, match=words):
@@ -212,7 +212,9 @@ def test_the_tools_say_image_shard_hashes_and_the_command_that_mends(config: Con
         f"shard 1: {path} is damaged: {len(before[path]):,} bytes, SHA-256 {actual}; expected "
         f"{len(before[path]):,} bytes, {expected} by the manifest"
     )
-    command = f"python tools/extract_latents.py --config {tmp_path / 'tiny.json'} --cache {cache}"
+    command = (
+        f"python tools/extract_latents.py --config {tmp_path / 'tiny.json'} --cache {cache} --gemma_vision"
+    )
     assert lines[2:] == [f"mend it with: {command}"]
     done = tool("tools/extract_latents.py")  # as the line says
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)

@@ -117,13 +117,22 @@ def test_what_takes_a_photograph_alone_is_refused_with_the_cure(
     checkpoint: Path, photographs: Path, tmp_path: Path
 ) -> None:
     model = TheWorld.from_pretrained(checkpoint)
-    message = r"trained on 2 predicted frames a photograph .* only a cache holds; .*eval\.py --cache FOLDER"
-    with pytest.raises(ValueError, match=message + "; generate needs no cache with enable_world=False"):
+    message, command = (
+        r"trained on 2 predicted frames a photograph .* only a cache holds",
+        r".*eval\.py --cache FOLDER",
+    )
+    with pytest.raises(
+        ValueError, match=f"{message}; generate needs no cache with enable_world=False, {command}"
+    ):
         model.generate(photographs / "a.png", "Where?")
     model.generate(photographs / "a.png", "Where?", enable_world=False, max_new_tokens=1)
-    with pytest.raises(ValueError, match=message + "; photographs alone, --image_folder, are not enough"):
+    with pytest.raises(
+        ValueError, match=f"{message}; photographs alone, --image_folder, are not enough; {command}"
+    ):
         score(checkpoint, None, photographs, "test", ("world",), {})
-    with pytest.raises(ValueError, match=message + "; photographs alone, --image_folder, are not enough"):
+    with pytest.raises(
+        ValueError, match=f"{message}; photographs alone, --image_folder, are not enough; {command}"
+    ):
         list(evaluation([checkpoint], None, photographs, "test", ("world",), tmp_path / "out.jsonl", {}))
 
 

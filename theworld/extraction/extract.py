@@ -253,10 +253,17 @@ def check_start(config: Config, cache: Path, part: Part, guardrail: Any = None) 
     reads any: no folder of photographs, device or video model, or a cache that cannot be written."""
     source = source_of(config, part)
     resolve_device(config.device)
-    check_folder(cache, "--cache")
+    if not is_whole(cache):
+        check_folder(cache, "--cache")
     if config.num_world_steps:
         check_rollout(config, guardrail)
     return source
+
+
+def is_whole(cache: Path) -> bool:
+    """Whether there are stores in the cache and all are published, so that there may be nothing to write."""
+    stores = stores_of(cache)
+    return bool(stores) and all((root / "manifest.json").exists() for root in stores)
 
 
 def check_models(config: Config, with_vision: bool) -> None:
