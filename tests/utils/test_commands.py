@@ -49,7 +49,8 @@ def test_an_interpreter_that_a_shell_does_not_find_is_named_by_its_path(
 ) -> None:
     given(monkeypatch, "tools/train.py")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert command("eval") == f"{sys.executable} tools/eval.py"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    assert command("eval") == f"{tmp_path}/bin/python tools/eval.py"
     monkeypatch.setattr(sys, "executable", str(ROOT / ".venv" / "bin" / "python"))
     assert command("eval") == ".venv/bin/python tools/eval.py"
 
