@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8642, metavar="INTEGER", help=text)
     add_gemma(parser)
     add_dry_run(parser)
-    add_config_arguments(parser, KEYS, of_checkpoint=True)
+    add_config_arguments(parser, KEYS, source="the checkpoint")
     arguments = parser.parse_args()
     if arguments.serve and (arguments.image or arguments.statement or arguments.json):
         parser.error("--serve asks for all else on its page; leave out --image, --statement and --json")

@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--allow_trained_statements", action="store_true", dest="allow_trained", help=text)
     add_gemma(parser)
     add_dry_run(parser)
-    add_config_arguments(parser, KEYS, of_checkpoint=True)
+    add_config_arguments(parser, KEYS, source="the checkpoint")
     parsed = parser.parse_args()
     overrides = checkpoint_overrides(parsed, KEYS)
     arguments = {key: value for key, value in vars(parsed).items() if key not in (*KEYS, "gemma")}

@@ -17,7 +17,6 @@ Exit status: 0 done, 1 could not start or a run failed, 2 wrong usage, 75 stoppe
 command), 130 interrupted.
 """
 
-import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,13 +24,10 @@ from pathlib import Path
 from theworld.utils.starting import starting
 
 with starting():
+    from theworld.utils.commands import SETTINGS
     from theworld.utils.console import loading, rehearse, run_tool
 
-KEYS = (
-    "model_name cosmos_model_name dataset_name annotations image_folder num_samples max_image_pixels shard_size "
-    "encode_batch_size num_epochs max_steps batch_size gradient_accumulation_steps learning_rate save_steps dtype "
-    "device compile num_workers"
-).split()
+KEYS = SETTINGS["study"]
 
 
 def main() -> int:
@@ -56,7 +52,7 @@ def main() -> int:
     text = "Number of runs that are trained at a time on this machine. (default: 1)"
     parser.add_argument("--processes", type=int, default=1, metavar="INTEGER", help=text)
     add_dry_run(parser)
-    add_config_arguments(parser, KEYS, of_checkpoint=True)
+    add_config_arguments(parser, KEYS, source="the study")
     arguments = parser.parse_args()
     if arguments.processes < 1:
         parser.error(f"--processes is {arguments.processes}; wanted 1 or more")
@@ -64,13 +60,12 @@ def main() -> int:
     with loading("study"):
         from theworld.cli.dry_run import extraction
         from theworld.study.plan import plan_study
-        from theworld.study.protocol import read_study, runs_of
+        from theworld.study.protocol import arm_config, read_study, runs_of
         from theworld.study.run import run_study
-        from theworld.study.runner import lacking
+        from theworld.study.runner import lacking, quiet_runs
         from theworld.study.sizes import equal_sizes
         from theworld.utils.signals import STATUS, StopRequest
-    for name in ("theworld.training.trainer", "theworld.evaluation.score"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # what each run says of itself, dozens of times
+    quiet_runs()
 
     study = read_study(arguments.config, overrides, arguments.arms, arguments.seeds)
     runs_of(study, arguments.output)  # before anything runs: is every setting of every arm allowed?
@@ -78,15 +73,16 @@ def main() -> int:
 
     def plan() -> Iterator[str]:
         study.check(arguments.output)
-        missing = lacking(study, arguments.cache)
-        for config, with_vision in missing:
-            yield from extraction(config, arguments.cache, with_vision, False, None)
-        if not missing:
+        configs, vision = lacking(study, arguments.cache)
+        part = arguments.part if arguments.part.count > 1 else None
+        for number, config in enumerate(configs or [arm_config(study, study.arms[0])] * vision):
+            yield from extraction(config, arguments.cache, vision and number == 0, False, part)
+        if not (configs or vision):
             yield from plan_study(study, runs_of(equal_sizes(study), arguments.output), *places)
 
     if arguments.dry_run:
         return rehearse(plan)
-    with StopRequest("study") as stop, stop.working():
+    with StopRequest("study") as stop:
         outcome = run_study(study, *places, stop)
         stop.end()
     print(outcome.text)

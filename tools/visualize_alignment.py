@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--output", type=path, default=Path("alignment.png"), metavar="FILE", help=text)
     add_gemma(parser)
     add_dry_run(parser)
-    add_config_arguments(parser, KEYS, of_checkpoint=True)
+    add_config_arguments(parser, KEYS, source="the checkpoint")
     arguments = parser.parse_args()
     if arguments.output.suffix != ".png":
         parser.error(

@@ -121,5 +121,8 @@ def test_what_was_fixed_stays_fixed_and_places_may_change(write: Any, tmp_path: 
     with pytest.raises(ValueError, match=r"primary.margin was 1.0, and is 2.0; give another --output"):
         read_study(write(primary=PRIMARY | {"margin": 2})).check(output)
     (output / "protocol.json").write_text("{}")
-    with pytest.raises(ValueError, match="format is None; wanted 1"):
+    with pytest.raises(ValueError, match="format is not stated; wanted 1"):
+        read_study(write()).check(output)
+    (output / "protocol.json").write_text('{"format": 1, "arms": {}}')
+    with pytest.raises(ValueError, match=r"protocol\.json: key 'rules_out' is missing"):
         read_study(write()).check(output)

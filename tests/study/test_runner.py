@@ -1,11 +1,13 @@
 """The runs of a study: what is extracted, that none is done twice, what goes on after a stop, how parts share it."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import in_child
 
 from theworld.evaluation.records import read_jsonl
 from theworld.extraction.extract import stores_of
@@ -23,6 +25,7 @@ from theworld.study.runner import (
 )
 from theworld.training.memory import NotFinite
 from theworld.utils.distributed import Part
+from theworld.utils.locks import OutputLock
 from theworld.utils.signals import StopRequest
 
 
@@ -30,28 +33,61 @@ def test_each_store_that_an_arm_reads_is_extracted_once(
     study: Study, study_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [root.name for root in stores_of(study_cache)] == ["latents", "gemma_vision", "pixels"]
-    assert lacking(study, study_cache) == []
+    assert lacking(study, study_cache) == ([], False)
     cache = tmp_path / "cache"
-    wanted = [(config.world_encoder, vision) for config, vision in lacking(study, cache)]
-    assert wanted == [("cosmos", True), ("pixels", False)]
+
+    def wanted() -> tuple[list[str], bool]:
+        configs, vision = lacking(study, cache)
+        return [config.world_encoder for config in configs], vision
+
+    assert wanted() == (["cosmos", "pixels"], True)
     shutil.copytree(study_cache / "latents", cache / "latents")
+    assert wanted() == (["pixels"], True)
     shutil.copytree(study_cache / "pixels", cache / "pixels")
-    assert [(c.world_encoder, vision) for c, vision in lacking(study, cache)] == [("cosmos", True)]
+    assert wanted() == ([], True)
     calls: list[Any] = []
-    monkeypatch.setattr(runner, "extract", lambda *given: calls.append(given) or True)
-    monkeypatch.setattr(runner, "lacking", lambda *_: [] if calls else [(study.base, True)])
-    assert extract_missing(study, cache)
-    assert [call[1:] for call in calls] == [(cache, True, False, None)]
+    monkeypatch.setattr(
+        runner, "extract", lambda config, *given, **more: calls.append((config, *given, more)) or True
+    )
+    monkeypatch.setattr(runner, "lacking", lambda *_: ([], False) if calls else ([study.base] * 2, True))
+    extract_missing(study, cache)
+    assert calls == [(study.base, cache, True, False, None, {"others": [study.base]})]
 
 
-def test_a_part_waits_for_the_shards_of_the_others_until_it_is_stopped(
+def test_a_part_waits_for_the_shards_of_the_others(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stop, slept = StopRequest(), list[float]()
-    monkeypatch.setattr(runner, "extract", lambda *_: False)
-    monkeypatch.setattr(runner.time, "sleep", lambda seconds: (slept.append(seconds), stop.ask("test")))
-    assert not extract_missing(study, tmp_path / "cache", Part(0, 2), stop)
-    assert slept == [runner.POLL_SECONDS]
+    slept = list[float]()
+    monkeypatch.setattr(runner, "extract", lambda *_, **__: False)
+    monkeypatch.setattr(runner.time, "sleep", slept.append)
+    monkeypatch.setattr(
+        runner, "lacking", lambda *_: ([], False) if len(slept) == 2 else ([study.base], True)
+    )
+    extract_missing(study, tmp_path / "cache", Part(0, 2))
+    assert slept == [runner.POLL_SECONDS] * 2
+
+
+def test_a_run_that_another_process_works_on_is_left_as_it_is(
+    study: Study, study_cache: Path, tmp_path: Path
+) -> None:
+    (run, *_) = runs_of(study, tmp_path)
+    ready, done = os.pipe(), os.pipe()
+
+    def hold() -> None:
+        with OutputLock(run.folder, "--output"):
+            (run.folder / "metrics.jsonl").write_text("{}")
+            os.write(ready[1], b"x")
+            os.read(done[0], 1)
+
+    child = in_child(hold)
+    os.read(ready[0], 1)
+    failed = run_part([run], study_cache, ALL, StopRequest())
+    os.write(done[1], b"x")
+    os.waitpid(child, 0)
+    assert list(failed) == ["world-0"]
+    assert f"{run.folder} is in use: process {child} on " in failed["world-0"]
+    assert (run.folder / "metrics.jsonl").read_text() == "{}"
+    assert not (run.folder / "starts.jsonl").exists()
 
 
 def test_a_run_leaves_records_of_both_splits_and_what_it_took(study: Study, ended: Path) -> None:

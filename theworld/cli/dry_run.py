@@ -57,7 +57,7 @@ def extraction(
 ) -> Iterator[str]:
     """Yield what `theworld.extraction.extract.extract` would do with the same arguments."""
     part = part or Part(count=num_launched())
-    source = check_start(config, cache, part)
+    source = check_start(config, cache, part, specs_to_extract(config, with_vision))
     splits = statements_at_hand(config.annotations, config.dataset_name)
     names, said = _photographs(config, splits, source, allow_missing)
     yield from said

@@ -145,24 +145,24 @@ def expanded(text: str) -> str:
 
 
 def add_config_arguments(
-    parser: argparse.ArgumentParser, keys: Sequence[str] | None = None, of_checkpoint: bool = False
+    parser: argparse.ArgumentParser, keys: Sequence[str] | None = None, source: str = ""
 ) -> None:
     """Add `--config` and a flag for each of the settings `keys` (None: all), in groups.
 
-    A flag that is not given is not in the namespace, so that the file's value holds. With `of_checkpoint` the settings
-    come from a checkpoint and there is no `--config`.
+    A flag that is not given is not in the namespace, so that the file's value holds. `source`: what has the other
+    settings in place of a settings file, such as "the checkpoint"; `--config` is then not added.
     """
-    if not of_checkpoint:
+    if not source:
         text = "Settings file: JSON, in which comments are allowed. (default: none)"
         parser.add_argument("--config", type=path, metavar="FILE", help=text)
-    source = "the checkpoint" if of_checkpoint else "the settings file"
     parser.epilog = (
-        f"A setting that is given as a flag overrides the value of {source}; the word none stands for null."
+        f"A setting that is given as a flag overrides the value of {source or 'the settings file'}; the word none "
+        "stands for null."
     )
     for title, own in grouped(list(FIELDS) if keys is None else keys).items():
         group = parser.add_argument_group(title)
         for key in own:
-            _add_setting(group, FIELDS[key], of_checkpoint)
+            _add_setting(group, FIELDS[key], source)
 
 
 def grouped(keys: Sequence[str]) -> dict[str, list[str]]:
@@ -177,7 +177,7 @@ def grouped(keys: Sequence[str]) -> dict[str, list[str]]:
     return groups
 
 
-def _add_setting(group: Any, declared: Setting, of_checkpoint: bool) -> None:
+def _add_setting(group: Any, declared: Setting, source: str) -> None:
     options: dict[str, Any] = {"default": argparse.SUPPRESS}
     choices = [*declared.choices, *(["none"] if declared.optional else [])] if declared.choices else []
     if declared.kind is bool:
@@ -187,7 +187,7 @@ def _add_setting(group: Any, declared: Setting, of_checkpoint: bool) -> None:
         options["metavar"] = "{" + ",".join(choices) + "}" if choices else _metavar(declared)
     names = [declared.name, *([ALIASES[declared.name]] if declared.name in ALIASES else [])]
     added = group.add_argument(
-        *(f"--{name}" for name in names), dest=declared.name, help=_help(declared, of_checkpoint), **options
+        *(f"--{name}" for name in names), dest=declared.name, help=_help(declared, source), **options
     )
     if choices:
         added.completer = _completer(choices)  # the attribute that argcomplete looks for
@@ -219,13 +219,13 @@ def _completer(choices: Sequence[str]) -> Callable[..., list[str]]:
     return complete
 
 
-def _help(declared: Setting, of_checkpoint: bool) -> str:
+def _help(declared: Setting, source: str) -> str:
     """Return the help text of a setting with its default, as argparse wants it."""
     default = "none" if declared.default is None else str(declared.default).replace("\n", "\\n")
     if declared.kind is bool and declared.default is not None:
         default = default.lower()
-    if of_checkpoint:
-        default = "the checkpoint's"
+    if source:
+        default = f"{source}'s"
     return f"{declared.help} (default: {default})".replace("%", "%%")
 
 

@@ -434,9 +434,8 @@ def score_all(
     shared = _shared(checkpoints, keys)
     answers = _Answers(data, cache, image_folder, shared)
     provenance: dict[str, Any] = {}
-    loaded = (
-        None if gemma is None else next(iter(keys.values()))
-    )  # the key of the published Gemma that is loaded
+    # The key of the published Gemma that is loaded.
+    loaded = None if gemma is None else next(iter(keys.values()))
     for name, saved in checkpoints.items():
         world = saved.world
         if world["parts"] or keys[name] != loaded:

@@ -41,7 +41,7 @@ from theworld.extraction.reading import (
 )
 from theworld.extraction.rollouts import refusals, roll_out
 from theworld.models import world_encoder
-from theworld.models.encoder import Encoder
+from theworld.models.encoder import Encoder, EncoderSpec
 from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.rollout import check_rollout
 from theworld.store.format import LATENTS, VISION, Plan
@@ -219,7 +219,8 @@ def extract(
     spool = Spool(Square(config.latent_size))
 
     def check_and_list() -> list[ImageEntry]:
-        source = check_start(config, cache, part, guardrail)
+        specs = [spec for one in every for spec in specs_of(one, with_vision)]
+        source = check_start(config, cache, part, specs, guardrail)
         for one in every:
             check_stores(one, cache, with_vision)
         return list_images(config, cache, source, allow_missing, spool if part.count == 1 else None)
@@ -248,22 +249,21 @@ def extract(
     return complete and part.is_main_process
 
 
-def check_start(config: Config, cache: Path, part: Part, guardrail: Any = None) -> Source:
-    """Return where the photographs are read from. Raises ValueError or OSError for what stops an extraction before it
-    reads any: no folder of photographs, device or video model, or a cache that cannot be written."""
+def check_start(
+    config: Config, cache: Path, part: Part, specs: Sequence[EncoderSpec], guardrail: Any = None
+) -> Source:
+    """Return where the photographs are read from. `specs`: of the stores that are to be there.
+
+    Raises ValueError or OSError for what stops an extraction before it reads any: no folder of photographs, device or
+    video model, or a cache that cannot be written and lacks one of the stores.
+    """
     source = source_of(config, part)
     resolve_device(config.device)
-    if not is_whole(cache):
+    if not all((cache / spec.name / "manifest.json").exists() for spec in specs):
         check_folder(cache, "--cache")
     if config.num_world_steps:
         check_rollout(config, guardrail)
     return source
-
-
-def is_whole(cache: Path) -> bool:
-    """Whether there are stores in the cache and all are published, so that there may be nothing to write."""
-    stores = stores_of(cache)
-    return bool(stores) and all((root / "manifest.json").exists() for root in stores)
 
 
 def check_models(config: Config, with_vision: bool) -> None:

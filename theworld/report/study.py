@@ -1,7 +1,6 @@
-"""The page of a study, and its figures as JSON, CSV and a LaTeX table, from the records of its arms and seeds.
+"""The page of a study, and its figures as CSV and a LaTeX table, from the records of its arms and seeds.
 
-report.html   the verdict, all arms and seeds, differences to each control, groups, curves, costs, what was fixed
-study.json    every figure (`theworld.evaluation.study_verdict.summarise_study`)
+study.html    the verdict, all arms and seeds, differences to each control, groups, curves, costs, what was fixed
 study.csv     a line for each arm, metric and seed, and for each difference
 study.tex     the table of arms for a paper (needs booktabs)
 """

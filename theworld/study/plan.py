@@ -16,15 +16,11 @@ from theworld.evaluation.study_verdict import LEAST_SEEDS
 from theworld.models.serialization import numbered
 from theworld.study.protocol import Run, Study
 from theworld.study.runner import ALL, is_done, read_done, records_of, waiting
-from theworld.training.memory import Memory, Plan
+from theworld.training.memory import CHECKPOINT_BYTES, Memory, Plan
 from theworld.utils.console import duration, line
 from theworld.utils.device import GIB
 from theworld.utils.distributed import Part
 from theworld.utils.files import check_folder, check_room
-
-BYTES_A_PARAMETER = 12  # of a checkpoint: weight and AdamW's two moments, in float32
-RECORD_BYTES = 1200  # of a statement on one split
-MARGIN = 0.10  # within which the arms' numbers of trained parameters are called equal
 
 
 def plan_study(
@@ -51,7 +47,7 @@ def plan_study(
     for name, run in reversed(first.items()):
         plan = _plan(run, cache)
         _check_sharing(plan.memory, processes)
-        size += BYTES_A_PARAMETER * plan.facts.trainable * len(study.seeds)
+        size += CHECKPOINT_BYTES * plan.facts.trainable * len(study.seeds)
         yield line(
             "arm", f"{name}: {plan.facts.trainable:,} parameters, {plan.num_steps:,} steps; {plan.memory}"
         )

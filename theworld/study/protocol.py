@@ -23,14 +23,20 @@ from typing import Any
 
 from theworld.config.config import FIELDS, Config, config_from, load_config
 from theworld.config.fields import nearest_name
-from theworld.utils.files import make_folder, publish_bytes
+from theworld.training.sweep import OWN, QUIET
+from theworld.utils.files import check_keys, make_folder, publish_bytes
 from theworld.utils.jsonc import is_comment, read_json_with_comments
 
 PROTOCOL = "protocol.json"
 FORMAT = 1  # of protocol.json
+KINDS: dict[str, type] = {
+    "format": int,
+    "settings": dict,
+    "arms": dict,
+    "rules_out": dict,
+    "seeds": list,
+}  # its fields
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", re.ASCII)
-# What a study decides for its runs; they make no difference to what is learnt.
-OWN = ("output_dir", "seed", "do_eval", "eval_steps", "save_steps", "save_total_limit", "resume_from")
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,9 @@ class Study:
 def read_protocol(path: Path) -> dict[str, Any]:
     """Return a recorded protocol. Raises ValueError for a file that is none."""
     found = read_json_with_comments(path)
-    if found.get("format") != FORMAT or not isinstance(found.get("arms"), dict):
-        raise ValueError(f"{path}: format is {found.get('format')!r}; wanted {FORMAT}")
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{path}: format is {found.get('format', 'not stated')}; wanted {FORMAT}")
+    check_keys({k: v for k, v in found.items() if k != "primary"}, KINDS, path)
     return found
 
 
@@ -246,16 +253,7 @@ class Run:
         return Path(self.config.output_dir)
 
 
-NEVER = 10**9  # steps
-DECIDED: dict[str, Any] = {
-    "do_eval": False,
-    "eval_steps": NEVER,
-    "save_total_limit": 1,
-    "resume_from": None,
-    "log_to_tensorboard": False,
-    "log_to_wandb": False,
-    "push_to_hub": False,
-}
+DECIDED: dict[str, Any] = {"do_eval": False, "save_total_limit": 1, "resume_from": None, **QUIET}
 
 
 def arm_config(study: Study, arm: Arm) -> Config:

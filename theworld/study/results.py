@@ -60,7 +60,7 @@ def write_results(study: Study, runs: Sequence[Run], output: Path) -> str:
     results = results_of(study, runs)
     publish_json(results, output / "study.json")
     write_study(page_of(study, runs, results, output), output)
-    return "\n".join([*table(results), "", said(study, results)])
+    return "\n".join([*table(results), "", said(results)])
 
 
 def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: Path) -> Page:
@@ -136,10 +136,8 @@ def plan_again(folder: Path) -> Iterator[str]:
     yield f"writes       study.json, study.csv, study.tex and study.html in {folder}"
 
 
-def said(study: Study, results: dict[str, Any]) -> str:
+def said(results: dict[str, Any]) -> str:
     """Return the verdict with its notes, on all statements of test and on those of unseen photographs."""
-    if study.primary is None:
-        return "no verdict: the study fixed no `primary` comparison before it ran"
     scopes = results["test"]["scopes"].values()
     return "\n".join(
         line for scope in scopes for line in (scope["verdict"]["sentence"], *scope["verdict"]["notes"])
@@ -148,9 +146,9 @@ def said(study: Study, results: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any]) -> list[str]:
     """Return the accuracies of all arms on test, as lines for a terminal."""
-    arms = results["test"]["scopes"]["all"]["arms"]
+    arms, alpha = results["test"]["scopes"]["all"]["arms"], results["test"]["question"]["alpha"]
     width = max(map(len, arms))
-    lines = [f"{'arm':{width}}  test     95 % interval    by seed"]
+    lines = [f"{'arm':{width}}  test     {100 * (1 - alpha):g} % interval    by seed"]
     for name, metrics in arms.items():
         own = metrics["accuracy"]
         seeds = " ".join(f"{100 * value:.1f}" for value in own["each"].values())

@@ -36,15 +36,15 @@ def run_study(
     """Extract what is missing, train and evaluate this part's runs, `processes` at a time, and write the results if all
     runs are done. Raises what `Study.fix`, `extract` and `plan_study` do."""
     study.fix(output)
-    if not extract_missing(study, cache, part, stop):
-        return Ended(f"stopped as asked: go on with: {again()}", stopped=True)
+    extract_missing(study, cache, part)  # a request to stop ends it at once: what was published stays
     runs = runs_of(equal_sizes(study), output)
     logger.info("\n".join(plan_study(study, runs, cache, output, part, processes)))
-    if processes > 1 and len(waiting(runs, part)) > 1:
-        whole = in_processes(processes, runs, cache, part, stop)
-        failed = {} if whole else {"a run": "its line above says why"}
-    else:
-        failed = run_part(runs, cache, part, stop)
+    with stop.working():
+        if processes > 1 and len(waiting(runs, part)) > 1:
+            whole = in_processes(processes, runs, cache, part, stop)
+            failed = {} if whole else {"a run": "its line above says why"}
+        else:
+            failed = run_part(runs, cache, part, stop)
     left = [run for run in runs if not is_done(run)]
     if not left:
         page = f"\n\npage: {output / 'study.html'}" if len(study.arms) > 1 else ""

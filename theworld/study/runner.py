@@ -12,7 +12,6 @@ same time, on any machines that share the folder; after a stop or a kill the sam
 import json
 import logging
 import multiprocessing
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -40,19 +39,17 @@ from theworld.utils.console import configure_logging, duration, quiet_libraries
 from theworld.utils.device import memory_of
 from theworld.utils.distributed import Part
 from theworld.utils.files import StoreError, companion, parse_json
-from theworld.utils.locks import NAME as LOCK
+from theworld.utils.locks import check_unlocked, empty_folder
 from theworld.utils.signals import StopRequest
+from theworld.utils.starting import starting_workers
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("dev", "test")
 DONE, STARTS = "run.json", "starts.jsonl"
-WITH_WORLD = (
-    "world",
-    "zero",
-    "shuffled",
-)  # conditions of each run; the others have no world tokens, and are asked once
-POLL_SECONDS, WAITS = 2.0, 15  # how long, and how often, to wait before a look for the work of other parts
+# Conditions of each run; the others have no world tokens, and are asked once.
+WITH_WORLD = ("world", "zero", "shuffled")
+POLL_SECONDS = 30.0  # between two looks for the work of other parts
 ALL = Part()
 
 
@@ -70,26 +67,22 @@ def read_done(run: Run) -> dict[str, Any]:
 # ---- phase 1
 
 
-def lacking(study: Study, cache: Path) -> list[tuple[Config, bool]]:
+def lacking(study: Study, cache: Path) -> tuple[list[Config], bool]:
     """Return what the cache lacks of the rows that the arms read: settings of an arm for each world encoder, and
-    whether vision features are to be extracted with it.
+    whether it lacks vision features.
 
     Raises StoreMismatch, field by field, where the cache has rows of something else.
     """
-    configs = [arm_config(study, arm) for arm in study.arms]
     splits = load_all(study.base.annotations, study.base.dataset_name)
     named = set(images_of([statement for own in splits.values() for statement in own]))
     stores: dict[str, tuple[EncoderSpec, Config]] = {}  # those of the world encoders, by name
-    for config in configs:
+    for config in (arm_config(study, arm) for arm in study.arms):
         spec = world_encoder.describe(config)
         if spec.stored and spec.name != VISION:
             stores.setdefault(spec.name, (spec, config))
     sees = is_multimodal(study.base.model_name)
     vision = sees and not _has(VisionEncoder.describe(study.base), cache, named)
-    missing = [config for spec, config in stores.values() if not _has(spec, cache, named)]
-    if vision and not missing:
-        return [(next(config for _, config in stores.values()) if stores else study.base, True)]
-    return [(config, vision and number == 0) for number, config in enumerate(missing)]
+    return [config for spec, config in stores.values() if not _has(spec, cache, named)], vision
 
 
 def _has(spec: EncoderSpec, cache: Path, named: set[str]) -> bool:
@@ -102,36 +95,30 @@ def _has(spec: EncoderSpec, cache: Path, named: set[str]) -> bool:
     return named <= reader.images.keys()
 
 
-def extract_missing(study: Study, cache: Path, part: Part = ALL, stop: StopRequest | None = None) -> bool:
+def extract_missing(study: Study, cache: Path, part: Part = ALL) -> None:
     """Extract the rows that the arms read and the cache lacks, this part's share of them, and wait for other parts.
 
-    Returns False if `stop` was asked before all is there. Raises as `extract` does.
+    Photographs are listed and decoded once for all world encoders. Raises as `extract` does.
     """
     own = part if part.count > 1 else None
-    while missing := lacking(study, cache):
-        whole = [extract(config, cache, with_vision, False, own) for config, with_vision in missing]
-        if not all(whole):
+    while any(missing := lacking(study, cache)):
+        configs, vision = missing
+        first, *others = configs or [arm_config(study, study.arms[0])]
+        if not extract(first, cache, vision, False, own, others=others):
             logger.info("waiting for the shards of the other parts")
-            if not _wait(stop):
-                return False
-    return True
-
-
-def _wait(stop: StopRequest | None) -> bool:
-    """Wait for the other parts for a while; return False at once if asked to stop."""
-    for _ in range(WAITS):
-        if stop is not None and stop.asked:
-            return False
-        time.sleep(POLL_SECONDS)
-    return True
+            time.sleep(POLL_SECONDS)
 
 
 # ---- one run
 
 
 def work_on(run: Run, cache: Path, stop: StopRequest) -> bool:
-    """Train a run, from its newest checkpoint if it has any, and evaluate it. Returns False if it was stopped."""
+    """Train a run, from its newest checkpoint if it has any, and evaluate it. Returns False if it was stopped.
+
+    Raises InUse if another process works on it, and what training and evaluation do.
+    """
     start = time.perf_counter()
+    check_unlocked(run.folder, "--output")  # before anything in it is removed
     try:
         trainer = Trainer(_going_on(run), cache, stop)
         checkpoint = trainer.run()
@@ -172,9 +159,7 @@ def _going_on(run: Run) -> Config:
     if numbered(run.folder):
         return replace(run.config, resume_from=str(run.folder))
     if run.folder.exists():
-        for path in run.folder.iterdir():  # of a start that saved nothing
-            if path.name not in (STARTS, LOCK):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        empty_folder(run.folder, keep=(STARTS,))  # of a start that saved nothing
     return run.config
 
 
@@ -242,15 +227,17 @@ def in_processes(count: int, runs: Sequence[Run], cache: Path, part: Part, stop:
     context = multiprocessing.get_context("spawn")
     shares = [Part(part.index + part.count * number, part.count * count) for number in range(count)]
     processes = [context.Process(target=_work_in_process, args=(runs, cache, share)) for share in shares]
-    for process in processes:
-        process.start()
-    told = False
-    while any(process.is_alive() for process in processes):
-        if stop.asked and not told:
-            told = True
-            for process in processes:
-                process.terminate()
-        time.sleep(0.2)
+    with starting_workers():
+        for process in processes:
+            process.start()
+    try:
+        while not stop.asked and any(process.is_alive() for process in processes):
+            time.sleep(0.2)
+    finally:  # also on Ctrl-C, of which they do not hear
+        for process in processes:
+            process.terminate()  # a request to stop; nothing for one that has ended
+        for process in processes:
+            process.join()
     return all(process.exitcode == 0 for process in processes)
 
 
@@ -258,9 +245,13 @@ def _work_in_process(runs: Sequence[Run], cache: Path, part: Part) -> None:
     """Train and evaluate the runs of a part in this process; its exit status is 1 if one failed."""
     quiet_libraries()
     configure_logging()
-    try:
-        with StopRequest("study") as stop, stop.working():
-            failed = run_part(runs, cache, part, stop)
-    except KeyboardInterrupt:  # of the terminal, which the process that started this one answers
-        sys.exit(130)
+    quiet_runs()
+    with StopRequest("study") as stop, stop.working():
+        failed = run_part(runs, cache, part, stop)
     sys.exit(1 if failed else 0)
+
+
+def quiet_runs() -> None:
+    """Leave out what each run and each evaluation says of itself, dozens of times. For tools: loggers are global."""
+    for name in ("theworld.training.trainer", "theworld.evaluation.score"):
+        logging.getLogger(name).setLevel(logging.WARNING)

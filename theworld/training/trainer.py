@@ -71,9 +71,8 @@ class Trainer:
         self.stop = stop or StopRequest()
         self.stopping = False  # all processes know that one of them was asked
         self.pending_dev_eval = False  # an evaluation was due when the run was stopped
-        self.changed: list[
-            dict[str, Any]
-        ] = []  # by resumes with --allow_changed: what it was, and what it is since
+        # By resumes with --allow_changed: what a setting or fact was, and what it is since.
+        self.changed: list[dict[str, Any]] = []
         plan = Plan(config, Path(cache), allow_changed)
         config = plan.config  # init_from is the checkpoint that it meant
         self.config, self.plan, self.data, self.order = config, plan, plan.data, plan.order

@@ -24,8 +24,12 @@ SETTINGS = {
     "get_images": ["dataset_name", "annotations", "max_image_pixels", "follow_links"],
     "eval": (
         "cosmos_model_name dataset_name annotations image_folder follow_links num_workers dtype device "
-        "max_image_pixels "
-        "eval_batch_size"
+        "max_image_pixels eval_batch_size"
+    ).split(),
+    "study": (
+        "model_name cosmos_model_name dataset_name annotations image_folder follow_links num_samples max_image_pixels "
+        "shard_size encode_batch_size num_epochs max_steps batch_size gradient_accumulation_steps learning_rate "
+        "save_steps dtype device compile num_workers"
     ).split(),
     "ask": "cosmos_model_name dtype device max_image_pixels".split(),
     "visualize_alignment": (
@@ -43,7 +47,6 @@ TOOLS = (
     "make_demo_models",
     "make_text_model",
     "draw_scenes",
-    "study",
     "study_errors",
 )
 # Flags beside settings that the next tool has too, and takes over.

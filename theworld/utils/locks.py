@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import time
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,14 @@ def check_unlocked(output: Path, flag: str, is_file: bool = False) -> None:
         os.close(descriptor)
 
 
-def empty_folder(folder: Path) -> None:
-    """Delete everything in a folder but its lock, which is held."""
+def empty_folder(folder: Path, keep: Collection[str] = ()) -> None:
+    """Delete everything in a folder but its lock and the names to `keep`."""
     for path in folder.iterdir():
+        if path.name in (NAME, *keep):
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != NAME:
+        else:
             path.unlink()
 
 
