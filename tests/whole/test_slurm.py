@@ -97,7 +97,7 @@ def test_an_array_of_tasks_trains_a_sweep(
 
     assert slurm.sbatch(SWEEP, "--seeds", "0", array=[1, 2], limit=time_is_up) == [0, 0]
     first, second = ((slurm.folder / f"sweep-2_{task}.log").read_text() for task in (1, 2))
-    assert first.count("sweep.sh: time is up; queued again") == 1
+    assert first.count("sweep.sh: time is up (status 75); queued again") == 1
     assert "stopped as asked: 0 of 1 runs have ended; the same command goes on with 1 from where" in first
     assert "part 1 of 2 is done; 1 of 2 runs are still missing: those of other parts" in first
     assert second.endswith((output / "table.md").read_text())

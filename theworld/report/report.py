@@ -239,16 +239,14 @@ def render(
     run: Path, results: Path | None, others: Sequence[Path], image_folder: Path | None, output: Path
 ) -> str:
     """Return the page as text. `output` is the path that it is written to."""
+    return rendered("report.html", **_page(run, results, others, image_folder, output))
+
+
+def rendered(template: str, **data: Any) -> str:
+    """Return a page as text, with the style sheets in it."""
     styles = (files("theworld.utils") / "theme.css", TEMPLATES / "report.css")
-    page = (
-        environment()
-        .get_template("report.html")
-        .render(
-            styles=Markup("".join(style.read_text(encoding="utf-8") for style in styles)),
-            **_page(run, results, others, image_folder, output),
-        )
-    )
-    return page + "\n"
+    text = "".join(style.read_text(encoding="utf-8") for style in styles)
+    return environment().get_template(template).render(styles=Markup(text), **data) + "\n"
 
 
 def _page(

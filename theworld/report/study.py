@@ -9,11 +9,8 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-from markupsafe import Markup
 
 from theworld.evaluation.comparison import METRICS
 from theworld.evaluation.metrics import FEW
@@ -32,14 +29,13 @@ from theworld.evaluation.study_verdict import (
 )
 from theworld.report.charts import Axis, Mark, Plot, Series, Track, number, scale_of, thinned
 from theworld.report.report import (
-    TEMPLATES,
     Chart,
     ChartRow,
     Key,
     Table,
     between,
-    environment,
     percent,
+    rendered,
     signed,
     small,
 )
@@ -107,26 +103,20 @@ def write_study(study: Study, folder: Path) -> Path:
 def render(study: Study) -> str:
     """Return the page as text."""
     summary, question = study.summary, study.question
-    styles = (files("theworld.utils") / "theme.css", TEMPLATES / "report.css")
-    page = (
-        environment()
-        .get_template("study.html")
-        .render(
-            styles=Markup("".join(style.read_text(encoding="utf-8") for style in styles)),
-            study=study,
-            title=_title(study),
-            verdicts=[_verdict(name, scope) for name, scope in summary["scopes"].items()],
-            arms=[_arms(name, scope, question) for name, scope in summary["scopes"].items()],
-            differences=[_differences(name, scope, question) for name, scope in summary["scopes"].items()],
-            seeds=_seeds(summary["scopes"]["all"], summary["seeds"]),
-            groups=[_groups(summary, kind, question) for kind in ("category", "relation")],
-            training=_training(study),
-            costs=_costs(study),
-            fixed=_fixed(study),
-            limits=_limits(summary, question),
-        )
+    return rendered(
+        "study.html",
+        study=study,
+        title=_title(study),
+        verdicts=[_verdict(name, scope) for name, scope in summary["scopes"].items()],
+        arms=[_arms(name, scope, question) for name, scope in summary["scopes"].items()],
+        differences=[_differences(name, scope, question) for name, scope in summary["scopes"].items()],
+        seeds=_seeds(summary["scopes"]["all"], summary["seeds"]),
+        groups=[_groups(summary, kind, question) for kind in ("category", "relation")],
+        training=_training(study),
+        costs=_costs(study),
+        fixed=_fixed(study),
+        limits=_limits(summary, question),
     )
-    return page + "\n"
 
 
 def _title(study: Study) -> str:

@@ -30,31 +30,12 @@ if ((SLURM_ARRAY_TASK_ID > PARTS)); then
     echo "task $SLURM_ARRAY_TASK_ID of $PARTS parts: make --array 1-$PARTS, or PARTS larger" >&2
     exit 2
 fi
-signals=0
-time_is_up=
-hear() {
-    signals=$((signals + 1))
-    kill -TERM "$pid" 2>/dev/null
-}
-trap 'time_is_up=yes; hear' USR1 # from --signal: save, and go on later
-trap hear TERM                   # from scancel: save, and that is all
+source tools/slurm/requeue.sh || exit 1
 
-"$PYTHON" tools/sweep.py --config "$CONFIG" --cache "$CACHE" --output "$OUTPUT" --runs "$RUNS" \
-    --part "$SLURM_ARRAY_TASK_ID/$PARTS" "$@" &
-pid=$!
-while true; do # a signal ends `wait`, but not what it waits for
-    heard=$signals
-    wait "$pid"
-    status=$?
-    ((heard == signals)) && break
-done
+until_time_is_up "$PYTHON" tools/sweep.py --config "$CONFIG" --cache "$CACHE" --output "$OUTPUT" --runs "$RUNS" \
+    --part "$SLURM_ARRAY_TASK_ID/$PARTS" "$@"
 
 if [[ -n $time_is_up && $status -eq 75 ]]; then # stopped, with runs left
-    if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
-        echo "sweep.sh: stopped and saved, but started $MAX_RESTARTS times already (MAX_RESTARTS); not queued again" >&2
-        exit "$status"
-    fi
-    echo "sweep.sh: time is up; queued again"
-    scontrol requeue "$SLURM_JOB_ID" || exit 1
+    requeue sweep.sh
 fi
 exit "$status"

@@ -35,31 +35,13 @@ if compgen -G "$OUTPUT/checkpoint-*" >/dev/null; then
     resume=(--resume_from "$OUTPUT")
 fi
 
-signals=0
-time_is_up=
-hear() {
-    signals=$((signals + 1))
-    kill -TERM "$pid" 2>/dev/null
-}
-trap 'time_is_up=yes; hear' USR1 # from --signal: save, and go on later
-trap hear TERM                   # from scancel: save, and that is all
+source tools/slurm/requeue.sh || exit 1
 
-"${launch[@]}" tools/train.py --config "$CONFIG" --cache "$CACHE" --output_dir "$OUTPUT" "${resume[@]}" "$@" &
-pid=$!
-while true; do # a signal ends `wait`, but not what it waits for
-    heard=$signals
-    wait "$pid"
-    status=$?
-    ((heard == signals)) && break
-done
+until_time_is_up "${launch[@]}" tools/train.py --config "$CONFIG" --cache "$CACHE" --output_dir "$OUTPUT" \
+    "${resume[@]}" "$@"
 
 # tools/train.py ends with 75 when it was stopped; torchrun makes 1 of that, as of everything.
 if [[ -n $time_is_up && $status -ne 0 ]]; then
-    if ((${SLURM_RESTART_COUNT:-0} >= MAX_RESTARTS)); then
-        echo "train.sh: stopped and saved, but started $MAX_RESTARTS times already (MAX_RESTARTS); not queued again" >&2
-        exit "$status"
-    fi
-    echo "train.sh: time is up (status $status); queued again"
-    scontrol requeue "$SLURM_JOB_ID" || exit 1
+    requeue train.sh
 fi
 exit "$status"
