@@ -16,6 +16,7 @@ from theworld.study.plan import plan_study
 from theworld.study.protocol import Arm, Study, runs_of
 from theworld.study.results import draw_again, page_of, question_of, read_arms, results_of, write_results
 from theworld.study.runner import DONE, read_done, records_of
+from theworld.utils.console import duration
 
 
 def test_the_comparison_that_was_fixed_is_the_one_that_decides(study: Study) -> None:
@@ -127,10 +128,20 @@ def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
     assert "time         all runs are done" in lines
     assert any("points of accuracy: the smallest difference between two arms" in line for line in lines)
 
+    once = runs_of(study, tmp_path / "once")
+    shutil.copytree(ended, tmp_path / "once")
+    (once[3].folder / DONE).unlink()
+    seconds = read_done(once[1])["seconds"]  # of the only run of its arm that is done
+    (time,) = [
+        line for line in plan_study(study, once, study_cache, tmp_path / "once") if line.startswith("time")
+    ]
+    text = duration(seconds)
+    assert time == (f"time         about {text} of one device for 1 run; from runs that are done")
+
     new = list(plan_study(study, runs_of(study, tmp_path / "new"), study_cache, tmp_path / "new"))
     assert new[0] == "study        2 arms x 2 seeds: 4 runs, 0 done"
     (time,) = [line for line in new if line.startswith("time")]
-    assert time.endswith("the same command with --seeds 0 --arms world and another --output")
+    assert time.startswith("time         not known before anything has run: without --dry_run this command ")
     assert any(
         line.strip().startswith("from 6 statements about 3 images and 2 seeds; assumed: ") for line in new
     )

@@ -168,12 +168,17 @@ def _evaluate(run: Run, checkpoint: Path, split: str, cache: Path, gemma: Gemma 
     output = records_of(run, split)
     if output.is_file() and read_source(output) is not None:
         return
-    conditions = CONDITIONS if run.number == 0 else WITH_WORLD
+    conditions = conditions_of(run)
     places = ("--model", checkpoint, "--cache", cache, "--split", split, "--output", output)
     words = ["python", "tools/eval.py", *map(str, places), "--conditions", *conditions]
     keys = ("annotations", "image_folder", "device", "num_workers")
     overrides = {key: getattr(run.config, key) for key in keys}
     score_to_file([checkpoint], split, cache, None, conditions, overrides, words, output, gemma=gemma)
+
+
+def conditions_of(run: Run) -> tuple[str, ...]:
+    """Return the conditions that a run is evaluated under."""
+    return CONDITIONS if run.number == 0 else WITH_WORLD
 
 
 def records_of(run: Run, split: str) -> Path:
