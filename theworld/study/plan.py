@@ -16,7 +16,7 @@ from theworld.evaluation.study_verdict import LEAST_SEEDS
 from theworld.models.serialization import numbered
 from theworld.study.protocol import Run, Study
 from theworld.study.rates import NUM_BATCHES, NUM_STEPS, kind_of, read_rates
-from theworld.study.runner import ALL, SPLITS, is_done, read_done, records_of, waiting
+from theworld.study.runner import ALL, SPLITS, cache_of, is_done, read_done, records_of, waiting
 from theworld.training.memory import CHECKPOINT_BYTES, Memory, Plan
 from theworld.utils.console import duration, line
 from theworld.utils.device import GIB
@@ -36,7 +36,7 @@ def plan_study(
     left = waiting(runs, ALL)
     yield line(
         "study",
-        f"{len(study.arms)} arms x {len(study.seeds)} seeds: {len(runs)} runs, {len(runs) - len(left)} done",
+        f"{size_of(study)}: {len(runs)} runs, {len(runs) - len(left)} done",
     )
     if part.count > 1:
         yield line(
@@ -48,7 +48,7 @@ def plan_study(
     for name, run in reversed(first.items()):
         plan = plans[name] = _plan(run, cache)
         _check_sharing(plan.memory, processes)
-        size += CHECKPOINT_BYTES * plan.facts.trainable * len(study.seeds)
+        size += CHECKPOINT_BYTES * plan.facts.trainable * len(study.seeds) * len(study.train_shares)
         yield line(
             "arm", f"{name}: {plan.facts.trainable:,} parameters, {plan.num_steps:,} steps; {plan.memory}"
         )
@@ -65,7 +65,7 @@ def plan_study(
 def _plan(run: Run, cache: Path) -> Plan:
     """Return the plan of a run as it starts. Raises ValueError naming the arm."""
     try:
-        return Plan(replace(run.config, output_dir=str(run.folder / "none")), cache)
+        return Plan(replace(run.config, output_dir=str(run.folder / "none")), cache_of(run.config, cache))
     except ValueError as error:
         raise ValueError(f"arm {run.arm.name!r}: {error}") from None
 
@@ -85,7 +85,9 @@ def _assumptions(study: Study, runs: Sequence[Run]) -> Assumptions:
         return Assumptions()
     first, second = study.primary.arm, study.primary.against[0]
     arms = {
-        name: {run.config.seed: run for run in runs if run.arm.name == name and is_done(run)}
+        name: {
+            run.config.seed: run for run in runs if (run.arm.name, run.share) == (name, 1) and is_done(run)
+        }
         for name in (first, second)
     }
     seeds = sorted(arms[first].keys() & arms[second].keys())
@@ -117,11 +119,18 @@ def _check_sharing(memory: Memory, processes: int) -> None:
         )
 
 
+def size_of(study: Study) -> str:
+    """Return the number of arms, of seeds and, where there are several, of shares of the training statements."""
+    shares = f" x {len(study.train_shares)} shares" if len(study.train_shares) > 1 else ""
+    return f"{len(study.arms)} arms x {len(study.seeds)} seeds{shares}"
+
+
 def decides(study: Study) -> str:
     """Return the comparison that decides, in words."""
     primary = study.primary
     if primary is None:
-        return "nothing: a study without `primary` explores, and gives no verdict"
+        pairs = f"each arm with {study.baseline}" if study.baseline else "every two arms"
+        return f"nothing: a study without `primary` explores. It compares {pairs} on test, corrected for their number"
     few = len(study.seeds) < LEAST_SEEDS
     return (
         f"{primary.arm} against each of {', '.join(primary.against)} on test, at {primary.alpha:.0%} two-sided; "

@@ -18,7 +18,7 @@ from theworld.evaluation.records import publish_json
 from theworld.extraction.batches import prefetch
 from theworld.models.gemma import is_multimodal
 from theworld.study.protocol import Run
-from theworld.study.runner import WITH_WORLD, conditions_of, is_done
+from theworld.study.runner import WITH_WORLD, cache_of, conditions_of, is_done
 from theworld.training.memory import NotFinite, OutOfMemory, Plan
 from theworld.training.schedule import Phase
 from theworld.training.sweep import OWN, QUIET
@@ -109,7 +109,7 @@ def measure(run: Run, cache: Path, device: str) -> Rates:
     with tempfile.TemporaryDirectory(prefix="theworld-") as folder:
         for number in range(1 + compiled):
             config = replace(run.config, output_dir=f"{folder}/{number}")
-            found = _measured(run, config, cache, device)
+            found = _measured(run, config, cache_of(config, cache), device)
     return found
 
 
