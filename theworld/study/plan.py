@@ -76,7 +76,7 @@ def detectable(study: Study, runs: Sequence[Run]) -> Iterator[str]:
     base = study.base
     test = load_statements(base.annotations, "test", base.dataset_name)
     counts = list(Counter(statement.image for statement in test).values())
-    alpha = study.primary.alpha if study.primary else ALPHA
+    alpha = study.primary.alpha if study.primary else ALPHA / max(1, num_pairs(study))
     yield from plan_power(counts, len(study.seeds), _assumptions(study, runs), alpha)
 
 
@@ -109,6 +109,12 @@ def _assumptions(study: Study, runs: Sequence[Run]) -> Assumptions:
     )
 
 
+def num_pairs(study: Study) -> int:
+    """Return the number of comparisons of a study that explores, for which each is corrected."""
+    others = len(study.arms) - 1
+    return others if study.baseline else len(study.arms) * others // 2
+
+
 def _check_sharing(memory: Memory, processes: int) -> None:
     """Raise ValueError if that many runs do not fit on one device."""
     if processes > 1 and processes * memory.total > memory.available:
@@ -130,7 +136,8 @@ def decides(study: Study) -> str:
     primary = study.primary
     if primary is None:
         pairs = f"each arm with {study.baseline}" if study.baseline else "every two arms"
-        return f"nothing: a study without `primary` explores. It compares {pairs} on test, corrected for their number"
+        number = f"{num_pairs(study)}, corrected"
+        return f"nothing: a study without `primary` explores. It compares {pairs} on test: {number}"
     few = len(study.seeds) < LEAST_SEEDS
     return (
         f"{primary.arm} against each of {', '.join(primary.against)} on test, at {primary.alpha:.0%} two-sided; "
@@ -162,15 +169,16 @@ def time_needed(runs: Sequence[Run], left: Sequence[Run], plans: Mapping[str, Pl
             )
     if not known and not done:
         return (
-            "not known before anything has run: without --dry_run this command first measures some steps of each kind "
-            "of arm, in about the time of a start, and then says it here"
+            "not known before anything has run: a start without --dry_run, of parts that of the first, measures some "
+            "steps of each kind of arm and says it here"
         )
     if len(known) < len(left):
         sources["the mean of the others"] = None
         other = statistics.fmean(known or [one for own in done.values() for one in own])
         known += [other] * (len(left) - len(known))
-    count = "1 run" if len(left) == 1 else f"{len(left)} runs, {duration(statistics.fmean(known))} each"
-    return f"about {duration(sum(known))} of one device for {count}; from {', and from '.join(sources)}"
+    each = f"{len(left)} runs, one after the other, {duration(statistics.fmean(known))} each"
+    total = f"about {duration(sum(known))} of one device for {each if len(left) > 1 else '1 run'}"
+    return f"{total}; from {', and from '.join(sources)}"
 
 
 def seconds_by_arm(done: Sequence[Run]) -> dict[str, list[float]]:
