@@ -417,6 +417,40 @@ def test_records_and_summary_say_that_a_photograph_was_seen_under_another_name(
     }
 
 
+def test_options_and_questions_are_scored_from_photographs_and_from_a_cache(
+    config: Config, cache: Path, photographs: Path, tmp_path: Path
+) -> None:
+    sets = {"sets": {"set": "1"}}
+    rows = [
+        *(
+            {"image": "a.png", "statement": t, "label": y, "group": "1"} | sets
+            for t, y in (("On it.", 1), ("Off it.", 0))
+        ),
+        *(
+            {"image": "b.png", "statement": t, "label": y, "group": "2"} | sets
+            for t, y in (("On it.", 0), ("Off it.", 1))
+        ),
+        {"image": "a.png", "question": "Is it on it?", "label": 1},
+        {"image": "a.png", "statement": "Is it on it?", "label": 1},
+    ]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, given = save_model(tmp_path / "model", config), {"annotations": str(tmp_path / "own")}
+    found = []
+    for name, places in (("photographs", (None, photographs)), ("cache", (cache, None))):
+        output = tmp_path / f"{name}.jsonl"
+        options = (("world", "baseline"), given, ["eval"], output)
+        _, summary = score_to_file([model], "test", *places, *options, train_annotations=config.annotations)
+        found.append(read_jsonl(output))
+        assert summary["choices"]["groups"] == 2
+        assert summary["choices"]["sets"] == {"set": {"n": 1, "chance": 0.25}}
+        assert summary["statements"] == 6
+    by_photographs, by_cache = ([row["systems"]["world"]["p_true"] for row in rows] for rows in found)
+    assert by_cache == pytest.approx(by_photographs, abs=1e-5)  # other batches of the same photographs
+    assert by_cache[4] != by_cache[5]  # the question has another prompt than the statement of the same words
+    assert [row.get("question", False) for row in found[0]] == [False] * 4 + [True, False]
+
+
 def test_all_phases_read_a_folder_of_links_on_request(
     config: Config, photographs: Path, tmp_path: Path
 ) -> None:
