@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from constants import ROOT
 from jobs import held
+from PIL import Image
 from serving_models import save_model
 
 from theworld.cli.doctor import look_over
@@ -397,6 +398,41 @@ def test_a_photograph_was_seen_under_another_name(
     array = ArraySpec("latents", (1,), "float32")
     Store.create(tmp_path / "cache" / "latents", {"model": "m"}, images, [array], 2)
     assert seen(held_out({"": saved}, "test", {}, cache=tmp_path / "cache")) == wanted
+
+
+def test_photographs_of_a_benchmark_are_told_by_their_source_and_by_content_in_the_folder_of_training(
+    vsr: Path, photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "theworld")
+    trained, own = tmp_path / "trained", tmp_path / "own" / "images"
+    trained.mkdir()
+    own.mkdir(parents=True)
+    for name in "abc":
+        Image.open(photographs / f"{name}.png").save(trained / f"{name}.jpg")
+    Image.open(trained / "a.jpg").save(own / "1.png")
+    shutil.copy(photographs / "b.png", own / "2.png")  # not what was trained on: a JPEG loses
+    shutil.copy(photographs / "c.png", own / "3.png")
+    rows = [
+        {"image": "1.png", "statement": "one", "label": 1},
+        {"image": "1.png", "statement": "two", "label": 1},
+        {"image": "2.png", "statement": "two", "label": 1},
+        {"image": "3.png", "statement": "Three.", "label": 1, "source_image": "COCO_val2014_c.jpg"},
+    ]
+    (tmp_path / "own" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    saved = checkpoint(tmp_path / "c", vsr)
+    given = {"": saved}, "test", {"annotations": str(tmp_path / "own")}
+    by_name = [(False, False)] * 3 + [(True, True)]
+    assert seen(held_out(*given, train_annotations=str(vsr), image_folder=own)) == by_name
+    save_config(replace(saved.config(), image_folder=str(trained)), saved.folder / "config.json")
+    given = {"": SavedModel.open_folder(saved.folder)}, *given[1:]
+    assert seen(held_out(*given, train_annotations=str(vsr), image_folder=own)) == [
+        (True, True),
+        (True, False),
+        *by_name[2:],
+    ]
+    assert caplog.messages[-1] == (
+        "photographs of the split that training had under another name: 1 by the name in their data set, 1 by content"
+    )
 
 
 def test_records_and_summary_say_that_a_photograph_was_seen_under_another_name(

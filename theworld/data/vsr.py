@@ -70,6 +70,9 @@ class Statement:
         ""  # name of the choice that it is one option of: statements about one photograph, one of them true
     )
     sets: tuple[tuple[str, str], ...] = ()  # (kind, name) of each set of choices that its group belongs to
+    source_image: str = (
+        ""  # name of the photograph in the data set that it was taken from, if that is another
+    )
 
 
 def meta_category(relation: str) -> str:
@@ -191,7 +194,7 @@ def load_hub_statements(repository: str, split: str) -> list[Statement]:
     except OSError as error:
         hint = "check the network, or set annotations to a folder with the JSONL files"
         raise OSError(f"cannot load {file} of {repository}: {reason_of(error)}; {hint}") from error
-    return _statements((f"{repository}/{file}:{number}", row) for number, row in enumerate(rows, 1))
+    return statements_of((f"{repository}/{file}:{number}", row) for number, row in enumerate(rows, 1))
 
 
 def _held_offline(repository: str, file: str) -> Path | None:
@@ -211,14 +214,14 @@ def _held_offline(repository: str, file: str) -> Path | None:
 
 
 def _read_statements(path: Path) -> list[Statement]:
-    found = _statements(json_lines(path))
+    found = statements_of(json_lines(path))
     if not found:
         raise ValueError(f"{path}: holds no statements")
     return found
 
 
-def _statements(rows: Iterable[tuple[str, Any]]) -> list[Statement]:
-    """Return checked rows as statements, each row given with its place: its file and line."""
+def statements_of(rows: Iterable[tuple[str, Any]]) -> list[Statement]:
+    """Return rows as statements, each row given with its place: its file and line. Raises ValueError for a bad row."""
     found, places = [], []
     for index, (where, row) in enumerate(rows):
         found.append(_statement(row, index, where))
@@ -293,6 +296,7 @@ def _statement(row: Any, index: int, where: str) -> Statement:
         is_question=text == "question",
         group=group,
         sets=sets,
+        source_image=row.get("source_image") or "",
     )
 
 
@@ -335,6 +339,7 @@ _FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
     ("label", "the integer 0 (false) or 1 (true)", lambda label: type(label) is int and label in (0, 1)),
     ("relation", "text that is not empty", is_filled),
     ("image_link", "text, or nothing", lambda link: link is None or is_text(link)),
+    ("source_image", "text, or nothing", lambda name: name is None or is_text(name)),
     ("group", "text that is not empty, or nothing", lambda group: group is None or is_filled(group)),
     (
         "sets",
@@ -342,7 +347,7 @@ _FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
         lambda sets: sets is None or (isinstance(sets, Mapping) and all(map(_is_set, sets.items()))),
     ),
 )
-_OPTIONAL = ("image_link", "group", "sets")
+_OPTIONAL = ("image_link", "group", "sets", "source_image")
 
 
 def images_of(statements: Iterable[Statement]) -> list[str]:
