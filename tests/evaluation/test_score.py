@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import benchmark_data
 import pytest
 from constants import ROOT
 from jobs import held
@@ -21,6 +22,7 @@ from serving_models import save_model
 
 from theworld.cli.doctor import look_over
 from theworld.config.config import Config, save_config
+from theworld.data.benchmarks import BENCHMARKS, get_benchmark
 from theworld.data.images import ImageError, sha256
 from theworld.data.vsr import OWN, PUBLISHED_SHA256, load_statements, release_of, statements_sha256
 from theworld.evaluation.conditions import CONDITIONS
@@ -485,6 +487,30 @@ def test_options_and_questions_are_scored_from_photographs_and_from_a_cache(
     assert by_cache == pytest.approx(by_photographs, abs=1e-5)  # other batches of the same photographs
     assert by_cache[4] != by_cache[5]  # the question has another prompt than the statement of the same words
     assert [row.get("question", False) for row in found[0]] == [False] * 4 + [True, False]
+
+
+def test_a_benchmark_is_scored_under_its_name_with_records_of_its_own(
+    config: Config, annotations: Path, tmp_path: Path
+) -> None:
+    small = replace(BENCHMARKS["whatsup_a"], rows=8)
+    source = benchmark_data.write_files(
+        tmp_path / "hub", small.files, benchmark_data.whatsup_a(8), benchmark_data.WHATSUP
+    )
+    folder = tmp_path / "whatsup_a"
+    get_benchmark(small, folder, source)
+    model = save_model(tmp_path / "model", config)
+    given = {"annotations": str(folder)}
+    places = (None, folder / "images", ("world", "baseline"), given, ["eval"])
+    output, summary = score_to_file([model], "test", *places, train_annotations=str(annotations))
+    assert output.name == "model-whatsup_a-test.jsonl"
+    assert summary["data"] == [("whatsup_a", "test")]
+    choices = summary["choices"]
+    assert (choices["groups"], choices["options"], choices["chance"]) == (8, [4], 0.25)
+    assert choices["sets"] == {"pair": {"n": 4, "chance": 1 / 16}, "set": {"n": 2, "chance": 1 / 256}}
+    assert sorted(summary["by_relation"]) == ["left of", "on", "right of", "under"]
+    with (folder / "test.jsonl").open("a") as file:
+        file.write("\n")
+    assert held_out({"": SavedModel.open_folder(model)}, "test", given, str(annotations)).dataset == OWN
 
 
 def test_all_phases_read_a_folder_of_links_on_request(

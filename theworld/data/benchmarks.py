@@ -365,6 +365,19 @@ def finished(benchmark: Benchmark, output: Path) -> Row | None:
     return dict(record)
 
 
+def benchmark_of(annotations: str | Path | None, split: str) -> str:
+    """Return the name of the benchmark whose statements a folder has, as they were made; "" for any other."""
+    if annotations is None or split != "test":
+        return ""
+    folder = Path(annotations)
+    folder = folder if folder.is_dir() else folder.parent
+    if not ((folder / RECORD).is_file() and (folder / STATEMENTS).is_file()):
+        return ""
+    record = read_json_with_comments(folder / RECORD)
+    is_whole = record.get("statements_sha256") == hash_file(folder / STATEMENTS)[1]
+    return str(record.get("name")) if is_whole and record.get("name") in BENCHMARKS else ""
+
+
 def _downloaded(benchmark: Benchmark) -> Path:
     """Return the folder of the data set's files, downloaded now or, if the hub cannot be asked, before."""
     name = benchmark.repository

@@ -19,9 +19,9 @@ import numpy as np
 
 import theworld
 from theworld.config.config import Config, split_name
+from theworld.data.benchmarks import benchmark_of
 from theworld.data.images import contents, same_photographs
 from theworld.data.vsr import (
-    OWN,
     RELEASES,
     Statement,
     dataset_label,
@@ -68,7 +68,7 @@ class HeldOut:
 
     statements: list[Statement]
     split: str
-    dataset: str  # see `theworld.data.vsr.dataset_label`
+    dataset: str  # name of a benchmark, else see `theworld.data.vsr.dataset_label`
     annotations: str | None  # None: the hub
     image_folder: str | None
     seen_images: set[str]  # images of the split that training had, under whatever name
@@ -106,7 +106,7 @@ def held_out(
         )
     annotations, dataset_name = next(iter(sources.values()))
     statements = load(annotations, split, dataset_name)
-    dataset = dataset_label(annotations, dataset_name, split, statements)
+    dataset = benchmark_of(annotations, split) or dataset_label(annotations, dataset_name, split, statements)
     stages = {name: _stages(saved, train_annotations, load) for name, saved in checkpoints.items()}
     trained = [s for own in stages.values() for train, _, _ in own for s in train]
     config = next(iter(settings.values()))
@@ -206,7 +206,7 @@ def _key(statement: Statement, identity: Mapping[str, str]) -> tuple[str, str]:
 
 def _release(label: str, dataset_name: str) -> str:
     """Return the release that statements are of: by their content, else as the settings name them."""
-    return RELEASES[dataset_name if label == OWN else label]
+    return RELEASES.get(label, RELEASES[dataset_name])
 
 
 def _stages(saved: SavedModel, train_annotations: str | None, load: Load) -> list[Stage]:

@@ -28,7 +28,7 @@ from PIL import Image
 
 from theworld.config.config import SPLIT_ALIASES
 from theworld.data.images import ImageError, read_image
-from theworld.data.vsr import OWN, quoted
+from theworld.data.vsr import OWN, RELEASES, quoted
 from theworld.evaluation.conditions import (
     CONDITION_TYPES,
     LABELS,
@@ -321,7 +321,7 @@ def toy_warning(data: Sequence[tuple[str, str]], source: Source) -> str:
     widths = [shape["width"] for shape in shapes if shape.get("width", math.inf) < SMALLEST_GEMMA_WIDTH]
     if not widths:
         return ""
-    own = any(dataset == OWN for dataset, _ in data)
+    own = any(dataset not in RELEASES for dataset, _ in data)
     return (
         f"Toy model: the hidden size of this Gemma is {min(widths)}, that of the smallest published Gemma 3 is "
         f"{SMALLEST_GEMMA_WIDTH}.{' The statements are no release of Visual Spatial Reasoning.' if own else ''} The "
