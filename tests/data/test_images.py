@@ -35,6 +35,7 @@ from theworld.data.images import (
     photograph,
     read_bytes,
     read_image,
+    same_photographs,
     sha256,
     square,
     to_unit_range,
@@ -734,3 +735,26 @@ def test_a_photograph_that_changes_while_training_stops_it(own: Config, tmp_path
     ):
         trainer.train_step()
     assert {path: path.read_bytes() for path in saved.iterdir()} == content
+
+
+def test_the_same_photograph_is_found_under_other_names_and_in_other_formats(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(generator.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(theirs / f"{i}.jpg")
+    (ours / "copy.jpg").write_bytes((theirs / "1.jpg").read_bytes())
+    (ours / "longer.jpg").write_bytes(
+        (theirs / "2.jpg").read_bytes() + b"\0"
+    )  # one format: bytes are compared
+    for name, picture in (("again.png", 3), ("drawn.png", 0)):
+        pixels = read_image(theirs, f"{picture}.jpg")
+        pixels[0, 0] += name == "drawn.png"
+        Image.fromarray(pixels).save(ours / name)
+    (ours / "damaged.png").write_bytes((ours / "again.png").read_bytes()[:-40])
+    (theirs / "damaged.jpg").write_bytes((theirs / "3.jpg").read_bytes()[:-40])
+    os.mkfifo(ours / "fifo.png")
+    names = [*sorted(path.name for path in ours.iterdir()), "missing.png"]
+    found = same_photographs(ours, names, theirs, sorted(path.name for path in theirs.iterdir()))
+    assert found == {"copy.jpg": "1.jpg", "again.png": "3.jpg"}

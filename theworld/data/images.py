@@ -465,6 +465,64 @@ def contents(folder: Path, names: Sequence[str], follow_links: bool = False) -> 
     }
 
 
+def same_photographs(
+    folder: Path, names: Sequence[str], other: Path, other_names: Sequence[str], follow_links: bool = False
+) -> dict[str, str]:
+    """Return for each photograph of `folder` that is also in `other` its name there.
+
+    Files of one format are the same if their bytes are. Those of two formats, such as a JPEG that was saved again as a
+    PNG, are the same if their pixels are; this reads all that have as many pixels. Damaged files are left out.
+    """
+    others = _headers(other, other_names)
+
+    @functools.cache
+    def by_bytes(kind: str, size: int) -> dict[str, str]:
+        """Return the names of the other photographs of this format and size by the hash of their bytes."""
+        same = [n for n, (own_kind, _, own_size) in others.items() if (own_kind, own_size) == (kind, size)]
+        return {_content_now(other, n, follow_links): n for n in same}
+
+    @functools.cache
+    def by_pixels(kind: str, sides: tuple[int, ...]) -> dict[str, str]:
+        """Return the names of the other photographs of another format and these sides by the hash of their pixels."""
+        same = [
+            n for n, (own_kind, own_sides, _) in others.items() if own_kind != kind and own_sides == sides
+        ]
+        return {_content_now(other, n, follow_links, as_pixels=True): n for n in same}
+
+    found = {}
+    own = _headers(folder, names).items()
+    for name, (kind, sides, size) in progress(own, desc="compare photographs", unit=" images", leave=False):
+        for candidates, as_pixels in ((by_bytes(kind, size), False), (by_pixels(kind, sides), True)):
+            content = candidates and _content_now(folder, name, follow_links, as_pixels)
+            if content and content in candidates:
+                found[name] = candidates[content]
+                break
+    return found
+
+
+def _headers(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Return the format, the sides in pixels (a rotated file has them exchanged) and the bytes of photographs."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
+            status = os.stat(folder / name)
+            if stat.S_ISREG(status.st_mode):
+                with Image.open(folder / name) as image:
+                    found[name] = (image.format or "", tuple(sorted(image.size)), status.st_size)
+    return found
+
+
+def _content_now(folder: Path, name: str, follow_links: bool, as_pixels: bool = False) -> str:
+    """Return the SHA-256 of a photograph's bytes or pixels; "" if it cannot be read."""
+    try:
+        if not as_pixels:
+            return sha256(read_bytes(folder, name, follow_links=follow_links))
+        pixels = read_image(folder, name, follow_links=follow_links)
+    except ImageError:
+        return ""
+    return sha256(str(pixels.shape).encode() + pixels.tobytes())
+
+
 def missing_photographs(names: Sequence[str], folder: Path, follow_links: bool = False) -> dict[str, str]:
     """Return the names without a file in the folder, with the reasons.
 

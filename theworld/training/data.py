@@ -49,7 +49,10 @@ class Data:
 
     def sha256(self) -> str:
         """Return the hash of the training statements and captions."""
-        said = [[vars(statement) for statement in self.train], self.captions]
+        # Fields that older checkpoints did not hash are hashed where they say something.
+        newer = ("is_question", "group", "sets", "source_image")
+        statements = [{k: v for k, v in vars(s).items() if v or k not in newer} for s in self.train]
+        said = [statements, self.captions]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     def captions_of(
