@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +83,24 @@ def test_what_is_known_is_not_measured_again(
     (tmp_path / "rates.json").write_text('{"kind": {"arm": "world"}}')
     with pytest.raises(StoreError, match=r"rates\.json: key 'answer' is missing"):
         read_rates(tmp_path)
+
+
+def test_runs_on_another_share_are_known_from_their_own_rates(
+    study: Study, study_cache: Path, ended: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(ended, tmp_path / "out")
+    (tmp_path / "out" / "protocol.json").unlink()
+    halves = replace(study, train_shares=[0.5, 1.0])  # those on all statements are done
+    runs = runs_of(halves, tmp_path / "out")
+
+    def source() -> str:
+        lines = plan_study(halves, runs, study_cache, tmp_path / "out")
+        (time,) = [line for line in lines if line.startswith("time")]
+        return time.partition("; ")[2]
+
+    assert source() == "from the mean of the others"
+    measure_missing(runs, study_cache, tmp_path / "out")
+    assert source() == f"from 20 steps and 4 batches of an evaluation on {CPU}"
 
 
 def test_a_kind_of_run_that_fails_is_not_measured_and_named(

@@ -147,11 +147,11 @@ def decides(study: Study) -> str:
 
 
 def time_needed(runs: Sequence[Run], left: Sequence[Run], plans: Mapping[str, Plan], output: Path) -> str:
-    """Return how long the runs that are left take: each as those of its arm that are done, else as its rates say, else
-    as the other runs in the mean."""
+    """Return how long the runs that are left take: each as those of its arm and share that are done, else as its rates
+    say, else as the other runs in the mean."""
     if not left:
         return "all runs are done"
-    done = seconds_by_arm([run for run in runs if is_done(run)])
+    done = seconds_by_kind([run for run in runs if is_done(run)])
     rates = read_rates(output)
     base = left[0].config
     sizes = [len(load_statements(base.annotations, split, base.dataset_name)) for split in SPLITS]
@@ -159,8 +159,8 @@ def time_needed(runs: Sequence[Run], left: Sequence[Run], plans: Mapping[str, Pl
     sources: dict[str, None] = {}
     for run in left:
         measured = rates.get(kind_of(run.config))
-        if run.arm.name in done:
-            known.append(statistics.fmean(done[run.arm.name]))
+        if (run.arm.name, run.share) in done:
+            known.append(statistics.fmean(done[run.arm.name, run.share]))
             sources["runs that are done"] = None
         elif measured is not None:
             known.append(measured.seconds(run, plans[run.arm.name], sum(sizes)))
@@ -181,9 +181,9 @@ def time_needed(runs: Sequence[Run], left: Sequence[Run], plans: Mapping[str, Pl
     return f"{total}; from {', and from '.join(sources)}"
 
 
-def seconds_by_arm(done: Sequence[Run]) -> dict[str, list[float]]:
-    """Return the seconds of the runs that are done, by the name of their arm."""
-    found: dict[str, list[float]] = {}
+def seconds_by_kind(done: Sequence[Run]) -> dict[tuple[str, float], list[float]]:
+    """Return the seconds of the runs that are done, by the name of their arm and their share of the statements."""
+    found: dict[tuple[str, float], list[float]] = {}
     for run in done:
-        found.setdefault(run.arm.name, []).append(read_done(run)["seconds"])
+        found.setdefault((run.arm.name, run.share), []).append(read_done(run)["seconds"])
     return found
