@@ -15,7 +15,7 @@ from theworld.evaluation.records import read_results
 from theworld.evaluation.study_verdict import LEAST_SEEDS
 from theworld.models.serialization import numbered
 from theworld.study.protocol import Run, Study
-from theworld.study.rates import NUM_BATCHES, NUM_STEPS, kind_of, read_rates
+from theworld.study.rates import kind_of, read_rates
 from theworld.study.runner import ALL, SPLITS, cache_of, is_done, read_done, records_of, waiting
 from theworld.training.memory import CHECKPOINT_BYTES, Memory, Plan
 from theworld.utils.console import duration, line
@@ -164,9 +164,7 @@ def time_needed(runs: Sequence[Run], left: Sequence[Run], plans: Mapping[str, Pl
             sources["runs that are done"] = None
         elif measured is not None:
             known.append(measured.seconds(run, plans[run.arm.name], sum(sizes)))
-            sources[f"{NUM_STEPS} steps and {NUM_BATCHES} batches of an evaluation on {measured.device}"] = (
-                None
-            )
+            sources[f"steps and answers that were timed on {measured.device}"] = None
     if not known and not done:
         return (
             "not known before anything has run: a start without --dry_run, of parts that of the first, measures some "
