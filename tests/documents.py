@@ -24,7 +24,8 @@ def text_of(document: str) -> str:
 
 def code_blocks(text: str, language: str) -> list[str]:
     """Return the code blocks of a language, such as "bash"; "" is none."""
-    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    return [block for own, block in blocks if own == language]
 
 
 def without_code(text: str) -> str:

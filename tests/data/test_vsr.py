@@ -9,10 +9,12 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from constants import ROOT
 
+from theworld.config.config import Config
 from theworld.data.vsr import (
     META_CATEGORIES,
     OWN,
@@ -31,6 +33,7 @@ from theworld.data.vsr import (
     relation_span,
     seen_images,
     statements_sha256,
+    training_statements,
 )
 
 REAL = ROOT.parent / "shared" / "vsr"
@@ -186,6 +189,92 @@ def test_your_own_data_needs_image_statement_and_label(tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"image": "1.png", "statement": "", "label": 0}\n')
     with pytest.raises(ValueError, match=r'test\.jsonl:1: statement is ""; give text'):
         load_all(tmp_path)
+
+
+OPTION = {"image": "a.jpg", "statement": "The mug is on the table.", "label": 1, "group": "1"}
+OTHER = {**OPTION, "statement": "The mug is under the table.", "label": 0}
+
+
+def test_statements_may_be_options_of_a_choice_and_choices_may_form_sets(tmp_path: Path) -> None:
+    sets = {"set": "7", "pair": "7 on/under"}
+    write(
+        tmp_path / "test.jsonl", {**OPTION, "sets": sets}, {**OTHER, "sets": sets}, {**OTHER, "group": None}
+    )
+    one, other, alone = load_statements(tmp_path, "test")
+    assert (one.group, one.sets) == ("1", (("pair", "7 on/under"), ("set", "7")))
+    assert (other.group, other.sets, other.label) == ("1", one.sets, 0)
+    assert (alone.group, alone.sets) == ("", ())
+
+
+def test_a_question_stands_in_place_of_the_statement(tmp_path: Path) -> None:
+    row = {"image": "a.jpg", "question": "Is the car beneath the cat?", "label": 0}
+    write(tmp_path / "test.jsonl", row)
+    (found,) = load_statements(tmp_path, "test")
+    assert found == Statement("a.jpg", "Is the car beneath the cat?", 0, "(none)", 0, is_question=True)
+    for other in ("statement", "caption"):
+        write(tmp_path / "test.jsonl", row, {**row, other: "The car is there."})
+        with pytest.raises(
+            ValueError, match=rf"test\.jsonl:2: has both question and {other}; keep one of them"
+        ):
+            load_statements(tmp_path, "test")
+    write(tmp_path / "test.jsonl", {**row, "question": " "})
+    with pytest.raises(ValueError, match=r'test\.jsonl:1: question is " "; give text that is not empty'):
+        load_statements(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (
+            {**OTHER, "label": 1},
+            r':2: group "1" has label 1 on 2 of its 2 lines \(.*:1, .*:2\); give it on exactly',
+        ),
+        ({**OTHER, "group": "2"}, r':1: group "1" has this line alone; give it two or more'),
+        (
+            {**OTHER, "image": "b.jpg"},
+            r':2: image is "b.jpg", and group "1" is about "a.jpg" \(.*:1\); give a',
+        ),
+        (
+            {**OTHER, "sets": {"set": "1"}},
+            r':2: sets is {"set": "1"}, and group "1" has {} \(.*:1\); give all',
+        ),
+        ({**OTHER, "group": ""}, r':2: group is ""; give text that is not empty, or nothing'),
+        ({**OTHER, "group": 3}, r":2: group is 3; give text"),
+        (
+            {**OTHER, "sets": ["1"]},
+            r':2: sets is \["1"\]; give an object such as {"pair": "7 left"}, or nothing',
+        ),
+        ({**OTHER, "sets": {"set": 1}}, r':2: sets is {"set": 1}; give an object'),
+        ({**OTHER, "group": None, "sets": {"set": "1"}}, r":2: has sets and no field group; give the group"),
+    ],
+)
+def test_a_group_that_is_no_choice_is_named_by_line_and_field(
+    tmp_path: Path, second: dict[str, object], message: str
+) -> None:
+    write(tmp_path / "test.jsonl", OPTION, second)
+    with pytest.raises(ValueError, match=r"test\.jsonl" + message):
+        load_statements(tmp_path, "test")
+
+
+def test_a_group_without_a_true_option_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "test.jsonl", {**OPTION, "label": 0}, OTHER)
+    with pytest.raises(
+        ValueError, match=r'test\.jsonl:1: group "1" has label 1 on 0 of its 2 lines; give it on'
+    ):
+        load_statements(tmp_path, "test")
+
+
+def test_options_and_questions_of_a_hub_data_set_are_those_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    sets = [{**OPTION, "sets": {"set": "7"}}, {**OTHER, "sets": {"set": "7"}}, OPTION | {"group": "2"}]
+    question = {"image": "a.jpg", "question": "Is it so?", "label": 0, "relation": "on"}
+    write(tmp_path / "vsr" / "test.jsonl", *sets, OTHER | {"group": "2", "sets": None}, question)
+    found = load_hub_statements(str(tmp_path / "vsr"), "test")  # in which each row has the fields of all
+    assert found == load_statements(tmp_path / "vsr", "test")
+    assert [(s.group, s.sets, s.is_question) for s in found[2:]] == [("2", (), False)] * 2 + [("", (), True)]
 
 
 def test_a_folder_without_any_split_is_refused(tmp_path: Path) -> None:
@@ -348,3 +437,22 @@ def test_published_results_belong_to_the_test_split_they_were_measured_on() -> N
     assert zeroshot["LXMERT"] == pytest.approx(0.612)
     assert quoted("vsr_random", "dev") == quoted(OWN, "test") == []
     assert all("arXiv" in r.source for r in QUOTED)
+
+
+def test_a_share_of_the_training_statements_is_drawn_by_the_seed_and_holds_smaller_ones() -> None:
+    statements = [Statement(f"{i}.jpg", f"statement {i}", i % 2, "near", i) for i in range(40)]
+
+    def taken(**settings: Any) -> list[int]:
+        return [statements.index(s) for s in training_statements(statements, Config(**settings))]
+
+    assert taken() == list(range(40))
+    assert taken(num_samples=3) == [0, 1, 2]
+    tenth = taken(train_share=0.1)
+    assert tenth == [4, 13, 22, 28]
+    assert taken(train_share=0.1, seed=1) != tenth
+    assert len(taken(train_share=0.25)) == 10
+    assert set(tenth) < set(taken(train_share=0.25)) < set(taken(train_share=0.99))
+    assert taken(train_share=0.25) == sorted(taken(train_share=0.25))
+    assert len(taken(train_share=0.5, num_samples=10)) == 5
+    assert set(taken(train_share=0.5, num_samples=10)) < set(range(10))
+    assert len(taken(train_share=0.001)) == 1

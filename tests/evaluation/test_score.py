@@ -13,15 +13,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import benchmark_data
 import pytest
 from constants import ROOT
 from jobs import held
+from PIL import Image
 from serving_models import save_model
 
 from theworld.cli.doctor import look_over
 from theworld.config.config import Config, save_config
+from theworld.data.benchmarks import BENCHMARKS, get_benchmark
 from theworld.data.images import ImageError, sha256
-from theworld.data.vsr import OWN, PUBLISHED_SHA256, load_statements, release_of, statements_sha256
+from theworld.data.vsr import (
+    OWN,
+    PUBLISHED_SHA256,
+    load_statements,
+    release_of,
+    statements_sha256,
+    training_statements,
+)
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.records import read_jsonl, read_results, read_source, write_jsonl
@@ -256,6 +266,14 @@ def test_statements_that_were_cut_from_training_were_not_seen(vsr: Path, tmp_pat
     assert data.seen_images == {"a.jpg"}
 
 
+def test_statements_that_a_share_left_out_were_not_seen(vsr: Path, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "c", vsr, train_share=0.3)  # one of three
+    drawn = training_statements(load_statements(str(vsr), "train", "vsr"), path.config())
+    data = held_out({"": path}, "train", {})
+    assert data.in_train == {(s.image, s.caption) for s in drawn}
+    assert (len(drawn), data.trained_on) == (1, {"": "1 statements of own data train"})
+
+
 def test_zeroshot_is_refused_to_a_model_of_random_unless_it_is_asked_for(vsr: Path, tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "c", vsr, "vsr_random")
     wanted = "c was trained on VSR random, and 2 of the 3 statements of zeroshot test are among its training"
@@ -399,6 +417,41 @@ def test_a_photograph_was_seen_under_another_name(
     assert seen(held_out({"": saved}, "test", {}, cache=tmp_path / "cache")) == wanted
 
 
+def test_photographs_of_a_benchmark_are_told_by_their_source_and_by_content_in_the_folder_of_training(
+    vsr: Path, photographs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "theworld")
+    trained, own = tmp_path / "trained", tmp_path / "own" / "images"
+    trained.mkdir()
+    own.mkdir(parents=True)
+    for name in "abc":
+        Image.open(photographs / f"{name}.png").save(trained / f"{name}.jpg")
+    Image.open(trained / "a.jpg").save(own / "1.png")
+    shutil.copy(photographs / "b.png", own / "2.png")  # not what was trained on: a JPEG loses
+    shutil.copy(photographs / "c.png", own / "3.png")
+    rows = [
+        {"image": "1.png", "statement": "one", "label": 1},
+        {"image": "1.png", "statement": "two", "label": 1},
+        {"image": "2.png", "statement": "two", "label": 1},
+        {"image": "3.png", "statement": "Three.", "label": 1, "source_image": "COCO_val2014_c.jpg"},
+    ]
+    (tmp_path / "own" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    saved = checkpoint(tmp_path / "c", vsr)
+    given = {"": saved}, "test", {"annotations": str(tmp_path / "own")}
+    by_name = [(False, False)] * 3 + [(True, True)]
+    assert seen(held_out(*given, train_annotations=str(vsr), image_folder=own)) == by_name
+    save_config(replace(saved.config(), image_folder=str(trained)), saved.folder / "config.json")
+    given = {"": SavedModel.open_folder(saved.folder)}, *given[1:]
+    assert seen(held_out(*given, train_annotations=str(vsr), image_folder=own)) == [
+        (True, True),
+        (True, False),
+        *by_name[2:],
+    ]
+    assert caplog.messages[-1] == (
+        "photographs of the split that training had under another name: 1 by the name in their data set, 1 by content"
+    )
+
+
 def test_records_and_summary_say_that_a_photograph_was_seen_under_another_name(
     config: Config, photographs: Path, tmp_path: Path
 ) -> None:
@@ -415,6 +468,64 @@ def test_records_and_summary_say_that_a_photograph_was_seen_under_another_name(
         "True": 1,
         "False": 1,
     }
+
+
+def test_options_and_questions_are_scored_from_photographs_and_from_a_cache(
+    config: Config, cache: Path, photographs: Path, tmp_path: Path
+) -> None:
+    sets = {"sets": {"set": "1"}}
+    rows = [
+        *(
+            {"image": "a.png", "statement": t, "label": y, "group": "1"} | sets
+            for t, y in (("On it.", 1), ("Off it.", 0))
+        ),
+        *(
+            {"image": "b.png", "statement": t, "label": y, "group": "2"} | sets
+            for t, y in (("On it.", 0), ("Off it.", 1))
+        ),
+        {"image": "a.png", "question": "Is it on it?", "label": 1},
+        {"image": "a.png", "statement": "Is it on it?", "label": 1},
+    ]
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, given = save_model(tmp_path / "model", config), {"annotations": str(tmp_path / "own")}
+    found = []
+    for name, places in (("photographs", (None, photographs)), ("cache", (cache, None))):
+        output = tmp_path / f"{name}.jsonl"
+        options = (("world", "baseline"), given, ["eval"], output)
+        _, summary = score_to_file([model], "test", *places, *options, train_annotations=config.annotations)
+        found.append(read_jsonl(output))
+        assert summary["choices"]["groups"] == 2
+        assert summary["choices"]["sets"] == {"set": {"n": 1, "chance": 0.25}}
+        assert summary["statements"] == 6
+    by_photographs, by_cache = ([row["systems"]["world"]["p_true"] for row in rows] for rows in found)
+    assert by_cache == pytest.approx(by_photographs, abs=1e-5)  # other batches of the same photographs
+    assert by_cache[4] != by_cache[5]  # the question has another prompt than the statement of the same words
+    assert [row.get("question", False) for row in found[0]] == [False] * 4 + [True, False]
+
+
+def test_a_benchmark_is_scored_under_its_name_with_records_of_its_own(
+    config: Config, annotations: Path, tmp_path: Path
+) -> None:
+    small = replace(BENCHMARKS["whatsup_a"], rows=8)
+    source = benchmark_data.write_files(
+        tmp_path / "hub", small.files, benchmark_data.whatsup_a(8), benchmark_data.WHATSUP
+    )
+    folder = tmp_path / "whatsup_a"
+    get_benchmark(small, folder, source)
+    model = save_model(tmp_path / "model", config)
+    given = {"annotations": str(folder)}
+    places = (None, folder / "images", ("world", "baseline"), given, ["eval"])
+    output, summary = score_to_file([model], "test", *places, train_annotations=str(annotations))
+    assert output.name == "model-whatsup_a-test.jsonl"
+    assert summary["data"] == [("whatsup_a", "test")]
+    choices = summary["choices"]
+    assert (choices["groups"], choices["options"], choices["chance"]) == (8, [4], 0.25)
+    assert choices["sets"] == {"pair": {"n": 4, "chance": 1 / 16}, "set": {"n": 2, "chance": 1 / 256}}
+    assert sorted(summary["by_relation"]) == ["left of", "on", "right of", "under"]
+    with (folder / "test.jsonl").open("a") as file:
+        file.write("\n")
+    assert held_out({"": SavedModel.open_folder(model)}, "test", given, str(annotations)).dataset == OWN
 
 
 def test_all_phases_read_a_folder_of_links_on_request(

@@ -12,7 +12,16 @@ from torch.utils._pytree import tree_leaves
 from theworld.data.vsr import Statement
 from theworld.models.attention import BLOCK, attention_masks, block_mask, prepare_masks, visible_blocks
 from theworld.models.gemma import Gemma
-from theworld.models.packing import Control, Node, Packer, Question, Segment, add_path, lay_out
+from theworld.models.packing import (
+    YES_NO_TEMPLATE,
+    Control,
+    Node,
+    Packer,
+    Question,
+    Segment,
+    add_path,
+    lay_out,
+)
 
 
 def segment(key: str, tokens: int, world: bool = False) -> Segment:
@@ -69,6 +78,28 @@ def test_what_stands_above_a_world_is_kept_in_columns_of_its_own() -> None:
     assert [node.preorder for node in roots[0].walk()] == [0, 5, 8]  # its order is as ever
     assert lay_out(roots, 10, 4, with_prefix=False) == (0, 12)
     assert (leaf.column, leaf.preorder) == (8, 8)
+
+
+def test_a_question_has_a_prompt_of_its_own_and_a_statement_the_one_it_had(gemma: Gemma) -> None:
+    asked = [
+        Statement("a.png", "Is it so?", 1, "(none)", 0, is_question=True),
+        Statement("a.png", "Is it so?", 1, "(none)", 1),
+    ]
+    packer = Packer(gemma, QUESTION, 4)
+    batch = packer.pack(asked)
+    assert YES_NO_TEMPLATE == "Question: {caption}\nAnswer (only '0' or '1'):"
+    question, statement = (packer.prompt("Is it so?", True, True, kind) for kind in (True, False))
+    assert question == gemma.prompt(YES_NO_TEMPLATE, "Is it so?", with_world=True)
+    assert (
+        statement == gemma.prompt(QUESTION, "Is it so?", with_world=True) == packer.prompt("Is it so?", True)
+    )
+    assert question.shared == statement.shared
+    for row, prompt in zip(batch.label_rows.tolist(), (question, statement), strict=True):
+        branch = batch.token_ids.flatten()[row + 1 - len(prompt.branch) : row + 1]
+        assert tuple(branch.tolist()) == prompt.branch
+    assert batch.labels.tolist() == [gemma.answer_ids[1]] * 2
+    # Words of a true statement are predicted; a question says nothing about the picture.
+    assert len(batch.words) == statement.caption[1] - statement.caption[0]
 
 
 def pack(gemma: Gemma, statements: list[Statement], num_world_tokens: int = 4):

@@ -287,6 +287,35 @@ def test_results_of_test_are_preferred_to_newer_ones_of_dev(tmp_path: Path) -> N
     assert "the dev split of VSR random?" in write_report(tmp_path / "run").read_text(encoding="utf-8")
 
 
+def test_choices_have_a_section_of_their_own(pages: dict[str, Path], tmp_path: Path) -> None:
+    asked = [
+        Statement(
+            f"{i // 2}.jpg",
+            f"It is {i}.",
+            1 - i % 2,
+            "on",
+            i,
+            group=f"{i // 2}",
+            sets=(("pair", f"{i // 4}"),),
+        )
+        for i in range(80)
+    ]
+    right = np.tile([[0.0, 2.0], [0.0, 1.0]], (40, 1))  # all called true, the true ones with more
+    tied = np.zeros((80, 2))
+    answers = {"world": with_rest(right), "baseline": with_rest(tied)}
+    write_jsonl(records(asked, answers, set(), set(), "own data", "test"), tmp_path / "results.jsonl")
+    page = outline(write_report(tmp_path))
+    assert (2, "Choices") in page.headings
+    text = " ".join(" ".join(page.text).split())
+    assert "40 choices between 2 statements, about 40 images." in text
+    assert "As 40 choices (chance 50.0 %): 100.0 % against 0.0 % of plain Gemma" in text
+    (table,) = re.findall(r"Choices under each condition .*?plain Gemma [^A-Z]*", text)
+    assert "pairs right" in table
+    assert "chance 50.0 % of 40 25.0 % of 20" in table
+    assert "plain Gemma 0.0 % 0.0 to 8.8 0.0 to 0.0 40 0.0 % 0.0 to 16.1" in table
+    assert (2, "Choices") not in outline(pages["full"]).headings
+
+
 def test_a_probability_is_no_percentage(pages: dict[str, Path]) -> None:
     text = pages["full"].read_text(encoding="utf-8")
     cells = re.findall(r'<td>([^<]*)</td><td class="(?:right|wrong)">', text)

@@ -1,6 +1,7 @@
 """A run that is resumed stays the run that it was, unless it is told otherwise, and then its checkpoints say so."""
 
 import copy
+import hashlib
 import json
 import re
 import runpy
@@ -8,7 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from jobs import held
 from runs import metrics
 
 from theworld.config.config import FIELDS, Config, save_config
+from theworld.data.vsr import Statement
 from theworld.models.serialization import CheckpointError, SavedModel, list_checkpoints
 from theworld.training.checkpoint import check_same_run, compare_settings, latest_valid_checkpoint
+from theworld.training.data import Data
 from theworld.training.memory import Plan
 from theworld.training.trainer import Trainer
 from theworld.utils.locks import InUse, OutputLock
@@ -51,6 +54,7 @@ OTHER = {
     "dataset_name": "vsr_zeroshot",
     "question_template": "{caption}?",
     "num_samples": 5,
+    "train_share": 0.5,
     "latent_size": 128,
     "latent_dtype": "float16",
     "num_world_steps": 2,
@@ -291,3 +295,16 @@ def test_a_run_that_ended_between_the_plan_and_the_lock_is_not_gone_over(
     monkeypatch.setattr("theworld.training.trainer.OutputLock", Late)
     with pytest.raises(CheckpointError, match="already holds checkpoint-4"):
         Trainer(replace(config, resume_from=str(halfway)), cache)
+
+
+def test_the_hash_of_statements_is_as_older_checkpoints_have_it_and_tells_a_question_and_a_group() -> None:
+    plain = Statement("a.jpg", "It is so.", 1, "on", 0, "http://x/a.jpg")
+    hashed = {"image": "a.jpg", "caption": "It is so.", "label": 1, "relation": "on", "index": 0}
+    text = json.dumps([[{**hashed, "image_link": "http://x/a.jpg"}], None], sort_keys=True)
+
+    def found(statement: Statement) -> str:
+        return Data([statement], [], cast(Any, None), None).sha256()
+
+    assert found(plain) == hashlib.sha256(text.encode()).hexdigest()
+    others = (replace(plain, is_question=True), replace(plain, group="1"), replace(plain, group="2"))
+    assert len({found(statement) for statement in (plain, *others)}) == 4

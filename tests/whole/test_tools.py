@@ -175,6 +175,13 @@ def test_a_host_that_was_not_allowed_is_not_asked(tmp_path: Path) -> None:
         ("train", ["--config", "nowhere.json"], 1, "nowhere.json"),
         ("get_images", ["--annotations", "nowhere"], 1, "annotations: no file or folder nowhere"),
         ("get_images", ["--num_workers", "0"], 2, "--num_workers is 0; give 1 or more"),
+        ("get_benchmark", ["whatsup"], 2, "NAME: invalid choice: 'whatsup' (choose from 'whatsup_a', "),
+        (
+            "get_benchmark",
+            ["whatsup_a", "--source", "nowhere"],
+            1,
+            "nowhere: has no file data/Controlled_Images_A-",
+        ),
         ("eval", ["--model_name", "nowhere", "--cache", "c"], 1, "nowhere: neither a checkpoint"),
         (
             "eval",
@@ -206,7 +213,9 @@ def test_wrong_usage_is_answered_in_words(name: str, arguments: list[str], statu
         assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["get_images", "extract_latents", "train", "eval", "report", "demo"])
+@pytest.mark.parametrize(
+    "name", ["get_images", "get_benchmark", "extract_latents", "train", "eval", "report", "demo"]
+)
 def test_help_shows_every_flag_with_its_default(name: str) -> None:
     text = tool(name, "--help", fresh=True).stdout
     assert "default" in text

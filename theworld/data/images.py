@@ -24,14 +24,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
-from torch import Tensor
 
 from theworld.utils.console import progress
 from theworld.utils.text import difference, folded
@@ -325,7 +322,7 @@ def photograph(image: str | Path | np.ndarray | Image.Image, max_pixels: int = M
     address, ValueError for an array of another type or shape.
     """
     if isinstance(image, np.ndarray):
-        _check_pixels(image)
+        check_pixels(image)
         return image
     if isinstance(image, Image.Image):
         return _to_rgb(_upright(image), "the given picture")
@@ -351,23 +348,8 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def square(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Return the whole picture, uint8[H, W, 3], stretched to uint8[size, size, 3].
-
-    Gemma's processor stretches too, so that the grid of its image tokens and that of the latent coincide.
-    """
-    _check_pixels(pixels)
-    return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def to_unit_range(pixels: np.ndarray) -> np.ndarray:
-    """Return uint8[H, W, 3] as the VAE's input, float32[3, H, W]: 0 becomes -1 and 255 becomes 1."""
-    _check_pixels(pixels)
-    channels_first = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    return channels_first.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def _check_pixels(pixels: np.ndarray) -> None:
+def check_pixels(pixels: np.ndarray) -> None:
+    """Raise ValueError unless pixels are uint8[H, W, 3]."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"pixels are {pixels.dtype}{list(pixels.shape)}; wanted uint8[H, W, 3]")
 
@@ -465,6 +447,64 @@ def contents(folder: Path, names: Sequence[str], follow_links: bool = False) -> 
     }
 
 
+def same_photographs(
+    folder: Path, names: Sequence[str], other: Path, other_names: Sequence[str], follow_links: bool = False
+) -> dict[str, str]:
+    """Return for each photograph of `folder` that is also in `other` its name there.
+
+    Files of one format are the same if their bytes are. Those of two formats, such as a JPEG that was saved again as a
+    PNG, are the same if their pixels are; this reads all that have as many pixels. Damaged files are left out.
+    """
+    others = _headers(other, other_names)
+
+    @functools.cache
+    def by_bytes(kind: str, size: int) -> dict[str, str]:
+        """Return the names of the other photographs of this format and size by the hash of their bytes."""
+        same = [n for n, (own_kind, _, own_size) in others.items() if (own_kind, own_size) == (kind, size)]
+        return {_content_now(other, n, follow_links): n for n in same}
+
+    @functools.cache
+    def by_pixels(kind: str, sides: tuple[int, ...]) -> dict[str, str]:
+        """Return the names of the other photographs of another format and these sides by the hash of their pixels."""
+        same = [
+            n for n, (own_kind, own_sides, _) in others.items() if own_kind != kind and own_sides == sides
+        ]
+        return {_content_now(other, n, follow_links, as_pixels=True): n for n in same}
+
+    found = {}
+    own = _headers(folder, names).items()
+    for name, (kind, sides, size) in progress(own, desc="compare photographs", unit=" images", leave=False):
+        for candidates, as_pixels in ((by_bytes(kind, size), False), (by_pixels(kind, sides), True)):
+            content = candidates and _content_now(folder, name, follow_links, as_pixels)
+            if content and content in candidates:
+                found[name] = candidates[content]
+                break
+    return found
+
+
+def _headers(folder: Path, names: Sequence[str]) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Return the format, the sides in pixels (a rotated file has them exchanged) and the bytes of photographs."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError):
+            status = os.stat(folder / name)
+            if stat.S_ISREG(status.st_mode):
+                with Image.open(folder / name) as image:
+                    found[name] = (image.format or "", tuple(sorted(image.size)), status.st_size)
+    return found
+
+
+def _content_now(folder: Path, name: str, follow_links: bool, as_pixels: bool = False) -> str:
+    """Return the SHA-256 of a photograph's bytes or pixels; "" if it cannot be read."""
+    try:
+        if not as_pixels:
+            return sha256(read_bytes(folder, name, follow_links=follow_links))
+        pixels = read_image(folder, name, follow_links=follow_links)
+    except ImageError:
+        return ""
+    return sha256(str(pixels.shape).encode() + pixels.tobytes())
+
+
 def missing_photographs(names: Sequence[str], folder: Path, follow_links: bool = False) -> dict[str, str]:
     """Return the names without a file in the folder, with the reasons.
 
@@ -482,19 +522,3 @@ def _why_missing(name: str, folder: Path, follow_links: bool) -> str:
     if os.path.isfile(location):
         return ""
     return "not a regular file" if os.path.exists(location) else _not_there(folder, name, location)
-
-
-@dataclass(frozen=True)
-class Square:
-    """A photograph as the input of a world encoder: the whole picture, stretched to a square."""
-
-    size: int  # side in pixels
-
-    def __call__(self, pixels: np.ndarray) -> Tensor:
-        """Return uint8[S, S, 3] for uint8[H, W, 3]: a quarter of the bytes of float32 pixels."""
-        return torch.from_numpy(square(pixels, self.size))
-
-
-def latent_pixels(pixels: np.ndarray, size: int) -> Tensor:
-    """Return a photograph, uint8[H, W, 3], as the VAE's input, float32[3, size, size] in [-1, 1]."""
-    return torch.from_numpy(to_unit_range(square(pixels, size)))

@@ -2,7 +2,9 @@
 
 A statement ("The cat is left of the laptop.") is true or false of one photograph. There are two releases, random and
 zeroshot, each with the splits train, dev (also called validation) and test: one JSON object a line. Your own data has
-the same files, with the fields image, statement and label on each line.
+the same files, with the fields image, statement and label on each line. A line may have a question that is answered by
+yes (1) or no (0) in place of the statement. Lines with the same `group` are the options of one choice: exactly one of
+them is true. `sets` names sets of groups, which count as right where all of their groups do: {"pair": "7 left"}.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from huggingface_hub import try_to_load_from_cache
 
-from theworld.config.config import SPLIT_ALIASES, split_name
+from theworld.config.config import SPLIT_ALIASES, Config, split_name
 from theworld.config.fields import shown
 from theworld.utils.errors import reason_of
 from theworld.utils.hub import Fault, ask_hub, check_download_folder
@@ -63,6 +66,14 @@ class Statement:
     relation: str
     index: int  # position among the statements of its file, counted from 0, as on the hub: blank lines do not count
     image_link: str = ""  # URL at which the photograph was published
+    is_question: bool = False  # the caption is a question, to which 1 answers yes and 0 no
+    group: str = (
+        ""  # name of the choice that it is one option of: statements about one photograph, one of them true
+    )
+    sets: tuple[tuple[str, str], ...] = ()  # (kind, name) of each set of choices that its group belongs to
+    source_image: str = (
+        ""  # name of the photograph in the data set that it was taken from, if that is another
+    )
 
 
 def meta_category(relation: str) -> str:
@@ -184,7 +195,7 @@ def load_hub_statements(repository: str, split: str) -> list[Statement]:
     except OSError as error:
         hint = "check the network, or set annotations to a folder with the JSONL files"
         raise OSError(f"cannot load {file} of {repository}: {reason_of(error)}; {hint}") from error
-    return [_statement(row, index, f"{repository}/{file}:{index + 1}") for index, row in enumerate(rows)]
+    return statements_of((f"{repository}/{file}:{number}", row) for number, row in enumerate(rows, 1))
 
 
 def _held_offline(repository: str, file: str) -> Path | None:
@@ -204,30 +215,108 @@ def _held_offline(repository: str, file: str) -> Path | None:
 
 
 def _read_statements(path: Path) -> list[Statement]:
-    found = [_statement(row, index, where) for index, (where, row) in enumerate(json_lines(path))]
+    found = statements_of(json_lines(path))
     if not found:
         raise ValueError(f"{path}: holds no statements")
     return found
+
+
+def statements_of(rows: Iterable[tuple[str, Any]]) -> list[Statement]:
+    """Return rows as statements, each row given with its place: its file and line. Raises ValueError for a bad row."""
+    found, places = [], []
+    for index, (where, row) in enumerate(rows):
+        found.append(_statement(row, index, where))
+        places.append(where)
+    check_groups([(s.group, s.image, s.label, s.sets) for s in found], places)
+    return found
+
+
+def check_groups(options: Sequence[tuple[str, str, int, Any]], places: Sequence[str]) -> None:
+    """Raise ValueError unless each group has several options, one of them true, all with one photograph and its sets.
+
+    An option is (group, image, label, sets); a group "" is none. `places` are the file and line of each.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, (group, *_) in enumerate(options):
+        if group:
+            groups.setdefault(group, []).append(i)
+    for group, own in groups.items():
+        _, image, _, sets = options[own[0]]
+        first = places[own[0]]
+        for i in own:
+            if options[i][1] != image:
+                raise ValueError(
+                    f"{places[i]}: image is {shown(options[i][1])}, and group {shown(group)} is about {shown(image)} "
+                    f"({first}); give a group one photograph"
+                )
+            if options[i][3] != sets:
+                raise ValueError(
+                    f"{places[i]}: sets is {shown(dict(options[i][3]))}, and group {shown(group)} has "
+                    f"{shown(dict(sets))} ({first}); give all of its lines the same"
+                )
+        if len(own) == 1:
+            raise ValueError(
+                f"{first}: group {shown(group)} has this line alone; give it two or more, or none a group"
+            )
+        true = [i for i in own if options[i][2] == 1]
+        if len(true) != 1:
+            where = places[true[1]] if true else first
+            lines = f" ({', '.join(places[i] for i in true)})" if true else ""
+            raise ValueError(
+                f"{where}: group {shown(group)} has label 1 on {len(true)} of its {len(own)} lines{lines}; give it on "
+                "exactly one"
+            )
 
 
 def _statement(row: Any, index: int, where: str) -> Statement:
     """Return a checked row as a statement; other fields of VSR are allowed and not read. `where`: its file and line."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: is {shown(row)}; wanted one JSON object a line")
-    own = "statement" in row and "caption" not in row  # your own data, which has no relations
-    if own:
-        row = {"relation": NO_RELATION, **row, "caption": row["statement"]}
+    text = _text_field(row, where)
+    if text != "caption":  # your own data, which has no relations
+        given = {field: value for field, value in row.items() if (field, value) != ("relation", None)}
+        row = {"relation": NO_RELATION, **given, "caption": row[text]}
     for field, wanted, is_right in _FIELDS:
-        name = "statement" if own and field == "caption" else field
-        if field not in row and field != "image_link":
+        name = text if field == "caption" else field
+        if field not in row and field not in _OPTIONAL:
             raise ValueError(f"{where}: has no field {name}; give {wanted}")
         if not is_right(row.get(field)):
             found = flaw(row[field]) if isinstance(row[field], str) else ""
             reason = f" (it holds {found})" if found else ""
             raise ValueError(f"{where}: {name} is {shown(row[field])}; give {wanted}{reason}")
+    group, sets = row.get("group") or "", _given_sets(row.get("sets"))
+    if sets and not group:
+        raise ValueError(f"{where}: has sets and no field group; give the group whose sets these are")
     return Statement(
-        row["image"], row["caption"], row["label"], row["relation"], index, row.get("image_link") or ""
+        row["image"],
+        row["caption"],
+        row["label"],
+        row["relation"],
+        index,
+        row.get("image_link") or "",
+        is_question=text == "question",
+        group=group,
+        sets=sets,
+        source_image=row.get("source_image") or "",
     )
+
+
+def _text_field(row: Mapping[str, Any], where: str) -> str:
+    """Return the name of the field with the text: caption, statement or question.
+
+    The hub's loader gives every row the fields of all others, as None. Raises ValueError for a question beside another.
+    """
+    there = [name for name in ("question", "statement", "caption") if row.get(name) is not None]
+    if there[:1] == ["question"] and there[1:]:
+        raise ValueError(f"{where}: has both {' and '.join(there)}; keep one of them")
+    if there[:1] == ["question"]:
+        return "question"
+    return "statement" if "statement" in row and "caption" not in there else "caption"
+
+
+def _given_sets(sets: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
+    """Return sets as they were given, without kinds that have none, which the hub's loader adds."""
+    return tuple(sorted((kind, name) for kind, name in (sets or {}).items() if name is not None))
 
 
 def _is_safe_path(value: object) -> bool:
@@ -239,6 +328,11 @@ def _is_safe_path(value: object) -> bool:
     return not climbs and "\\" not in str(value) and str(path) == value
 
 
+def _is_set(item: tuple[object, object]) -> bool:
+    kind, name = item
+    return is_filled(kind) and (name is None or is_filled(name))
+
+
 # field, what it must hold, its check
 _FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
     ("image", "a path below the image folder, such as 000000000142.jpg", _is_safe_path),
@@ -246,7 +340,26 @@ _FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
     ("label", "the integer 0 (false) or 1 (true)", lambda label: type(label) is int and label in (0, 1)),
     ("relation", "text that is not empty", is_filled),
     ("image_link", "text, or nothing", lambda link: link is None or is_text(link)),
+    ("source_image", "text, or nothing", lambda name: name is None or is_text(name)),
+    ("group", "text that is not empty, or nothing", lambda group: group is None or is_filled(group)),
+    (
+        "sets",
+        'an object such as {"pair": "7 left"}, or nothing',
+        lambda sets: sets is None or (isinstance(sets, Mapping) and all(map(_is_set, sets.items()))),
+    ),
 )
+_OPTIONAL = ("image_link", "group", "sets", "source_image")
+
+
+def training_statements(statements: Sequence[Statement], config: Config) -> list[Statement]:
+    """Return the statements of train that a run of these settings uses, in their order: the first `num_samples`, and of
+    these the share `train_share`, drawn by its seed. What a seed draws for a smaller share is part of a larger one."""
+    statements = list(statements[: config.num_samples])
+    if config.train_share is None:
+        return statements
+    count = max(1, round(config.train_share * len(statements)))
+    drawn = np.random.default_rng([config.seed, 0, 1]).permutation(len(statements))[:count]
+    return [statements[i] for i in sorted(drawn.tolist())]
 
 
 def images_of(statements: Iterable[Statement]) -> list[str]:

@@ -7,11 +7,18 @@ Each statistic is scipy's or scikit-learn's, on plain arrays; `summarise` return
     calibration_error   expected calibration error, from the bins in calibration
     outside_mean, _max  other-token probability
     image_low, _high    interval of the accuracy by cluster bootstrap over images
+    choices             only for statements that are options of choices (see `theworld.evaluation.choices`):
+        groups, images, options  choices, their photographs, and the numbers of options that they have
+        chance                   expected accuracy of an option picked at random
+        systems                  metrics of each condition over the choices, with `ties` and the accuracy of `sets`
+        sets                     of each kind: their number n and chance
+        pairs                    as those of statements
 
 Dimensions: n statements, K quantities.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +28,7 @@ from scipy.stats import binned_statistic, binomtest, bootstrap
 from sklearn.metrics import balanced_accuracy_score, brier_score_loss, roc_auc_score
 
 from theworld.data.vsr import release_of
+from theworld.evaluation.choices import choices_of, sets_of
 from theworld.evaluation.conditions import CONDITION_TYPES, checkpoints_in, find_condition
 from theworld.evaluation.records import Row, publish_json
 from theworld.utils.files import companion
@@ -158,7 +166,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         "systems": {c: _condition_metrics(rows, c) for c in conditions},
         "pairs": paired_differences(rows, list(itertools.combinations(conditions, 2))),
     }
-    intervals = _accuracy_intervals(rows, [(c, None) for c in conditions])
+    intervals = accuracy_intervals(rows, [(c, None) for c in conditions])
     for condition, (low, high) in zip(conditions, intervals, strict=True):
         summary["systems"][condition] |= {"image_low": low, "image_high": high}
     if "world" in conditions:
@@ -185,7 +193,43 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
         if (group := [row for row in rows if row["image_seen_in_train"] is seen])
     }
     summary["checkpoints"] = spread_over_checkpoints(summary)
+    if choices := choices_of(rows):
+        summary["choices"] = _summarise_choices(choices)
     return summary
+
+
+def _summarise_choices(choices: Sequence[Row]) -> dict[str, Any]:
+    """Return the metrics of choices as JSON: those of each condition, and the difference of each pair of conditions."""
+    conditions, sets = list(choices[0]["systems"]), sets_of(choices)
+    systems = {}
+    for condition, (low, high) in zip(
+        conditions, accuracy_intervals(choices, [(c, None) for c in conditions]), strict=True
+    ):
+
+        def right(choice: Row, condition: str = condition) -> bool:
+            return bool(choice["systems"][condition]["correct"])
+
+        systems[condition] = {
+            **accuracy([right(choice) for choice in choices]),
+            "image_low": low,
+            "image_high": high,
+            "ties": sum(choice["systems"][condition]["tie"] for choice in choices),
+            "sets": {kind: accuracy([all(map(right, own)) for own in found]) for kind, found in sets.items()},
+        }
+    return {
+        "groups": len(choices),
+        "images": len({choice["image"] for choice in choices}),
+        "options": sorted({choice["options"] for choice in choices}),
+        "chance": float(np.mean([1 / choice["options"] for choice in choices])),
+        "systems": systems,
+        "sets": {kind: {"n": len(found), "chance": _chance_of_sets(found)} for kind, found in sets.items()},
+        "pairs": paired_differences(choices, list(itertools.combinations(conditions, 2))),
+    }
+
+
+def _chance_of_sets(sets: Sequence[Sequence[Row]]) -> float:
+    """Return the expected share of sets that are all right where each option is picked at random."""
+    return float(np.mean([math.prod(1 / choice["options"] for choice in own) for own in sets]))
 
 
 def _releases(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -231,7 +275,7 @@ def paired_differences(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) ->
     only one of the two answers correctly, and the exact McNemar test.
     """
     found = []
-    for (first, second), (low, high) in zip(pairs, _accuracy_intervals(rows, pairs), strict=True):
+    for (first, second), (low, high) in zip(pairs, accuracy_intervals(rows, pairs), strict=True):
         test = mcnemar(*([bool(row["systems"][c]["correct"]) for row in rows] for c in (first, second)))
         difference = (test["only_first"] - test["only_second"]) / len(rows)
         names = {"first": first, "second": second, "n": len(rows)}
@@ -239,7 +283,7 @@ def paired_differences(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) ->
     return found
 
 
-def _accuracy_intervals(
+def accuracy_intervals(
     rows: Sequence[Row], wanted: Sequence[tuple[str, str | None]]
 ) -> list[tuple[float | None, float | None]]:
     """Return the bootstrap interval of the accuracy of (condition, None), of the difference for (first, second)."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from theworld.config.config import SPLIT_ALIASES
-from theworld.data.vsr import OWN, Statement, meta_category
+from theworld.data.vsr import OWN, Statement, check_groups, meta_category
 from theworld.models.inference import p_true
 from theworld.utils.files import companion, hash_file, publish_bytes
 from theworld.utils.jsonc import json_bytes, json_lines, read_json_with_comments
@@ -68,10 +68,21 @@ def records(
                 "split": split,
                 "image_seen_in_train": statement.image in seen_images,
                 "statement_in_train": (statement.image, statement.caption) in in_train,
+                **_optional(statement),
                 "systems": answers,
             }
         )
     return rows
+
+
+def _optional(statement: Statement) -> Row:
+    """Return the fields that a record has only where its statement says more than whether it is true."""
+    found: Row = {"question": True} if statement.is_question else {}
+    if statement.group:
+        found["group"] = statement.group
+    if statement.sets:
+        found["sets"] = dict(statement.sets)
+    return found
 
 
 def _answer(zero: float, one: float, logsumexp: float, label: int) -> Row:
@@ -102,9 +113,11 @@ def read_jsonl(path: str | Path) -> list[Row]:
     """Return the records of a file.
 
     Raises ValueError naming file, line and field for a line that is not a record, an answer that does not follow from
-    its logits, a line with other conditions than the first, a statement that is there twice, and an empty file.
+    its logits, a line with other conditions than the first, a statement that is there twice, a group that is no choice,
+    and an empty file.
     """
     rows: list[Row] = []
+    places: list[str] = []
     lines: dict[tuple[Any, ...], str] = {}
     for where, row in json_lines(Path(path), ONE_A_LINE):
         _check(row, where)
@@ -117,8 +130,12 @@ def read_jsonl(path: str | Path) -> list[Row]:
             line = earlier.rpartition(":")[2]
             raise ValueError(f"{where}: is statement {row['index']}, as line {line} is; remove one")
         rows.append(row)
+        places.append(where)
     if not rows:
         raise ValueError(f"{path}: has no statements; wanted {ONE_A_LINE}")
+    check_groups(
+        [(row.get("group", ""), row["image"], row["label"], row.get("sets", {})) for row in rows], places
+    )
     return rows
 
 
@@ -140,6 +157,13 @@ def _check(row: Any, where: str) -> None:
             raise ValueError(f"{where}: {field} is {row[field]!r}, which holds {found}; remove it")
     if not isinstance(row.get("release", ""), str):  # not in older records
         raise ValueError(f"{where}: release is {row['release']!r}; wanted str")
+    if not isinstance(row.get("group", ""), str):
+        raise ValueError(f"{where}: group is {row['group']!r}; wanted str")
+    sets = row.get("sets", {})
+    if not isinstance(sets, dict) or not all(isinstance(name, str) for name in sets.values()):
+        raise ValueError(f"{where}: sets is {sets!r}; wanted an object of texts")
+    if type(row.get("question", True)) is not bool:
+        raise ValueError(f"{where}: question is {row['question']!r}; wanted bool")
     if row["label"] not in (0, 1):
         raise ValueError(f"{where}: label is {row['label']}; wanted 0 or 1")
     for condition, found in row["systems"].items():

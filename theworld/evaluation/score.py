@@ -5,27 +5,30 @@ Three steps: `held_out` reads the statements and finds which of them training ha
 """
 
 import logging
+import os
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 import theworld
 from theworld.config.config import Config, split_name
-from theworld.data.images import contents
+from theworld.data.benchmarks import benchmark_of
+from theworld.data.images import contents, same_photographs
 from theworld.data.vsr import (
-    OWN,
     RELEASES,
     Statement,
     dataset_label,
     images_of,
     load_statements,
     statements_sha256,
+    training_statements,
 )
 from theworld.evaluation.conditions import checkpoint_of
 from theworld.evaluation.metrics import write_summary
@@ -66,7 +69,7 @@ class HeldOut:
 
     statements: list[Statement]
     split: str
-    dataset: str  # see `theworld.data.vsr.dataset_label`
+    dataset: str  # name of a benchmark, else see `theworld.data.vsr.dataset_label`
     annotations: str | None  # None: the hub
     image_folder: str | None
     seen_images: set[str]  # images of the split that training had, under whatever name
@@ -104,12 +107,15 @@ def held_out(
         )
     annotations, dataset_name = next(iter(sources.values()))
     statements = load(annotations, split, dataset_name)
-    dataset = dataset_label(annotations, dataset_name, split, statements)
+    dataset = benchmark_of(annotations, split) or dataset_label(annotations, dataset_name, split, statements)
     stages = {name: _stages(saved, train_annotations, load) for name, saved in checkpoints.items()}
     trained = [s for own in stages.values() for train, _, _ in own for s in train]
     config = next(iter(settings.values()))
     had_images, places = images_of(trained), (cache, image_folder, config.follow_links)
     identity = _identities(images_of([*statements, *trained]), had_images, *places)
+    every_stage = [stage for own in stages.values() for stage in own]
+    for image, name in _other_names(statements, every_stage, image_folder or config.image_folder).items():
+        identity[image] = identity.get(name, name)
     in_train: set[tuple[str, str]] = set()
     seen: set[str] = set()
     for name, saved in checkpoints.items():
@@ -151,6 +157,49 @@ def _identities(
     return found
 
 
+Stage = tuple[list[Statement], str, Config]  # training statements, data set and settings
+
+
+def _other_names(
+    statements: list[Statement], stages: Sequence[Stage], image_folder: str | Path | None
+) -> dict[str, str]:
+    """Return for each photograph that training had under another name the name that training had.
+
+    It is told by `source_image`, the name in the data set that both are from, and by content where training read its
+    photographs from another folder, which is still there.
+    """
+    known = {_source_name(s.source_image or s.image): s.image for train, *_ in stages for s in train}
+    by_name = {
+        s.image: known[name]
+        for s in statements
+        if s.source_image and (name := _source_name(s.source_image)) in known and known[name] != s.image
+    }
+    had = {s.image for train, *_ in stages for s in train}
+    by_content: dict[str, str] = {}
+    for train, _, own in stages:
+        folder = own.image_folder
+        if not (image_folder and folder and Path(image_folder).is_dir() and Path(folder).is_dir()):
+            continue
+        if os.path.samefile(image_folder, folder):
+            continue
+        rest = [
+            image for image in images_of(statements) if image not in had | by_name.keys() | by_content.keys()
+        ]
+        given = (Path(image_folder), rest, Path(folder), images_of(train))
+        by_content |= same_photographs(*given, own.follow_links)
+    if by_name or by_content:
+        logger.info(
+            f"photographs of the split that training had under another name: {len(by_name):,} by the name in their "
+            f"data set, {len(by_content):,} by content"
+        )
+    return by_content | by_name
+
+
+def _source_name(name: str) -> str:
+    """Return the name of a photograph without folders, suffix and what COCO 2014 wrote before the number."""
+    return re.sub(r"^COCO_(train|val|test)\d+_", "", PurePosixPath(name).stem)
+
+
 def _key(statement: Statement, identity: Mapping[str, str]) -> tuple[str, str]:
     """Return what two statements share that say the same of the same photograph."""
     return identity.get(statement.image, statement.image), same_words(statement.caption)
@@ -158,12 +207,10 @@ def _key(statement: Statement, identity: Mapping[str, str]) -> tuple[str, str]:
 
 def _release(label: str, dataset_name: str) -> str:
     """Return the release that statements are of: by their content, else as the settings name them."""
-    return RELEASES[dataset_name if label == OWN else label]
+    return RELEASES.get(label, RELEASES[dataset_name])
 
 
-def _stages(
-    saved: SavedModel, train_annotations: str | None, load: Load
-) -> list[tuple[list[Statement], str, Config]]:
+def _stages(saved: SavedModel, train_annotations: str | None, load: Load) -> list[Stage]:
     """Return training statements, data set and settings of each stage of a checkpoint, the last stage first."""
     stages = []
     for stage in stages_of(saved, follow=train_annotations is None):
@@ -174,7 +221,7 @@ def _stages(
         except (OSError, ValueError) as error:
             raise _unknown_training(stage, own, source, error) from error
         label = dataset_label(source, own.dataset_name, "train", train)
-        stages.append((train[: own.num_samples], label, own))
+        stages.append((training_statements(train, own), label, own))
     return stages
 
 

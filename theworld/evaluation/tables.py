@@ -22,6 +22,7 @@ def table(summary: dict[str, Any]) -> str:
         f"{summary['statements']:,} statements, {summary['images']:,} images{f' of {data}' if data else ''}"
     ]
     lines += [*_accuracies(summary, width), "", *_probabilities(summary, width), LEGEND]
+    lines += _choices(summary.get("choices"), width)
     if len(conditions) > 1:
         lines += ["", *_pairs(summary["pairs"], width)]
     lines += _checkpoints(summary["checkpoints"])
@@ -92,6 +93,37 @@ def _pairs(pairs: Sequence[dict[str, Any]], width: int) -> list[str]:
             f"{pair['only_first']} / {pair['only_second']}, p = {pair['p_value']:.2g}"
         )
     return lines
+
+
+def _choices(choices: Mapping[str, Any] | None, width: int) -> list[str]:
+    """Return the accuracy of choices under each condition, of the sets of choices, and the pairs of conditions."""
+    if choices is None:
+        return []
+    lines = [
+        "",
+        f"choices: {choices['groups']:,} groups of {options_words(choices)} statements about "
+        f"{choices['images']:,} images; right: the true one has the largest P(true), alone",
+        f"{'condition':<{width}}{'n':>6}  {'accuracy':>8}  {'95 % (Wilson)':<15}  {'95 % (images)':<15}  ties"
+        + "".join(f"  {kind + 's right':>12}" for kind in choices["sets"]),
+        f"{'chance':<{width}}{choices['groups']:>6}  {choices['chance']:>8.1%}{'':>40}"
+        + "".join(f"  {one['chance']:>12.1%}" for one in choices["sets"].values()),
+    ]
+    for condition, score in choices["systems"].items():
+        line = f"{condition:<{width}}{score['n']:>6}  {score['accuracy']:>8.1%}"
+        line += (
+            f"  {span(score['low'], score['high']):<15}  {span(score['image_low'], score['image_high']):<15}"
+        )
+        line += f"  {score['ties']:>4}" + "".join(
+            f"  {one['accuracy']:>12.1%}" for one in score["sets"].values()
+        )
+        lines.append(line)
+    return lines + (["", *_pairs(choices["pairs"], width)] if choices["pairs"] else [])
+
+
+def options_words(choices: Mapping[str, Any]) -> str:
+    """Return the numbers of options that choices have in words: "4", or "2 to 6"."""
+    fewest, most = min(choices["options"]), max(choices["options"])
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def _checkpoints(found: Mapping[str, Any]) -> list[str]:

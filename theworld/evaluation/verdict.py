@@ -131,7 +131,7 @@ def _control(summary: dict[str, Any], control: str, condition: str, world: str, 
 
 def _notes(summary: dict[str, Any]) -> list[str]:
     """Return what else a reader has to know."""
-    notes = []
+    notes = _choice_notes(summary)
     unseen = summary["gain_by_seen"].get("False", [])
     if unseen and "True" in summary["gain_by_seen"]:
         gains = [
@@ -158,6 +158,27 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         )
     if summary["statements"] < FEW:
         notes.append(f"{summary['statements']} statements are few: the intervals are wide.")
+    return notes
+
+
+def _choice_notes(summary: dict[str, Any]) -> list[str]:
+    """Return what the choices say of world tokens against plain Gemma, a line for each checkpoint."""
+    choices = summary.get("choices")
+    if choices is None:
+        return []
+    names, notes = list(choices["systems"]), []
+    for checkpoint in checkpoints_in(names):
+        world, baseline = (find_condition(names, checkpoint, c) for c in ("world", "baseline"))
+        gain = find_pair(choices["pairs"], world, baseline) if world and baseline else None
+        if gain is None:
+            continue
+        assert world is not None
+        assert baseline is not None
+        notes.append(
+            f"{checkpoint + ': a' if checkpoint else 'A'}s {choices['groups']:,} choices (chance "
+            f"{100 * choices['chance']:.1f} %): {share(choices, world)} against {share(choices, baseline)} of plain "
+            f"Gemma, {points(gain['difference'])} ({_interval(gain)})."
+        )
     return notes
 
 

@@ -40,6 +40,8 @@ from torch.utils._pytree import tree_map_only
 from theworld.data.vsr import Statement, relation_span
 from theworld.models.gemma import Gemma, Prompt
 
+# The prompt of a yes/no question, in place of question_template: "1" answers yes, "0" no.
+YES_NO_TEMPLATE = "Question: {caption}\nAnswer (only '0' or '1'):"
 ROW_MULTIPLE = 128  # rows for flex attention are padded to a multiple of its block
 
 
@@ -59,6 +61,7 @@ class Question:
 
     image: str  # any name; equal names share a prefix
     caption: str
+    is_question: bool = False  # as a statement's
 
 
 @dataclass(frozen=True)
@@ -221,13 +224,16 @@ class Packer:
         self.max_length = max_length
         self.with_prefix = not (gemma.trainable_parts or gemma.uses_hf_decoder)
         self.flex = gemma.attention == "flex_attention" if flex is None else flex
-        self._prompts: dict[tuple[str, bool, bool], Prompt] = {}
+        self._prompts: dict[tuple[str, bool, bool, bool], Prompt] = {}
 
-    def prompt(self, caption: str, with_world: bool, with_image: bool = True) -> Prompt:
+    def prompt(
+        self, caption: str, with_world: bool, with_image: bool = True, is_question: bool = False
+    ) -> Prompt:
         """Return the tokenised prompt of a caption. Raises ValueError if it is longer than `max_length`."""
-        key = (caption, with_world, with_image)
+        key = (caption, with_world, with_image, is_question)
         if key not in self._prompts:
-            template, position = self.question_template, self.world_position
+            position = self.world_position
+            template = YES_NO_TEMPLATE if is_question else self.question_template
             prompt = self.gemma.prompt(template, caption, with_world, position, with_image)
             length = len(prompt.shared) + len(prompt.branch) + with_world * (self.num_world_tokens + 2)
             if self.max_length is not None and length > self.max_length:
@@ -254,7 +260,8 @@ class Packer:
         roots: dict[Any, Node] = {}
         leaves: list[tuple[Node, Prompt]] = []
         for index, (statement, world) in enumerate(zip(statements, worlds, strict=True)):
-            prompt = self.prompt(statement.caption, world not in (None, Control.TEXT), world != Control.TEXT)
+            with_world, with_image = world not in (None, Control.TEXT), world != Control.TEXT
+            prompt = self.prompt(statement.caption, with_world, with_image, statement.is_question)
             path = [*self._shared(prompt, statement.image, world), Segment(index, prompt.branch)]
             leaves.append((add_path(roots, path), prompt))
         caption_leaves = (
@@ -384,7 +391,7 @@ def targets(
         if isinstance(statement, Question):
             continue
         labels.append(answer_ids[statement.label])
-        if statement.label == 1:
+        if statement.label == 1 and not statement.is_question:
             texts.append((start, prompt.branch, range(*prompt.caption)))
             span = relation_span(statement.caption, statement.relation)
             if span is not None:

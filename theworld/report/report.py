@@ -28,7 +28,7 @@ from PIL import Image
 
 from theworld.config.config import SPLIT_ALIASES
 from theworld.data.images import ImageError, read_image
-from theworld.data.vsr import OWN, quoted
+from theworld.data.vsr import OWN, RELEASES, quoted
 from theworld.evaluation.conditions import (
     CONDITION_TYPES,
     LABELS,
@@ -39,6 +39,7 @@ from theworld.evaluation.conditions import (
 )
 from theworld.evaluation.metrics import FEW, find_pair, summarise
 from theworld.evaluation.records import Row, read_results
+from theworld.evaluation.tables import options_words
 from theworld.evaluation.verdict import (
     HELPS,
     HURTS,
@@ -266,6 +267,7 @@ def _page(
         "verdict": summary and _verdict(summary, data, source),
         "conditions": summary and _conditions(summary, data),
         "checkpoints": _checkpoints(summary) if summary and summary["checkpoints"] else None,
+        "choices": _choices(summary["choices"]) if summary and "choices" in summary else None,
         "relations": summary and _relations(summary, {row["relation"]: row["category"] for row in rows}),
         "seen": summary and _seen(summary),
         "calibration": summary and _calibration(summary),
@@ -319,7 +321,7 @@ def toy_warning(data: Sequence[tuple[str, str]], source: Source) -> str:
     widths = [shape["width"] for shape in shapes if shape.get("width", math.inf) < SMALLEST_GEMMA_WIDTH]
     if not widths:
         return ""
-    own = any(dataset == OWN for dataset, _ in data)
+    own = any(dataset not in RELEASES for dataset, _ in data)
     return (
         f"Toy model: the hidden size of this Gemma is {min(widths)}, that of the smallest published Gemma 3 is "
         f"{SMALLEST_GEMMA_WIDTH}.{' The statements are no release of Visual Spatial Reasoning.' if own else ''} The "
@@ -472,6 +474,54 @@ def _checkpoints(summary: Summary) -> Table:
         rows.append([names[kind], shown(one["mean"]), f"{100 * one['sd']:.1f}", *each])
     head = ["condition", "mean", "standard deviation", *models]
     return Table("Accuracy over checkpoints", head, rows)
+
+
+# ---- choices
+
+
+def _choices(choices: dict[str, Any]) -> dict[str, Any]:
+    """Return the accuracy of choices and of their sets under each condition, and each pair of conditions."""
+    scores, chance = choices["systems"], choices["chance"]
+    scale = scale_of([*(x for s in scores.values() for x in (s["low"], s["high"])), chance], high=1.0)
+    rows = [
+        ChartRow(
+            name_of(condition),
+            Track([Mark(condition_type(condition), s["accuracy"], s["low"], s["high"])], scale, chance),
+            percent(s["accuracy"]),
+            between(s["low"], s["high"]),
+        )
+        for condition, s in scores.items()
+    ]
+    caption = f"Choices answered right, with 95 % interval (Wilson). Dashed: chance, {percent(chance)}."
+    return {
+        "about": f"{choices['groups']:,} choices between {options_words(choices)} statements, about "
+        f"{choices['images']:,} images.",
+        "chart": Chart(_share_axis(scale), rows, caption),
+        "table": _choices_table(choices),
+        "sets": bool(choices["sets"]),
+        "pairs": choices["pairs"] and {"chart": _pairs_chart(choices), "table": _pairs_table(choices)},
+    }
+
+
+def _choices_table(choices: dict[str, Any]) -> Table:
+    sets = choices["sets"]
+    head = ["condition", "choices right", "95 % (Wilson)", "95 % (cluster bootstrap)", "ties"]
+    for kind in sets:
+        head += [f"{kind}s right", "95 % (Wilson)"]
+    chances = [cell for one in sets.values() for cell in (percent(one["chance"]), f"of {one['n']:,}")]
+    rows = [["chance", percent(choices["chance"]), f"of {choices['groups']:,}", "", "", *chances]]
+    for condition, s in choices["systems"].items():
+        own = [
+            cell
+            for kind in sets
+            for cell in (
+                percent(s["sets"][kind]["accuracy"]),
+                between(s["sets"][kind]["low"], s["sets"][kind]["high"]),
+            )
+        ]
+        interval = (between(s["low"], s["high"]), between(s["image_low"], s["image_high"]))
+        rows.append([name_of(condition), percent(s["accuracy"]), *interval, f"{s['ties']:,}", *own])
+    return Table("Choices under each condition", head, rows)
 
 
 # ---- groups of statements

@@ -41,6 +41,7 @@ TOOLS = (
     "train",
     "sweep",
     "doctor",
+    "get_benchmark",
     "report",
     "demo",
     "bench",
