@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from constants import ROOT
 from demo_models.control_vae import draw_pairs, make_control_vae, plan_control_vae, train_encoder
 from demo_models.hard_scenes import draw_hard_scene
+from demo_models.lessons import POOL_SEED
 from demo_models.settings import ControlSettings
 from diffusers import AutoencoderKLWan
 from PIL import Image
@@ -22,25 +24,32 @@ EMBEDDED = ROOT / "theworld" / "embedded" / "vae"
 def test_a_hard_scene_is_the_same_at_every_call_and_has_the_clutter_of_its_own_scene() -> None:
     scene = make_scene(0, "test", 0)
     first, again = draw_hard_scene(scene), draw_hard_scene(scene)
-    assert first.shape == (192, 192, 3) and first.dtype == np.uint8
+    assert first.shape == (192, 192, 3)
+    assert first.dtype == np.uint8
     assert (first == again).all()
     assert (first != draw_hard_scene(make_scene(0, "test", 1))).mean() > 0.9
 
 
-def test_plain_and_hard_pictures_are_of_the_same_scenes_in_order() -> None:
-    plain, hard = draw_pairs(0, 3, 1)
-    assert plain.shape == hard.shape == (3, 3, 64, 64)
-    assert plain.dtype == hard.dtype == torch.uint8
-    again = draw_pairs(0, 2, 1)
-    assert torch.equal(again[0], plain[:2]) and torch.equal(again[1], hard[:2])
+@pytest.fixture(scope="module")
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """24 scenes, plain and hard."""
+    return draw_pairs(0, 24, 1)
 
 
-def test_the_encoder_alone_is_trained_and_knows_more_of_hard_scenes_after_it() -> None:
+def test_plain_and_hard_pictures_are_of_the_same_scenes_in_order(pairs) -> None:
+    for pictures, draw in zip(pairs, (draw_scene, draw_hard_scene), strict=True):
+        assert pictures.shape == (24, 3, 64, 64)
+        for index in (0, 23):
+            scene = draw(make_scene(POOL_SEED, "train", index))
+            wanted = Image.fromarray(scene).resize((64, 64), Image.Resampling.BICUBIC)
+            assert (pictures[index].permute(1, 2, 0).numpy() == np.asarray(wanted)).all()
+
+
+def test_the_encoder_alone_is_trained_and_knows_more_of_hard_scenes_after_it(pairs) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKLWan.from_pretrained(EMBEDDED)
     before = {name: value.clone() for name, value in vae.state_dict().items()}
-    plain, hard = draw_pairs(0, 24, 1)
-    history = train_encoder(vae, plain, hard, ControlSettings(steps=20, batch_size=8))
+    history = train_encoder(vae, *pairs, ControlSettings(steps=20, batch_size=8))
     assert [row["step"] for row in history] == list(range(1, 21))
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
     changed = {name for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
@@ -83,10 +92,10 @@ def test_the_folder_is_a_vae_like_the_embedded_one_and_says_what_it_is_for(tmp_p
     )
 
 
-def test_the_plain_scene_is_the_target(tmp_path: Path) -> None:
+def test_the_plain_scene_is_the_target(pairs) -> None:
     """An encoder that is given plain scenes as the hard ones has nothing to learn: its first loss is 0."""
     vae = AutoencoderKLWan.from_pretrained(EMBEDDED)
-    plain, _ = draw_pairs(0, 4, 1)
+    plain = pairs[0][:4]
     history = train_encoder(vae, plain, plain, ControlSettings(steps=1, batch_size=2))
     assert history[0]["loss"] == 0
 
