@@ -25,7 +25,7 @@ def text_of(document: str) -> str:
 def code_blocks(text: str, language: str) -> list[str]:
     """Return the code blocks of a language, such as "bash"; "" is none."""
     blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
-    return [code for found, code in blocks if found == language]
+    return [block for own, block in blocks if own == language]
 
 
 def without_code(text: str) -> str:

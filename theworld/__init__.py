@@ -1,10 +1,14 @@
 """World tokens for a frozen Gemma 3: latents of a frozen Cosmos VAE through a small trained projection.
 
-The public names load when they are first used, so that `import theworld` takes no time.
+The public names load when they are first used, so that `import theworld` takes no time. transformers' auto classes
+know of checkpoints as soon as they load themselves: see `theworld.models.transformers_auto`.
 """
 
 import importlib
-from typing import TYPE_CHECKING
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from theworld.config.config import Config, load_config
@@ -35,3 +39,36 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+_AUTO = "transformers.models.auto.configuration_auto"
+
+
+class _WhenTransformersLoads:
+    """A finder of modules that registers TheWorld with transformers right after its `AutoConfig` has loaded."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != _AUTO:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = PathFinder.find_spec(name, path)
+        assert spec is not None, "transformers has this module"
+        assert spec.loader is not None, "and it is a file"
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register(configuration_auto: ModuleType) -> None:
+    importlib.import_module("theworld.models.transformers_auto").register(configuration_auto)
+
+
+if _AUTO in sys.modules:
+    _register(sys.modules[_AUTO])
+else:
+    sys.meta_path.insert(0, _WhenTransformersLoads())  # type: ignore[arg-type]

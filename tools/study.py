@@ -62,7 +62,7 @@ def main() -> int:
         from theworld.study.plan import plan_study
         from theworld.study.protocol import arm_config, read_study, runs_of
         from theworld.study.run import run_study
-        from theworld.study.runner import lacking, quiet_runs
+        from theworld.study.runner import by_cache, lacking, quiet_runs
         from theworld.study.sizes import equal_sizes
         from theworld.utils.signals import STATUS, StopRequest
     quiet_runs()
@@ -73,11 +73,13 @@ def main() -> int:
 
     def plan() -> Iterator[str]:
         study.check(arguments.output)
-        configs, vision = lacking(study, arguments.cache)
-        part = arguments.part if arguments.part.count > 1 else None
-        for number, config in enumerate(configs or [arm_config(study, study.arms[0])] * vision):
-            yield from extraction(config, arguments.cache, vision and number == 0, False, part)
-        if not (configs or vision):
+        part, complete = arguments.part if arguments.part.count > 1 else None, True
+        for cache, some in by_cache(study, arguments.cache).items():
+            configs, vision = lacking(some, cache)
+            complete = complete and not (configs or vision)
+            for number, config in enumerate(configs or [arm_config(some, some.arms[0])] * vision):
+                yield from extraction(config, cache, vision and number == 0, False, part)
+        if complete:
             yield from plan_study(study, runs_of(equal_sizes(study), arguments.output), *places)
 
     if arguments.dry_run:

@@ -296,7 +296,7 @@ def test_help_shows_settings_in_groups() -> None:
     groups = grouped(list(FIELDS))
     assert [(title, keys[0], len(keys)) for title, keys in groups.items()] == [
         ("models", "model_name", 9),
-        ("data", "dataset_name", 8),
+        ("data", "dataset_name", 9),
         ("latents", "latent_size", 10),
         ("world tokens", "standardization", 11),
         ("objective", "statement_loss_weight", 6),

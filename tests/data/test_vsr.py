@@ -6,10 +6,12 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from constants import ROOT
 
+from theworld.config.config import Config
 from theworld.data.vsr import (
     META_CATEGORIES,
     OWN,
@@ -26,6 +28,7 @@ from theworld.data.vsr import (
     relation_span,
     seen_images,
     statements_sha256,
+    training_statements,
 )
 
 REAL = ROOT.parent / "shared" / "vsr"
@@ -419,3 +422,22 @@ def test_a_data_set_is_called_vsr_for_its_statements_and_not_for_their_number(
     assert dataset_label("folder", "vsr", "validation", moved) == "vsr_zeroshot"
     assert dataset_label("folder", "vsr_zeroshot", "test", moved) == OWN
     assert dataset_label("folder", "vsr_zeroshot", "dev", [replace(moved[0], label=0), *moved[1:]]) == OWN
+
+
+def test_a_share_of_the_training_statements_is_drawn_by_the_seed_and_holds_smaller_ones() -> None:
+    statements = [Statement(f"{i}.jpg", f"statement {i}", i % 2, "near", i) for i in range(40)]
+
+    def taken(**settings: Any) -> list[int]:
+        return [statements.index(s) for s in training_statements(statements, Config(**settings))]
+
+    assert taken() == list(range(40))
+    assert taken(num_samples=3) == [0, 1, 2]
+    tenth = taken(train_share=0.1)
+    assert tenth == [4, 13, 22, 28]
+    assert taken(train_share=0.1, seed=1) != tenth
+    assert len(taken(train_share=0.25)) == 10
+    assert set(tenth) < set(taken(train_share=0.25)) < set(taken(train_share=0.99))
+    assert taken(train_share=0.25) == sorted(taken(train_share=0.25))
+    assert len(taken(train_share=0.5, num_samples=10)) == 5
+    assert set(taken(train_share=0.5, num_samples=10)) < set(range(10))
+    assert len(taken(train_share=0.001)) == 1

@@ -24,7 +24,14 @@ from theworld.cli.doctor import look_over
 from theworld.config.config import Config, save_config
 from theworld.data.benchmarks import BENCHMARKS, get_benchmark
 from theworld.data.images import ImageError, sha256
-from theworld.data.vsr import OWN, PUBLISHED_SHA256, load_statements, release_of, statements_sha256
+from theworld.data.vsr import (
+    OWN,
+    PUBLISHED_SHA256,
+    load_statements,
+    release_of,
+    statements_sha256,
+    training_statements,
+)
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.records import read_jsonl, read_results, read_source, write_jsonl
@@ -257,6 +264,14 @@ def test_statements_that_were_cut_from_training_were_not_seen(vsr: Path, tmp_pat
     data = held_out({"": checkpoint(tmp_path / "c", vsr, num_samples=1)}, "train", {})
     assert data.in_train == {("a.jpg", "one")}
     assert data.seen_images == {"a.jpg"}
+
+
+def test_statements_that_a_share_left_out_were_not_seen(vsr: Path, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "c", vsr, train_share=0.3)  # one of three
+    drawn = training_statements(load_statements(str(vsr), "train", "vsr"), path.config())
+    data = held_out({"": path}, "train", {})
+    assert data.in_train == {(s.image, s.caption) for s in drawn}
+    assert (len(drawn), data.trained_on) == (1, {"": "1 statements of own data train"})
 
 
 def test_zeroshot_is_refused_to_a_model_of_random_unless_it_is_asked_for(vsr: Path, tmp_path: Path) -> None:

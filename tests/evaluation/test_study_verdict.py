@@ -8,7 +8,7 @@ import pytest
 from records import with_rest
 from study_records import NUM, SEEN, STATEMENTS, run, study
 
-from theworld.evaluation.comparison import Images, difference_values, estimate
+from theworld.evaluation.comparison import Images, difference_values, estimate, holm
 from theworld.evaluation.records import records
 from theworld.evaluation.study_verdict import (
     CONTROL_AS_WELL,
@@ -18,6 +18,7 @@ from theworld.evaluation.study_verdict import (
     PLAIN,
     WORSE,
     Question,
+    learning_curve,
     summarise_study,
 )
 
@@ -95,10 +96,78 @@ def test_two_seeds_give_no_verdict() -> None:
     assert "it takes 3 seeds. So far 69.8 % against" in sentence
 
 
-def test_a_study_that_fixed_no_comparison_gives_no_verdict() -> None:
-    verdict = summarise_study(study(0.7), Question(decides=False))["scopes"]["all"]["verdict"]
-    assert verdict["kind"] == NO_VERDICT
-    assert "3 seeds): no comparison was fixed before the study ran. So far 70.1 %" in verdict["sentence"]
+def explored(accuracies: dict[str, float], baseline: str | None = None, seeds: int = 3) -> dict:
+    """The scope of all statements of a study of these arms without a comparison that decides."""
+    arms = {name: {s: run(accuracy, s) for s in range(seeds)} for name, accuracy in accuracies.items()}
+    names = list(arms)
+    question = Question(names[0], names[1], tuple(names[1:]), decides=False, baseline=baseline)
+    return summarise_study(arms, question)["scopes"]["all"]
+
+
+ARMS = {"linear": 0.6, "mlp": 0.7, "conv": 0.7}
+
+
+def test_a_study_that_fixed_no_comparison_says_which_arms_differ_and_gives_no_verdict() -> None:
+    place = "No verdict on the test split of VSR random (600 statements about 300 images; {}): no comparison was fixed "
+    verdict = explored(ARMS)["verdict"]
+    assert (verdict["kind"], verdict["notes"]) == (NO_VERDICT, ())
+    assert verdict["sentence"] == (
+        place.format("3 seeds")
+        + "before the study ran. In accuracy, corrected for 3 comparisons, mlp is above linear by "
+        "9.7 points and conv is above linear by 9.7 points."
+    )
+    assert explored({"linear": 0.6, "mlp": 0.6})["verdict"]["sentence"].endswith(
+        "before the study ran. In accuracy, no two arms are shown to differ."
+    )
+    same = {"linear": 0.6, "mlp": 0.6, "conv": 0.6}
+    assert explored(same, "mlp", seeds=1)["verdict"]["sentence"].endswith(
+        "In accuracy, corrected for 2 comparisons, no arm is shown to differ from mlp; of one seed each, so of these "
+        "runs alone."
+    )
+    many = {str(i): 0.5 + 0.1 * i for i in range(4)}
+    assert "1 is above 0" not in explored(many)["verdict"]["sentence"]
+    assert explored(many)["verdict"]["sentence"].endswith(" points and 3 more pairs differ.")
+
+
+def test_pairs_are_every_two_arms_or_each_and_the_baseline_corrected_for_their_number() -> None:
+    pairs = explored(ARMS)["pairs"]
+    assert [(pair["first"], pair["second"]) for pair in pairs] == [
+        *(("mlp", "linear"), ("conv", "linear"), ("conv", "mlp"))
+    ]
+    found = pairs[0]["accuracy"]
+    rights = {
+        name: np.array([[row["systems"]["world"]["correct"] for row in run(ARMS[name], s)] for s in range(3)])
+        for name in ("mlp", "linear")
+    }
+    images = Images.of([row["image"] for row in run(0.6, 0)])
+    alone = estimate(rights["mlp"].astype(float) - rights["linear"], images)
+    assert found["difference"] == pytest.approx(alone.value)
+    assert (found["low"], found["high"]) == pytest.approx(alone.interval(0.05 / 3))
+    p_values = [pair["accuracy"]["p_value"] for pair in pairs]
+    assert found["p_value"] == pytest.approx(alone.p_value())
+    assert [pair["accuracy"]["adjusted_p_value"] for pair in pairs] == holm(p_values)
+    assert pairs[0].keys() == {"first", "second", "accuracy", "balanced_accuracy", "auroc"}
+
+    pairs = explored(ARMS, "mlp")["pairs"]
+    assert [(pair["first"], pair["second"]) for pair in pairs] == [("linear", "mlp"), ("conv", "mlp")]
+    assert pairs[0]["accuracy"]["low"] == pytest.approx(-alone.interval(0.05 / 2)[1])
+    assert "pairs" not in summarise_study(study(0.7))["scopes"]["all"]
+
+
+def test_a_learning_curve_has_every_arm_on_every_share() -> None:
+    shares = {1.0: study(0.7), 0.1: study(0.62)}
+    curve = learning_curve(shares, {1.0: 6000, 0.1: 600}, Question())
+    assert [(one["share"], one["training_statements"]) for one in curve] == [(0.1, 600), (1.0, 6000)]
+    for one in curve:
+        whole = summarise_study(shares[one["share"]])["scopes"]["all"]
+        assert one["arms"] == whole["arms"]
+        for control, test in one["differences"].items():
+            own = whole["differences"][control]["accuracy"]
+            assert {k: test[k] for k in ("difference", "low", "high", "p_value", "each")} == {
+                k: own[k] for k in ("difference", "low", "high", "p_value", "each")
+            }
+    tests = [test for one in curve for test in one["differences"].values()]
+    assert [test["adjusted_p_value"] for test in tests] == holm([test["p_value"] for test in tests])
 
 
 def test_an_arm_of_another_name_is_not_called_the_video_model() -> None:

@@ -58,6 +58,18 @@ def test_a_prompt_without_world_tokens_is_the_processors_own(
     assert prompt.world_at is None
 
 
+@pytest.mark.parametrize("template", [QUESTION, "{caption}", "\nQ: {caption}"])
+def test_world_tokens_of_a_text_only_gemma_stand_before_the_question(
+    text_gemma_folder: Path, template: str
+) -> None:
+    gemma = Gemma(str(text_gemma_folder))
+    prompt = gemma.prompt(template, "user", with_world=True)
+    assert prompt.world_at == len(prompt.shared)
+    assert gemma.tokenizer.decode(prompt.shared) == "<bos><start_of_turn>user\n"
+    question = template.replace("{caption}", "user").strip()
+    assert gemma.tokenizer.decode(prompt.branch).startswith(question)
+
+
 @pytest.mark.parametrize("caption", [c for _, c, _, _ in CAPTIONS])
 def test_a_prompt_without_image_is_the_processors_own_for_a_message_of_text(
     gemma: Gemma, caption: str

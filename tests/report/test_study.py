@@ -9,9 +9,9 @@ import pytest
 from browser import CONTRAST, CUT, OVERFLOW, SMALL, Browser, needs_browser
 from study_records import run, study
 
-from theworld.evaluation.study_verdict import PLAIN, Question, summarise_study
+from theworld.evaluation.study_verdict import PLAIN, Question, learning_curve, summarise_study
 from theworld.report.charts import Mark, Scale, Track
-from theworld.report.report import environment
+from theworld.report.report import environment, percent
 from theworld.report.study import Study, study_csv, study_latex, write_study
 
 ARMS = ("world", "prompt", "pixels", "untrained", "noise")
@@ -173,6 +173,106 @@ def test_the_page_fits_and_is_legible(browser: Browser, folder: Path, width: int
     assert ground == ("rgb(20, 23, 27)" if dark else "rgb(247, 246, 242)")
 
 
+PATCHES = {"patch-4": 0.62, "patch-2": 0.66, "patch-1": 0.7}
+SHARES = {0.1: 768, 0.3: 2304, 1.0: 7680}
+
+
+@pytest.fixture(scope="module")
+def explored(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
+    """The figures and the files of a study of three patch sizes on three shares, without a comparison that decides."""
+    arms = {arm: {s: run(a, s) for s in range(3)} for arm, a in PATCHES.items()}
+    question = Question("patch-4", "patch-2", ("patch-2", "patch-1"), decides=False)
+    found = summarise_study(arms | {PLAIN: {0: run(0.55, 0, "baseline")}}, question)
+    shares = {
+        share: {arm: {s: run(a - 0.05 * (1 - share), s) for s in range(3)} for arm, a in PATCHES.items()}
+        for share in SHARES
+    }
+    found = json.loads(json.dumps(found | {"learning": learning_curve(shares, SHARES, question)}))
+    folder = tmp_path_factory.mktemp("study") / "patches"
+    curves = {arm: {s: [(i, 0.7) for i in range(20)] for s in range(3)} for arm in PATCHES}
+    write_study(Study("patches", found, curves=curves), folder)
+    return found, folder
+
+
+def test_the_page_of_a_study_that_explores_has_pairs_and_learning_curves(
+    explored: tuple[dict, Path],
+) -> None:
+    summary, folder = explored
+    page = (folder / "study.html").read_text(encoding="utf-8")
+    text = plain(page)
+    assert re.findall(r"<h2 [^>]*>([^<]+)</h2>", page)[:3] == [
+        *("Arms and seeds", "Differences between arms", "Learning curves")
+    ]
+    assert summary["scopes"]["all"]["verdict"]["sentence"] in text
+    assert "patch-2 less patch-4 +3.7 points p = 0.009" in text
+    assert (
+        "The 3 intervals hold all differences together in 95 % of such studies. p is adjusted (Holm)." in text
+    )
+    assert "all are corrected for their number" in text
+    assert "primary comparison none: the study explores, every two arms" in text
+    assert "level 5 %, two-sided, for all comparisons together" in text
+    assert "has to be beaten" not in text
+    assert "The comparisons above are of all statements; this explores." in text
+    # Arms of other names have colours of their own.
+    for kind in ("world", "baseline", "text"):
+        assert f'<polyline class="line {kind}"' in page
+    # Two plots: three arms and two differences, of three seeds on three shares.
+    assert page.count('r="2.5"') == (3 + 2) * 3 * 3
+    assert page.count('r="3.5"') == 2 * (3 * 3 + 1 + 3 * 3) + (3 + 2) * 3
+    rows = re.findall(r'<th scope="row">patch-1</th><td>([^<]+)</td><td>([^<]+)</td>', page)
+    assert ("10 % (768)", percent(summary["learning"][0]["arms"]["patch-1"]["accuracy"]["mean"])) in rows
+
+
+def test_the_csv_of_a_study_that_explores_names_both_arms_and_the_share(explored: tuple[dict, Path]) -> None:
+    summary, folder = explored
+    lines = list(csv.DictReader((folder / "study.csv").read_text().splitlines()))
+    pair = summary["scopes"]["unseen"]["pairs"][1]
+    names = {"scope": "unseen", "quantity": "pair", "arm": "patch-1", "against": "patch-4", "share": ""}
+    found = {key: str(pair["auroc"][key]) for key in ("low", "high", "p_value", "adjusted_p_value")}
+    value = {"metric": "auroc", "seed": "mean", "value": str(pair["auroc"]["difference"])}
+    assert names | found | value in lines
+    assert sum(line["quantity"] == "pair" for line in lines) == 2 * 3 * 3 * 4
+    curve = [line for line in lines if line["quantity"] == "learning"]
+    assert len(curve) == 3 * 3 * 3 * 4
+    assert [line["value"] for line in curve if line["share"] == "0.1"][1:4] == [
+        str(value) for value in summary["learning"][0]["arms"]["patch-4"]["accuracy"]["each"].values()
+    ]
+
+
+def test_the_latex_of_a_study_that_explores_has_a_table_of_pairs_and_one_of_shares(
+    explored: tuple[dict, Path],
+) -> None:
+    arms, pairs, shares = (explored[1] / "study.tex").read_text().split("\n\n")
+    assert r"arm & accuracy & balanced accuracy & AUROC \\" in arms
+    assert r"patch-2 & patch-4 & $+3.7$ [$+0.9$, $+6.4$] & 0.009 \\" in pairs
+    assert pairs.count(r"\\") == 4
+    assert r"arm & 10 \% & 30 \% & 100 \% \\" in shares
+    assert shares.count(r"$\pm$") == 9
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [360, 1400])
+def test_the_page_of_a_study_that_explores_fits_and_is_legible(
+    browser: Browser, explored: tuple[dict, Path], width: int, dark: bool
+) -> None:
+    browser.show(explored[1] / "study.html", width, dark=dark)
+    browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    for poor in (OVERFLOW, CUT, CONTRAST, SMALL):
+        assert browser.evaluate(poor) == []
+    assert browser.logged == []
+
+
+def test_a_study_that_decides_shows_the_gain_on_each_share(summary: dict, tmp_path: Path) -> None:
+    curve = learning_curve({0.1: study(0.62), 1.0: study(0.7)}, {0.1: 768, 1.0: 7680}, Question())
+    write_study(Study("vsr", summary | {"learning": curve}), tmp_path)
+    text = plain((tmp_path / "study.html").read_text(encoding="utf-8"))
+    assert "The verdict is of all statements; this explores." in text
+    assert "Accuracy of world less each, in the colour of the other arm. Dashed: no difference." in text
+    assert "every share takes as many steps, so a smaller one is seen more often" in text
+
+
 def test_a_study_that_explores_asks_no_question(tmp_path: Path) -> None:
     arms = study(0.7, seeds=1)
     explored = {"patch-2": arms["world"], "patch-4": arms["prompt"]}
@@ -180,6 +280,6 @@ def test_a_study_that_explores_asks_no_question(tmp_path: Path) -> None:
     write_study(Study("patches", summarise_study(explored, question)), tmp_path)
     text = plain((tmp_path / "study.html").read_text(encoding="utf-8"))
     assert "Arms compared on the test split of VSR random" in text
-    assert "primary comparison none: the study explores" in text
+    assert "primary comparison none: the study explores, every two arms" in text
     assert "has to be beaten" not in text
     assert "video model" not in text

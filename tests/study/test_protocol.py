@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from constants import ROOT
 
-from theworld.config.config import Config, save_config
+from theworld.config.config import Config, load_config, save_config
+from theworld.models.matching import shape_of
 from theworld.study.protocol import Primary, read_study, runs_of
 
 ARMS = {"world": {}, "pixels": {"world_encoder": "pixels", "rules_out": "that any look did it"}}
@@ -83,6 +84,16 @@ def test_the_study_of_vsr_has_the_arms_that_the_question_needs() -> None:
         ({"primary": PRIMARY | {"margin": -1}}, "primary.margin is -1; wanted a number between 0 and 100"),
         ({"primary": PRIMARY | {"alpha": "5 %"}}, "primary.alpha is '5 %'; wanted a number"),
         ({"primary": PRIMARY | {"beta": 1}}, "primary.beta: wanted arm, against, margin and alpha"),
+        ({"train_shares": [0.1, 0.3]}, "train_shares is \\[0.1, 0.3\\]; wanted .* with 1 among them"),
+        ({"train_shares": [0, 1]}, "train_shares is \\[0, 1\\]; wanted a list of shares above 0"),
+        ({"train_shares": [True, 1]}, "train_shares is \\[True, 1\\]; wanted"),
+        ({"train_shares": 0.1}, "train_shares is 0.1; wanted"),
+        (
+            {"train_shares": [0.1, 1], "arms": ARMS | {"few": {"train_share": 0.5}}},
+            "arms.few.train_share: train_shares says it; leave one of them out",
+        ),
+        ({"baseline": "pixels"}, "baseline is 'pixels', but primary says what is compared"),
+        ({"baseline": "prompt", "primary": "left out"}, "baseline is 'prompt'; the arms are world, pixels"),
         ({"seeds": 3}, "seeds is 3; wanted a list of integers"),
         ({"seeds": [1, 1]}, "seeds are \\[1, 1\\]; name each once"),
         ({"settings": 3}, "settings is 3; wanted the name of a settings file"),
@@ -93,6 +104,65 @@ def test_a_file_that_makes_no_study_is_refused_by_field(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_study(write(**fields))
+
+
+def test_each_arm_is_trained_on_each_share_and_first_on_all(write: Any, tmp_path: Path) -> None:
+    study = read_study(write(train_shares=[1, 0.1], seeds=[3]))
+    assert study.train_shares == [0.1, 1.0]
+    runs = runs_of(study, tmp_path)
+    assert [(run.name, run.share, run.config.train_share, run.config.seed) for run in runs] == [
+        *(("world-3", 1.0, None, 3), ("pixels-3", 1.0, None, 3)),
+        *(("world@0.1-3", 0.1, 0.1, 3), ("pixels@0.1-3", 0.1, 0.1, 3)),
+    ]
+    assert [run.number for run in runs] == [0, 1, 2, 3]
+    assert runs[2].folder == tmp_path / "runs" / "world@0.1-3"
+
+
+def test_the_arm_that_others_are_compared_with_stays_among_them(write: Any) -> None:
+    path = write(primary="left out", baseline="pixels")
+    assert read_study(path).baseline == "pixels"
+    with pytest.raises(ValueError, match=r"--arms world: .* compares them with pixels; name it too"):
+        read_study(path, arms=["world"])
+
+
+QUESTIONS = {  # of the studies that explore: their arms, and world tokens of each at the shapes of the demo
+    "study_patch": {"patch-4": 4, "patch-2": 16, "patch-1": 64},
+    "study_projection": {"linear": 16, "mlp": 16, "conv": 16},
+    "study_placement": {"before": 16, "after": 16},
+    "study_frames": {"none": 16, "one": 32, "two": 48},
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_the_studies_of_settings_plan_at_the_shapes_of_the_demo(name: str, tmp_path: Path) -> None:
+    """Their arms are those of the file, on the demo's recipe; what differs are the settings that they are about."""
+    found = read_study(ROOT / "configs" / f"{name}.json")
+    assert (found.primary, found.seeds) == (None, [0, 1, 2, 3, 4])
+    assert found.base == read_study(ROOT / "configs" / "vsr_study.json").base
+    demo = load_config(ROOT / "configs" / "demo.json", {"align_steps": 0})
+    study = replace(found, base=replace(demo, standardization="training_images"))
+    tokens = {}
+    for run in runs_of(study, tmp_path)[: len(study.arms)]:
+        shape = shape_of(run.config, width=320)
+        tokens[run.arm.name] = shape.num_tokens
+    assert tokens == QUESTIONS[name]
+
+
+def test_a_protocol_of_before_a_setting_was_there_is_the_same(write: Any, tmp_path: Path) -> None:
+    study = read_study(write())
+    study.fix(tmp_path)
+    path = tmp_path / "protocol.json"
+    old = json.loads(path.read_text())
+    assert old["settings"].pop("train_share") is None
+    assert old.keys() == {"format", "settings", "arms", "rules_out", "primary", "seeds"}
+    path.write_text(json.dumps(old))
+    study.check(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"settings\.train_share was null, and is 0\.5; give another --output"
+    ):
+        replace(study, base=replace(study.base, train_share=0.5)).check(tmp_path)
+    with pytest.raises(ValueError, match=r"train_shares was null, and is \[0\.1, 1\.0\]; give another"):
+        replace(study, train_shares=[0.1, 1.0]).check(tmp_path)
 
 
 def test_an_arm_with_a_value_that_is_not_allowed_is_named(write: Any, tmp_path: Path) -> None:

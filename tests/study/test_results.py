@@ -13,9 +13,11 @@ from constants import ROOT
 from theworld.evaluation.records import read_jsonl
 from theworld.evaluation.study_verdict import PLAIN, Question
 from theworld.study.plan import plan_study
-from theworld.study.protocol import Arm, Study, runs_of
+from theworld.study.protocol import Arm, Study, read_study, runs_of
 from theworld.study.results import draw_again, page_of, question_of, read_arms, results_of, write_results
-from theworld.study.runner import DONE, read_done, records_of
+from theworld.study.runner import ALL, DONE, is_done, read_done, records_of, run_part
+from theworld.utils.console import duration
+from theworld.utils.signals import StopRequest
 
 
 def test_the_comparison_that_was_fixed_is_the_one_that_decides(study: Study) -> None:
@@ -55,6 +57,36 @@ def test_what_is_written_is_shown_and_two_seeds_give_no_verdict(
         "No verdict on the test split of own data (6 statements about 3 images; 2 seeds): it takes 3 seeds"
         in text
     )
+
+
+def test_a_learning_curve_is_of_the_runs_on_each_share_and_the_verdict_of_those_on_all(
+    study: Study, study_cache: Path, ended: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(ended, out)
+    (out / "protocol.json").unlink()
+    some = replace(study, train_shares=[0.5, 1.0])
+    some.fix(out)
+    runs = runs_of(some, out)
+    assert [run.name for run in runs if not is_done(run)] == [
+        *("world@0.5-0", "pixels@0.5-0", "world@0.5-1", "pixels@0.5-1")
+    ]
+    assert run_part(runs, study_cache, ALL, StopRequest()) == {}
+    halves = [run for run in runs if run.share == 0.5]
+    done = [read_done(run) for run in halves]
+    assert [(one["training_statements"], one["steps"]) for one in done] == [(3, 2)] * 4
+    text = write_results(some, runs, out)
+    found = json.loads((out / "study.json").read_text())
+    alone = results_of(study, runs_of(study, ended))
+    curve = found["test"].pop("learning")
+    assert found["test"] == json.loads(json.dumps(alone["test"]))
+    assert [(one["share"], one["training_statements"]) for one in curve] == [(0.5, 3), (1.0, 6)]
+    right = [row["systems"]["world"]["correct"] for row in read_jsonl(records_of(halves[1], "test"))]
+    assert curve[0]["arms"]["pixels"]["accuracy"]["each"]["0"] == sum(right) / 6
+    assert curve[1]["arms"]["pixels"] == found["test"]["scopes"]["all"]["arms"]["pixels"]
+    lines = list(plan_study(some, runs, study_cache, out))
+    assert lines[0] == "study        2 arms x 2 seeds x 2 shares: 8 runs, 8 done"
+    assert draw_again(out) == text
 
 
 FILES = ("study.json", "study.csv", "study.tex", "study.html")
@@ -113,6 +145,28 @@ def test_records_that_were_changed_are_refused_by_name(study: Study, ended: Path
         write_results(study, runs, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("name", "arms"),
+    [
+        ("study_patch", {"patch-4": 20_800, "patch-2": 8_512, "patch-1": 5_440}),
+        ("study_projection", {"linear": 4_352, "mlp": 8_512, "conv": 82_368}),
+        ("study_placement", {"before": 8_512, "after": 8_512}),
+    ],
+)
+def test_studies_of_settings_plan_on_a_cache(
+    study: Study, study_cache: Path, tmp_path: Path, name: str, arms: dict[str, int]
+) -> None:
+    found = replace(read_study(ROOT / "configs" / f"{name}.json"), base=study.base)
+    lines = list(plan_study(found, runs_of(found, tmp_path), study_cache, tmp_path))
+    assert lines[1] == (
+        "decides      nothing: a study without `primary` explores. It compares every two arms on test, corrected for "
+        "their number"
+    )
+    assert [line.split(";")[0] for line in lines if line.startswith("arm")] == [
+        f"arm          {arm}: {number:,} parameters, 2 steps" for arm, number in arms.items()
+    ]
+
+
 def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
     study: Study, study_cache: Path, ended: Path, tmp_path: Path
 ) -> None:
@@ -127,10 +181,20 @@ def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
     assert "time         all runs are done" in lines
     assert any("points of accuracy: the smallest difference between two arms" in line for line in lines)
 
+    once = runs_of(study, tmp_path / "once")
+    shutil.copytree(ended, tmp_path / "once")
+    (once[3].folder / DONE).unlink()
+    seconds = read_done(once[1])["seconds"]  # of the only run of its arm that is done
+    (time,) = [
+        line for line in plan_study(study, once, study_cache, tmp_path / "once") if line.startswith("time")
+    ]
+    text = duration(seconds)
+    assert time == (f"time         about {text} of one device for 1 run; from runs that are done")
+
     new = list(plan_study(study, runs_of(study, tmp_path / "new"), study_cache, tmp_path / "new"))
     assert new[0] == "study        2 arms x 2 seeds: 4 runs, 0 done"
     (time,) = [line for line in new if line.startswith("time")]
-    assert time.endswith("the same command with --seeds 0 --arms world and another --output")
+    assert time.startswith("time         not known before anything has run: without --dry_run this command ")
     assert any(
         line.strip().startswith("from 6 statements about 3 images and 2 seeds; assumed: ") for line in new
     )

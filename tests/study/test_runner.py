@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from forks import in_child
 from theworld.evaluation.records import read_jsonl
 from theworld.extraction.extract import stores_of
 from theworld.study import runner
-from theworld.study.protocol import Study, runs_of
+from theworld.study.protocol import Arm, Study, runs_of
 from theworld.study.runner import (
     ALL,
+    by_cache,
+    cache_of,
     extract_missing,
     is_done,
     lacking,
@@ -52,6 +55,16 @@ def test_each_store_that_an_arm_reads_is_extracted_once(
     monkeypatch.setattr(runner, "lacking", lambda *_: ([], False) if calls else ([study.base] * 2, True))
     extract_missing(study, cache)
     assert calls == [(study.base, cache, True, False, None, {"others": [study.base]})]
+
+
+def test_each_number_of_predicted_frames_has_a_cache_of_its_own(study: Study, tmp_path: Path) -> None:
+    arms = [Arm("none", {}), Arm("pixels", {"world_encoder": "pixels"}), Arm("two", {"num_world_steps": 2})]
+    found = by_cache(replace(study, arms=arms), tmp_path)
+    assert {root: [arm.name for arm in some.arms] for root, some in found.items()} == {
+        tmp_path: ["none", "pixels"],
+        tmp_path / "frames-2": ["two"],
+    }
+    assert cache_of(runs_of(replace(study, arms=arms), tmp_path)[2].config, tmp_path) == tmp_path / "frames-2"
 
 
 def test_a_part_waits_for_the_shards_of_the_others(
@@ -95,6 +108,7 @@ def test_a_run_leaves_records_of_both_splits_and_what_it_took(study: Study, ende
     assert all(map(is_done, runs))
     assert read_done(runs[1]).items() >= {
         *(("arm", "pixels"), ("seed", 0), ("steps", 2), ("checkpoint", "checkpoint-2")),
+        ("training_statements", 6),
     }
     assert {run.name: read_done(run)["trainable_parameters"] for run in runs[:2]} == {
         "world-0": 8512,

@@ -144,6 +144,17 @@ def test_the_estimate_is_of_the_step_with_the_most_images(config: Config, cache:
     assert plan.memory.activations > plan.estimate(config, 2 * images.index(1)).activations
 
 
+def test_a_share_of_the_statements_takes_as_many_steps_as_all_of_them(config: Config, cache: Path) -> None:
+    config = replace(config, max_steps=None, num_epochs=4)
+    whole, half = (Plan(replace(config, train_share=share), cache) for share in (None, 0.5))
+    assert (len(whole.data.train), len(half.data.train)) == (6, 3)
+    assert (whole.num_steps, half.num_steps) == (6, 6)  # 4 epochs of 6 statements in steps of 4, or 8 of 3
+    assert half.data.notes[0] == (
+        "train: 3 statements, drawn by the seed (train_share 0.5), of 6 of 6 statements, 3 of 3 images; as many steps "
+        "as with all of them"
+    )
+
+
 def test_what_the_projection_keeps_is_counted_by_hand() -> None:
     shape = ProjectionShape((16, 8, 8), 64, patch=2)
     assert projection_bytes(shape) == 4 * 16 * (2 * 64 + 3 * 64)

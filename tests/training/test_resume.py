@@ -54,6 +54,7 @@ OTHER = {
     "dataset_name": "vsr_zeroshot",
     "question_template": "{caption}?",
     "num_samples": 5,
+    "train_share": 0.5,
     "latent_size": 128,
     "latent_dtype": "float16",
     "num_world_steps": 2,

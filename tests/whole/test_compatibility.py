@@ -9,6 +9,7 @@ import pytest
 import torch
 from constants import ROOT
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from theworld.config.config import load_config
 from theworld.data.scenes import write_scenes
@@ -88,6 +89,22 @@ def test_an_old_checkpoint_is_scored_to_the_same_numbers(old: Path) -> None:
             assert new["systems"][condition]["correct"] is figures["correct"]
             for key in ("logit_0", "logit_1", "logsumexp", "p_true", "outside"):
                 assert new["systems"][condition][key] == pytest.approx(figures[key], abs=1e-4)
+
+
+def test_an_old_checkpoint_loads_through_transformers(old: Path) -> None:
+    statement = read_jsonl(OLD / "records.jsonl")[0]
+    write_scenes(old / "scenes", {"train": 4, "dev": 2, "test": 2}, seed=3)
+    processor = AutoProcessor.from_pretrained(old / "run/checkpoint-3")
+    model = AutoModelForImageTextToText.from_pretrained(old / "run/checkpoint-3")
+    text = model.theworld.config.question_template.replace("{caption}", statement["statement"])
+    image = {"type": "image", "image": str(old / "scenes/images" / statement["image"])}
+    chat = [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    with torch.no_grad():
+        logits = model(**processor.apply_chat_template(chat, **options)).logits[0, -1]
+    figures = statement["systems"]["world"]
+    wanted = [figures["logit_0"], figures["logit_1"]]
+    assert logits[list(model.theworld.gemma.answer_ids)].tolist() == pytest.approx(wanted, abs=1e-4)
 
 
 def test_old_records_give_the_figures_that_they_gave(old: Path) -> None:

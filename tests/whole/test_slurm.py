@@ -104,6 +104,60 @@ def test_an_array_of_tasks_trains_a_sweep(
     tally(tasks=3, queued_again=1)
 
 
+@pytest.mark.heavy
+@pytest.mark.torture("training", "SLURM: a study as a job array, queued again when its time is up (stand-in)")
+def test_an_array_of_tasks_runs_a_study_from_photographs_to_its_page(
+    config: Config, tmp_path: Path, tally: Tally
+) -> None:
+    (tmp_path / "statements").mkdir()
+    for name in ("train", "dev", "test"):
+        text = (Path(str(config.annotations)) / "train.jsonl").read_text()
+        (tmp_path / "statements" / f"{name}.jsonl").write_text(text)
+    config = replace(config, annotations=str(tmp_path / "statements"), num_epochs=10_000, max_steps=60)
+    output, images = tmp_path / "study", str(config.image_folder)
+    places = {"CACHE": str(tmp_path / "cache"), "OUTPUT": str(output), "IMAGES": images, "PARTS": "2"}
+    slurm = cluster(config, tmp_path, **places)
+    arms = '{"world": {}, "pixels": {"world_encoder": "pixels"}}'
+    (tmp_path / "study.json").write_text(f'{{"settings": "settings.json", "arms": {arms}, "seeds": [0]}}')
+    slurm.environment["CONFIG"] = str(tmp_path / "study.json")
+    assert slurm.sbatch(STUDY, array=[3]) == [2]  # not one of two parts
+    log = (slurm.folder / "study-1_3.log").read_text()
+    assert "task 3 of 2 parts: make --array 1-2, or PARTS larger" in log
+    assert slurm.sbatch(STUDY, "--max_steps", "0", array=[1]) == [1]  # fails by itself: not queued again
+    assert "queued again" not in (slurm.folder / "study-2_1.log").read_text()
+
+    # Both at once, as a cluster starts them: each extracts its part, waits for the other's, and trains its run.
+    assert slurm.sbatch(STUDY, array=[1, 2]) == [0, 0]
+    names = ("study.csv", "study.html", "study.json", "study.tex")
+    assert sorted(path.name for path in output.glob("study.*")) == [*names]
+    assert verify(tmp_path / "cache") == []
+
+    # With the cache there: the first task is told that its time is up while it trains, and goes on.
+    again = tmp_path / "again"
+    slurm.environment["OUTPUT"] = str(again)
+    lines = again / "runs/world-0/metrics.jsonl"
+    asked: list[Path] = []
+
+    def time_is_up(log: Path) -> bool:
+        """Once, after ten steps of the first run."""
+        if asked or not lines.exists() or lines.read_bytes().count(b"\n") < 10:
+            return False
+        asked.append(log)
+        return True
+
+    assert slurm.sbatch(STUDY, array=[1, 2], limit=time_is_up) == [0, 0]
+    first, second = ((slurm.folder / f"study-4_{task}.log").read_text() for task in (1, 2))
+    assert first.count("study.sh: time is up (status 75); queued again") == 1
+    assert "stopped as asked: 0 of 2 runs are done; go on with: " in first
+    assert "part 1 of 2 is done; 1 of 2 runs are still missing: those of other parts" in first
+    assert second.endswith(f"page: {again / 'study.html'}\n")
+    assert "queued again" not in second
+    for run in ("world-0", "pixels-0"):  # to the same answers as the runs that nobody stopped
+        own, other = (folder / "runs" / run / "evaluation/test.jsonl" for folder in (again, output))
+        assert own.read_bytes() == other.read_bytes()
+    tally(tasks=6, queued_again=1)
+
+
 @pytest.mark.torture("training", "SLURM: training is queued again when its time is up (stand-in for sbatch)")
 @pytest.mark.parametrize("gpus", [1, pytest.param(2, marks=pytest.mark.heavy)])
 def test_training_goes_on_over_time_limits(

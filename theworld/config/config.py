@@ -137,6 +137,14 @@ class Config:
         defines_run=True,
         at_least=1,
     )
+    train_share: float | None = setting(
+        None,
+        "Share of the training statements to use, drawn by the seed, in as many optimizer steps as with all of them; "
+        "none: all statements.",
+        defines_run=True,
+        above=0.0,
+        below=1.0,
+    )
     max_seq_length: int | None = setting(
         None,
         "Largest length of a statement with its image, in tokens; a longer one is an error; none: no limit.",

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from huggingface_hub import try_to_load_from_cache
 
-from theworld.config.config import SPLIT_ALIASES, split_name
+from theworld.config.config import SPLIT_ALIASES, Config, split_name
 from theworld.config.fields import shown
 from theworld.utils.errors import reason_of
 from theworld.utils.hub import Fault, ask_hub, check_download_folder
@@ -348,6 +349,17 @@ _FIELDS: tuple[tuple[str, str, Callable[[object], bool]], ...] = (
     ),
 )
 _OPTIONAL = ("image_link", "group", "sets", "source_image")
+
+
+def training_statements(statements: Sequence[Statement], config: Config) -> list[Statement]:
+    """Return the statements of train that a run of these settings uses, in their order: the first `num_samples`, and of
+    these the share `train_share`, drawn by its seed. What a seed draws for a smaller share is part of a larger one."""
+    statements = list(statements[: config.num_samples])
+    if config.train_share is None:
+        return statements
+    count = max(1, round(config.train_share * len(statements)))
+    drawn = np.random.default_rng([config.seed, 0, 1]).permutation(len(statements))[:count]
+    return [statements[i] for i in sorted(drawn.tolist())]
 
 
 def images_of(statements: Iterable[Statement]) -> list[str]:

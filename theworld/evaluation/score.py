@@ -28,6 +28,7 @@ from theworld.data.vsr import (
     images_of,
     load_statements,
     statements_sha256,
+    training_statements,
 )
 from theworld.evaluation.conditions import checkpoint_of
 from theworld.evaluation.metrics import write_summary
@@ -220,7 +221,7 @@ def _stages(saved: SavedModel, train_annotations: str | None, load: Load) -> lis
         except (OSError, ValueError) as error:
             raise _unknown_training(stage, own, source, error) from error
         label = dataset_label(source, own.dataset_name, "train", train)
-        stages.append((train[: own.num_samples], label, own))
+        stages.append((training_statements(train, own), label, own))
     return stages
 
 

@@ -4,16 +4,21 @@
 
     question    what was fixed before the study ran
     scopes      "all" statements and, where there are both kinds, "unseen": those whose image is not in train. Each has
-                arms -> metric, differences of world less each other arm -> metric, and its verdict
+                arms -> metric, differences of world less each other arm -> metric, and its verdict; of a study that
+                explores also pairs: every two arms, or each and the baseline
     groups      exploratory: world less each control by meta-category and by relation, p-values adjusted after Holm
+
+`learning_curve` returns the arms' figures where each is trained on several shares of the training statements.
 
 World tokens have to beat every control. That is an intersection-union test (Berger 1982): each comparison is at the
 full level, and none is corrected. Two arms that are not shown to differ are not shown to be equal: that takes two
-one-sided tests within a margin that was set before.
+one-sided tests within a margin that was set before. Where a study explores, any pair that differs is a finding, so
+pairs are corrected for their number: p-values after Holm, and intervals that hold all together (Bonferroni).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -41,6 +46,7 @@ Runs = dict[str, np.ndarray]  # arm -> margins, float64[S, N]
 WORLD = "world"  # the arm whose world tokens are made of the video model's latents
 PLAIN = "plain"  # the arm of Gemma as it was published: one run, without seeds, its answers under "baseline"
 LEAST_SEEDS = 3  # of a verdict
+SHOWN_PAIRS = 3  # that differ, in the sentence of a study that explores
 HELPS, CONTROL_AS_WELL, NO_DIFFERENCE, WORSE, NO_VERDICT = (
     "helps",
     "a control does as well",
@@ -65,7 +71,8 @@ METRIC_WORDS = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"
 class Question:
     """What a study fixes before it runs. `margin` is the largest difference, as a share, that counts as equal.
 
-    A study that explores fixes no comparison: `decides` is False, and it has figures and no verdict.
+    A study that explores fixes no comparison: `decides` is False, and it has figures and no verdict. It compares every
+    two arms, or each with the `baseline`.
     """
 
     world: str = WORLD
@@ -75,6 +82,7 @@ class Question:
     alpha: float = ALPHA
     margin: float = 0.01
     decides: bool = True
+    baseline: str | None = None
 
     def __post_init__(self) -> None:
         if self.reference not in self.controls:
@@ -191,7 +199,7 @@ def summarise_study(arms: Arms, question: Question | None = None) -> dict[str, A
 def _scope(rows: Sequence[Row], runs: Runs, seeds: Sequence[int], question: Question) -> dict[str, Any]:
     """Return the figures of all arms on some statements."""
     labels, images = np.array([row["label"] for row in rows]), Images.of([row["image"] for row in rows])
-    metrics = METRICS if 0 < labels.sum() < len(labels) else METRICS[:1]
+    metrics = _metrics(labels)
     others = [arm for arm in runs if arm != question.world]
     values = {
         (arm, metric): difference_values(metric, runs[question.world], runs[arm], labels)
@@ -205,16 +213,11 @@ def _scope(rows: Sequence[Row], runs: Runs, seeds: Sequence[int], question: Ques
         differences[arm][metric] = found | {"bootstrap_low": float(low), "bootstrap_high": float(high)}
     for arm in others:
         differences[arm]["by_seed"] = _by_seed(runs[question.world], runs[arm], labels, images, seeds)
-    return {
+    pairs = {} if question.decides else {"pairs": _pairs(runs, metrics, labels, images, seeds, question)}
+    return pairs | {
         "statements": len(rows),
         "images": len(images.counts),
-        "arms": {
-            arm: {
-                metric: _arm(estimate(statement_values(metric, margin, labels), images), seeds, question)
-                for metric in metrics
-            }
-            for arm, margin in runs.items()
-        },
+        "arms": _arms(runs, metrics, labels, images, seeds, question),
         "differences": differences,
     }
 
@@ -250,6 +253,94 @@ def _difference(found: Estimate, seeds: Sequence[int], question: Question) -> di
         "equivalence_p_value": equivalence,
         "within_margin": equivalence < question.alpha,
         "smallest_detectable": smallest_difference(found.variance, alpha=question.alpha),
+    }
+
+
+def _pairs(
+    runs: Runs,
+    metrics: Sequence[str],
+    labels: np.ndarray,
+    images: Images,
+    seeds: Sequence[int],
+    question: Question,
+) -> list[dict[str, Any]]:
+    """Return the difference of every two arms, the later less the earlier, or of each arm and the baseline.
+
+    They are corrected for their number, in each metric: intervals hold all together, p-values are adjusted after Holm.
+    """
+    names = [arm for arm in runs if arm != PLAIN]
+    pairs = [(second, first) for first, second in combinations(names, 2)]
+    if question.baseline is not None:
+        pairs = [(arm, question.baseline) for arm in names if arm != question.baseline]
+    together = replace(question, alpha=question.alpha / max(1, len(pairs)))
+    found: list[dict[str, Any]] = [{"first": first, "second": second} for first, second in pairs]
+    for metric in metrics:
+        for pair in found:
+            values = difference_values(metric, runs[pair["first"]], runs[pair["second"]], labels)
+            pair[metric] = _difference(estimate(values, images), seeds, together)
+        adjusted = holm([pair[metric]["p_value"] for pair in found])
+        for pair, p_value in zip(found, adjusted, strict=True):
+            pair[metric]["adjusted_p_value"] = p_value
+    return found
+
+
+def learning_curve(
+    shares: Mapping[float, Arms], num_statements: Mapping[float, int], question: Question
+) -> list[dict[str, Any]]:
+    """Return the figures of all arms on each share of the training statements, by share, and exploratory: world less
+    each control on each share, p-values adjusted after Holm over all of them. Of a study that explores it is each other
+    arm less the arm that it is compared with.
+
+    `num_statements` are the numbers of training statements. Raises the errors of `check_arms`.
+    """
+    found = [
+        {"share": share, "training_statements": num_statements[share], **_on_share(shares[share], question)}
+        for share in sorted(shares)
+    ]
+    tests = [test for one in found for test in one["differences"].values()]
+    for test, adjusted in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
+        test["adjusted_p_value"] = adjusted
+    return found
+
+
+def _on_share(arms: Arms, question: Question) -> dict[str, Any]:
+    """Return the figures of the arms on one share of the training statements, without plain Gemma."""
+    trained = {arm: of for arm, of in arms.items() if arm != PLAIN}
+    seeds = check_arms(trained, question)
+    rows = trained[question.world][seeds[0]]
+    runs = {arm: np.array([_margins(of[s], "world") for s in seeds]) for arm, of in trained.items()}
+    labels, images = np.array([row["label"] for row in rows]), Images.of([row["image"] for row in rows])
+    world, metric = runs[question.world], question.metric
+    sides = {c: (world, runs[c]) if question.decides else (runs[c], world) for c in question.controls}
+    values = {c: difference_values(metric, *pair, labels) for c, pair in sides.items()}
+    return {
+        "arms": _arms(runs, _metrics(labels), labels, images, seeds, question),
+        "differences": {
+            control: _difference(estimate(own, images), seeds, question) for control, own in values.items()
+        },
+    }
+
+
+def _metrics(labels: np.ndarray) -> Sequence[str]:
+    """Return the metrics that these labels allow: of one label alone, accuracy."""
+    return METRICS if 0 < labels.sum() < len(labels) else METRICS[:1]
+
+
+def _arms(
+    runs: Runs,
+    metrics: Sequence[str],
+    labels: np.ndarray,
+    images: Images,
+    seeds: Sequence[int],
+    question: Question,
+) -> dict[str, Any]:
+    """Return each metric of each arm."""
+    return {
+        arm: {
+            metric: _arm(estimate(statement_values(metric, margin, labels), images), seeds, question)
+            for metric in metrics
+        }
+        for arm, margin in runs.items()
     }
 
 
@@ -332,15 +423,14 @@ def verdict_on_scope(
     reference = tests[question.reference]
     against = {control: _against(scope, control, question) for control in question.controls}
     notes = _notes(scope, question)
-    if not question.decides or len(seeds) < LEAST_SEEDS:
-        lacks = (
-            f"it takes {LEAST_SEEDS} seeds"
-            if question.decides
-            else "no comparison was fixed before the study ran"
-        )
+    if not question.decides:
+        explored = _explored(scope, question, seeds)
         return StudyVerdict(
-            NO_VERDICT, f"No verdict {place}: {lacks}. So far {against[question.reference]}.", tuple(notes)
+            NO_VERDICT, f"No verdict {place}: no comparison was fixed before the study ran. {explored}"
         )
+    if len(seeds) < LEAST_SEEDS:
+        lacks = f"it takes {LEAST_SEEDS} seeds. So far {against[question.reference]}"
+        return StudyVerdict(NO_VERDICT, f"No verdict {place}: {lacks}.", tuple(notes))
     if reference["high"] < 0:
         return StudyVerdict(WORSE, f"Worse {place}: {against[question.reference]}.", tuple(notes))
     if reference["low"] <= 0:
@@ -373,6 +463,27 @@ def verdict_on_scope(
         f"{'; '.join(against.values())}.",
         tuple(notes),
     )
+
+
+def _explored(scope: dict[str, Any], question: Question, seeds: Sequence[int]) -> str:
+    """Return which arms of a study that explores differ, as a sentence."""
+    said = []
+    for pair in sorted(scope["pairs"], key=lambda pair: -abs(pair[question.metric]["difference"])):
+        test = pair[question.metric]
+        if test["adjusted_p_value"] < question.alpha:
+            first, second = (arm_words(pair[key]) for key in ("first", "second"))
+            higher, lower = (first, second) if test["difference"] > 0 else (second, first)
+            said.append(f"{higher} is above {lower} by {points(abs(test['difference'])).lstrip('+')}")
+    more = len(said) - SHOWN_PAIRS
+    if more > 0:
+        said = [*said[:SHOWN_PAIRS], f"{more} more pair{'s differ' if more > 1 else ' differs'}"]
+    nothing = "no two arms are shown to differ"
+    if question.baseline is not None:
+        nothing = f"no arm is shown to differ from {arm_words(question.baseline)}"
+    number = len(scope["pairs"])
+    corrected = f", corrected for {number} comparisons" if number > 1 else ""
+    alone = "; of one seed each, so of these runs alone" if len(seeds) == 1 else ""
+    return f"In {METRIC_WORDS[question.metric]}{corrected}, {_listed(said) if said else nothing}{alone}."
 
 
 def _against(scope: dict[str, Any], control: str, question: Question) -> str:

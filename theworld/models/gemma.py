@@ -19,6 +19,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -398,8 +399,10 @@ class Gemma:
     def _question_start(self, text: str, question_template: str, image: str) -> int:
         """Return the index of the question's first character in the rendered text."""
         head = question_template.split("{caption}")[0].strip()
-        after_image = text.index(image) + len(image)
-        return text.index(head, after_image) if head else after_image
+        if head:
+            return text.index(head, text.index(image) + len(image))
+        rendered = [self._render(question, bool(image)) for question in "01"]
+        return len(commonprefix(rendered))  # noqa: RUF071 - of texts, not of paths
 
     def _branch_start(self, ids: list[int], world_at: int | None, with_image: bool) -> int:
         """Return the index of the first token that is a statement's own.

@@ -113,21 +113,24 @@ class Track:
 
 @dataclass(frozen=True)
 class Axis:
-    """A scale and the name of the quantity on it."""
+    """A scale, the name of the quantity on it, and how its ticks are written."""
 
     scale: Scale
     label: str
+    text: Callable[[float], str] = number
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) of a plot, joined by a line unless `joined` is False. `bars` are the intervals of the points."""
+    """Points (x, y) of a plot, joined by a line unless `joined` is False. `bars` are the intervals of the points.
+    Hollow points are single values, such as those of seeds."""
 
     kind: str
     label: str
     points: Sequence[tuple[float, float]]
     joined: bool = True
     bars: Sequence[tuple[float, float]] = ()
+    hollow: bool = False
 
     @property
     def dotted(self) -> bool:
@@ -166,12 +169,12 @@ class Plot:
 
     def x_labels(self) -> list[Tick]:
         """Return the labels below the horizontal axis; one close to the right edge ends there."""
-        places = [(self.across(tick), number(tick)) for tick in self.x.scale.ticks]
+        places = [(self.across(tick), self.x.text(tick)) for tick in self.x.scale.ticks]
         return [Tick(x, "end" if float(x) > self.right - 12 else "middle", text) for x, text in places]
 
     def y_labels(self) -> list[Tick]:
         """Return the labels beside the vertical axis."""
-        return [Tick(self.down(tick, 4), "end", number(tick)) for tick in self.y.scale.ticks]
+        return [Tick(self.down(tick, 4), "end", self.y.text(tick)) for tick in self.y.scale.ticks]
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = 200) -> list[tuple[float, float]]:

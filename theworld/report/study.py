@@ -1,12 +1,14 @@
 """The page of a study, and its figures as CSV and a LaTeX table, from the records of its arms and seeds.
 
-study.html    the verdict, all arms and seeds, differences to each control, groups, curves, costs, what was fixed
+study.html    the verdict, all arms and seeds, differences to each control or between arms, learning curves, groups,
+              losses, costs, what was fixed
 study.csv     a line for each arm, metric and seed, and for each difference
-study.tex     the table of arms for a paper (needs booktabs)
+study.tex     tables for a paper (need booktabs): arms, pairs of a study that explores, learning curves
 """
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +23,14 @@ from theworld.evaluation.study_verdict import (
     METRIC_WORDS,
     NO_DIFFERENCE,
     NO_VERDICT,
+    PLAIN,
     WORLD,
     WORSE,
     Question,
     arm_words,
     data_words,
 )
-from theworld.report.charts import Axis, Mark, Plot, Series, Track, number, scale_of, thinned
+from theworld.report.charts import Axis, Mark, Plot, Scale, Series, Track, number, scale_of, thinned
 from theworld.report.report import (
     Chart,
     ChartRow,
@@ -49,7 +52,7 @@ VERDICTS = {  # of each outcome: its CSS class and its words
     NO_VERDICT: ("open", "No verdict"),
 }
 SCOPES = {"all": "All statements", "unseen": "Statements whose image is not in the training set"}
-# CSS class of an arm, which gives its colour; an arm of another name has the last one.
+# CSS class of an arm, which gives its colour; arms of other names have those that are left, then OTHER_KIND.
 KINDS = {
     "world": "world",
     "prompt": "baseline",
@@ -81,6 +84,15 @@ class Study:
     command: str = ""
 
     @property
+    def kinds(self) -> dict[str, str]:
+        """The CSS class of each arm."""
+        arms = list(self.summary["scopes"]["all"]["arms"])
+        left = [kind for arm, kind in KINDS.items() if arm not in arms]
+        others = [arm for arm in arms if arm not in KINDS and arm != PLAIN]
+        found = KINDS | dict(zip(others, left, strict=False))
+        return {arm: found.get(arm, OTHER_KIND) for arm in arms}
+
+    @property
     def question(self) -> Question:
         """What was fixed before the study ran."""
         fields = self.summary["question"]
@@ -103,13 +115,16 @@ def write_study(study: Study, folder: Path) -> Path:
 def render(study: Study) -> str:
     """Return the page as text."""
     summary, question = study.summary, study.question
+    scopes = summary["scopes"].items()
+    compared = _differences if question.decides else _pairs
     return rendered(
         "study.html",
         study=study,
         title=_title(study),
-        verdicts=[_verdict(name, scope) for name, scope in summary["scopes"].items()],
-        arms=[_arms(name, scope, question) for name, scope in summary["scopes"].items()],
-        differences=[_differences(name, scope, question) for name, scope in summary["scopes"].items()],
+        verdicts=[_verdict(name, scope) for name, scope in scopes],
+        arms=[_arms(name, scope, study) for name, scope in scopes],
+        differences=[compared(name, scope, study) for name, scope in scopes],
+        learning=_learning(study),
         seeds=_seeds(summary["scopes"]["all"], summary["seeds"]),
         groups=[_groups(summary, kind, question) for kind in ("category", "relation")],
         training=_training(study),
@@ -127,10 +142,6 @@ def _title(study: Study) -> str:
     return f"Does {'the video model' if world == WORLD else world} help on {where}?"
 
 
-def _kind(arm: str) -> str:
-    return KINDS.get(arm, OTHER_KIND)
-
-
 def _verdict(name: str, scope: dict[str, Any]) -> dict[str, Any]:
     kind, word = VERDICTS[scope["verdict"]["kind"]]
     return {"kind": kind, "word": word, "scope": SCOPES[name], **scope["verdict"]} | {"kind": kind}
@@ -139,8 +150,9 @@ def _verdict(name: str, scope: dict[str, Any]) -> dict[str, Any]:
 # ---- arms, and the differences between them
 
 
-def _arms(name: str, scope: dict[str, Any], question: Question) -> dict[str, Any]:
+def _arms(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
     """Return the figure of arms by seeds, and all metrics as a table."""
+    question, kinds = study.question, study.kinds
     found = {arm: metrics[question.metric] for arm, metrics in scope["arms"].items()}
     ends = [x for one in found.values() for x in (one["low"], one["high"], *one["each"].values())]
     scale = scale_of(ends)
@@ -148,7 +160,7 @@ def _arms(name: str, scope: dict[str, Any], question: Question) -> dict[str, Any
         ChartRow(
             arm,
             Track(
-                [Mark(_kind(arm), one["mean"], one["low"], one["high"])],
+                [Mark(kinds[arm], one["mean"], one["low"], one["high"])],
                 scale,
                 dots=tuple(one["each"].values()),
             ),
@@ -158,7 +170,8 @@ def _arms(name: str, scope: dict[str, Any], question: Question) -> dict[str, Any
         )
         for arm, one in found.items()
     ]
-    key = [Key(_kind(question.world), True, "a seed"), Key(_kind(question.world), False, "mean over seeds")]
+    kind = kinds[question.world]
+    key = [Key(kind, True, "a seed"), Key(kind, False, "mean over seeds")]
     level = f"{100 * (1 - question.alpha):g} %"
     caption = f"{METRIC_WORDS[question.metric].capitalize()}, with {level} intervals over images and seeds."
     axis = scale.labels(lambda share: f"{100 * share:.3g}\u00a0%")
@@ -182,20 +195,16 @@ def _metrics_table(name: str, scope: dict[str, Any]) -> Table:
     return Table(f"Metrics of each arm: {SCOPES[name].lower()}", head, rows)
 
 
-def _differences(name: str, scope: dict[str, Any], question: Question) -> dict[str, Any]:
+def _differences(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
     """Return the figure of the differences to each other arm, and all tests as a table."""
+    question = study.question
     found = {arm: metrics[question.metric] for arm, metrics in scope["differences"].items()}
-    ends = [x for one in found.values() for x in (one["low"], one["high"], *one["each"].values())]
-    scale = scale_of([*(100 * x for x in ends), 0.0])
+    scale = _scale(list(found.values()))
     rows = []
     for arm, one in found.items():
-        mark = Mark(_kind(arm), *(100 * one[key] for key in ("difference", "low", "high")))
-        track = Track([mark], scale, 0.0, tuple(100 * value for value in one["each"].values()))
-        decisive = question.decides and arm in question.controls
-        note = "has to be beaten" if decisive else "beside the question" if question.decides else ""
-        value, p = f"{signed(one['difference'])} points", f"p = {small(one['p_value'], 1)}"
-        rows.append(ChartRow(f"against {arm}", track, value, p, note=note))
-    axis = scale.labels(lambda points: number(points, "+.3g") if points else "0")
+        note = "has to be beaten" if arm in question.controls else "beside the question"
+        rows.append(_row(f"against {arm}", study.kinds[arm], one, scale, "p_value", note))
+    axis = scale.labels(_signed_points)
     caption = (
         f"{METRIC_WORDS[question.metric].capitalize()} of {question.world} less each other arm, in points: mean, "
         f"{100 * (1 - question.alpha):g} % interval over images and seeds, and each seed (hollow)."
@@ -205,6 +214,71 @@ def _differences(name: str, scope: dict[str, Any], question: Question) -> dict[s
         "chart": Chart(axis, rows, caption),
         "table": _tests_table(name, scope, question),
     }
+
+
+def _pairs(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
+    """Return the figure of the differences between arms of a study that explores, and all tests as a table."""
+    question, pairs = study.question, scope["pairs"]
+    found = {f"{pair['first']} less {pair['second']}": pair for pair in pairs}
+    scale = _scale([pair[question.metric] for pair in pairs])
+    rows = [
+        _row(
+            pair["first"],
+            study.kinds[pair["first"]],
+            pair[question.metric],
+            scale,
+            "adjusted_p_value",
+            f"less {pair['second']}",
+        )
+        for pair in pairs
+    ]
+    level = f"{100 * (1 - question.alpha):g} %"
+    together = f"The {len(pairs)} intervals hold all differences together in {level} of such studies."
+    if len(pairs) == 1:
+        together = f"The interval holds the difference in {level} of such studies."
+    caption = (
+        f"{METRIC_WORDS[question.metric].capitalize()} of one arm less another, in points: mean, interval over images "
+        f"and seeds, and each seed (hollow). {together} p is adjusted (Holm)."
+    )
+    head = ["arms", "metric", "difference, points", "interval", "p", "p (Holm)"]
+    table = [
+        [
+            words,
+            METRIC_WORDS[metric],
+            signed(pair[metric]["difference"]),
+            _ends(pair[metric]["low"], pair[metric]["high"]),
+            small(pair[metric]["p_value"]),
+            small(pair[metric]["adjusted_p_value"]),
+            f"{100 * pair[metric]['smallest_detectable']:.1f}",
+        ]
+        for words, pair in found.items()
+        for metric in METRICS
+        if metric in pair
+    ]
+    head.append("smallest found with 80 % power, points")
+    return {
+        "scope": SCOPES[name],
+        "chart": Chart(scale.labels(_signed_points), rows, caption),
+        "table": Table(f"Tests between arms: {SCOPES[name].lower()}", head, table),
+    }
+
+
+def _scale(tests: Sequence[dict[str, Any]]) -> Scale:
+    """Return the scale of differences in points, with 0 on it."""
+    ends = [x for one in tests for x in (one["low"], one["high"], *one["each"].values())]
+    return scale_of([*(100 * x for x in ends), 0.0])
+
+
+def _row(name: str, kind: str, test: dict[str, Any], scale: Scale, p_value: str, note: str = "") -> ChartRow:
+    """Return the row of a difference in points."""
+    mark = Mark(kind, *(100 * test[key] for key in ("difference", "low", "high")))
+    track = Track([mark], scale, 0.0, tuple(100 * value for value in test["each"].values()))
+    value, p = f"{signed(test['difference'])} points", f"p = {small(test[p_value], 1)}"
+    return ChartRow(name, track, value, p, note=note)
+
+
+def _signed_points(points: float) -> str:
+    return number(points, "+.3g") if points else "0"
 
 
 def _tests_table(name: str, scope: dict[str, Any], question: Question) -> Table:
@@ -260,13 +334,127 @@ def _groups(summary: dict[str, Any], kind: str, question: Question) -> Table:
     return Table(f"Exploratory: accuracy by {words}", head, rows)
 
 
+# ---- learning curves
+
+
+def _learning(study: Study) -> dict[str, Any] | None:
+    """Return the arms' figures on each share of the training statements as plots and tables, or None without any."""
+    curve, question = study.summary.get("learning"), study.question
+    if not curve:
+        return None
+    arms = list(curve[0]["arms"])
+    metric, kinds = question.metric, study.kinds
+    found = {arm: [one["arms"][arm][metric] for one in curve] for arm in arms}
+    differences = {c: [one["differences"][c] for one in curve] for c in question.controls}
+    shares = [one["share"] for one in curve]
+    words = METRIC_WORDS[metric]
+    gain = _gain_words(question)
+    plots = [
+        (
+            _plot("learning-plot", f"{words}, %", found, "mean", shares, kinds),
+            f"{words.capitalize()} by share of the training statements: mean with its interval over images and seeds, "
+            "and beside it each seed (hollow).",
+        ),
+        (
+            _plot("gain-plot", f"{words} of {gain}, points", differences, "difference", shares, kinds),
+            f"{words.capitalize()} of {gain}, in the colour of the other arm. Dashed: no difference.",
+        ),
+    ]
+    return {
+        "plots": plots,
+        "key": [Key(kinds[arm], False, arm) for arm in arms],
+        "tables": [_learning_table(curve, question), _gain_table(curve, question)],
+    }
+
+
+def _gain_words(question: Question) -> str:
+    """Return which differences are shown by share."""
+    return f"{question.world} less each" if question.decides else f"each less {question.world}"
+
+
+def _plot(
+    id: str,
+    title: str,
+    found: Mapping[str, Sequence[dict[str, Any]]],
+    value: str,
+    shares: Sequence[float],
+    kinds: Mapping[str, str],
+) -> Plot:
+    """Return lines over the shares on a logarithmic axis. Arms lie side by side, so that their intervals are seen."""
+    span = math.log10(shares[-1] / shares[0])
+    step = span / 25  # between two arms; the seeds lie half of it beside their mean
+    room = step * (len(found) / 2 + 1)
+    x = Scale(math.log10(shares[0]) - room, math.log10(shares[-1]) + room, tuple(map(math.log10, shares)))
+    series: list[Series] = []
+    for i, (arm, figures) in enumerate(found.items()):
+        aside = (i - (len(found) - 1) / 2) * step
+        places = [math.log10(share) + aside for share in shares]
+        each = [
+            (place - step / 2, 100 * one)
+            for place, figure in zip(places, figures, strict=True)
+            for one in figure["each"].values()
+        ]
+        means = [(place, 100 * figure[value]) for place, figure in zip(places, figures, strict=True)]
+        bars = [(100 * figure["low"], 100 * figure["high"]) for figure in figures]
+        series = [
+            Series(kinds[arm], arm, each, False, hollow=True),
+            Series(kinds[arm], arm, means, True, bars),
+            *series,
+        ]
+    level = (0.0, "") if value == "difference" else None
+    ends = [y for one in series for y in (*(y for _, y in one.points), *(y for bar in one.bars for y in bar))]
+    axis = Axis(x, "share of the training statements, %", lambda tick: number(100 * 10**tick, ".3g"))
+    return Plot(id, title, series, axis, Axis(scale_of([*ends, 0.0] if level else ends), title), level)
+
+
+def _share(one: dict[str, Any]) -> str:
+    return f"{100 * one['share']:g} % ({one['training_statements']:,})"
+
+
+def _learning_table(curve: Sequence[dict[str, Any]], question: Question) -> Table:
+    rows = []
+    for arm in curve[0]["arms"]:
+        for one in curve:
+            found = one["arms"][arm][question.metric]
+            sd = "–" if found["sd"] is None else f"{100 * found['sd']:.2f}"
+            each = ", ".join(f"{100 * value:.1f}" for value in found["each"].values())
+            rows.append(
+                [arm, _share(one), percent(found["mean"]), between(found["low"], found["high"]), sd, each]
+            )
+    head = ["arm", "share (statements)", "mean", "interval", "deviation over seeds", "each seed"]
+    return Table(
+        f"{METRIC_WORDS[question.metric].capitalize()} by share of the training statements", head, rows
+    )
+
+
+def _gain_table(curve: Sequence[dict[str, Any]], question: Question) -> Table:
+    rows = []
+    for control in question.controls:
+        for one in curve:
+            test = one["differences"][control]
+            figures = [
+                signed(test["difference"]),
+                _ends(test["low"], test["high"]),
+                small(test["adjusted_p_value"]),
+            ]
+            rows.append([control, _share(one), *figures])
+    head = [
+        "against" if question.decides else "arm",
+        "share (statements)",
+        "difference, points",
+        "interval",
+        "p (Holm)",
+    ]
+    return Table(f"Exploratory: {_gain_words(question)} by share", head, rows)
+
+
 # ---- training, costs, what was fixed and what is not shown
 
 
 def _training(study: Study) -> dict[str, Any] | None:
     """Return the curves of all arms and seeds on one plot, or None without any."""
     curves = [
-        Series(_kind(arm), arm, thinned(curve, CURVE_POINTS))
+        Series(study.kinds[arm], arm, thinned(curve, CURVE_POINTS))
         for arm, by_seed in reversed(list(study.curves.items()))  # the first arm is drawn last, on top
         for curve in by_seed.values()
         if curve
@@ -277,7 +465,7 @@ def _training(study: Study) -> dict[str, Any] | None:
     x, y = (scale_of([point[i] for point in points]) for i in (0, 1))
     title = "Loss of every run by step"
     plot = Plot("training-plot", title, curves, Axis(x, "optimizer steps"), Axis(y, "loss, nats"))
-    key = [Key(_kind(arm), False, arm) for arm in study.curves]
+    key = [Key(study.kinds[arm], False, arm) for arm in study.curves]
     return {"plots": [(plot, "Loss of every arm; a line for each seed.")], "key": key}
 
 
@@ -293,10 +481,12 @@ def _fixed(study: Study) -> list[tuple[str, str]]:
     """Return what was fixed before the study ran, as names and values."""
     question, summary = study.question, study.summary
     against = f"{question.world} against {', '.join(question.controls)}, each to be beaten"
+    each = "each comparison" if question.decides else "all comparisons together"
+    pairs = f"each arm with {question.baseline}" if question.baseline else "every two arms"
     return [
-        ("primary comparison", against if question.decides else "none: the study explores"),
+        ("primary comparison", against if question.decides else f"none: the study explores, {pairs}"),
         ("metric", METRIC_WORDS[question.metric]),
-        ("level", f"{100 * question.alpha:g} %, two-sided, for each comparison"),
+        ("level", f"{100 * question.alpha:g} %, two-sided, for {each}"),
         ("equal", f"within {100 * question.margin:g} points, by two one-sided tests"),
         ("data", data_words(summary["data"])),
         ("seeds", ", ".join(map(str, summary["seeds"]))),
@@ -306,13 +496,17 @@ def _fixed(study: Study) -> list[tuple[str, str]]:
 
 def _limits(summary: dict[str, Any], question: Question) -> list[str]:
     """Return what the study cannot show, in sentences."""
-    primary = [
-        summary["scopes"]["all"]["differences"][control][question.metric]["smallest_detectable"]
-        for control in question.controls
-    ]
+    scope, metric = summary["scopes"]["all"], question.metric
+    tests = [scope["differences"][control] for control in question.controls]
+    tests, where = (
+        (tests, "against one control or another")
+        if question.decides
+        else (scope["pairs"], "in one pair or another")
+    )
+    largest = max(test[metric]["smallest_detectable"] for test in tests)
     found = [
-        f"Differences below {100 * max(primary):.1f} points: against one control or another, the study would have "
-        "found them in fewer than four cases of five.",
+        f"Differences below {100 * largest:.1f} points: {where}, the study would have found them in fewer than four "
+        "cases of five.",
         f"Anything beyond {data_words(summary['data'])}, this recipe and these models.",
         "Why a relation or a meta-category gains: groups are exploratory, and a new study has to confirm them.",
     ]
@@ -322,6 +516,11 @@ def _limits(summary: dict[str, Any], question: Question) -> list[str]:
     if len(summary["seeds"]) < LEAST_SEEDS:
         seeds = "one seed says" if len(summary["seeds"]) == 1 else f"{len(summary['seeds'])} seeds say"
         found.append(f"A difference of arms: {seeds} too little about others.")
+    if "learning" in summary:
+        found.append(
+            "What more data and more steps give: every share takes as many steps, so a smaller one is seen more often. "
+            "Intervals are over what the seeds drew."
+        )
     if summary["statements_in_train"]:
         found.append(
             f"Held-out accuracy: {summary['statements_in_train']:,} of the statements are in the training set."
@@ -331,55 +530,129 @@ def _limits(summary: dict[str, Any], question: Question) -> list[str]:
 
 # ---- for other programs and for a paper
 
+COLUMNS = ("scope", "quantity", "arm", "metric", "seed", "value", "low", "high", "p_value")
+MORE_COLUMNS = ("against", "adjusted_p_value", "share")  # of a study that explores, and of learning curves
+
 
 def study_csv(summary: dict[str, Any]) -> str:
     """Return a line for each arm, metric and seed, and for each difference of arms; shares, not percent."""
+    found = list(_csv_lines(summary))
+    more = [name for name in MORE_COLUMNS if any(name in line for line in found)]
     text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["scope", "quantity", "arm", "metric", "seed", "value", "low", "high", "p_value"])
-    lines.writerows(_csv_lines(summary))
+    lines = csv.DictWriter(text, [*COLUMNS, *more], restval="", lineterminator="\n")
+    lines.writeheader()
+    lines.writerows(found)
     return text.getvalue()
 
 
-def _csv_lines(summary: dict[str, Any]) -> Iterator[list[Any]]:
+def _csv_lines(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for name, scope in summary["scopes"].items():
-        for quantity, what, mean in (("metric", "arms", "mean"), ("difference", "differences", "difference")):
+        for quantity, what in (("metric", "arms"), ("difference", "differences")):
             for arm, metrics in scope[what].items():
                 for metric in (m for m in METRICS if m in metrics):
-                    one = metrics[metric]
-                    start = [name, quantity, arm, metric]
-                    yield [*start, "mean", one[mean], one["low"], one["high"], one.get("p_value", "")]
-                    for seed, value in one["each"].items():
-                        yield [*start, seed, value, "", "", ""]
+                    own = {"scope": name, "quantity": quantity, "arm": arm, "metric": metric}
+                    yield from _csv_values(own, metrics[metric])
+        for pair in scope.get("pairs", ()):
+            for metric in (m for m in METRICS if m in pair):
+                own = {"scope": name, "quantity": "pair", "arm": pair["first"], "metric": metric}
+                yield from _csv_values(own | {"against": pair["second"]}, pair[metric])
+    for one in summary.get("learning", ()):
+        for arm, metrics in one["arms"].items():
+            for metric, found in metrics.items():
+                own = {"scope": "all", "quantity": "learning", "arm": arm, "metric": metric}
+                yield from _csv_values(own | {"share": one["share"]}, found)
+
+
+def _csv_values(own: dict[str, Any], found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a line for the mean over seeds, with its interval and test, and one for each seed."""
+    value = found["mean"] if "mean" in found else found["difference"]
+    kept = ("low", "high", "p_value", *(["adjusted_p_value"] if "adjusted_p_value" in found else []))
+    yield own | {"seed": "mean", "value": value} | {key: found.get(key, "") for key in kept}
+    for seed, each in found["each"].items():
+        yield own | {"seed": seed, "value": each}
 
 
 def study_latex(summary: dict[str, Any], scope: str = "all") -> str:
-    """Return the table of arms: means and deviations over seeds in percent, and the difference of world to each."""
+    """Return tables: of the arms, means and deviations over seeds in percent, with the difference of world to each, or
+    in its place the pairs of a study that explores; and of the learning curves if there are any."""
     own, question = summary["scopes"][scope], summary["question"]
     metrics = [m for m in METRICS if m in next(iter(own["arms"].values()))]
-    lines = [
+    tables = [_latex_arms(summary, own, metrics)]
+    if "pairs" in own:
+        tables.append(_latex_pairs(own["pairs"], question))
+    if "learning" in summary:
+        tables.append(_latex_learning(summary["learning"], question))
+    return "\n".join(tables)
+
+
+def _latex_arms(summary: dict[str, Any], own: dict[str, Any], metrics: Sequence[str]) -> str:
+    question = summary["question"]
+    note = (
         f"% {len(summary['seeds'])} seeds, {own['statements']} statements about {own['images']} images, "
-        f"{data_words(summary['data'])}. Deviations over seeds; intervals over images and seeds.",
-        f"\\begin{{tabular}}{{l{'c' * len(metrics)}rr}}",
-        "\\toprule",
-        f"arm & {' & '.join(METRIC_WORDS[m] for m in metrics)} & "
-        f"$\\Delta$ {METRIC_WORDS[question['metric']]} & $p$ \\\\",
-        "\\midrule",
-    ]
+        f"{data_words(summary['data'])}. Deviations over seeds; intervals over images and seeds."
+    )
+    names = [METRIC_WORDS[m] for m in metrics]
+    tests = {arm: found[question["metric"]] for arm, found in own["differences"].items()}
+    columns = f"l{'c' * len(metrics)}" + ("rr" if question["decides"] else "")
+    head = ["arm", *names]
+    if question["decides"]:
+        head += [f"$\\Delta$ {METRIC_WORDS[question['metric']]}", "$p$"]
+    rows = []
     for arm, figures in own["arms"].items():
-        cells = [
-            f"{100 * figures[m]['mean']:.1f}"
-            + ("" if figures[m]["sd"] is None else f" $\\pm$ {100 * figures[m]['sd']:.1f}")
-            for m in metrics
+        cells = [_latex_text(arm_words(arm)), *(_latex_mean(figures[m]) for m in metrics)]
+        if question["decides"]:
+            cells += (
+                [_latex_difference(tests[arm]), _latex_p(tests[arm]["p_value"])] if arm in tests else ["", ""]
+            )
+        rows.append(cells)
+    return _latex_table(note, columns, head, rows)
+
+
+def _latex_pairs(pairs: Sequence[dict[str, Any]], question: dict[str, Any]) -> str:
+    metric = question["metric"]
+    note = (
+        f"% {len(pairs)} comparisons: intervals hold all together (Bonferroni), p-values adjusted after Holm."
+    )
+    rows = [
+        [
+            _latex_text(arm_words(pair["first"])),
+            _latex_text(arm_words(pair["second"])),
+            _latex_difference(pair[metric]),
+            _latex_p(pair[metric]["adjusted_p_value"]),
         ]
-        test = own["differences"].get(arm, {}).get(question["metric"])
-        if test:
-            low, high = (f"{100 * test[end]:+.1f}" for end in ("low", "high"))
-            cells += [f"${100 * test['difference']:+.1f}$ [${low}$, ${high}$]", _latex_p(test["p_value"])]
-        else:
-            cells += ["", ""]
-        lines.append(f"{_latex_text(arm_words(arm))} & {' & '.join(cells)} \\\\")
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", ""])
+        for pair in pairs
+    ]
+    head = ["arm", "less", f"$\\Delta$ {METRIC_WORDS[metric]}", "$p$ (Holm)"]
+    return _latex_table(note, "llrr", head, rows)
+
+
+def _latex_learning(curve: Sequence[dict[str, Any]], question: dict[str, Any]) -> str:
+    metric = question["metric"]
+    note = (
+        f"% {METRIC_WORDS[metric].capitalize()} by share of the training statements, in as many steps each."
+    )
+    head = ["arm", *(f"{100 * one['share']:g} \\%" for one in curve)]
+    rows = [
+        [_latex_text(arm_words(arm)), *(_latex_mean(one["arms"][arm][metric]) for one in curve)]
+        for arm in curve[0]["arms"]
+    ]
+    return _latex_table(note, "l" + "c" * len(curve), head, rows)
+
+
+def _latex_table(note: str, columns: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"{' & '.join(cells)} \\\\" for cells in (head, *rows)]
+    begin = [note, f"\\begin{{tabular}}{{{columns}}}", "\\toprule", lines[0], "\\midrule"]
+    return "\n".join([*begin, *lines[1:], "\\bottomrule", "\\end{tabular}", ""])
+
+
+def _latex_mean(figures: dict[str, Any]) -> str:
+    sd = "" if figures["sd"] is None else f" $\\pm$ {100 * figures['sd']:.1f}"
+    return f"{100 * figures['mean']:.1f}{sd}"
+
+
+def _latex_difference(test: dict[str, Any]) -> str:
+    low, high = (f"{100 * test[end]:+.1f}" for end in ("low", "high"))
+    return f"${100 * test['difference']:+.1f}$ [${low}$, ${high}$]"
 
 
 def _latex_p(p: float) -> str:

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from theworld.evaluation.records import read_results
 from theworld.evaluation.study_verdict import LEAST_SEEDS
 from theworld.models.serialization import numbered
 from theworld.study.protocol import Run, Study
-from theworld.study.runner import ALL, is_done, read_done, records_of, waiting
+from theworld.study.rates import NUM_BATCHES, NUM_STEPS, kind_of, read_rates
+from theworld.study.runner import ALL, SPLITS, cache_of, is_done, read_done, records_of, waiting
 from theworld.training.memory import CHECKPOINT_BYTES, Memory, Plan
 from theworld.utils.console import duration, line
 from theworld.utils.device import GIB
@@ -35,25 +36,25 @@ def plan_study(
     left = waiting(runs, ALL)
     yield line(
         "study",
-        f"{len(study.arms)} arms x {len(study.seeds)} seeds: {len(runs)} runs, {len(runs) - len(left)} done",
+        f"{size_of(study)}: {len(runs)} runs, {len(runs) - len(left)} done",
     )
     if part.count > 1:
         yield line(
             "part", f"{part.index + 1} of {part.count} trains {len(waiting(runs, part))} of the others"
         )
     yield line("decides", decides(study))
-    size = 0
+    size, plans = 0, dict[str, Plan]()
     first = {run.arm.name: run for run in reversed(runs)}
     for name, run in reversed(first.items()):
-        plan = _plan(run, cache)
+        plan = plans[name] = _plan(run, cache)
         _check_sharing(plan.memory, processes)
-        size += CHECKPOINT_BYTES * plan.facts.trainable * len(study.seeds)
+        size += CHECKPOINT_BYTES * plan.facts.trainable * len(study.seeds) * len(study.train_shares)
         yield line(
             "arm", f"{name}: {plan.facts.trainable:,} parameters, {plan.num_steps:,} steps; {plan.memory}"
         )
     free = check_room(output, size, "--output")
     yield line("disk", f"about {size / 2**30:,.2f} GiB of {free / 2**30:,.1f} GiB free in {output}")
-    yield line("time", time_needed(runs, left))
+    yield line("time", time_needed(runs, left, plans, output))
     for number, text in enumerate(detectable(study, runs)):
         yield line("" if number else "detects", text)
     for run in left:
@@ -64,7 +65,7 @@ def plan_study(
 def _plan(run: Run, cache: Path) -> Plan:
     """Return the plan of a run as it starts. Raises ValueError naming the arm."""
     try:
-        return Plan(replace(run.config, output_dir=str(run.folder / "none")), cache)
+        return Plan(replace(run.config, output_dir=str(run.folder / "none")), cache_of(run.config, cache))
     except ValueError as error:
         raise ValueError(f"arm {run.arm.name!r}: {error}") from None
 
@@ -84,7 +85,9 @@ def _assumptions(study: Study, runs: Sequence[Run]) -> Assumptions:
         return Assumptions()
     first, second = study.primary.arm, study.primary.against[0]
     arms = {
-        name: {run.config.seed: run for run in runs if run.arm.name == name and is_done(run)}
+        name: {
+            run.config.seed: run for run in runs if (run.arm.name, run.share) == (name, 1) and is_done(run)
+        }
         for name in (first, second)
     }
     seeds = sorted(arms[first].keys() & arms[second].keys())
@@ -116,11 +119,18 @@ def _check_sharing(memory: Memory, processes: int) -> None:
         )
 
 
+def size_of(study: Study) -> str:
+    """Return the number of arms, of seeds and, where there are several, of shares of the training statements."""
+    shares = f" x {len(study.train_shares)} shares" if len(study.train_shares) > 1 else ""
+    return f"{len(study.arms)} arms x {len(study.seeds)} seeds{shares}"
+
+
 def decides(study: Study) -> str:
     """Return the comparison that decides, in words."""
     primary = study.primary
     if primary is None:
-        return "nothing: a study without `primary` explores, and gives no verdict"
+        pairs = f"each arm with {study.baseline}" if study.baseline else "every two arms"
+        return f"nothing: a study without `primary` explores. It compares {pairs} on test, corrected for their number"
     few = len(study.seeds) < LEAST_SEEDS
     return (
         f"{primary.arm} against each of {', '.join(primary.against)} on test, at {primary.alpha:.0%} two-sided; "
@@ -129,19 +139,38 @@ def decides(study: Study) -> str:
     )
 
 
-def time_needed(runs: Sequence[Run], left: Sequence[Run]) -> str:
-    """Return how long the runs that are left take, from those that are done."""
-    done = [run for run in runs if is_done(run)]
+def time_needed(runs: Sequence[Run], left: Sequence[Run], plans: Mapping[str, Plan], output: Path) -> str:
+    """Return how long the runs that are left take: each as those of its arm that are done, else as its rates say, else
+    as the other runs in the mean."""
     if not left:
         return "all runs are done"
-    if not done:
-        one = "--seeds 0 --arms " + left[0].arm.name
-        return f"not known before a first run is done; to measure one: the same command with {one} and another --output"
-    seconds = {name: statistics.fmean(own) for name, own in seconds_by_arm(done).items()}
-    other = statistics.fmean(seconds.values())
-    total = sum(seconds.get(run.arm.name, other) for run in left)
-    device = read_done(done[-1])["device"]
-    return f"about {duration(total)} for {len(left)} runs, one after the other, as measured on {device}"
+    done = seconds_by_arm([run for run in runs if is_done(run)])
+    rates = read_rates(output)
+    base = left[0].config
+    sizes = [len(load_statements(base.annotations, split, base.dataset_name)) for split in SPLITS]
+    known: list[float] = []
+    sources: dict[str, None] = {}
+    for run in left:
+        measured = rates.get(kind_of(run.config))
+        if run.arm.name in done:
+            known.append(statistics.fmean(done[run.arm.name]))
+            sources["runs that are done"] = None
+        elif measured is not None:
+            known.append(measured.seconds(run, plans[run.arm.name], sum(sizes)))
+            sources[f"{NUM_STEPS} steps and {NUM_BATCHES} batches of an evaluation on {measured.device}"] = (
+                None
+            )
+    if not known and not done:
+        return (
+            "not known before anything has run: without --dry_run this command first measures some steps of each kind "
+            "of arm, in about the time of a start, and then says it here"
+        )
+    if len(known) < len(left):
+        sources["the mean of the others"] = None
+        other = statistics.fmean(known or [one for own in done.values() for one in own])
+        known += [other] * (len(left) - len(known))
+    count = "1 run" if len(left) == 1 else f"{len(left)} runs, {duration(statistics.fmean(known))} each"
+    return f"about {duration(sum(known))} of one device for {count}; from {', and from '.join(sources)}"
 
 
 def seconds_by_arm(done: Sequence[Run]) -> dict[str, list[float]]:

@@ -7,8 +7,12 @@
         "prompt": {"world_encoder": "none", "rules_out": "that training alone did it"}
       },
       "primary": {"arm": "world", "against": ["prompt"], "margin": 1.0},
-      "seeds": [0, 1, 2, 3, 4]
+      "seeds": [0, 1, 2, 3, 4],
+      "train_shares": [0.1, 0.3, 1]           // a learning curve: each arm on these shares of the training statements
     }
+
+Without `primary` a study explores: it compares every two arms, or each with the arm that "baseline" names, and gives no
+verdict.
 
 The content is recorded in the study's folder before the first run starts (`protocol.json`), and a later start that
 says something else is refused: what was fixed before the results were known stays fixed.
@@ -35,7 +39,9 @@ KINDS: dict[str, type] = {
     "arms": dict,
     "rules_out": dict,
     "seeds": list,
-}  # its fields
+}  # its fields, beside `primary`
+OPTIONAL: dict[str, type] = {"baseline": str, "train_shares": list}  # left out where a study has none
+KEYS = ("settings", "arms", "primary", "baseline", "seeds", "train_shares")  # of the file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", re.ASCII)
 
 
@@ -66,10 +72,17 @@ class Study:
     arms: Sequence[Arm]
     primary: Primary | None  # None: a study that explores, without a verdict
     seeds: Sequence[int]
+    # Of the training statements, for a learning curve: each arm is trained on each of them, 1 among them.
+    train_shares: Sequence[float] = (1.0,)
+    baseline: str | None = (
+        None  # of a study that explores: the arm that the others are compared with; None: every two
+    )
 
     def protocol(self) -> dict[str, Any]:
         """Return what is fixed before the run, as plain JSON types."""
         primary = self.primary and {**vars(self.primary), "against": list(self.primary.against)}
+        shares = {"train_shares": list(self.train_shares)} if len(self.train_shares) > 1 else {}
+        baseline = {"baseline": self.baseline} if self.baseline else {}
         return {
             "format": FORMAT,
             "settings": {
@@ -79,6 +92,8 @@ class Study:
             "rules_out": {arm.name: arm.rules_out for arm in self.arms if arm.rules_out},
             "primary": primary,
             "seeds": list(self.seeds),
+            **shares,
+            **baseline,
         }
 
     def fix(self, output: Path) -> None:
@@ -95,6 +110,8 @@ class Study:
         if not path.exists():
             return
         fixed, now = read_protocol(path), json.loads(json.dumps(self.protocol()))
+        # A setting that there was not yet had what is its default since.
+        fixed["settings"] = {key: FIELDS[key].default for key in now["settings"]} | fixed["settings"]
         found = [*_differences(fixed, now)]
         if found:
             raise ValueError(
@@ -108,7 +125,8 @@ def read_protocol(path: Path) -> dict[str, Any]:
     found = read_json_with_comments(path)
     if found.get("format") != FORMAT:
         raise ValueError(f"{path}: format is {found.get('format', 'not stated')}; wanted {FORMAT}")
-    check_keys({k: v for k, v in found.items() if k != "primary"}, KINDS, path)
+    given = {key: kind for key, kind in OPTIONAL.items() if key in found}
+    check_keys({k: v for k, v in found.items() if k != "primary"}, KINDS | given, path)
     return found
 
 
@@ -142,9 +160,9 @@ def read_study(
     naming the file and the field for anything that makes no study; OSError if there is no file.
     """
     found = {key: value for key, value in read_json_with_comments(path).items() if not is_comment(key)}
-    unknown = [key for key in found if key not in ("settings", "arms", "primary", "seeds")]
+    unknown = [key for key in found if key not in KEYS]
     if unknown:
-        known = nearest_name(unknown[0], ["settings", "arms", "primary", "seeds"])
+        known = nearest_name(unknown[0], list(KEYS))
         raise ValueError(f"{path}: unknown key {unknown[0]!r}; the nearest known key is {known}")
     base = replace(_base(found.get("settings", {}), path, overrides), standardization="training_images")
     every = _arms(found.get("arms"), path)
@@ -160,7 +178,14 @@ def read_study(
     chosen = list(seeds) if seeds else _seeds(found.get("seeds", [0, 1, 2, 3, 4]), path)
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"seeds are {chosen}; name each once")
-    return Study(base, taken, primary, chosen)
+    shares = _train_shares(found.get("train_shares", [1]), path)
+    if len(shares) > 1:
+        given = {"settings": base.train_share} | {
+            f"arms.{arm.name}": arm.changes.get("train_share") for arm in taken
+        }
+        for where in (where for where, own in given.items() if own is not None):
+            raise ValueError(f"{path}: {where}.train_share: train_shares says it; leave one of them out")
+    return Study(base, taken, primary, chosen, shares, _baseline(found, every, arms, path))
 
 
 def _base(given: Any, path: Path, overrides: Mapping[str, Any] | None) -> Config:
@@ -231,6 +256,33 @@ def _seeds(given: Any, path: Path) -> list[int]:
     return given
 
 
+def _train_shares(given: Any, path: Path) -> list[float]:
+    numbers = isinstance(given, list) and all(type(one) in (int, float) and 0 < one <= 1 for one in given)
+    if not numbers or 1 not in given or len(set(given)) < len(given):
+        raise ValueError(
+            f"{path}: train_shares is {given!r}; wanted a list of shares above 0, with 1 among them, such as "
+            "[0.1, 0.3, 1]"
+        )
+    return sorted(map(float, given))
+
+
+def _baseline(
+    found: Mapping[str, Any], arms: Mapping[str, Arm], taken: Sequence[str] | None, path: Path
+) -> str | None:
+    name = found.get("baseline")
+    if name is None:
+        return None
+    if found.get("primary") is not None:
+        raise ValueError(
+            f"{path}: baseline is {name!r}, but primary says what is compared; leave one of them out"
+        )
+    if name not in arms:
+        raise ValueError(f"{path}: baseline is {name!r}; the arms are {', '.join(arms)}")
+    if taken and name not in taken:
+        raise ValueError(f"--arms {' '.join(taken)}: {path} compares them with {name}; name it too")
+    return str(name)
+
+
 # ---- its runs
 
 
@@ -241,11 +293,12 @@ class Run:
     number: int  # among the runs of the study
     arm: Arm
     config: Config = field(repr=False)  # as it trains
+    share: float = 1.0  # of the training statements
 
     @property
     def name(self) -> str:
-        """The arm and the seed."""
-        return f"{self.arm.name}-{self.config.seed}"
+        """The arm and the seed, with the share of the training statements if that is not all."""
+        return run_name(self.arm, self.config.seed, self.share)
 
     @property
     def folder(self) -> Path:
@@ -264,12 +317,21 @@ def arm_config(study: Study, arm: Arm) -> Config:
         raise ValueError(f"arm {arm.name!r}: {error}") from None
 
 
+def run_name(arm: Arm, seed: int, share: float = 1.0) -> str:
+    """Return the name of a run, which is also that of its folder."""
+    return f"{arm.name}-{seed}" if share == 1 else f"{arm.name}@{share:g}-{seed}"
+
+
 def runs_of(study: Study, output: Path) -> list[Run]:
-    """Return the runs of a study, seed by seed, so that a study that is under way has whole seeds."""
+    """Return the runs of a study, seed by seed, so that a study that is under way has whole seeds; of each seed those
+    on all training statements, which decide, come first."""
     runs: list[Run] = []
     for seed in study.seeds:
-        for arm in study.arms:
-            folder = str(output / "runs" / f"{arm.name}-{seed}")
-            config = replace(arm_config(study, arm), **DECIDED, output_dir=folder, seed=seed)
-            runs.append(Run(len(runs), arm, config))
+        for share in sorted(study.train_shares, reverse=True):
+            for arm in study.arms:
+                folder = str(output / "runs" / run_name(arm, seed, share))
+                config = replace(arm_config(study, arm), **DECIDED, output_dir=folder, seed=seed)
+                if share < 1:
+                    config = replace(config, train_share=share)
+                runs.append(Run(len(runs), arm, config, share))
     return runs

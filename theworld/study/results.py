@@ -7,7 +7,7 @@ from typing import Any
 
 from theworld.config.config import config_from
 from theworld.evaluation.records import Row, publish_json, read_results, read_source
-from theworld.evaluation.study_verdict import PLAIN, Question, summarise_study
+from theworld.evaluation.study_verdict import PLAIN, Question, learning_curve, summarise_study
 from theworld.report.report import toy_warning
 from theworld.report.study import Study as Page
 from theworld.report.study import write_study
@@ -23,18 +23,23 @@ def question_of(study: Study) -> Question:
     primary = study.primary
     names = [arm.name for arm in study.arms]
     if primary is None:
-        return Question(names[0], names[1], tuple(names[1:]), decides=False)
+        world = study.baseline or names[0]
+        others = tuple(name for name in names if name != world)
+        return Question(world, others[0], others, decides=False, baseline=study.baseline)
     against = tuple(primary.against)
     return Question(primary.arm, against[0], against, alpha=primary.alpha, margin=primary.margin / 100)
 
 
-def read_arms(study: Study, runs: Sequence[Run], split: str) -> dict[str, dict[int, list[Row]]]:
-    """Return the records of all runs on a split by arm and seed; Gemma as it was published is the arm "plain".
+def read_arms(
+    study: Study, runs: Sequence[Run], split: str, share: float = 1.0
+) -> dict[str, dict[int, list[Row]]]:
+    """Return the records of all runs on a split by arm and seed, of those that were trained on a share of the training
+    statements; Gemma as it was published is the arm "plain".
 
     Raises ValueError naming the file for records that were changed since they were written.
     """
     arms: dict[str, dict[int, list[Row]]] = {arm.name: {} for arm in study.arms}
-    for run in runs:
+    for run in (run for run in runs if run.share == share):
         path = records_of(run, split)
         arms[run.arm.name][run.config.seed] = rows = read_results(path)[0]
         if run.number == 0 and "baseline" in rows[0]["systems"]:
@@ -44,12 +49,14 @@ def read_arms(study: Study, runs: Sequence[Run], split: str) -> dict[str, dict[i
 
 def results_of(study: Study, runs: Sequence[Run]) -> dict[str, Any]:
     """Return everything that a study has found, as JSON. Raises as `read_arms` and `summarise_study` do."""
-    question = question_of(study)
-    return {
-        "protocol": study.protocol(),
-        "runs": {run.name: read_done(run) for run in runs},
-        **{split: summarise_study(read_arms(study, runs, split), question) for split in SPLITS},
-    }
+    question, done = question_of(study), {run.name: read_done(run) for run in runs}
+    found = {split: summarise_study(read_arms(study, runs, split), question) for split in SPLITS}
+    if len(study.train_shares) > 1:
+        numbers = {run.share: done[run.name]["training_statements"] for run in runs}
+        for split, summary in found.items():
+            shares = {share: read_arms(study, runs, split, share) for share in study.train_shares}
+            summary["learning"] = learning_curve(shares, numbers, question)
+    return {"protocol": study.protocol(), "runs": done, **found}
 
 
 def write_results(study: Study, runs: Sequence[Run], output: Path) -> str:
@@ -69,13 +76,13 @@ def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: 
     costs: dict[str, dict[str, str]] = {}
     for arm in study.arms:
         own = [run for run in runs if run.arm.name == arm.name]
-        for run in own:
+        for run in (run for run in own if run.share == 1):
             curves[arm.name][run.config.seed] = _losses(run)
         done = [results["runs"][run.name] for run in own]
         costs[arm.name] = {
             "trainable parameters": f"{done[0]['trainable_parameters']:,}",
             "steps": f"{done[0]['steps']:,}",
-            "hours of all seeds": f"{sum(one['seconds'] for one in done) / 3600:.2f}",
+            "hours of all runs": f"{sum(one['seconds'] for one in done) / 3600:.2f}",
             "device": ", ".join(sorted({one["device"] for one in done})),
         }
     fixed = [
@@ -113,7 +120,8 @@ def study_in(folder: Path) -> tuple[Study, list[Run]]:
     found = read_protocol(path)
     arms = [Arm(name, own, found["rules_out"].get(name, "")) for name, own in found["arms"].items()]
     primary = Primary(**found["primary"]) if found["primary"] else None
-    study = Study(config_from(found["settings"], path), arms, primary, found["seeds"])
+    shares, baseline = found.get("train_shares", [1.0]), found.get("baseline")
+    study = Study(config_from(found["settings"], path), arms, primary, found["seeds"], shares, baseline)
     runs = runs_of(study, folder)
     left = [run.name for run in runs if not is_done(run)]
     if left:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from theworld.study.plan import plan_study
 from theworld.study.protocol import Study, runs_of
+from theworld.study.rates import measure_missing
 from theworld.study.results import write_results
 from theworld.study.runner import extract_missing, in_processes, is_done, run_part, waiting
 from theworld.study.sizes import equal_sizes
@@ -38,6 +39,8 @@ def run_study(
     study.fix(output)
     extract_missing(study, cache, part)  # a request to stop ends it at once: what was published stays
     runs = runs_of(equal_sizes(study), output)
+    if part.index == 0:
+        measure_missing(runs, cache, output)
     logger.info("\n".join(plan_study(study, runs, cache, output, part, processes)))
     with stop.working():
         if processes > 1 and len(waiting(runs, part)) > 1:

@@ -32,7 +32,7 @@ from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import numbered
 from theworld.store.format import VISION
 from theworld.store.reader import StoreReader
-from theworld.study.protocol import Run, Study, arm_config
+from theworld.study.protocol import Arm, Run, Study, arm_config
 from theworld.training.memory import NotFinite, OutOfMemory
 from theworld.training.trainer import Trainer
 from theworld.utils.console import configure_logging, duration, quiet_libraries
@@ -67,9 +67,23 @@ def read_done(run: Run) -> dict[str, Any]:
 # ---- phase 1
 
 
+def cache_of(config: Config, cache: Path) -> Path:
+    """Return the folder of the rows that a run of these settings reads: predicted frames have one for each number of
+    them, since a store holds the rows of one."""
+    return cache / f"frames-{config.num_world_steps}" if config.num_world_steps else cache
+
+
+def by_cache(study: Study, cache: Path) -> dict[Path, Study]:
+    """Return the study of the arms that read each cache, by its folder."""
+    found: dict[Path, list[Arm]] = {}
+    for arm in study.arms:
+        found.setdefault(cache_of(arm_config(study, arm), cache), []).append(arm)
+    return {root: replace(study, arms=arms) for root, arms in found.items()}
+
+
 def lacking(study: Study, cache: Path) -> tuple[list[Config], bool]:
-    """Return what the cache lacks of the rows that the arms read: settings of an arm for each world encoder, and
-    whether it lacks vision features.
+    """Return what a cache lacks of the rows that the arms read: settings of an arm for each world encoder, and whether
+    it lacks vision features.
 
     Raises StoreMismatch, field by field, where the cache has rows of something else.
     """
@@ -101,12 +115,13 @@ def extract_missing(study: Study, cache: Path, part: Part = ALL) -> None:
     Photographs are listed and decoded once for all world encoders. Raises as `extract` does.
     """
     own = part if part.count > 1 else None
-    while any(missing := lacking(study, cache)):
-        configs, vision = missing
-        first, *others = configs or [arm_config(study, study.arms[0])]
-        if not extract(first, cache, vision, False, own, others=others):
-            logger.info("waiting for the shards of the other parts")
-            time.sleep(POLL_SECONDS)
+    for root, some in by_cache(study, cache).items():
+        while any(missing := lacking(some, root)):
+            configs, vision = missing
+            first, *others = configs or [arm_config(some, some.arms[0])]
+            if not extract(first, root, vision, False, own, others=others):
+                logger.info("waiting for the shards of the other parts")
+                time.sleep(POLL_SECONDS)
 
 
 # ---- one run
@@ -117,7 +132,7 @@ def work_on(run: Run, cache: Path, stop: StopRequest) -> bool:
 
     Raises InUse if another process works on it, and what training and evaluation do.
     """
-    start = time.perf_counter()
+    start, cache = time.perf_counter(), cache_of(run.config, cache)
     check_unlocked(run.folder, "--output")  # before anything in it is removed
     try:
         trainer = Trainer(_going_on(run), cache, stop)
@@ -149,6 +164,7 @@ def _done(run: Run, trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
         "checkpoint": checkpoint.name,
         "steps": facts.num_steps,
         "statements_per_step": facts.statements_per_step,
+        "training_statements": len(trainer.data.train),
         "trainable_parameters": facts.trainable,
         "device": memory_of(trainer.model.gemma.device).name,
     }
@@ -168,12 +184,17 @@ def _evaluate(run: Run, checkpoint: Path, split: str, cache: Path, gemma: Gemma 
     output = records_of(run, split)
     if output.is_file() and read_source(output) is not None:
         return
-    conditions = CONDITIONS if run.number == 0 else WITH_WORLD
+    conditions = conditions_of(run)
     places = ("--model", checkpoint, "--cache", cache, "--split", split, "--output", output)
     words = ["python", "tools/eval.py", *map(str, places), "--conditions", *conditions]
     keys = ("annotations", "image_folder", "device", "num_workers")
     overrides = {key: getattr(run.config, key) for key in keys}
     score_to_file([checkpoint], split, cache, None, conditions, overrides, words, output, gemma=gemma)
+
+
+def conditions_of(run: Run) -> tuple[str, ...]:
+    """Return the conditions that a run is evaluated under."""
+    return CONDITIONS if run.number == 0 else WITH_WORLD
 
 
 def records_of(run: Run, split: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 from theworld.config.config import Config
 from theworld.data.captions import Captions, captions_note, load_captions, pick_captions
 from theworld.data.images import check_photographs
-from theworld.data.vsr import Statement, images_of, load_statements, relation_note
+from theworld.data.vsr import Statement, images_of, load_statements, relation_note, training_statements
 from theworld.extraction.batches import FeatureSource
 from theworld.extraction.features import (
     CachedFeatures,
@@ -45,6 +45,7 @@ class Data:
     vision: FeatureSource | None  # None: of a text-only Gemma, or not cached
     notes: list[str] = field(default_factory=list)  # lines about all this, to show before the start
     captions: Captions | None = None  # of the training photographs; None: not asked for
+    num_epoch: int = 0  # statements of an epoch by which steps are counted: `train`, or what it is a share of
 
     def sha256(self) -> str:
         """Return the hash of the training statements and captions."""
@@ -69,8 +70,11 @@ def load_data(config: Config, cache: Path) -> Data:
     vision, latents = cached_vision(config, cache), cached_latents(config, cache)
     train = load_statements(config.annotations, "train", config.dataset_name)
     dev = load_statements(config.annotations, "dev", config.dataset_name) if config.do_eval else []
-    train = train[: config.num_samples]
-    train, train_note = in_cache(train, latents, cache)
+    pool, train_note = in_cache(train[: config.num_samples], latents, cache)
+    train, _ = in_cache(training_statements(train, config), latents, cache)
+    if config.train_share is not None:
+        drawn = f"{len(train):,} statements, drawn by the seed (train_share {config.train_share:g})"
+        train_note = f"{drawn}, of {train_note}; as many steps as with all of them"
     dev, dev_note = in_cache(dev, latents, cache)
     if not train:
         raise ValueError(
@@ -83,7 +87,7 @@ def load_data(config: Config, cache: Path) -> Data:
     if captions is not None:
         notes.append(captions_note(captions, images_of(train)))
     notes += compared(config, latents, images_of([*train, *dev]))
-    return Data(train, dev, latents, vision, notes, captions)
+    return Data(train, dev, latents, vision, notes, captions, len(pool))
 
 
 def with_statistics(data: Data, start: SavedModel | None) -> Data:

@@ -271,7 +271,7 @@ class Plan:
             check_same_settings(self.resumed, self.changed, allow_changed)
         self.order = Order(self.data.train, config.seed)
         before = config.align_steps + config.statement_steps
-        self.num_steps = before + num_train_steps(config, len(self.data.train), self.global_batch_size)
+        self.num_steps = before + num_train_steps(config, self.data.num_epoch, self.global_batch_size)
         self.phases = phases(config, self.num_steps)
         self.gemma = plan_gemma(config, self.processes.device, self.data, self.start)
         # The vision tower is loaded too, though a run with cached features does not need it.

@@ -1,0 +1,124 @@
+"""What the runs of a study take, from a few timed steps: the clock of these tests is a counter."""
+
+import itertools
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from theworld.study import rates
+from theworld.study.plan import plan_study
+from theworld.study.protocol import Arm, Study, runs_of
+from theworld.study.rates import Rates, kind_of, measure_missing, read_rates
+from theworld.study.run import run_study
+from theworld.study.runner import ALL, records_of
+from theworld.training.memory import OutOfMemory, Plan
+from theworld.utils.device import memory_of, resolve_device
+from theworld.utils.distributed import Part
+from theworld.utils.files import StoreError
+from theworld.utils.signals import StopRequest
+
+CPU = memory_of(resolve_device("cpu")).name
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is a second later whenever it is read."""
+    monkeypatch.setattr(rates, "perf_counter", itertools.count(0.0).__next__)
+
+
+def test_a_run_is_timed_by_its_start_its_steps_a_checkpoint_and_answers(
+    study: Study, study_cache: Path, tmp_path: Path
+) -> None:
+    runs = runs_of(study, tmp_path)
+    measure_missing(runs, study_cache, tmp_path)
+    # One second each for the start, for the second of two steps, for the checkpoint, and for 6 statements under 3
+    # conditions. The other arm differs in its encoder alone.
+    found = {kind_of(runs[0].config): Rates("world", CPU, 1.0, {"train": 1.0}, 1.0, 1 / 18)}
+    assert read_rates(tmp_path) == found
+    assert not (tmp_path / "runs").exists()
+    (one,) = found.values()
+    assert one.words() == "world: 1,000 ms a step of 'train', 55.6 ms an answer, 1 s to start"
+    plan = Plan(replace(runs[0].config, output_dir=str(tmp_path / "none")), study_cache)
+    # The start, 2 steps, 2 checkpoints, and 12 statements of dev and test under 5 conditions, or 3 of later runs.
+    assert one.seconds(runs[0], plan, 12) == pytest.approx(1 + 2 + 2 + 60 / 18)
+    assert one.seconds(runs[1], plan, 12) == pytest.approx(1 + 2 + 2 + 36 / 18)
+    (time,) = [line for line in plan_study(study, runs, study_cache, tmp_path) if line.startswith("time")]
+    assert time == (
+        "time         about 29 s of one device for 4 runs, 7 s each; from 20 steps and 4 batches of an evaluation on "
+        + CPU
+    )
+
+
+def test_each_phase_is_timed_by_its_own_steps(study: Study, study_cache: Path, tmp_path: Path) -> None:
+    aligned = replace(study, base=replace(study.base, max_steps=30, align_steps=25), arms=study.arms[:1])
+    measure_missing(runs_of(aligned, tmp_path), study_cache, tmp_path)
+    (found,) = read_rates(tmp_path).values()
+    # After two steps each, 20 of the 25 steps of the first phase, and the other three of the five of the second.
+    assert found.steps == {"align": 1 / 20, "train": 1 / 3}
+
+
+def test_what_is_known_is_not_measured_again(
+    study: Study, study_cache: Path, ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measure(run: object, _: Path, device: str) -> Rates:
+        measured.append(run.arm.name)  # type: ignore[attr-defined]
+        return Rates(measured[-1], device, 1.0, {}, 1.0, 1.0)
+
+    monkeypatch.setattr(rates, "measure", measure)
+    measure_missing(runs_of(study, ended), study_cache, tmp_path)
+    assert measured == []  # its runs are done
+    more = replace(study, arms=(*study.arms, Arm("linear", {"projection": "linear"})))
+    for _ in range(2):
+        measure_missing(runs_of(more, tmp_path), study_cache, tmp_path)
+        assert measured == ["world", "linear"]
+    text = (tmp_path / "rates.json").read_text().replace(CPU, "another machine")
+    (tmp_path / "rates.json").write_text(text)
+    measure_missing(runs_of(more, tmp_path), study_cache, tmp_path)
+    assert measured == ["world", "linear"] * 2
+    (tmp_path / "rates.json").write_text('{"kind": {"arm": "world"}}')
+    with pytest.raises(StoreError, match=r"rates\.json: key 'answer' is missing"):
+        read_rates(tmp_path)
+
+
+def test_a_kind_of_run_that_fails_is_not_measured_and_named(
+    study: Study,
+    study_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def measure(*_: object) -> Rates:
+        raise OutOfMemory("step 1: out of memory")
+
+    monkeypatch.setattr(rates, "measure", measure)
+    runs = runs_of(study, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        measure_missing(runs, study_cache, tmp_path)
+    assert caplog.messages == ["world-0 was not measured: step 1: out of memory"]
+    (time,) = [line for line in plan_study(study, runs, study_cache, tmp_path) if line.startswith("time")]
+    assert time.startswith("time         not known before anything has run: without --dry_run this command ")
+
+
+def test_a_study_measures_before_its_first_run_and_trains_as_if_it_had_not(
+    study: Study, study_cache: Path, ended: Path, tmp_path: Path
+) -> None:
+    alone = replace(study, arms=study.arms[:1], seeds=[0], primary=None)
+    run_study(alone, study_cache, tmp_path, ALL, 1, StopRequest())
+    assert [found.arm for found in read_rates(tmp_path).values()] == ["world"]
+    for split in ("dev", "test"):
+        own, other = (records_of(runs_of(alone, folder)[0], split) for folder in (tmp_path, ended))
+        assert own.read_bytes() == other.read_bytes()
+
+
+def test_the_first_part_measures_for_all(
+    study: Study, study_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequest()
+    stop.ask("test")
+    for part, known in ((Part(1, 2), False), (Part(0, 2), True)):
+        run_study(study, study_cache, tmp_path, part, 1, stop)
+        assert bool(read_rates(tmp_path)) == known

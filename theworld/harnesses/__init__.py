@@ -1,0 +1,1 @@
+"""Checkpoints in other evaluation harnesses: lmms-eval and VLMEvalKit."""
