@@ -6,7 +6,8 @@
 
 From photographs to verdict: extracts what the cache lacks, trains each arm with each seed, evaluates the last
 checkpoints on dev and test under all conditions, compares the arms, and writes study.json, study.csv, study.tex and
-study.html. --config names a file as configs/vsr_study.json, which fixes arms, seeds and the comparison that decides.
+study.html. --config names a file as configs/vsr_study.json, which fixes arms, seeds and the comparison that decides;
+configs/study_patch.json and its like ask about settings.
 
 Independent jobs share a study, on any number of machines: `--part 1/8` to `--part 8/8` train a part of the runs each,
 and the one that ends last draws the page. `--processes 2` trains two runs at a time on one machine. `--benchmarks`
