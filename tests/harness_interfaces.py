@@ -80,3 +80,21 @@ LMMS_EVAL = {
     "lmms_eval.api.instance": {"GenerationResult": GenerationResult},
     "lmms_eval.models.registry_v2": {"ModelManifest": ModelManifest},
 }
+
+
+class BaseModel:
+    """`vlmeval.vlm.base.BaseModel`, as far as `generate` prepares what a model gets."""
+
+    allowed_types = ("text", "image", "video")
+
+    def __init__(self) -> None:
+        self.dump_image_func = None
+
+    def generate(self, message: list[dict[str, str]], dataset: str | None = None) -> str:
+        for item in message:
+            assert item["type"] in self.allowed_types, f"Invalid input type: {item['type']}"
+        return self.generate_inner(message, dataset)  # type: ignore[attr-defined]
+
+
+def vlmevalkit() -> dict[str, dict[str, Any]]:
+    return {"vlmeval.vlm.base": {"BaseModel": BaseModel}, "vlmeval.config": {"supported_VLM": {}}}

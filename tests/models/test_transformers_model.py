@@ -223,13 +223,19 @@ def test_the_projection_trains_and_gemma_does_not(model: Any, processor: Any, ph
     inputs = encode(processor, pictures(photographs)[:1], QUESTIONS[:1])
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -1] = model.theworld.gemma.answer_ids[1]
-    model(**inputs, labels=labels).loss.backward()
+    output = model(**inputs, labels=labels)
+    # The label is the last token, which the token before it predicts.
+    wanted = -output.logits[0, -2].log_softmax(-1)[labels[0, -1]]
+    assert output.loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    output.loss.backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {f"projection.{name}" for name, _ in model.projection.named_parameters()}
     model.zero_grad()
 
 
-def test_peft_finds_the_layers_of_gemma(kind: str, folders: dict[str, Path], photographs: Path) -> None:
+def test_peft_finds_the_layers_of_gemma(
+    kind: str, folders: dict[str, Path], photographs: Path, tmp_path: Path
+) -> None:
     peft = pytest.importorskip("peft")
     model = AutoModelForImageTextToText.from_pretrained(folders[kind], dtype="float32")
     inputs = encode(AutoProcessor.from_pretrained(folders[kind]), pictures(photographs)[:1], QUESTIONS[:1])
@@ -250,7 +256,9 @@ def test_peft_finds_the_layers_of_gemma(kind: str, folders: dict[str, Path], pho
     assert len(trained) == 4 * layers
     assert all("lora_" in name for name in trained)
     torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=10.0).step()
-    assert not torch.allclose(adapted(**inputs).logits, before)
+    with torch.no_grad():
+        after = adapted(**inputs).logits
+    assert not torch.allclose(after, before)
     assert adapted.generate(**inputs, **GREEDY).shape == (1, inputs["input_ids"].shape[1] + 8)
     with pytest.raises(
         ValueError, match=r"parameters train that a checkpoint does not hold, such as gemma\."

@@ -32,7 +32,7 @@ class TheWorldConfig(PreTrainedConfig):
         """
         from transformers import AutoConfig  # which may be loading, and lets this module be imported
 
-        settings = {key: value for key, value in config_dict.items() if key != "model_type"}
+        settings = {k: v for k, v in config_dict.items() if k not in ("model_type", "_commit_hash")}
         name = options.get("model_name", settings["model_name"])
         gemma = AutoConfig.from_pretrained(source_of_model(name, GEMMA_FILE))
         own = {

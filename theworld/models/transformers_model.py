@@ -30,7 +30,7 @@ from theworld.models.transformers_processor import BRACKET, WORLD
 _PREFILL_ONLY = ("token_type_ids", "pixel_values", "world_pixels")
 # Options that transformers hands on, and that change nothing here.
 _WITHOUT_EFFECT = frozenset(
-    "trust_remote_code adapter_kwargs _from_auto _from_pipeline low_cpu_mem_usage use_safetensors".split()
+    "trust_remote_code _from_auto _from_pipeline low_cpu_mem_usage use_safetensors".split()
 )
 
 
@@ -71,10 +71,12 @@ class TheWorldForConditionalGeneration(PreTrainedModel, GenerationMixin):
         device_map: Any = None,
         revision: str | None = None,
         attn_implementation: str | None = None,
+        adapter_kwargs: dict[str, Any] | None = None,
         **options: Any,
     ) -> "TheWorldForConditionalGeneration":
         """Load a checkpoint as `TheWorld.from_pretrained` does; other settings are taken from `options`.
 
+        Where transformers was given the folder of a peft adapter for a checkpoint, the adapter is loaded too.
         Raises ValueError for an option that cannot be followed, such as flash attention, which ignores the masks of
         image and world tokens.
         """
@@ -99,7 +101,10 @@ class TheWorldForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attn_implementation="sdpa",
             dtype=world.gemma.dtype,
         )
-        return cls(config, world).eval()
+        model = cls(config, world)
+        if adapter_kwargs and "_adapter_model_path" in adapter_kwargs:  # of the auto classes
+            model.load_adapter(adapter_kwargs["_adapter_model_path"])
+        return model.eval()
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write a model that `from_pretrained` and `TheWorld.from_pretrained` load: see `TheWorld.save_pretrained`.
@@ -142,9 +147,10 @@ class TheWorldForConditionalGeneration(PreTrainedModel, GenerationMixin):
         token_type_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         world_pixels: Tensor | None = None,
+        labels: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """Return logits, float[B, L, vocabulary], and the loss where `labels` are given, as transformers' Gemma does.
+        """Return logits, float[B, L, vocabulary], and the loss where `labels`, int64[B, L], are given (-100: none).
 
         Inputs are those of `TheWorldProcessor`; `options` are those of transformers' Gemma.
         """
@@ -157,13 +163,17 @@ class TheWorldForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)
             own = (self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
             attention_mask = self.create_masks_for_generate(*own, token_type_ids)
-        return self.gemma(
+        output = self.gemma(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             **options,
         )
+        if labels is not None:
+            size = self.config.get_text_config().vocab_size
+            output.loss = self.loss_function(logits=output.logits, labels=labels, vocab_size=size, **options)
+        return output
 
     def embed(
         self,
