@@ -6,7 +6,7 @@ SEED ?= 0
 # Threads that wait without spinning: small models stay fast on a machine that does other things too.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo demo-seeds study study-errors bench test test-heavy test-cuda torture lint format check clean
+.PHONY: demo demo-seeds study study-control study-errors bench test test-heavy test-cuda torture lint format check clean
 
 demo: $(VENV)/.installed  ## the main job end to end on drawn scenes and embedded models
 	$(BIN)/python tools/demo.py --seed $(SEED)
@@ -18,6 +18,13 @@ study: $(VENV)/.installed  ## seven arms, three seeds, on drawn scenes and embed
 	$(BIN)/python tools/draw_scenes.py --output checkpoints/study-scenes
 	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py --config configs/demo_study.json --annotations checkpoints/study-scenes \
 		--image_folder checkpoints/study-scenes/images --cache checkpoints/study-cache --output checkpoints/study --processes 2
+
+study-control: $(VENV)/.installed  ## a study that has an effect to find, on hard scenes: half an hour on two cores
+	$(BIN)/python tools/draw_scenes.py --hard --output checkpoints/control-scenes
+	$(BIN)/python tools/make_control_vae.py --output checkpoints/control-vae
+	OMP_NUM_THREADS=1 $(BIN)/python tools/study.py --config configs/control_study.json --annotations checkpoints/control-scenes \
+		--image_folder checkpoints/control-scenes/images --cosmos_model_name checkpoints/control-vae \
+		--cache checkpoints/control-cache --output checkpoints/study-control --processes 2
 
 bench: $(VENV)/.installed  ## how fast each phase is here, at small shapes, beside what one would otherwise run
 	$(BIN)/python tools/bench.py --shapes small --variants "batch 8 x 2" checkpointing

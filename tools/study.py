@@ -6,10 +6,12 @@
 
 From photographs to verdict: extracts what the cache lacks, trains each arm with each seed, evaluates the last
 checkpoints on dev and test under all conditions, compares the arms, and writes study.json, study.csv, study.tex and
-study.html. --config names a file as configs/vsr_study.json, which fixes arms, seeds and the comparison that decides.
+study.html. --config names a file as configs/vsr_study.json, which fixes arms, seeds and the comparison that decides;
+configs/study_patch.json and its like ask about settings.
 
 Independent jobs share a study, on any number of machines: `--part 1/8` to `--part 8/8` train a part of the runs each,
-and the one that ends last draws the page. `--processes 2` trains two runs at a time on one machine.
+and the one that ends last draws the page. `--processes 2` trains two runs at a time on one machine. `--benchmarks`
+scores all runs on other benchmarks at the end, and draws transfer.html.
 
 SIGTERM and SIGUSR1 let the run under way finish its step and save, and start no other run. After that, and after a
 kill, the same command goes on; a finished run is not repeated.
@@ -51,6 +53,8 @@ def main() -> int:
     parser.add_argument("--part", type=part_of, default="1/1", metavar="I/N", help=text)
     text = "Number of runs that are trained at a time on this machine. (default: 1)"
     parser.add_argument("--processes", type=int, default=1, metavar="INTEGER", help=text)
+    text = "Folders of tools/get_benchmark.py on which every run is scored when all are done. (default: none)"
+    parser.add_argument("--benchmarks", type=path, nargs="+", default=[], metavar="FOLDER", help=text)
     add_dry_run(parser)
     add_config_arguments(parser, KEYS, source="the study")
     arguments = parser.parse_args()
@@ -64,11 +68,13 @@ def main() -> int:
         from theworld.study.run import run_study
         from theworld.study.runner import by_cache, lacking, quiet_runs
         from theworld.study.sizes import equal_sizes
+        from theworld.study.transfer import check_benchmarks, score_if_done
         from theworld.utils.signals import STATUS, StopRequest
     quiet_runs()
 
     study = read_study(arguments.config, overrides, arguments.arms, arguments.seeds)
     runs_of(study, arguments.output)  # before anything runs: is every setting of every arm allowed?
+    check_benchmarks(arguments.benchmarks)
     places = (arguments.cache, arguments.output, arguments.part, arguments.processes)
 
     def plan() -> Iterator[str]:
@@ -81,6 +87,8 @@ def main() -> int:
                 yield from extraction(config, cache, vision and number == 0, False, part)
         if complete:
             yield from plan_study(study, runs_of(equal_sizes(study), arguments.output), *places)
+        if arguments.benchmarks:
+            yield f"then scores  every run on {', '.join(map(str, arguments.benchmarks))}"
 
     if arguments.dry_run:
         return rehearse(plan)
@@ -88,6 +96,9 @@ def main() -> int:
         outcome = run_study(study, *places, stop)
         stop.end()
     print(outcome.text)
+    transfer = score_if_done(study, arguments.benchmarks, arguments.output)
+    if transfer is not None:
+        print(transfer)
     return STATUS if outcome.stopped else int(bool(outcome.failed))
 
 

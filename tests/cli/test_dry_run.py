@@ -69,6 +69,7 @@ def test_no_tool_leaves_a_trace(
         "demo": ["--output", demo],
         "bench": ["--shapes", "tiny", "--folder", tmp_path / "bench", "--output", tmp_path / "b.json"],
         "make_demo_models": ["--output", tmp_path / "models"],
+        "make_control_vae": ["--output", tmp_path / "vae"],
     }
     commands["get_images"] += ["--coco", config["image_folder"]]
     before = trace(tmp_path), trace(Path(config["image_folder"])), trace(Path(config["annotations"]))
@@ -97,6 +98,8 @@ def test_no_tool_leaves_a_trace(
         ("bench", ["--sizes", '{"repeat": 1}'], "--sizes: no size 'repeat'; the nearest is repeats"),
         ("bench", ["--share", "0"], "--share is 0.0; give more than 0 and at most 1"),
         ("make_demo_models", ["--output", "m", "--batch_size", "0"], "batch_size is 0; give more than 0"),
+        ("make_control_vae", ["--output", "m", "--steps", "0"], "steps is 0; give more than 0"),
+        ("make_control_vae", ["--output", "m", "--num_scenes", "1"], "num_scenes is 1; one is held out"),
         (
             "make_demo_models",
             ["--output", "setup.cfg/m"],

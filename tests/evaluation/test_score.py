@@ -442,14 +442,15 @@ def test_photographs_of_a_benchmark_are_told_by_their_source_and_by_content_in_t
     assert seen(held_out(*given, train_annotations=str(vsr), image_folder=own)) == by_name
     save_config(replace(saved.config(), image_folder=str(trained)), saved.folder / "config.json")
     given = {"": SavedModel.open_folder(saved.folder)}, *given[1:]
+    caplog.clear()
     assert seen(held_out(*given, train_annotations=str(vsr), image_folder=own)) == [
         (True, True),
         (True, False),
         *by_name[2:],
     ]
-    assert caplog.messages[-1] == (
+    assert caplog.messages == [
         "photographs of the split that training had under another name: 1 by the name in their data set, 1 by content"
-    )
+    ]
 
 
 def test_records_and_summary_say_that_a_photograph_was_seen_under_another_name(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from records import statement, with_rest
 
+from theworld.data.references import quoted
 from theworld.data.vsr import OWN, PUBLISHED_SHA256, statements_sha256
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.records import records
@@ -24,16 +25,14 @@ def test_published_accuracies_stand_below_and_are_marked_as_quoted() -> None:
     lines = shown("vsr_random")
     assert lines[0] == "4 statements, 4 images of vsr_random test"
     found = [line for line in lines if "quoted: " in line]
-    assert [line.split("  ")[0] for line in found] == [
-        "human",
-        "PaliGemma 2 10B, fine-tuned",
-        "PaliGemma 2 3B, fine-tuned",
-        "LXMERT",
-        "ViLT",
-        "CLIP, frozen",
-    ]
+    assert [line.split("  ")[0] for line in found] == [one.name for one in quoted("vsr_random", "test")]
     assert found[0].split()[1] == "95.4%"
-    assert all("arXiv" in line for line in found)
+    wanted = "2,195 statements; Liu, Emerson, Collier: Visual Spatial Reasoning, TACL 2023 (arXiv 2205.00363)"
+    assert found[-1].endswith(f"56.0%  quoted: {wanted}")
+    zeroshot = shown("vsr_zeroshot")
+    (gemma,) = [line for line in zeroshot if line.startswith("Gemma 3 4B, zero-shot")]
+    assert gemma.endswith("66.3%  quoted: 1,222 statements, generated; a third party, unpublished [4]")
+    assert [line[:3] for line in zeroshot if line.startswith("[")] == ["[1]", "[2]", "[3]", "[4]"]
     assert not any("quoted" in line for line in [*shown("own data"), *shown("vsr_random", "dev")])
 
 
@@ -48,7 +47,7 @@ def test_own_data_of_the_size_of_vsr_has_no_published_accuracies_beside_it(
     assert "quoted" not in table(summarise(older))
     digest = statements_sha256((row["image"], row["statement"], row["label"]) for row in older)
     monkeypatch.setitem(PUBLISHED_SHA256, ("vsr_random", "test"), digest)
-    assert table(summarise(older)).count("quoted") == 6
+    assert table(summarise(older)).count("quoted") == 8
     assert "quoted" not in table(summarise(older[1:]))
 
 

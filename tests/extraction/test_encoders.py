@@ -14,7 +14,8 @@ from constants import EMBEDDED_VAE
 from theworld.cli import dry_run
 from theworld.cli.doctor import FAULT, look_over
 from theworld.config.config import Config
-from theworld.data.images import latent_pixels, read_image, sha256, square
+from theworld.data.images import read_image, sha256
+from theworld.data.square import latent_pixels, square
 from theworld.evaluation.score import score
 from theworld.extraction import extract as phase_1
 from theworld.extraction.encoders import check_stores, encoder_of, specs_of

@@ -18,7 +18,8 @@ from jobs import config_of, content, make_photographs
 from torch import Tensor
 
 from theworld.config.config import Config
-from theworld.data.images import ImageError, Square, decode, read_image, sha256
+from theworld.data.images import ImageError, decode, read_image, sha256
+from theworld.data.square import Square
 from theworld.extraction import extract as phase_1
 from theworld.extraction import reading
 from theworld.extraction.extract import extract, freeze, has_room

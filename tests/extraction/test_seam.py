@@ -14,7 +14,8 @@ from torch import Tensor
 from theworld.cli import dry_run
 from theworld.cli.doctor import FAULT, look_over
 from theworld.config.config import Config
-from theworld.data.images import read_image, square
+from theworld.data.images import read_image
+from theworld.data.square import square
 from theworld.evaluation.score import score
 from theworld.extraction.audit import audit
 from theworld.extraction.extract import extract, verify

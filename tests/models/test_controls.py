@@ -11,7 +11,8 @@ from constants import EMBEDDED_GEMMA, EMBEDDED_VAE
 from diffusers import AutoencoderKLWan
 
 from theworld.config.config import Config
-from theworld.data.images import read_image, square
+from theworld.data.images import read_image
+from theworld.data.square import square
 from theworld.models import world_encoder
 from theworld.models.cosmos import CosmosLatents, unit_range
 from theworld.models.cosmos_random import RandomLatents

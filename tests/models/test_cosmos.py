@@ -12,7 +12,7 @@ from constants import EMBEDDED_VAE
 from diffusers import AutoencoderKLWan
 
 from theworld.config.config import Config
-from theworld.data.images import to_unit_range
+from theworld.data.square import to_unit_range
 from theworld.models.cosmos import (
     CosmosEncoder,
     CosmosLatents,

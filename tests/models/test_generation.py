@@ -42,7 +42,7 @@ def without_cache(model: TheWorld, pixels: np.ndarray, question: str, with_world
     found: list[int] = []
     for _ in range(20):
         grown = replace(prompt, branch=(*prompt.branch, *found))
-        packer._prompts[question, with_world, True] = grown
+        packer._prompts[question, with_world, True, False] = grown
         with torch.no_grad():
             logits = model(packer.pack([Question("a", question)]), latents, vision)[0]
         logits[ends] = -torch.inf

@@ -287,6 +287,26 @@ def test_results_of_test_are_preferred_to_newer_ones_of_dev(tmp_path: Path) -> N
     assert "the dev split of VSR random?" in write_report(tmp_path / "run").read_text(encoding="utf-8")
 
 
+def test_a_newer_benchmark_is_listed_beside_vsr_with_its_choices(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", None, 40)
+    asked = [
+        Statement(f"{i // 2}.jpg", f"It is {i}.", 1 - i % 2, "on", i, group=f"{i // 2}") for i in range(4)
+    ]
+    answers = {
+        "world": with_rest(np.tile([[0.0, 2.0], [0.0, 1.0]], (2, 1))),
+        "baseline": with_rest(np.zeros((4, 2))),
+    }
+    other = path.with_name("checkpoint-40-whatsup_a-test.jsonl")
+    write_jsonl(records(asked, answers, set(), set(), "whatsup_a", "test"), other)
+    os.utime(other, ns=(0, path.stat().st_mtime_ns + 10**9))
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert "the test split of VSR random?" in text
+    assert f"{other.name} <small>the test split of whatsup_a, 4 statements about 2 images</small>" in text
+    assert "As 2 choices (chance 50.0\u00a0%): 100.0\u00a0% against 0.0\u00a0% of plain Gemma" in text
+    path.unlink()
+    assert "the test split of whatsup_a?" in write_report(tmp_path / "run").read_text(encoding="utf-8")
+
+
 def test_choices_have_a_section_of_their_own(pages: dict[str, Path], tmp_path: Path) -> None:
     asked = [
         Statement(
@@ -346,7 +366,14 @@ def test_the_page_shows_the_figures_of_the_summary(pages: dict[str, Path]) -> No
     for relation, score in summary["by_relation"].items():
         few = ", few" if score["world"]["n"] < 30 else ""
         assert f"{relation} n\u00a0{score['world']['n']:,}{few}" in text
-    for quoted in ("human 95.4", "LXMERT 70.1", "ViLT 69.3", "PaliGemma 2 3B, fine-tuned 81.6"):
+    for quoted in (
+        "human 95.4",
+        "LXMERT, fine-tuned 70.1",
+        "ViLT, fine-tuned 69.3",
+        "PaliGemma 2 3B, fine-tuned 81.6",
+        "arXiv 2205.00363) (https://arxiv.org/abs/2205.00363, read 2026-11-28)",
+        "[1] The paper gives one human accuracy, for both releases.",
+    ):
         assert quoted in text
     assert "Quoted, not measured here" in text
     assert "training ends at 0.300; dev ends at 0.350" in text

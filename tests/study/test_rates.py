@@ -2,18 +2,21 @@
 
 import itertools
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from theworld.study import rates
 from theworld.study.plan import plan_study
 from theworld.study.protocol import Arm, Study, runs_of
-from theworld.study.rates import Rates, kind_of, measure_missing, read_rates
+from theworld.study.rates import Rates, kind_of, measure, measure_missing, read_rates
 from theworld.study.run import run_study
 from theworld.study.runner import ALL, records_of
 from theworld.training.memory import OutOfMemory, Plan
+from theworld.training.trainer import Trainer
 from theworld.utils.device import memory_of, resolve_device
 from theworld.utils.distributed import Part
 from theworld.utils.files import StoreError
@@ -45,18 +48,55 @@ def test_a_run_is_timed_by_its_start_its_steps_a_checkpoint_and_answers(
     assert one.seconds(runs[0], plan, 12) == pytest.approx(1 + 2 + 2 + 60 / 18)
     assert one.seconds(runs[1], plan, 12) == pytest.approx(1 + 2 + 2 + 36 / 18)
     (time,) = [line for line in plan_study(study, runs, study_cache, tmp_path) if line.startswith("time")]
+    source = f"steps and answers that were timed on {CPU}"
     assert time == (
-        "time         about 29 s of one device for 4 runs, 7 s each; from 20 steps and 4 batches of an evaluation on "
-        + CPU
+        f"time         about 29 s of one device for 4 runs, one after the other, 7 s each; from {source}"
     )
 
 
-def test_each_phase_is_timed_by_its_own_steps(study: Study, study_cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("second", "steps"), [(1.0, 11), (0.25, 20)])
+def test_each_phase_is_timed_by_its_own_steps_for_ten_seconds_at_most(
+    study: Study,
+    study_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    second: float,
+    steps: int,
+) -> None:
+    monkeypatch.setattr(rates, "perf_counter", itertools.count(0.0, second).__next__)
+    taken: list[int] = []
+    train_step = Trainer.train_step
+
+    def counted(trainer: Trainer, *given: Any) -> dict[str, float]:
+        taken.append(trainer.step)
+        return train_step(trainer, *given)
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
     aligned = replace(study, base=replace(study.base, max_steps=30, align_steps=25), arms=study.arms[:1])
     measure_missing(runs_of(aligned, tmp_path), study_cache, tmp_path)
     (found,) = read_rates(tmp_path).values()
-    # After two steps each, 20 of the 25 steps of the first phase, and the other three of the five of the second.
-    assert found.steps == {"align": 1 / 20, "train": 1 / 3}
+    # The clock is read once a step. Two steps each are not timed; of the second phase there are five.
+    assert taken == [*range(2 + steps), *range(25, 30)]
+    assert found.steps == {"align": second, "train": second}
+
+
+@pytest.mark.parametrize(("compiled", "starts"), [(False, [5.0]), (True, [60.0, 5.0])])
+def test_where_code_is_compiled_what_is_timed_is_a_start_that_finds_it(
+    study: Study,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: bool,
+    starts: list[float],
+) -> None:
+    coming = iter(starts)
+
+    def measured(*_: object) -> Rates:
+        return Rates("world", CPU, next(coming), {}, 0.0, 0.0)
+
+    monkeypatch.setattr(rates, "_measured", measured)
+    monkeypatch.setattr(rates, "wants_compile", lambda *_: compiled)
+    assert measure(runs_of(study, tmp_path)[0], tmp_path, CPU).start == 5.0
+    assert list(coming) == []
 
 
 def test_what_is_known_is_not_measured_again(
@@ -84,6 +124,24 @@ def test_what_is_known_is_not_measured_again(
         read_rates(tmp_path)
 
 
+def test_runs_on_another_share_are_known_from_their_own_rates(
+    study: Study, study_cache: Path, ended: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(ended, tmp_path / "out")
+    (tmp_path / "out" / "protocol.json").unlink()
+    halves = replace(study, train_shares=[0.5, 1.0])  # those on all statements are done
+    runs = runs_of(halves, tmp_path / "out")
+
+    def source() -> str:
+        lines = plan_study(halves, runs, study_cache, tmp_path / "out")
+        (time,) = [line for line in lines if line.startswith("time")]
+        return time.partition("; ")[2]
+
+    assert source() == "from the mean of the others"
+    measure_missing(runs, study_cache, tmp_path / "out")
+    assert source() == f"from steps and answers that were timed on {CPU}"
+
+
 def test_a_kind_of_run_that_fails_is_not_measured_and_named(
     study: Study,
     study_cache: Path,
@@ -100,7 +158,7 @@ def test_a_kind_of_run_that_fails_is_not_measured_and_named(
         measure_missing(runs, study_cache, tmp_path)
     assert caplog.messages == ["world-0 was not measured: step 1: out of memory"]
     (time,) = [line for line in plan_study(study, runs, study_cache, tmp_path) if line.startswith("time")]
-    assert time.startswith("time         not known before anything has run: without --dry_run this command ")
+    assert time.startswith("time         not known before anything has run: a start without ")
 
 
 def test_a_study_measures_before_its_first_run_and_trains_as_if_it_had_not(

@@ -158,10 +158,13 @@ def test_studies_of_settings_plan_on_a_cache(
 ) -> None:
     found = replace(read_study(ROOT / "configs" / f"{name}.json"), base=study.base)
     lines = list(plan_study(found, runs_of(found, tmp_path), study_cache, tmp_path))
+    pairs = len(arms) * (len(arms) - 1) // 2
     assert lines[1] == (
-        "decides      nothing: a study without `primary` explores. It compares every two arms on test, corrected for "
-        "their number"
+        "decides      nothing: a study without `primary` explores. It compares every two arms on test: "
+        f"{pairs}, corrected"
     )
+    (detects,) = [line for line in lines if line.startswith("detects")]
+    assert detects.endswith(f"with 80 % power at {5 / pairs:.3g} %")
     assert [line.split(";")[0] for line in lines if line.startswith("arm")] == [
         f"arm          {arm}: {number:,} parameters, 2 steps" for arm, number in arms.items()
     ]
@@ -194,7 +197,7 @@ def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
     new = list(plan_study(study, runs_of(study, tmp_path / "new"), study_cache, tmp_path / "new"))
     assert new[0] == "study        2 arms x 2 seeds: 4 runs, 0 done"
     (time,) = [line for line in new if line.startswith("time")]
-    assert time.startswith("time         not known before anything has run: without --dry_run this command ")
+    assert time.startswith("time         not known before anything has run: a start without ")
     assert any(
         line.strip().startswith("from 6 statements about 3 images and 2 seeds; assumed: ") for line in new
     )

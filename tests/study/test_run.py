@@ -2,13 +2,18 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from commands import tool
+from video2world import Guardrail
 
+from theworld.extraction.extract import extract
+from theworld.store.reader import StoreReader
 from theworld.study import run as study_run
-from theworld.study.protocol import Study, runs_of
+from theworld.study import runner
+from theworld.study.protocol import Arm, Study, runs_of
 from theworld.study.run import run_study
 from theworld.study.runner import ALL, DONE, is_done
 from theworld.utils.distributed import Part
@@ -86,3 +91,24 @@ def test_two_processes_do_the_runs_of_the_tool_and_the_page_is_drawn_once(
     assert tool("study", *given, "--dry_run").stdout.splitlines()[0] == (
         "study        2 arms x 2 seeds: 4 runs, 4 done"
     )
+
+
+@pytest.mark.heavy
+def test_a_study_of_predicted_frames_rolls_out_each_number_into_a_cache_of_its_own(
+    study: Study, video2world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "extract", partial(extract, guardrail=Guardrail()))
+    base = replace(study.base, cosmos_model_name=str(video2world), rollout_steps=2)
+    arms = [Arm("none", {}), Arm("one", {"num_world_steps": 1}), Arm("two", {"num_world_steps": 2})]
+    frames = Study(base, arms, None, [0], baseline="none")
+    found = run_study(frames, tmp_path / "cache", tmp_path / "out", ALL, 1, StopRequest())
+    assert found.failed == {}
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()) == [
+        *("frames-1", "frames-2", "gemma_vision", "latents")
+    ]
+    shapes = [
+        StoreReader(tmp_path / "cache" / folder / "latents").arrays["latents"].shape
+        for folder in ("", "frames-1", "frames-2")
+    ]
+    assert shapes == [(16, 8, 8), (2, 16, 8, 8), (3, 16, 8, 8)]
+    assert "corrected for 2 comparisons, no arm is shown to differ from none; of one seed each" in found.text

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import Gemma3ForConditionalGeneration
 
 from theworld.config.config import Config, save_config
-from theworld.data.images import read_image, square, to_unit_range
+from theworld.data.images import read_image
+from theworld.data.square import square, to_unit_range
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.score import score

@@ -182,6 +182,12 @@ def test_a_host_that_was_not_allowed_is_not_asked(tmp_path: Path) -> None:
             1,
             "nowhere: has no file data/Controlled_Images_A-",
         ),
+        (
+            "study",
+            ["--benchmarks", "nowhere"],
+            1,
+            "--benchmarks nowhere: wanted a folder of tools/get_benchmark.py",
+        ),
         ("eval", ["--model_name", "nowhere", "--cache", "c"], 1, "nowhere: neither a checkpoint"),
         (
             "eval",

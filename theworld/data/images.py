@@ -24,14 +24,11 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
-from torch import Tensor
 
 from theworld.utils.console import progress
 from theworld.utils.text import difference, folded
@@ -325,7 +322,7 @@ def photograph(image: str | Path | np.ndarray | Image.Image, max_pixels: int = M
     address, ValueError for an array of another type or shape.
     """
     if isinstance(image, np.ndarray):
-        _check_pixels(image)
+        check_pixels(image)
         return image
     if isinstance(image, Image.Image):
         return _to_rgb(_upright(image), "the given picture")
@@ -351,23 +348,8 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def square(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Return the whole picture, uint8[H, W, 3], stretched to uint8[size, size, 3].
-
-    Gemma's processor stretches too, so that the grid of its image tokens and that of the latent coincide.
-    """
-    _check_pixels(pixels)
-    return np.array(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def to_unit_range(pixels: np.ndarray) -> np.ndarray:
-    """Return uint8[H, W, 3] as the VAE's input, float32[3, H, W]: 0 becomes -1 and 255 becomes 1."""
-    _check_pixels(pixels)
-    channels_first = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    return channels_first.astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def _check_pixels(pixels: np.ndarray) -> None:
+def check_pixels(pixels: np.ndarray) -> None:
+    """Raise ValueError unless pixels are uint8[H, W, 3]."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise ValueError(f"pixels are {pixels.dtype}{list(pixels.shape)}; wanted uint8[H, W, 3]")
 
@@ -540,19 +522,3 @@ def _why_missing(name: str, folder: Path, follow_links: bool) -> str:
     if os.path.isfile(location):
         return ""
     return "not a regular file" if os.path.exists(location) else _not_there(folder, name, location)
-
-
-@dataclass(frozen=True)
-class Square:
-    """A photograph as the input of a world encoder: the whole picture, stretched to a square."""
-
-    size: int  # side in pixels
-
-    def __call__(self, pixels: np.ndarray) -> Tensor:
-        """Return uint8[S, S, 3] for uint8[H, W, 3]: a quarter of the bytes of float32 pixels."""
-        return torch.from_numpy(square(pixels, self.size))
-
-
-def latent_pixels(pixels: np.ndarray, size: int) -> Tensor:
-    """Return a photograph, uint8[H, W, 3], as the VAE's input, float32[3, size, size] in [-1, 1]."""
-    return torch.from_numpy(to_unit_range(square(pixels, size)))

@@ -7,6 +7,7 @@ Dimensions: H = W = size, height and width of the picture in pixels.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -182,10 +183,16 @@ def scene_rows(scene: Scene, image: str, num_statements: int = 2) -> list[dict[s
     ]
 
 
-def write_scenes(folder: Path, sizes: dict[str, int], seed: int = 0, num_statements: int = 2) -> None:
+def write_scenes(
+    folder: Path,
+    sizes: dict[str, int],
+    seed: int = 0,
+    num_statements: int = 2,
+    draw: Callable[[Scene], np.ndarray] = draw_scene,
+) -> None:
     """Write `images/scene-train-000000.png` and so on, and `train.jsonl`, `dev.jsonl` and `test.jsonl`.
 
-    `sizes` is the number of scenes of each split; each scene has `num_statements` rows.
+    `sizes` is the number of scenes of each split; each scene has `num_statements` rows. `draw` gives its picture.
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split, num_scenes in sizes.items():
@@ -194,6 +201,6 @@ def write_scenes(folder: Path, sizes: dict[str, int], seed: int = 0, num_stateme
             for index in range(num_scenes):
                 scene = make_scene(seed, split, index)
                 image = f"scene-{split}-{index:06d}.png"
-                Image.fromarray(draw_scene(scene)).save(folder / "images" / image, compress_level=1)
+                Image.fromarray(draw(scene)).save(folder / "images" / image, compress_level=1)
                 for row in scene_rows(scene, image, num_statements):
                     file.write(json.dumps(row) + "\n")

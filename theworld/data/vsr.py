@@ -1,4 +1,4 @@
-"""Visual Spatial Reasoning (Liu, Emerson, Collier, TACL 2023): its statements, and the published results on it.
+"""Visual Spatial Reasoning (Liu, Emerson, Collier, TACL 2023): its statements.
 
 A statement ("The cat is left of the laptop.") is true or false of one photograph. There are two releases, random and
 zeroshot, each with the splits train, dev (also called validation) and test: one JSON object a line. Your own data has
@@ -372,31 +372,6 @@ def seen_images(test: Iterable[Statement], train: Iterable[Statement]) -> set[st
     return {statement.image for statement in test} & {statement.image for statement in train}
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The published accuracy of a system on the test split of each release, in percent, and its source."""
-
-    system: str
-    random: float | None
-    zeroshot: float | None
-    source: str
-
-    def accuracy(self, dataset: str) -> float | None:
-        """Return the accuracy as a share, for a label that `dataset_label` returns; None if it was not published."""
-        percent = {"vsr_random": self.random, "vsr_zeroshot": self.zeroshot}.get(dataset)
-        return None if percent is None else percent / 100
-
-
-VSR_PAPER = "Liu, Emerson, Collier: Visual Spatial Reasoning, TACL 2023 (arXiv 2205.00363)"
-PALIGEMMA_PAPER = "Steiner et al.: PaliGemma 2, 2024 (arXiv 2412.03555)"
-QUOTED = (
-    Reference("human", 95.4, None, VSR_PAPER),
-    Reference("PaliGemma 2 10B, fine-tuned", 86.8, 79.8, PALIGEMMA_PAPER),
-    Reference("PaliGemma 2 3B, fine-tuned", 81.6, 74.8, PALIGEMMA_PAPER),
-    Reference("LXMERT", 70.1, 61.2, VSR_PAPER),
-    Reference("ViLT", 69.3, 63.0, VSR_PAPER),
-    Reference("CLIP, frozen", 56.0, 54.5, VSR_PAPER),
-)
 # `statements_sha256` of each split as published.
 PUBLISHED_SHA256 = {
     ("vsr_random", "train"): "df98cf639068035178480aa54b63947b936f3fa5c6857a275705c161720e9b12",
@@ -430,13 +405,6 @@ def dataset_label(
     if annotations is None:
         return f"vsr_{RELEASES[dataset_name]}"
     return release_of(((s.image, s.caption, s.label) for s in statements), split) or OWN
-
-
-def quoted(dataset: str, split: str) -> list[tuple[Reference, float]]:
-    """Return the published systems and their accuracies, as shares, for the test split of a release; else none."""
-    if split != "test":
-        return []
-    return [(r, value) for r in QUOTED if (value := r.accuracy(dataset)) is not None]
 
 
 def statements_at_hand(annotations: str | None, dataset_name: str) -> dict[str, list[Statement]] | None:

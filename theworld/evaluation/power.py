@@ -145,7 +145,7 @@ def plan_power(
     size = smallest_difference(expected_variance(assumptions, counts, num_seeds), alpha=alpha)
     yield (
         f"{100 * size:.1f} points of accuracy: the smallest difference between two arms that is found with {POWER:.0%} "
-        f"power at {alpha:.0%}".replace("%", " %")
+        f"power at {100 * alpha:.3g}%".replace("%", " %")
     )
     runs = f"{num_seeds} seed{'' if num_seeds == 1 else 's'}"
     yield f"from {counts.sum():,} statements about {len(counts):,} images and {runs}; {assumptions.words()}"

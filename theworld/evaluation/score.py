@@ -111,10 +111,12 @@ def held_out(
     stages = {name: _stages(saved, train_annotations, load) for name, saved in checkpoints.items()}
     trained = [s for own in stages.values() for train, _, _ in own for s in train]
     config = next(iter(settings.values()))
-    had_images, places = images_of(trained), (cache, image_folder, config.follow_links)
-    identity = _identities(images_of([*statements, *trained]), had_images, *places)
+    places = (cache, image_folder, config.follow_links)
     every_stage = [stage for own in stages.values() for stage in own]
-    for image, name in _other_names(statements, every_stage, image_folder or config.image_folder).items():
+    folder = image_folder or config.image_folder
+    here = [s for train, _, own in every_stage if not _is_elsewhere(own, folder) for s in train]
+    identity = _identities(images_of([*statements, *trained]), images_of(here), *places)
+    for image, name in _other_names(statements, every_stage, folder).items():
         identity[image] = identity.get(name, name)
     in_train: set[tuple[str, str]] = set()
     seen: set[str] = set()
@@ -177,15 +179,14 @@ def _other_names(
     had = {s.image for train, *_ in stages for s in train}
     by_content: dict[str, str] = {}
     for train, _, own in stages:
-        folder = own.image_folder
-        if not (image_folder and folder and Path(image_folder).is_dir() and Path(folder).is_dir()):
+        if not _is_elsewhere(own, image_folder):
             continue
-        if os.path.samefile(image_folder, folder):
-            continue
+        assert image_folder is not None
+        assert own.image_folder is not None
         rest = [
             image for image in images_of(statements) if image not in had | by_name.keys() | by_content.keys()
         ]
-        given = (Path(image_folder), rest, Path(folder), images_of(train))
+        given = (Path(image_folder), rest, Path(own.image_folder), images_of(train))
         by_content |= same_photographs(*given, own.follow_links)
     if by_name or by_content:
         logger.info(
@@ -193,6 +194,14 @@ def _other_names(
             f"data set, {len(by_content):,} by content"
         )
     return by_content | by_name
+
+
+def _is_elsewhere(trained: Config, image_folder: str | Path | None) -> bool:
+    """Return whether training read its photographs from another folder than this one, and both are there."""
+    folder = trained.image_folder
+    if not (image_folder and folder and Path(image_folder).is_dir() and Path(folder).is_dir()):
+        return False
+    return not os.path.samefile(image_folder, folder)
 
 
 def _source_name(name: str) -> str:

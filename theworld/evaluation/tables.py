@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from theworld.data.vsr import quoted
+from theworld.data.references import footnotes, marks, quoted
 from theworld.evaluation.conditions import CONDITION_TYPES
 from theworld.evaluation.metrics import FEW
 from theworld.evaluation.verdict import points, verdict
@@ -52,10 +52,13 @@ def _accuracies(summary: dict[str, Any], width: int) -> list[str]:
             f"  {span(score['low'], score['high']):<15}  {span(score['image_low'], score['image_high']):<15}"
         )
         lines.append((line + _against(summary.get("world_against", {}).get(condition))).rstrip())
-    for dataset, split in summary["releases"]:
-        for reference, value in quoted(dataset, split):
-            lines.append(f"{reference.system:<{width + 6}}  {value:>8.1%}  quoted: {reference.source}")
-    return lines
+    found = [one for dataset, split in summary["releases"] for one in quoted(dataset, split)]
+    notes = footnotes(found)
+    for one in found:
+        how = f"{one.measured}; " if one.measured else ""
+        line = f"{one.name:<{width + 6}}  {one.accuracy:>8.1%}  quoted: {how}{one.source.words} {marks(one, notes)}"
+        lines.append(line.rstrip())
+    return lines + [f"[{number}] {note}" for number, note in enumerate(notes, 1)]
 
 
 def _against(test: dict[str, Any] | None) -> str:

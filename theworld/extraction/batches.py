@@ -1,7 +1,7 @@
 """Micro-batches, put together on the host while the device computes the one before."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Event
@@ -74,7 +74,7 @@ def make_microbatch(
     return Microbatch(tuple(statements), batch, rows, features).pin(device).to(device)
 
 
-def prefetch(items: Iterable[T], depth: int = 2, gate: Event | None = None) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int = 2, gate: Event | None = None) -> Generator[T, None, None]:
     """Yield the items, made by a thread up to `depth` ahead. An error in making one is raised in its place.
 
     `gate`: the thread begins an item only while this is set, or once the item is waited for. While the thread packs, it

@@ -20,7 +20,7 @@ import numpy as np
 
 from theworld.config.cli import settings_as_flags
 from theworld.config.config import Config
-from theworld.data.images import Square
+from theworld.data.square import Square
 from theworld.data.vsr import images_of, load_all
 from theworld.extraction.encoders import (
     RolloutEncoder,

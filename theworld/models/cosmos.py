@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from theworld.config.config import Config
-from theworld.data.images import Square
+from theworld.data.square import Square
 from theworld.models.encoder import (
     UNTIL_DOWNLOADED,
     UNTIL_LOADED,
@@ -192,7 +192,7 @@ class CosmosEncoder:
 
 
 def unit_range(pixels: Tensor) -> Tensor:
-    """uint8[...] -> float32[...] in [-1, 1] on the same device, with the bits of `images.to_unit_range`.
+    """uint8[...] -> float32[...] in [-1, 1] on the same device, with the bits of `square.to_unit_range`.
 
     The divisor is a tensor there, because by a plain number CUDA multiplies with the rounded 1 / 127.5. For the same
     reason this is left out of what is compiled.

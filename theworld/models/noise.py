@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from theworld.config.config import Config
-from theworld.data.images import Square
+from theworld.data.square import Square
 from theworld.models.encoder import EncoderSpec, common_fields, compute_dtype, latent_shape
 from theworld.utils.device import resolve_device, torch_dtype
 

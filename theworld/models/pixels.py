@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from theworld.config.config import Config
-from theworld.data.images import Square
+from theworld.data.square import Square
 from theworld.models.encoder import CELL, EncoderSpec, common_fields
 from theworld.utils.device import resolve_device, torch_dtype
 

@@ -18,7 +18,8 @@ from transformers.image_utils import load_image
 from transformers.processing_utils import ProcessorMixin
 
 from theworld.config.config import FIELDS, Config
-from theworld.data.images import Square, photograph
+from theworld.data.images import photograph
+from theworld.data.square import Square
 from theworld.models.gemma import is_multimodal
 from theworld.models.projection import ProjectionShape
 from theworld.models.serialization import SavedModel

@@ -27,8 +27,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from theworld.config.config import SPLIT_ALIASES
+from theworld.data.benchmarks import BENCHMARKS
 from theworld.data.images import ImageError, read_image
-from theworld.data.vsr import OWN, RELEASES, quoted
+from theworld.data.references import footnotes, marks, quoted
+from theworld.data.vsr import OWN, RELEASES
 from theworld.evaluation.conditions import (
     CONDITION_TYPES,
     LABELS,
@@ -136,9 +138,10 @@ def write_report(
 ) -> Path:
     """Write the page of a run, or of one of its checkpoints, and return its path: `output` or RUN/report.html.
 
-    `results` are the records to show. By default the newest of a test split are shown, or the newest if there are none
-    of a test split; the others are listed. `image_folder` holds the photographs if they are not where they were when
-    the statements were scored. Raises ValueError and OSError for a run that does not exist and for damaged records.
+    `results` are the records to show; the others are listed. By default they are the newest of a test split, of a
+    benchmark (`theworld.data.benchmarks`) only if there are no others, or else the newest. `image_folder` holds the
+    photographs if they are not where they were when the statements were scored. Raises ValueError and OSError for a run
+    that does not exist and for damaged records.
     """
     shown, others = _choose(run, results)
     output = output or run / "report.html"
@@ -191,19 +194,21 @@ def _choose(run: Path, results: Path | None) -> tuple[Path | None, list[Path]]:
         )
     found = find_results(run)
     if results is None and found:
-        results = max(enumerate(found), key=lambda item: (_split_of(item[1]) == "test", item[0]))[1]
+        results = max(enumerate(found), key=lambda item: (*_preference(item[1]), item[0]))[1]
     return results, [path for path in found if results is None or path.resolve() != results.resolve()]
 
 
-def _split_of(path: Path) -> str | None:
-    """Return the split of a file of records by its first line, or None if that is no record."""
+def _preference(path: Path) -> tuple[bool, bool]:
+    """Return whether records are of a test split, and of no benchmark, by their first line."""
     with path.open("rb") as file:
         try:
             first = json.loads(file.readline())
         except ValueError:
-            return None
-    split = first.get("split") if isinstance(first, dict) else None
-    return SPLIT_ALIASES.get(str(split), split)
+            return False, False
+    if not isinstance(first, dict):
+        return False, False
+    split = str(first.get("split"))
+    return SPLIT_ALIASES.get(split, split) == "test", first.get("dataset") not in BENCHMARKS
 
 
 def _photographs(given: Path | None, source: Source) -> tuple[Path | None, str]:
@@ -366,10 +371,11 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
 def _conditions(summary: Summary, data: str) -> dict[str, Any]:
     """Return accuracies with their intervals beside published ones, all metrics of each condition, and each pair."""
     scores = summary["systems"]
-    published = [(r, value) for dataset, split in summary["releases"] for r, value in quoted(dataset, split)]
+    published = [one for dataset, split in summary["releases"] for one in quoted(dataset, split)]
+    notes = footnotes(published)
     majority = summary["majority_class"]
     ends = [x for s in scores.values() for x in (s["low"], s["high"])]
-    scale = scale_of([*ends, majority, *(value for _, value in published)], high=1.0)
+    scale = scale_of([*ends, majority, *(one.accuracy for one in published)], high=1.0)
     rows = [
         ChartRow(
             name_of(condition),
@@ -380,15 +386,16 @@ def _conditions(summary: Summary, data: str) -> dict[str, Any]:
         for condition, s in scores.items()
     ]
     sources: dict[str, list[str]] = {}
-    for reference, value in published:
-        track = Track([Mark("quoted", value, hollow=True)], scale, majority)
-        rows.append(ChartRow(reference.system, track, percent(value), "quoted"))
-        sources.setdefault(reference.source, []).append(f"{reference.system} {percent(value)}")
+    for one in published:
+        track = Track([Mark("quoted", one.accuracy, hollow=True)], scale, majority)
+        note = f"{one.measured} {marks(one, notes)}".strip()
+        rows.append(ChartRow(one.name, track, percent(one.accuracy), "quoted", note=note))
+        sources.setdefault(str(one.source), []).append(f"{one.name} {percent(one.accuracy)}")
     caption = (
         f"Accuracy with 95 % interval (Wilson). Dashed: always the more frequent answer, {percent(majority)}."
     )
     if published:
-        caption += " Hollow: quoted from papers, not measured here."
+        caption += " Hollow: quoted, not measured here."
     return {
         "about": f"{_size(summary)}: {data}.",
         "own_gemma": any(condition_type(condition) == "without" for condition in scores),
@@ -396,6 +403,7 @@ def _conditions(summary: Summary, data: str) -> dict[str, Any]:
         "table": _metrics_table(summary),
         "resamples": f"{summary['resamples']:,}",
         "quoted": "; ".join(f"{', '.join(found)} from {source}" for source, found in sources.items()),
+        "notes": [f"[{number}] {note}" for number, note in enumerate(notes, 1)],
         "pairs": summary["pairs"] and {"chart": _pairs_chart(summary), "table": _pairs_table(summary)},
     }
 
@@ -868,7 +876,9 @@ def _other(path: Path) -> dict[str, str]:
     except ValueError as error:
         return {"name": path.name, "scope": "", "verdict": str(error)}
     scope = f"{_data_words(summary['data'], None)}, {_size(summary)}"
-    return {"name": path.name, "scope": scope, "verdict": verdict(summary).sentence}
+    found = verdict(summary)
+    said = found.notes[0] if "choices" in summary and found.notes else ""
+    return {"name": path.name, "scope": scope, "verdict": f"{said} {found.sentence}".strip()}
 
 
 def _source(results: Path, source: Source, run: Path, output: Path, score_command: str) -> dict[str, Any]:

@@ -219,7 +219,6 @@ def _differences(name: str, scope: dict[str, Any], study: Study) -> dict[str, An
 def _pairs(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
     """Return the figure of the differences between arms of a study that explores, and all tests as a table."""
     question, pairs = study.question, scope["pairs"]
-    found = {f"{pair['first']} less {pair['second']}": pair for pair in pairs}
     scale = _scale([pair[question.metric] for pair in pairs])
     rows = [
         _row(
@@ -240,27 +239,24 @@ def _pairs(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
         f"{METRIC_WORDS[question.metric].capitalize()} of one arm less another, in points: mean, interval over images "
         f"and seeds, and each seed (hollow). {together} p is adjusted (Holm)."
     )
-    head = ["arms", "metric", "difference, points", "interval", "p", "p (Holm)"]
-    table = [
-        [
-            words,
-            METRIC_WORDS[metric],
-            signed(pair[metric]["difference"]),
-            _ends(pair[metric]["low"], pair[metric]["high"]),
-            small(pair[metric]["p_value"]),
-            small(pair[metric]["adjusted_p_value"]),
-            f"{100 * pair[metric]['smallest_detectable']:.1f}",
-        ]
-        for words, pair in found.items()
-        for metric in METRICS
-        if metric in pair
-    ]
-    head.append("smallest found with 80 % power, points")
     return {
         "scope": SCOPES[name],
         "chart": Chart(scale.labels(_signed_points), rows, caption),
-        "table": Table(f"Tests between arms: {SCOPES[name].lower()}", head, table),
+        "table": _pairs_table(name, pairs),
     }
+
+
+def _pairs_table(name: str, pairs: Sequence[dict[str, Any]]) -> Table:
+    rows = []
+    for pair in pairs:
+        for metric in (m for m in METRICS if m in pair):
+            one = pair[metric]
+            row = [f"{pair['first']} less {pair['second']}", METRIC_WORDS[metric], signed(one["difference"])]
+            row += [_ends(one["low"], one["high"]), small(one["p_value"]), small(one["adjusted_p_value"])]
+            rows.append([*row, f"{100 * one['smallest_detectable']:.1f}"])
+    head = ["arms", "metric", "difference, points", "interval", "p", "p (Holm)"]
+    head.append("smallest found with 80 % power, points")
+    return Table(f"Tests between arms, each metric corrected by itself: {SCOPES[name].lower()}", head, rows)
 
 
 def _scale(tests: Sequence[dict[str, Any]]) -> Scale:

@@ -15,7 +15,7 @@ from theworld.evaluation.records import read_results
 from theworld.evaluation.study_verdict import LEAST_SEEDS
 from theworld.models.serialization import numbered
 from theworld.study.protocol import Run, Study
-from theworld.study.rates import NUM_BATCHES, NUM_STEPS, kind_of, read_rates
+from theworld.study.rates import kind_of, read_rates
 from theworld.study.runner import ALL, SPLITS, cache_of, is_done, read_done, records_of, waiting
 from theworld.training.memory import CHECKPOINT_BYTES, Memory, Plan
 from theworld.utils.console import duration, line
@@ -76,7 +76,7 @@ def detectable(study: Study, runs: Sequence[Run]) -> Iterator[str]:
     base = study.base
     test = load_statements(base.annotations, "test", base.dataset_name)
     counts = list(Counter(statement.image for statement in test).values())
-    alpha = study.primary.alpha if study.primary else ALPHA
+    alpha = study.primary.alpha if study.primary else ALPHA / max(1, num_pairs(study))
     yield from plan_power(counts, len(study.seeds), _assumptions(study, runs), alpha)
 
 
@@ -109,6 +109,12 @@ def _assumptions(study: Study, runs: Sequence[Run]) -> Assumptions:
     )
 
 
+def num_pairs(study: Study) -> int:
+    """Return the number of comparisons of a study that explores, for which each is corrected."""
+    others = len(study.arms) - 1
+    return others if study.baseline else len(study.arms) * others // 2
+
+
 def _check_sharing(memory: Memory, processes: int) -> None:
     """Raise ValueError if that many runs do not fit on one device."""
     if processes > 1 and processes * memory.total > memory.available:
@@ -130,7 +136,8 @@ def decides(study: Study) -> str:
     primary = study.primary
     if primary is None:
         pairs = f"each arm with {study.baseline}" if study.baseline else "every two arms"
-        return f"nothing: a study without `primary` explores. It compares {pairs} on test, corrected for their number"
+        number = f"{num_pairs(study)}, corrected"
+        return f"nothing: a study without `primary` explores. It compares {pairs} on test: {number}"
     few = len(study.seeds) < LEAST_SEEDS
     return (
         f"{primary.arm} against each of {', '.join(primary.against)} on test, at {primary.alpha:.0%} two-sided; "
@@ -140,11 +147,11 @@ def decides(study: Study) -> str:
 
 
 def time_needed(runs: Sequence[Run], left: Sequence[Run], plans: Mapping[str, Plan], output: Path) -> str:
-    """Return how long the runs that are left take: each as those of its arm that are done, else as its rates say, else
-    as the other runs in the mean."""
+    """Return how long the runs that are left take: each as those of its arm and share that are done, else as its rates
+    say, else as the other runs in the mean."""
     if not left:
         return "all runs are done"
-    done = seconds_by_arm([run for run in runs if is_done(run)])
+    done = seconds_by_kind([run for run in runs if is_done(run)])
     rates = read_rates(output)
     base = left[0].config
     sizes = [len(load_statements(base.annotations, split, base.dataset_name)) for split in SPLITS]
@@ -152,30 +159,29 @@ def time_needed(runs: Sequence[Run], left: Sequence[Run], plans: Mapping[str, Pl
     sources: dict[str, None] = {}
     for run in left:
         measured = rates.get(kind_of(run.config))
-        if run.arm.name in done:
-            known.append(statistics.fmean(done[run.arm.name]))
+        if (run.arm.name, run.share) in done:
+            known.append(statistics.fmean(done[run.arm.name, run.share]))
             sources["runs that are done"] = None
         elif measured is not None:
             known.append(measured.seconds(run, plans[run.arm.name], sum(sizes)))
-            sources[f"{NUM_STEPS} steps and {NUM_BATCHES} batches of an evaluation on {measured.device}"] = (
-                None
-            )
+            sources[f"steps and answers that were timed on {measured.device}"] = None
     if not known and not done:
         return (
-            "not known before anything has run: without --dry_run this command first measures some steps of each kind "
-            "of arm, in about the time of a start, and then says it here"
+            "not known before anything has run: a start without --dry_run, of parts that of the first, measures some "
+            "steps of each kind of arm and says it here"
         )
     if len(known) < len(left):
         sources["the mean of the others"] = None
         other = statistics.fmean(known or [one for own in done.values() for one in own])
         known += [other] * (len(left) - len(known))
-    count = "1 run" if len(left) == 1 else f"{len(left)} runs, {duration(statistics.fmean(known))} each"
-    return f"about {duration(sum(known))} of one device for {count}; from {', and from '.join(sources)}"
+    each = f"{len(left)} runs, one after the other, {duration(statistics.fmean(known))} each"
+    total = f"about {duration(sum(known))} of one device for {each if len(left) > 1 else '1 run'}"
+    return f"{total}; from {', and from '.join(sources)}"
 
 
-def seconds_by_arm(done: Sequence[Run]) -> dict[str, list[float]]:
-    """Return the seconds of the runs that are done, by the name of their arm."""
-    found: dict[str, list[float]] = {}
+def seconds_by_kind(done: Sequence[Run]) -> dict[tuple[str, float], list[float]]:
+    """Return the seconds of the runs that are done, by the name of their arm and their share of the statements."""
+    found: dict[tuple[str, float], list[float]] = {}
     for run in done:
-        found.setdefault(run.arm.name, []).append(read_done(run)["seconds"])
+        found.setdefault((run.arm.name, run.share), []).append(read_done(run)["seconds"])
     return found

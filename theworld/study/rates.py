@@ -7,6 +7,7 @@ in the study's folder (`rates.json`), where a dry run finds it, until runs that 
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 RATES = "rates.json"
 NUM_STEPS, NUM_BATCHES = 20, 4  # that are timed: steps of each phase, batches of an evaluation
+MOST_SECONDS = 10.0  # of the steps of a phase, whatever their number
 UNTIMED = 2  # steps before them, which compile code and fill caches
 # Settings that make no difference to what a run takes, beside those that the study decides.
 LIKE = {*OWN, *QUIET, "world_encoder", "control_seed", "projection_hidden"}
@@ -129,17 +131,24 @@ def _measured(run: Run, config: Config, cache: Path, device: str) -> Rates:
 
 
 def _step_seconds(trainer: Trainer, phase: Phase) -> float:
-    """Return the seconds of a step of a phase, put together ahead as in a run."""
+    """Return the seconds of a step of a phase, put together ahead as in a run: the mean of NUM_STEPS, or of as many as
+    MOST_SECONDS hold."""
     trainer.step = phase.start
     last = min(phase.stop, phase.start + UNTIMED + NUM_STEPS)
     untimed = min(UNTIMED, last - phase.start - 1)
     coming = (trainer.microbatches(step) for step in range(phase.start, last))
-    began = perf_counter()
-    for number, microbatches in enumerate(prefetch(coming, gate=trainer.packing)):
-        if number == untimed:
-            began = perf_counter()
-        trainer.train_step(microbatches)
-    return (perf_counter() - began) / (last - phase.start - untimed)
+    began = seconds = 0.0
+    taken = 0
+    with closing(prefetch(coming, gate=trainer.packing)) as steps:
+        for number, microbatches in enumerate(steps):
+            if number == untimed:
+                began, taken = perf_counter(), 0
+            trainer.train_step(microbatches)
+            taken += 1
+            seconds = perf_counter() - began
+            if number >= untimed and seconds > MOST_SECONDS:
+                break
+    return seconds / taken
 
 
 def _answer_seconds(trainer: Trainer) -> float:

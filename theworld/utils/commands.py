@@ -45,6 +45,7 @@ TOOLS = (
     "report",
     "demo",
     "bench",
+    "make_control_vae",
     "make_demo_models",
     "make_text_model",
     "draw_scenes",

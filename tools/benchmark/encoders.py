@@ -23,7 +23,8 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 from transformers import AutoConfig
 
-from theworld.data.images import decode, square
+from theworld.data.images import decode
+from theworld.data.square import square
 from theworld.data.vsr import Statement
 from theworld.extraction.extract import extract
 from theworld.models.cosmos import CosmosEncoder, load_vae, unit_range

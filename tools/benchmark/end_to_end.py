@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoProcessor, Gemma3ForConditionalGeneration
 
-from theworld.data.images import read_image, square, to_unit_range
+from theworld.data.images import read_image
+from theworld.data.square import square, to_unit_range
 from theworld.data.vsr import Statement
 
 Sample = dict[str, Tensor]
