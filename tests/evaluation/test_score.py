@@ -47,7 +47,7 @@ from theworld.extraction.extract import extract
 from theworld.models import theworld
 from theworld.models.gemma import Gemma
 from theworld.models.serialization import SavedModel, fingerprint_of, write_world
-from theworld.report.report import _photograph
+from theworld.report.examples import _photograph
 from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store
 from theworld.training.trainer import Trainer

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import pytest
 
 from theworld.report.charts import Axis, Mark, Plot, Scale, Series, Track, number, scale_of, thinned
-from theworld.report.report import environment
+from theworld.report.page import environment
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,8 @@ from theworld.evaluation.metrics import summarise
 from theworld.evaluation.records import read_jsonl, records, write_jsonl
 from theworld.evaluation.score import write_results
 from theworld.evaluation.verdict import verdict
-from theworld.report.report import (
-    find_results,
-    plan_report,
-    probability,
-    render,
-    run_of,
-    small,
-    typeset,
-    write_report,
-)
+from theworld.report.report import find_results, plan_report, render, run_of, write_report
+from theworld.report.text import probability, small, typeset
 
 EVIL = '<script>alert("x")</script><img src=http://evil.example/a.png onerror=alert(1)> & "quotes" \u202e end'
 VOID = {"meta", "img", "br", "link", "input", "hr", "circle", "line", "polyline"}

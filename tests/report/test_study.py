@@ -11,8 +11,9 @@ from study_records import run, study
 
 from theworld.evaluation.study_verdict import PLAIN, Question, learning_curve, summarise_study
 from theworld.report.charts import Mark, Scale, Track
-from theworld.report.report import environment, percent
+from theworld.report.page import environment
 from theworld.report.study import Study, study_csv, study_latex, write_study
+from theworld.report.text import percent
 
 ARMS = ("world", "prompt", "pixels", "untrained", "noise")
 

@@ -31,17 +31,8 @@ from theworld.evaluation.study_verdict import (
     data_words,
 )
 from theworld.report.charts import Axis, Mark, Plot, Scale, Series, Track, number, scale_of, thinned
-from theworld.report.report import (
-    Chart,
-    ChartRow,
-    Key,
-    Table,
-    between,
-    percent,
-    rendered,
-    signed,
-    small,
-)
+from theworld.report.page import Chart, ChartRow, Key, Table, rendered
+from theworld.report.text import between, percent, signed, small
 from theworld.utils.files import publish_bytes
 
 VERDICTS = {  # of each outcome: its CSS class and its words

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from theworld.report.charts import Mark, Track, scale_of
-from theworld.report.report import Chart, ChartRow, Table, between, percent, rendered, signed, small
+from theworld.report.page import Chart, ChartRow, Table, rendered
 from theworld.report.study import KINDS, OTHER_KIND
+from theworld.report.text import between, percent, signed, small
 from theworld.utils.files import publish_bytes
 
 
