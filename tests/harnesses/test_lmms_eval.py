@@ -14,11 +14,18 @@ import pytest
 import yaml
 from constants import ROOT
 from harness_interfaces import LMMS_EVAL, Scored, stand_in
+from PIL import ImageFile
 
 from theworld.config.config import Config
 
 TASKS = ROOT / "theworld/harnesses/tasks/vsr"
 INSTALLED = find_spec("lmms_eval") is not None
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lmms-eval tells Pillow to accept half a photograph as it is imported; other tests are not to know of that."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 @pytest.fixture
@@ -119,6 +126,19 @@ def test_an_answer_in_words_is_read_by_its_first_word_that_says_it(utils: dict[s
 def test_a_missing_photograph_is_named_with_what_mends_it(utils: dict[str, Any], scored: Scored) -> None:
     with pytest.raises(FileNotFoundError, match=r"no x\.jpg in it; export VSR_IMAGES=FOLDER"):
         utils["vsr_doc_to_visual"]({"image": "x.jpg"})
+
+
+def test_half_a_photograph_is_refused_whatever_other_tasks_allow(
+    utils: dict[str, Any], scored: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = (scored.images / scored.statements[0].image).read_bytes()
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "train2017" / "half.png").write_bytes(whole[: len(whole) // 2])
+    monkeypatch.setenv("VSR_IMAGES", str(tmp_path))
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(OSError, match="truncated"):
+        utils["vsr_doc_to_visual"]({"image": "half.png"})
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True
 
 
 def test_continuations_may_be_functions_of_the_document(model: Any, scored: Scored) -> None:

@@ -39,6 +39,12 @@ from theworld.models.theworld import TheWorld
 model = TheWorld.from_pretrained("you/world", dtype="float32", device_map="cpu", enable_world=False)
 revisions = [model.gemma.revision, model.encoder.spec.fields["cosmos_revision"]]
 print(json.dumps([revisions, model.enable_world, len(model.trainable())]))
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("you/world", dtype="float32", device_map="cpu")
+revisions = [model.theworld.gemma.revision, model.encoder.spec.fields["cosmos_revision"]]
+print(json.dumps([revisions, AutoProcessor.from_pretrained("you/world").num_world_tokens]))
 """
 
 
@@ -108,7 +114,9 @@ def test_a_projection_loads_by_hub_name_with_its_models_in_the_revisions_it_was_
     with serve(repositories) as (address, requests):
         done = run(ANSWER, address, tmp_path / "home")
     assert done.returncode == 0, done.stderr[-3000:] + "\n".join(requests[-20:])
-    assert json.loads(done.stdout.splitlines()[-1]) == [[old, old], False, 7]
+    own, through_transformers = map(json.loads, done.stdout.splitlines()[-2:])
+    assert own == [[old, old], False, 7]
+    assert through_transformers == [[old, old], 16]
     asked = "\n".join(requests)
     assert f"{names['model_name']}/resolve/{old}/model.safetensors" in asked
     assert f"{names['cosmos_model_name']}/resolve/{old}/vae/" in asked

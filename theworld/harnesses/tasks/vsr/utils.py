@@ -9,7 +9,7 @@ import os
 import re
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 _PLACES = ("", "train2017", "val2017")
 _TRUE, _FALSE = {"1", "true", "yes"}, {"0", "false", "no"}
@@ -20,11 +20,20 @@ def vsr_doc_to_visual(doc):
     for place in _PLACES:
         path = folder / place / doc["image"]
         if path.is_file():
-            with Image.open(path) as image:
-                return [image.convert("RGB")]
+            return [_whole(path)]
     raise FileNotFoundError(
         f"{folder}: no {doc['image']} in it; export VSR_IMAGES=FOLDER, with COCO's photographs of 2017"
     )
+
+
+def _whole(path):
+    """Return a photograph. Raises OSError for half a file, whatever other tasks have told Pillow to accept."""
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def vsr_doc_to_text(doc, lmms_eval_specific_kwargs=None):
