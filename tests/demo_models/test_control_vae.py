@@ -120,7 +120,7 @@ def test_a_data_set_of_hard_scenes_has_the_statements_of_the_plain_one(
         assert (np.asarray(picture) == draw(make_scene(0, "test", 0))).all()
 
 
-def test_the_control_differs_from_a_study_of_a_video_model_in_nothing_but_its_arms_models() -> None:
+def test_the_control_decides_as_a_real_study_does_with_one_vae_in_all_arms() -> None:
     study = read_study(ROOT / "configs" / "control_study.json", {"cosmos_model_name": "a-control-vae"})
     real = read_study(ROOT / "configs" / "demo_study.json")
     assert [arm.name for arm in study.arms] == ["world", "prompt", "pixels", "untrained", "noise"]
