@@ -253,7 +253,8 @@ def test_other_columns_choices_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"has no file test_2d\*\.parquet; wanted those of nyu-visionx/CV-Bench"
     ):
-        get_benchmark(CV_BENCH, tmp_path / "out", source)
+        get_benchmark(CV_BENCH, tmp_path / "cv", source)
+    assert not (tmp_path / "cv").exists()
 
 
 def test_a_plan_writes_nothing(whatsup: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The positive control: hard scenes, and an encoder that learns to see through them."""
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from demo_models.settings import ControlSettings
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
-from theworld.data.scenes import draw_scene, make_scene, write_scenes
+from theworld.data.scenes import draw_scene, make_scene
 from theworld.models.cosmos import CosmosEncoder
 from theworld.study.protocol import arm_config, read_study
 
@@ -100,10 +102,17 @@ def test_the_plain_scene_is_the_target(pairs) -> None:
     assert history[0]["loss"] == 0
 
 
-def test_a_data_set_of_hard_scenes_has_the_statements_of_the_plain_one(tmp_path: Path) -> None:
-    sizes = {"train": 2, "dev": 1, "test": 1}
-    write_scenes(tmp_path / "plain", sizes)
-    write_scenes(tmp_path / "hard", sizes, draw=draw_hard_scene)
+def test_a_data_set_of_hard_scenes_has_the_statements_of_the_plain_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, flags, said in (("plain", [], "scenes"), ("hard", ["--hard"], "hard scenes")):
+        counts = ["--train", "2", "--dev", "1", "--test", "1"]
+        command = ["draw_scenes.py", "--output", str(tmp_path / folder), *counts, *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools" / "draw_scenes.py"), run_name="__main__")
+        assert ended.value.code == 0
+        assert capsys.readouterr().out == f"{tmp_path / folder}: 2 train, 1 dev, 1 test {said}\n"
     for name in ("train.jsonl", "dev.jsonl", "test.jsonl"):
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "hard" / name).read_bytes()
     for folder, draw in (("plain", draw_scene), ("hard", draw_hard_scene)):

@@ -2,19 +2,17 @@
 
 import contextlib
 import hashlib
-import os
 import random
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from constants import ROOT
+from commands import tool
 from jobs import flip
 from torture import Tally
 
@@ -191,19 +189,17 @@ def test_the_tools_say_image_shard_hashes_and_the_command_that_mends(config: Con
     extract(config, cache, with_vision=True, allow_missing=False)
     before = {p: p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
 
-    def tool(*words: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, *words, "--config", str(tmp_path / "tiny.json"), "--cache", str(cache)]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+        return tool(name, "--config", tmp_path / "tiny.json", "--cache", cache, *words, check=False)
 
     damage_rows(cache / LATENTS)
-    done = tool("tools/train.py")
+    done = run("train")
     assert done.returncode == 1
     assert re.search(
         r"train: .*shards/0000\d\.h5 is damaged: latents of image '[abc]\.png' has CRC-32", done.stderr
     )
     assert "Traceback" not in done.stderr
-    done = tool("tools/extract_latents.py", "--verify")
+    done = run("extract_latents", "--verify")
     assert done.returncode == 1
     path = cache / LATENTS / "shards/00001.h5"
     actual, expected = (hashlib.sha256(data).hexdigest() for data in (path.read_bytes(), before[path]))
@@ -216,7 +212,7 @@ def test_the_tools_say_image_shard_hashes_and_the_command_that_mends(config: Con
         f"python tools/extract_latents.py --config {tmp_path / 'tiny.json'} --cache {cache} --gemma_vision"
     )
     assert lines[2:] == [f"mend it with: {command}"]
-    done = tool("tools/extract_latents.py")  # as the line says
+    done = run("extract_latents")  # as the line says
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
     assert "resuming" not in done.stdout  # both shards of the latents were damaged
     assert (
@@ -227,6 +223,6 @@ def test_the_tools_say_image_shard_hashes_and_the_command_that_mends(config: Con
     )
     assert len(re.findall(r"^0000[01]\.h5 was moved to .*quarantine/0000[01]\.h5\.", done.stdout, re.M)) == 2
     assert {p: p.read_bytes() for p in before} == before
-    done = tool("tools/extract_latents.py", "--audit", "2")
+    done = run("extract_latents", "--audit", "2")
     assert done.returncode == 0
     assert done.stdout.count("2 of 3 images encoded again in float32: largest difference ") == 2

@@ -35,7 +35,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, photographs: Path, annota
 
 def test_the_three_phases_one_after_the_other(settings: Path) -> None:
     cache, run = settings.parent / "cache", settings.parent / "run"
-    done = tool("extract_latents", "--config", settings, "--cache", cache, "--gemma_vision", fresh=True)
+    done = tool("extract_latents", "--config", settings, "--cache", cache, "--gemma_vision")
     assert "latents: 3 of 3 images to encode in 1 of 1 shards" in done.stdout
     assert "GiB free), about " in done.stdout
     assert "images/s" in done.stderr
@@ -50,7 +50,7 @@ def test_the_three_phases_one_after_the_other(settings: Path) -> None:
     assert list((run / "logs").glob("events.out.tfevents.*"))
 
     output = settings.parent / "results.jsonl"
-    done = tool("eval", "--model", run, "--cache", cache, "--split", "test", "--output", output, fresh=True)
+    done = tool("eval", "--model", run, "--cache", cache, "--split", "test", "--output", output)
     for line in ("majority class", "world ", "baseline ", "zero ", "shuffled ", "by category", "by relation"):
         assert line in done.stdout
     rows = [json.loads(line) for line in output.read_text().splitlines()]

@@ -298,13 +298,12 @@ def get_benchmark(benchmark: Benchmark, output: Path, source: Path | None = None
     the data set, and OSError.
     """
     check_folder(output, "--output")
+    if (record := finished(benchmark, output)) is not None:
+        logger.info("%s: complete, nothing is downloaded", output)
+        return record
+    folder = _downloaded(benchmark) if source is None else source
+    files = _parquet_files(benchmark, folder)
     with OutputLock(output, "--output"):
-        if (record := finished(benchmark, output)) is not None:
-            logger.info("%s: complete, nothing is downloaded", output)
-            return record
-        folder = _downloaded(benchmark) if source is None else source
-        files = _parquet_files(benchmark, folder)
-        revision = folder.name if source is None else None
         rows, photographs = _save_photographs(benchmark, _items(benchmark, files), output)
         statements = statements_of((f"{benchmark.name} line {i}", row) for i, row in enumerate(rows, 1))
         _check_counts(benchmark, statements)
@@ -313,7 +312,7 @@ def get_benchmark(benchmark: Benchmark, output: Path, source: Path | None = None
         record = {
             "name": benchmark.name,
             "repository": benchmark.repository,
-            "revision": revision,
+            "revision": folder.name if source is None else None,
             "files": [path.name for path in files],
             "items": benchmark.rows,
             "statements": len(statements),
