@@ -6,7 +6,8 @@ know of checkpoints as soon as they load themselves: see `theworld.models.transf
 
 import importlib
 import sys
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +52,9 @@ class _WhenTransformersLoads:
         if name != _AUTO:
             return None
         sys.meta_path.remove(self)  # type: ignore[arg-type]
-        spec = PathFinder.find_spec(name, path)
-        assert spec is not None, "transformers has this module"
-        assert spec.loader is not None, "and it is a file"
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:

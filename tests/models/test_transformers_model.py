@@ -185,7 +185,7 @@ def test_beams_have_the_photograph_of_their_prompt(model: Any, processor: Any, p
 def test_the_pipeline_answers_chats_as_theworld_does(
     kind: str, model: Any, folders: dict[str, Path], photographs: Path
 ) -> None:
-    pipe = pipeline("image-text-to-text", model=str(folders[kind]), device="cpu")
+    pipe = pipeline("image-text-to-text", model=str(folders[kind]), device="cpu", dtype=torch.float32)
     assert type(pipe.model) is TheWorldForConditionalGeneration
     shake(pipe.model)
     images = [Image.open(path) for path in pictures(photographs)]
@@ -217,6 +217,18 @@ def test_several_photographs_have_world_tokens_each(model: Any, processor: Any, 
         *inputs["input_ids"].shape,
         model.config.get_text_config().vocab_size,
     )
+
+
+def test_in_16_bits_it_answers_as_theworld_does(folders: dict[str, Path], photographs: Path) -> None:
+    folder, images = folders["multimodal"], pictures(photographs)
+    pipe = pipeline("image-text-to-text", model=str(folder), device="cpu", dtype=torch.bfloat16)
+    model = shake(pipe.model)
+    model.gemma.lm_head.bfloat16()
+    assert {p.dtype for p in model.gemma.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.projection.parameters()} == {torch.float32}
+    message = chat(images[0], QUESTIONS[0])
+    (found,) = pipe(text=message, generate_kwargs=GREEDY, return_full_text=False)
+    assert [found["generated_text"].strip()] == model.theworld.generate(images[:1], QUESTIONS[:1], **GREEDY)
 
 
 def test_the_projection_trains_and_gemma_does_not(model: Any, processor: Any, photographs: Path) -> None:

@@ -56,7 +56,8 @@ class TheWorldProcessor(ProcessorMixin):
         Settings among the `options` take precedence; others are not needed, as the processor is Gemma's own.
         """
         saved = SavedModel.open(name_or_path, revision)
-        config = saved.config({k: v for k, v in options.items() if k in FIELDS})
+        of_model = ("dtype", "device")  # which a pipeline gives to the processor too
+        config = saved.config({k: v for k, v in options.items() if k in FIELDS and k not in of_model})
         saved.locate(config, config.model_name, GEMMA_FILE)
         commit = saved.world.get("model_revision")
         source, hub = (
