@@ -108,6 +108,15 @@ def test_for_one_seed_the_interval_is_clustered_by_image() -> None:
     assert found.p_value() == pytest.approx(2 * stats.t.sf(abs(values.mean()) / wanted, 19))
 
 
+def test_the_interval_of_a_share_ends_at_0_and_at_1() -> None:
+    images = Images.of(["a", "a", "b", "b", "c"])
+    found = estimate(np.array([[1.0, 1, 1, 0, 1]]), images)
+    low, high = found.interval()
+    assert (low > 0, high > 1) == (True, True)
+    assert found.share_interval() == (low, 1.0)
+    assert estimate(np.array([[0.0, 0, 0, 1, 0]]), images).share_interval() == (0.0, pytest.approx(1 - low))
+
+
 def test_an_interval_needs_two_images() -> None:
     with pytest.raises(ValueError, match="at least two images"):
         estimate(np.zeros((3, 2)), Images.of(["a", "a"]))

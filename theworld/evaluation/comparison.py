@@ -174,6 +174,11 @@ class Estimate:
         half = float(self.variance.critical_value(alpha)) * self.standard_error
         return self.value - half, self.value + half
 
+    def share_interval(self, alpha: float = ALPHA) -> tuple[float, float]:
+        """Return the interval of a metric that lies between 0 and 1, cut off there."""
+        low, high = self.interval(alpha)
+        return max(low, 0.0), min(high, 1.0)
+
     def p_value(self, against: float = 0.0) -> float:
         """Return the two-sided p-value of the value being `against`: the alpha whose interval ends there.
 

@@ -224,7 +224,7 @@ def _scope(rows: Sequence[Row], runs: Runs, seeds: Sequence[int], question: Ques
 
 def _arm(found: Estimate, seeds: Sequence[int], question: Question) -> dict[str, Any]:
     """Return the metric of an arm: its mean over seeds with the interval of images and seeds, and each seed's."""
-    low, high = found.interval(question.alpha)
+    low, high = found.share_interval(question.alpha)
     each = found.each
     return {
         "mean": found.value,

@@ -127,11 +127,12 @@ def transfer_of(arms: dict[str, dict[int, list[Row]]], reference: str) -> dict[s
         "chance": float(np.mean([1 / item.get("options", 2) for item in items])),
         "seen": sum(row["image_seen_in_train"] for row in first) / len(first),
         "arms": {
-            name: _figures(one) | {"each": dict(zip(map(str, sorted(arms[name])), one.each, strict=True))}
+            name: _figures(one, one.share_interval())
+            | {"each": dict(zip(map(str, sorted(arms[name])), one.each, strict=True))}
             for name, one in found.items()
         },
         "differences": {
-            name: _figures(one) | {"p_value": one.p_value()}
+            name: _figures(one, one.interval()) | {"p_value": one.p_value()}
             for name, values in hits.items()
             if name != reference and reference in hits
             for one in [estimate(hits[reference] - values, images)]
@@ -147,9 +148,8 @@ def _hits(rows: Sequence[Row], condition: str) -> list[bool]:
     return [bool(item["systems"][condition]["correct"]) for item in _items(rows)]
 
 
-def _figures(one: Estimate) -> dict[str, float]:
-    low, high = one.interval()
-    return {"mean": one.value, "low": low, "high": high}
+def _figures(one: Estimate, interval: tuple[float, float]) -> dict[str, float]:
+    return {"mean": one.value, "low": interval[0], "high": interval[1]}
 
 
 def _adjusted(found: dict[str, Any]) -> dict[str, Any]:
