@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 SEED ?= 0
 # Threads that wait without spinning: small models stay fast on a machine that does other things too.
 export OMP_WAIT_POLICY ?= passive
+# Bytecode is kept, or each of the tests' many processes would compile everything again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo demo-seeds study study-control study-errors bench test test-heavy test-cuda torture lint format check clean
 

@@ -86,10 +86,15 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """tools/train.py in `count` processes that know of each other as `accelerate launch --multi_cpu` tells them."""
     save_config(config, settings)
+    words = ["--config", str(settings), "--cache", str(cache), *flags]
+    return forked("train", words, ranks(count, **variables), 120)
+
+
+def ranks(count: int, **variables: str) -> list[dict[str, str]]:
+    """The variables by which `accelerate launch --multi_cpu` tells each of its processes of the others."""
     together = OFFLINE | variables | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     together |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return forked("train", ["--config", str(settings), "--cache", str(cache), *flags], ranks, 120)
+    return [together | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def really_launch(

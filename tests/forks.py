@@ -39,11 +39,6 @@ def in_child(work: Callable[[], object]) -> int:
     child = os.fork()
     if child == 0:
         code = 1
-        for number in (
-            signal.SIGTERM,
-            signal.SIGHUP,
-        ):  # which an earlier test, or nohup, may have left ignored
-            signal.signal(number, signal.SIG_DFL)
         try:
             work()
             code = 0

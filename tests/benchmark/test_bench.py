@@ -38,7 +38,7 @@ from theworld.training.data import load_data
 
 def test_the_tool_measures_and_its_last_line_is_json(tmp_path: Path) -> None:
     output = tmp_path / "bench.json"
-    parts = "encode train variants losses start evaluate growth_images growth_statements".split()
+    parts = "encode train variants losses evaluate growth_images growth_statements".split()
     arguments = ["--shapes", "tiny", "--output", output, "--folder", tmp_path / "folder", "--device", "cpu"]
     done = tool("bench", *arguments, "--parts", *parts, "--variants", "exact", "--changes", '{"seed": 1}')
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -54,6 +54,15 @@ def test_the_tool_measures_and_its_last_line_is_json(tmp_path: Path) -> None:
     assert {"pack_ms", "forward_ms", "backward_ms", "optimizer_ms", "rest_ms"} < set(stages)
     assert "end to end" in done.stdout
     assert not (tmp_path / "folder" / "runs").exists()
+
+
+@pytest.mark.heavy
+def test_the_first_step_is_timed_from_the_start_of_the_tool(tmp_path: Path) -> None:
+    output = tmp_path / "bench.json"
+    arguments = ["--shapes", "tiny", "--output", output, "--folder", tmp_path / "folder", "--device", "cpu"]
+    done = tool("bench", *arguments, "--parts", "start")
+    assert json.loads(done.stdout.splitlines()[-1])["failed"] == 0
+    assert list(json.loads(output.read_text())["parts"]) == ["chip", "start"]
 
 
 def test_an_error_affects_only_its_own_row(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import forked, ranks, tool
 from constants import ROOT
 from jobs import config_of, content, flip, make_photographs
 
@@ -42,9 +44,13 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def words(job: Path, cache: Path, *arguments: str) -> list[str]:
+    return ["extract_latents", "--config", str(job / "config.json"), "--cache", str(cache), *arguments]
+
+
 def command(job: Path, cache: Path, *arguments: str) -> list[str]:
-    settings = ["--config", str(job / "config.json"), "--cache", str(cache)]
-    return ["tools/extract_latents.py", *settings, *arguments]
+    name, *given = words(job, cache, *arguments)
+    return [f"tools/{name}.py", *given]
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -118,11 +124,13 @@ def test_an_interrupted_run_goes_on_in_parts(
 
 
 def test_two_parts_at_the_same_time_make_the_files_of_a_single_run(job: Path, tmp_path: Path) -> None:
-    tasks = [start(*command(job, tmp_path, "--part", f"{i}/2", "--num_workers", "1")) for i in (1, 2)]
-    outputs = [task.communicate(timeout=120) for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], outputs
+    def part(number: int) -> subprocess.CompletedProcess[str]:
+        return tool(*words(job, tmp_path, "--part", f"{number}/2", "--num_workers", "1"))
+
+    with ThreadPoolExecutor(2) as pool:
+        tasks = list(pool.map(part, (1, 2)))
     assert content(tmp_path) == content(job / "cache")
-    said = [("still missing" in out, f"done: {tmp_path}" in out) for out, _ in outputs]
+    said = [("still missing" in out, f"done: {tmp_path}" in out) for out in (task.stdout for task in tasks)]
     assert said in [[(True, False), (False, True)], [(False, True), (True, False)], [(False, True)] * 2]
 
 
@@ -138,12 +146,11 @@ def test_processes_launched_together_make_the_files_of_a_single_run(job: Path, t
 
 
 def test_what_is_wrong_is_said_once_by_processes_launched_together(job: Path, tmp_path: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = start(*launch, *command(job, tmp_path, "--max_image_pixels", "10"))
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode == 1
-    assert errors.count("extract_latents: 68 of 68 photographs cannot be read") == 1
-    assert "Traceback" not in errors.split("torch/distributed")[0]
+    name, *given = words(job, tmp_path, "--max_image_pixels", "10")
+    done = forked(name, given, ranks(2), 120)
+    assert done.returncode == 1
+    assert done.stderr.count("extract_latents: 68 of 68 photographs cannot be read") == 1
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.heavy)])

@@ -1,9 +1,7 @@
 """TensorBoard and W&B: what they get, when, and what is refused before any model loads."""
 
 import json
-import os
 import struct
-import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from constants import ROOT
+from commands import forked
 
 from theworld.config.config import Config, save_config
 from theworld.extraction.extract import extract
@@ -192,28 +190,20 @@ def test_the_real_wandb_keeps_a_run_and_its_resumption_offline(
     config: Config, session_cache: Path, tmp_path: Path
 ) -> None:
     config = replace(config, log_to_wandb=True, wandb_project="rooms", wandb_run_name="first")
-    environment = os.environ | {"WANDB_MODE": "offline", "WANDB_API_KEY": CANARY[3:] * 2, "HF_TOKEN": CANARY}
+    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": CANARY[3:] * 2, "HF_TOKEN": CANARY}
     environment |= {"WANDB_ERROR_REPORTING": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for steps, resume in ((4, None), (6, config.output_dir)):
         save_config(
             replace(config, max_steps=steps, num_epochs=9, resume_from=resume), tmp_path / "settings.json"
         )
-        done = subprocess.run(
-            [
-                sys.executable,
-                "tools/train.py",
-                "--config",
-                tmp_path / "settings.json",
-                "--cache",
-                session_cache,
-                "--allow_changed",
-            ],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
+        arguments = [
+            "--config",
+            str(tmp_path / "settings.json"),
+            "--cache",
+            str(session_cache),
+            "--allow_changed",
+        ]
+        done = forked("train", arguments, [environment], 200)
         assert done.returncode == 0, done.stderr
         assert CANARY[3:] not in done.stdout + done.stderr
     first, second = sorted(Path(config.output_dir).glob("wandb/offline-run-*/run-*.wandb"))
