@@ -51,7 +51,7 @@ def test_each_result_names_data_setting_and_source_as_the_file_allows() -> None:
         assert one.source.address is None or re.fullmatch(
             r"https://arxiv\.org/abs/[\d.]+", one.source.address
         )
-        assert date.fromisoformat(one.source.read) >= date(2026, 11, 1)
+        assert date.fromisoformat(one.source.as_of) >= date(2026, 11, 1)
     assert len({(one.name, one.dataset) for one in references()}) == len(references())
 
 
@@ -73,9 +73,9 @@ def test_footnotes_are_numbered_and_say_what_is_doubtful() -> None:
 
 
 @pytest.mark.parametrize("number", [0, -1])
-def test_a_source_is_shown_with_its_address_and_the_day_it_was_read(number: int) -> None:
+def test_a_source_is_shown_with_its_address_and_the_day_of_the_quote(number: int) -> None:
     source = references()[number].source
     assert str(source).startswith(
         "Liu, Emerson, Collier: Visual Spatial Reasoning, TACL 2023 (arXiv 2205.00363) (https:"
     )
-    assert str(source).endswith(f"read {source.read})")
+    assert str(source).endswith(f"as of {source.as_of})")

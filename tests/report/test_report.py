@@ -363,7 +363,7 @@ def test_the_page_shows_the_figures_of_the_summary(pages: dict[str, Path]) -> No
         "LXMERT, fine-tuned 70.1",
         "ViLT, fine-tuned 69.3",
         "PaliGemma 2 3B, fine-tuned 81.6",
-        "arXiv 2205.00363) (https://arxiv.org/abs/2205.00363, read 2026-11-28)",
+        "arXiv 2205.00363) (https://arxiv.org/abs/2205.00363, as of 2026-11-28)",
         "[1] The paper gives one human accuracy, for both releases.",
     ):
         assert quoted in text

@@ -1,6 +1,6 @@
 """Published results, each with its setting and its source, from references.json.
 
-Its `sources` have an address (null where none is public) and the day on which they were read, its `figures` the
+Its `sources` have an address (null where none is known) and the day as of which they are quoted, its `figures` the
 accuracy in percent on a split of a data set:
 
     statements   number of statements that it was measured on; null: not stated
@@ -24,11 +24,11 @@ class Source:
 
     words: str
     address: str | None
-    read: str  # the day, as 2026-11-28
+    as_of: str  # the day, as 2026-11-28
 
     def __str__(self) -> str:
         address = f"{self.address}, " if self.address else ""
-        return f"{self.words} ({address}read {self.read})"
+        return f"{self.words} ({address}as of {self.as_of})"
 
 
 @dataclass(frozen=True)
