@@ -96,6 +96,7 @@ def test_the_study_of_vsr_has_the_arms_that_the_question_needs() -> None:
         ({"baseline": "prompt", "primary": "left out"}, "baseline is 'prompt'; the arms are world, pixels"),
         ({"seeds": 3}, "seeds is 3; wanted a list of integers"),
         ({"seeds": [1, 1]}, "seeds are \\[1, 1\\]; name each once"),
+        ({"caution": ["none"]}, "caution is \\['none'\\]; wanted a sentence"),
         ({"settings": 3}, "settings is 3; wanted the name of a settings file"),
     ],
 )
@@ -123,6 +124,11 @@ def test_the_arm_that_others_are_compared_with_stays_among_them(write: Any) -> N
     assert read_study(path).baseline == "pixels"
     with pytest.raises(ValueError, match=r"--arms world: .* compares them with pixels; name it too"):
         read_study(path, arms=["world"])
+    assert "caution" not in read_study(path).protocol()
+
+
+def test_a_caution_is_part_of_what_was_fixed(write: Any) -> None:
+    assert read_study(write(caution="Toy.")).protocol()["caution"] == "Toy."
 
 
 QUESTIONS = {  # of the studies that explore: their arms, and world tokens of each at the shapes of the demo

@@ -133,6 +133,17 @@ def test_the_page_has_the_curves_the_costs_and_what_was_fixed(study: Study, ende
     assert page.caution.startswith("Toy model: the hidden size of this Gemma is ")
 
 
+def test_a_caution_stands_beside_the_verdict_again_too(study: Study, ended: Path, tmp_path: Path) -> None:
+    out, warned = tmp_path / "out", replace(study, caution="A control: it was put in.")
+    shutil.copytree(ended, out)
+    (out / "protocol.json").unlink()
+    warned.fix(out)
+    text = write_results(warned, runs_of(warned, out), out)
+    assert "\n\nA control: it was put in.\nNo verdict on the test split" in text
+    assert "A control: it was put in. Toy model: " in (out / "study.html").read_text(encoding="utf-8")
+    assert draw_again(out) == text
+
+
 def test_records_that_were_changed_are_refused_by_name(study: Study, ended: Path, tmp_path: Path) -> None:
     shutil.copytree(ended, tmp_path / "out")
     runs = runs_of(study, tmp_path / "out")

@@ -12,7 +12,7 @@
     }
 
 Without `primary` a study explores: it compares every two arms, or each with the arm that "baseline" names, and gives no
-verdict.
+verdict. `"caution"`, a sentence, stands beside every verdict: what a reader must not take the study for.
 
 The content is recorded in the study's folder before the first run starts (`protocol.json`), and a later start that
 says something else is refused: what was fixed before the results were known stays fixed.
@@ -30,6 +30,7 @@ from theworld.config.fields import nearest_name
 from theworld.training.sweep import OWN, QUIET
 from theworld.utils.files import check_keys, make_folder, publish_bytes
 from theworld.utils.jsonc import is_comment, read_json_with_comments
+from theworld.utils.text import is_text
 
 PROTOCOL = "protocol.json"
 FORMAT = 1  # of protocol.json
@@ -40,8 +41,12 @@ KINDS: dict[str, type] = {
     "rules_out": dict,
     "seeds": list,
 }  # its fields, beside `primary`
-OPTIONAL: dict[str, type] = {"baseline": str, "train_shares": list}  # left out where a study has none
-KEYS = ("settings", "arms", "primary", "baseline", "seeds", "train_shares")  # of the file
+OPTIONAL: dict[str, type] = {
+    "baseline": str,
+    "train_shares": list,
+    "caution": str,
+}  # left out where a study has none
+KEYS = ("settings", "arms", "primary", "baseline", "seeds", "train_shares", "caution")  # of the file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", re.ASCII)
 
 
@@ -74,15 +79,16 @@ class Study:
     seeds: Sequence[int]
     # Of the training statements, for a learning curve: each arm is trained on each of them, 1 among them.
     train_shares: Sequence[float] = (1.0,)
-    baseline: str | None = (
-        None  # of a study that explores: the arm that the others are compared with; None: every two
-    )
+    # Of a study that explores: the arm that the others are compared with; None: every two.
+    baseline: str | None = None
+    caution: str = ""  # beside every verdict
 
     def protocol(self) -> dict[str, Any]:
         """Return what is fixed before the run, as plain JSON types."""
         primary = self.primary and {**vars(self.primary), "against": list(self.primary.against)}
         shares = {"train_shares": list(self.train_shares)} if len(self.train_shares) > 1 else {}
         baseline = {"baseline": self.baseline} if self.baseline else {}
+        caution = {"caution": self.caution} if self.caution else {}
         return {
             "format": FORMAT,
             "settings": {
@@ -94,6 +100,7 @@ class Study:
             "seeds": list(self.seeds),
             **shares,
             **baseline,
+            **caution,
         }
 
     def fix(self, output: Path) -> None:
@@ -185,7 +192,10 @@ def read_study(
         }
         for where in (where for where, own in given.items() if own is not None):
             raise ValueError(f"{path}: {where}.train_share: train_shares says it; leave one of them out")
-    return Study(base, taken, primary, chosen, shares, _baseline(found, every, arms, path))
+    caution = found.get("caution", "")
+    if not is_text(caution):
+        raise ValueError(f"{path}: caution is {caution!r}; wanted a sentence")
+    return Study(base, taken, primary, chosen, shares, _baseline(found, every, arms, path), caution)
 
 
 def _base(given: Any, path: Path, overrides: Mapping[str, Any] | None) -> Config:

@@ -67,7 +67,7 @@ def write_results(study: Study, runs: Sequence[Run], output: Path) -> str:
     results = results_of(study, runs)
     publish_json(results, output / "study.json")
     write_study(page_of(study, runs, results, output), output)
-    return "\n".join([*table(results), "", said(results)])
+    return "\n".join([*table(results), "", *filter(None, [study.caution]), said(results)])
 
 
 def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: Path) -> Page:
@@ -96,7 +96,7 @@ def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: 
         curves,
         costs,
         fixed,
-        caution=toy_warning(results["test"]["data"], source),
+        caution=" ".join(filter(None, [study.caution, toy_warning(results["test"]["data"], source)])),
     )
 
 
@@ -121,7 +121,8 @@ def study_in(folder: Path) -> tuple[Study, list[Run]]:
     arms = [Arm(name, own, found["rules_out"].get(name, "")) for name, own in found["arms"].items()]
     primary = Primary(**found["primary"]) if found["primary"] else None
     shares, baseline = found.get("train_shares", [1.0]), found.get("baseline")
-    study = Study(config_from(found["settings"], path), arms, primary, found["seeds"], shares, baseline)
+    base, caution = config_from(found["settings"], path), found.get("caution", "")
+    study = Study(base, arms, primary, found["seeds"], shares, baseline, caution)
     runs = runs_of(study, folder)
     left = [run.name for run in runs if not is_done(run)]
     if left:
