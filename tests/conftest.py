@@ -29,6 +29,14 @@ pytest_plugins = ["torture"]
 os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
+QUICK = ("config", "data", "evaluation", "store")  # folders of short tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put folders of short tests last, so that no worker ends alone with a long one."""
+    items.sort(key=lambda item: item.path.parent.name in QUICK)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def few_threads() -> None:
     """The models are tiny: threads cost more than they give, above all on a busy machine."""
