@@ -39,6 +39,8 @@ def in_child(work: Callable[[], object]) -> int:
     child = os.fork()
     if child == 0:
         code = 1
+        for number in (signal.SIGTERM, signal.SIGHUP):  # which nohup leaves ignored
+            signal.signal(number, signal.SIG_DFL)
         try:
             work()
             code = 0

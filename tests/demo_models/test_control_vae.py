@@ -47,6 +47,11 @@ def test_plain_and_hard_pictures_are_of_the_same_scenes_in_order(pairs) -> None:
             assert (pictures[index].permute(1, 2, 0).numpy() == np.asarray(wanted)).all()
 
 
+@pytest.mark.heavy
+def test_processes_draw_the_same_pictures(pairs) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(draw_pairs(0, 24, 2), pairs, strict=True))
+
+
 def test_the_encoder_alone_is_trained_and_knows_more_of_hard_scenes_after_it(pairs) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKLWan.from_pretrained(EMBEDDED)

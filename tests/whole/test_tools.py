@@ -42,7 +42,7 @@ def test_the_three_phases_one_after_the_other(settings: Path) -> None:
     assert "bound by" in done.stderr
     assert tool("extract_latents", "--verify", "--cache", cache).stdout == f"{cache}: sound\n"
 
-    done = tool("train", "--config", settings, "--cache", cache, fresh=True)
+    done = tool("train", "--config", settings, "--cache", cache)
     assert "trains: projection, 8,512 parameters (3.084%); frozen: Gemma, 267,520 (96.916%)" in done.stdout
     assert f"done: {run / 'checkpoint-2'}" in done.stdout
     assert "statements_per_second=" in done.stderr

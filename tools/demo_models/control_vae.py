@@ -13,13 +13,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from demo_models.hard_scenes import draw_hard_scene
-from demo_models.lessons import POOL_SEED, to_pixels
+from demo_models.lessons import POOL_SEED, draw_all, to_pixels
 from demo_models.pretrain import Steps, encode, one_frame
 from demo_models.settings import ControlSettings
 from demo_models.small_models import VAE_PIXELS
@@ -31,7 +30,6 @@ from torch.nn import functional as F
 from theworld.cli.demo import EMBEDDED
 from theworld.data.scenes import draw_scene, make_scene
 from theworld.utils.files import check_folder
-from theworld.utils.starting import starting_workers
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "training.json")
 
@@ -49,10 +47,7 @@ def _draw_one(key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 def draw_pairs(seed: int, num_scenes: int, num_workers: int) -> tuple[Tensor, Tensor]:
     """Return scenes that are in no data set with a small seed, plain and hard, uint8[N, 3, P, P] each."""
     keys = [(POOL_SEED + seed, index) for index in range(num_scenes)]
-    with starting_workers():
-        pool = get_context("spawn").Pool(num_workers)
-    with pool as workers:
-        drawn = workers.map(_draw_one, keys, chunksize=64)
+    drawn = draw_all(_draw_one, keys, num_workers)
     plain, hard = (torch.from_numpy(np.stack(own)).permute(0, 3, 1, 2) for own in zip(*drawn, strict=True))
     return plain.contiguous(), hard.contiguous()
 

@@ -4,8 +4,10 @@ Dimensions: N scenes of a pool, B scenes of a batch, T and Q tokens, V vocabular
 Gemma's and of the VAE's picture in pixels.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
+from typing import TypeVar
 
 import numpy as np
 import tokenizers
@@ -18,6 +20,8 @@ from transformers import Gemma3ForConditionalGeneration
 
 from theworld.data.scenes import COLOURS, RELATIONS, SHAPES, draw_scene, make_scene
 from theworld.utils.starting import starting_workers
+
+T = TypeVar("T")
 
 SCHOOL_RADIUS = (
     0.085,
@@ -45,13 +49,22 @@ def _draw_one(key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def draw_pool(seed: int, num_scenes: int, num_workers: int, device: str) -> Pool:
-    """Draw the scenes in worker processes, a few milliseconds each on one core."""
-    keys = [(POOL_SEED + seed, index) for index in range(num_scenes)]
+def draw_all(
+    draw: Callable[[tuple[int, int]], T], keys: Sequence[tuple[int, int]], num_workers: int
+) -> list[T]:
+    """Return what is drawn of each (seed, index), in so many processes; 1: in this one."""
+    if num_workers == 1:
+        return list(map(draw, keys))
     with starting_workers():
         pool = get_context("spawn").Pool(num_workers)
     with pool as workers:
-        drawn = workers.map(_draw_one, keys, chunksize=64)
+        return workers.map(draw, keys, chunksize=64)
+
+
+def draw_pool(seed: int, num_scenes: int, num_workers: int, device: str) -> Pool:
+    """Draw the scenes in worker processes, a few milliseconds each on one core."""
+    keys = [(POOL_SEED + seed, index) for index in range(num_scenes)]
+    drawn = draw_all(_draw_one, keys, num_workers)
     scenes = [make_scene(key[0], "train", key[1], SCHOOL_RADIUS).things for key in keys]
     names = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     things = torch.tensor([[names.index(thing.name) for thing in pair] for pair in scenes])
