@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SEED ?= 0
+# One more than there are cores, as tests wait for processes now and then; at most 8.
+WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 8 ? cores + 1 : 8)))
 # Threads that wait without spinning: small models stay fast on a machine that does other things too.
 export OMP_WAIT_POLICY ?= passive
 # Bytecode is kept, or each of the tests' many processes would compile everything again.
@@ -35,7 +37,7 @@ study-errors: $(VENV)/.installed  ## how often a study is wrong, simulated: a qu
 	$(BIN)/python tools/study_errors.py
 
 test: $(VENV)/.installed  ## the tests, without the heavy ones
-	$(BIN)/python -m pytest -m "not heavy" -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -m "not heavy" -n $(WORKERS) --dist worksteal
 
 test-heavy: $(VENV)/.installed  ## the tests that take minutes
 	$(BIN)/python -m pytest -m heavy
