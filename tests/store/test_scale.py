@@ -20,6 +20,7 @@ LIMIT = 500  # MB beside the data
 # In a process of its own, as memory that others once used would be counted too. MB; VmHWM is the most there was.
 MEASURE = """
 import json, resource, sys
+from pathlib import Path
 import numpy as np
 from theworld.extraction.features import CachedFeatures, in_cache
 from theworld.training.schedule import Order
@@ -40,9 +41,9 @@ for row in [*range(0, len(paths), 512), *np.random.default_rng(0).integers(0, le
 opened = memory("VmHWM") - before
 del reader
 
-rows = CachedFeatures(sys.argv[1])
+rows = CachedFeatures(Path(sys.argv[1]))
 statements = [Statement(path, "caption", 1, "on", index) for index, path in enumerate(paths)]
-kept, note = in_cache(statements, rows, ".")
+kept, note = in_cache(statements, rows, Path("."))
 order = Order(kept, 0)
 for start in (0, 16, 199_990):
     chosen = order.take(start, 16)
