@@ -11,7 +11,6 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 import shlex
 import sys
-from dataclasses import fields
 
 from theworld.utils.starting import starting
 
@@ -30,17 +29,14 @@ HELP = {
 
 def main() -> int:
     """Parse the flags, draw, train, write, and print the folder; return the exit status."""
-    from demo_models.settings import ControlSettings
+    from demo_models.settings import ControlSettings, add_settings
 
     from theworld.config.cli import ArgumentParser, add_dry_run, path
 
     parser = ArgumentParser(description=__doc__)
     text = "Folder to write the VAE into, for --cosmos_model_name of tools/study.py."
     parser.add_argument("--output", type=path, required=True, metavar="FOLDER", help=text)
-    for field in fields(ControlSettings):
-        kind, text = type(field.default), f"{HELP[field.name]} (default: {field.default})"
-        metavar = {int: "INTEGER", float: "NUMBER"}[kind]
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default, metavar=metavar, help=text)
+    add_settings(parser, ControlSettings, HELP)
     add_dry_run(parser)
     options = vars(parser.parse_args())
     output, dry_run = options.pop("output"), options.pop("dry_run")

@@ -8,7 +8,6 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 import shlex
 import sys
-from dataclasses import fields
 
 from theworld.utils.starting import starting
 
@@ -31,19 +30,14 @@ HELP = {
 
 def main() -> int:
     """Parse the flags, draw, train, write, and print the folders; return the exit status."""
-    from demo_models.settings import PretrainSettings
+    from demo_models.settings import PretrainSettings, add_settings
 
     from theworld.config.cli import ArgumentParser, add_dry_run, path
 
     parser = ArgumentParser(description=__doc__)
     text = "Folder to write gemma/ and vae/ into."
     parser.add_argument("--output", type=path, required=True, metavar="FOLDER", help=text)
-    metavars = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
-    for field in fields(PretrainSettings):
-        kind, text = type(field.default), f"{HELP[field.name]} (default: {field.default})"
-        parser.add_argument(
-            f"--{field.name}", type=kind, default=field.default, metavar=metavars[kind], help=text
-        )
+    add_settings(parser, PretrainSettings, HELP)
     add_dry_run(parser)
     options = vars(parser.parse_args())
     output, dry_run = options.pop("output"), options.pop("dry_run")

@@ -1,6 +1,9 @@
 """The settings of `pretrain` and `control_vae`, apart from the training code, so that --help need not load torch."""
 
-from dataclasses import dataclass
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,13 @@ class ControlSettings:
     batch_size: int = 32  # scenes a step
     learning_rate: float = 1e-3
     workers: int = 2
+
+
+def add_settings(parser: ArgumentParser, settings: type[Any], help_of: Mapping[str, str]) -> None:
+    """Add a flag for each of the settings, with its default. `help_of`: a sentence about each."""
+    metavars = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+    for field in fields(settings):
+        kind, text = type(field.default), f"{help_of[field.name]} (default: {field.default})"
+        parser.add_argument(
+            f"--{field.name}", type=kind, default=field.default, metavar=metavars[kind], help=text
+        )
