@@ -19,6 +19,7 @@ from theworld.models.attention import attention_masks
 from theworld.models.decoder import Decoder, Layer, Shape, decoder_layer
 from theworld.models.fp8 import gated, linear, quantise, to_fp8
 from theworld.models.gemma import Gemma, GemmaParts
+from theworld.models.packing import Batch
 
 
 @pytest.fixture(params=["multimodal", "text-only"])
@@ -144,6 +145,34 @@ def test_flex_attention_compiles_once_for_all_lengths(
         torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
         # The layers, and the last one.
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_a_model_that_was_trained_evaluates_with_the_code_of_its_steps(
+    monkeypatch: pytest.MonkeyPatch, statements: list[Statement], position: str
+) -> None:
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
+    gemma = Gemma(str(EMBEDDED_GEMMA))
+    model = make_model(gemma, compile=True, world_position=position)
+
+    def inputs(chosen: list[Statement]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        batch = model.packer().pack(chosen)
+        return batch, latents_of(batch.worlds), torch.ones(len(batch.images), gemma.num_image_tokens, 64)
+
+    def graphs() -> int:
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    torch._dynamo.reset()
+    for chosen in (statements, statements[:2]):
+        model.losses(*inputs(chosen))["total"].backward()
+    compiled = graphs()
+    for chosen in (statements[2:5], statements * 2):
+        with torch.no_grad():
+            found = model(*inputs(chosen))
+        assert not found.requires_grad
+        torch.testing.assert_close(found, model(*inputs(chosen)).detach(), atol=0, rtol=0)
+    assert graphs() == compiled
 
 
 def test_every_row_has_its_own_scale_and_comes_back_within_a_sixteenth() -> None:

@@ -7,7 +7,6 @@ of processes may share the work (`theworld.utils.distributed`): whichever finds 
 extraction mends a damaged store (`theworld.store.writer`).
 """
 
-import contextlib
 import logging
 import tempfile
 import time
@@ -44,7 +43,7 @@ from theworld.models import world_encoder
 from theworld.models.encoder import Encoder, EncoderSpec
 from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.rollout import check_rollout
-from theworld.store.format import LATENTS, VISION, Plan
+from theworld.store.format import LATENTS, VISION, known_hashes, stores_of
 from theworld.store.shard import ImageEntry
 from theworld.store.verify import Problem, examine
 from theworld.store.writer import Store
@@ -54,7 +53,6 @@ from theworld.utils.device import current_device, resolve_device
 from theworld.utils.distributed import Part, this_part
 from theworld.utils.files import (
     FAILURES,
-    StoreError,
     check_folder,
     check_room,
     free_bytes,
@@ -97,18 +95,6 @@ def freeze(
                     spool.put(digest, prepared)
             bar.update(len(found.images) + len(found.failures))
     return images, failures
-
-
-def known_hashes(cache: Path) -> dict[str, str]:
-    """Return path -> SHA-256 of the photographs that an earlier run on this cache has decoded.
-
-    Of a store with a damaged list nothing is known: `Store.create` says so and mends it.
-    """
-    known: dict[str, str] = {}
-    for root in stores_of(cache):
-        with contextlib.suppress(StoreError):
-            known |= Plan.load(root).images
-    return known
 
 
 def preflight(
@@ -166,13 +152,6 @@ def _seconds_an_image(
             return max(reading, alone)
     encoding_seconds(batch_size)
     return max(reading, encoding_seconds(batch_size))
-
-
-def stores_of(cache: Path) -> list[Path]:
-    """Return the folders of the stores that are in a cache, that of the latents first."""
-    known = [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
-    others = sorted(path.parent for path in cache.glob("*/store.json"))
-    return known + [root for root in others if root not in known]
 
 
 def verify(cache: Path) -> list[Problem]:

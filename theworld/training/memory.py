@@ -217,7 +217,6 @@ def projection_bytes(shape: ProjectionShape) -> int:
     return 4 * shape.num_tokens * (2 * inner + 3 * shape.width)
 
 
-LOADING = 1.53  # times the bytes of all weights: what transformers takes on a GPU for a moment (RESULTS.md)
 CHECKPOINT_BYTES = 12  # for each parameter that trains: weight and AdamW's two moments, in float32
 TRAINED_BYTES = 16  # for each parameter: weight, gradient and AdamW's two moments, in float32
 
@@ -230,7 +229,7 @@ class Memory:
     trained: float  # weights, gradients and moments
     activations: float  # kept by the largest micro-batch of a step for its backward pass
     available: float
-    loading: float = 0.0  # for a moment, while weights load
+    loading: float = 0.0  # while weights load, which every process does whole
 
     @property
     def total(self) -> float:
@@ -283,10 +282,8 @@ class Plan:
         self.num_steps = before + num_train_steps(config, self.data.num_epoch, self.global_batch_size)
         self.phases = phases(config, self.num_steps)
         self.gemma = plan_gemma(config, self.processes.device, self.data, self.start)
-        # The vision tower is loaded too, though a run with cached features does not need it.
-        every = _number(self.gemma.model.parameters()) * self.gemma.dtype.itemsize
-        self.loading = LOADING * every if self.gemma.device.type == "cuda" else 0.0
         self.data = with_vision(self.data, self.gemma, config)
+        self.loading = _number(self.gemma.model.parameters()) * self.gemma.dtype.itemsize
         if self.resumed is not None:
             revision = self.gemma.revision
             self.changed |= check_same_run(self.resumed, self.identity(), revision, allow_changed)

@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from theworld.config.config import Config
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import label_loss
-from theworld.evaluation.predict import predict, word_losses
+from theworld.evaluation.predict import label_loss, predict, word_losses
 from theworld.extraction.batches import Microbatch, make_microbatch, prefetch
 from theworld.hub.card import public_settings
 from theworld.hub.publish import Publisher
