@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from theworld.models.attention import attention_masks, block_mask, prepare_masks
-from theworld.models.fp8 import Weight, linear
+from theworld.models.fp8 import Fp8Weight, Weight, gated, linear
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 
@@ -253,7 +253,8 @@ def _after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Ten
     x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
     normed = rms_norm(x, w.before_mlp, shape.epsilon)
     gate, up = linear(normed, w.gate), linear(normed, w.up)
-    return x + rms_norm(linear(F.gelu(gate, approximate="tanh") * up, w.down), w.after_mlp, shape.epsilon)
+    inner = gated(gate, up) if isinstance(w.down, Fp8Weight) else F.gelu(gate, approximate="tanh") * up
+    return x + rms_norm(linear(inner, w.down), w.after_mlp, shape.epsilon)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
