@@ -25,10 +25,10 @@ from jobs import config_of, content, flip, make_photographs
 from theworld.data.images import sha256
 from theworld.extraction import extract as phase_1
 from theworld.extraction import reading
-from theworld.extraction.extract import _seconds_an_image, extract, freeze, known_hashes, preflight, verify
+from theworld.extraction.extract import _seconds_an_image, extract, freeze, preflight, verify
 from theworld.extraction.reading import Source, Spool
 from theworld.models.encoder import EncoderSpec
-from theworld.store.format import read_failures
+from theworld.store.format import known_hashes, read_failures
 from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store
 from theworld.utils import files

@@ -139,6 +139,17 @@ def test_the_hash_of_a_vision_tower_outlives_it(gemma: Gemma) -> None:
     assert blind.vision_weights_sha256() == taken == gemma.vision_weights_sha256()
 
 
+def test_a_vision_tower_that_was_dropped_from_shapes_does_not_load_and_its_hash_is_known(
+    gemma: Gemma,
+) -> None:
+    shapes = Gemma(str(EMBEDDED_GEMMA), weights=False)
+    shapes.drop_vision()
+    blind = shapes.with_weights()
+    assert blind.model.model.vision_tower is None
+    assert blind.vision_weights_sha256() == gemma.vision_weights_sha256()
+    assert not any("vision_tower" in name for name, _ in blind.model.named_parameters())
+
+
 def test_the_embedding_scale_is_the_root_mean_square_of_what_the_first_layer_sees(gemma: Gemma) -> None:
     every = gemma.embed(torch.arange(gemma.text_config.vocab_size))
     assert gemma.embedding_scale() == pytest.approx(float(every.pow(2).mean().sqrt()), rel=1e-2)

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.extraction.encoders import encoder_of, specs_to_extract
-from theworld.extraction.extract import source_of, stores_of
+from theworld.extraction.extract import source_of
 from theworld.extraction.features import CachedFeatures
 from theworld.extraction.reading import Source, read_photograph
 from theworld.models.encoder import Encoder, check_compatible
 from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import weights_sha256
-from theworld.store.format import VISION
+from theworld.store.format import VISION, stores_of
 from theworld.store.shard import ImageEntry
 from theworld.utils.device import torch_dtype
 from theworld.utils.distributed import Part

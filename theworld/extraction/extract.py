@@ -9,7 +9,6 @@ of processes may share the work (`theworld.utils.distributed`): whichever finds 
 extraction mends a damaged store (`theworld.store.writer`).
 """
 
-import contextlib
 import logging
 import tempfile
 import time
@@ -50,7 +49,7 @@ from theworld.models import world_encoder
 from theworld.models.encoder import Encoder, EncoderSpec
 from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.rollout import check_rollout
-from theworld.store.format import LATENTS, VISION, Plan
+from theworld.store.format import LATENTS, VISION, known_hashes, stores_of
 from theworld.store.shard import ImageEntry
 from theworld.store.verify import Problem, examine
 from theworld.store.writer import Store
@@ -60,7 +59,6 @@ from theworld.utils.device import current_device, resolve_device
 from theworld.utils.distributed import Part, this_part
 from theworld.utils.files import (
     FAILURES,
-    StoreError,
     check_folder,
     check_room,
     free_bytes,
@@ -121,18 +119,6 @@ def freeze(
     return images, failures
 
 
-def known_hashes(cache: Path) -> dict[str, str]:
-    """Return path -> SHA-256 of the photographs that an earlier run on this cache has decoded.
-
-    Of a store with a damaged list nothing is known: `Store.create` says so and mends it.
-    """
-    known: dict[str, str] = {}
-    for root in stores_of(cache):
-        with contextlib.suppress(StoreError):
-            known |= Plan.load(root).images
-    return known
-
-
 def preflight(
     store: Store, encoder: Encoder, pending: list[int], source: Source, batch_size: int, spool: Spool
 ) -> str:
@@ -181,13 +167,6 @@ def _seconds_an_image(
             return max(reading, alone)
     encode_blank(encoder, batch_size)
     return max(reading, encode_blank(encoder, batch_size) / batch_size)
-
-
-def stores_of(cache: Path) -> list[Path]:
-    """Return the folders of the stores that are in a cache, that of the latents first."""
-    known = [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
-    others = sorted(path.parent for path in cache.glob("*/store.json"))
-    return known + [root for root in others if root not in known]
 
 
 def verify(cache: Path) -> list[Problem]:

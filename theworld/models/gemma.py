@@ -39,7 +39,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from theworld.config.config import Config
 from theworld.models.fp8 import Weight, check_fp8, convert_layer
-from theworld.models.pretrained import load_pretrained
+from theworld.models.pretrained import load_pretrained, to_device
 from theworld.models.serialization import (
     LANGUAGE,
     LORA,
@@ -212,15 +212,20 @@ class Gemma:
         self._control_tokens = sorted(token.content for token in added if token.special)
         self.answer_ids = tuple(_single_token(self.tokenizer, digit) for digit in "01")
 
-    def _build(self, weights: bool) -> tuple[PreTrainedModel, list[Weight]]:
-        """Return the model with its parts, and for each layer of a frozen language model the merged matrix.
+    def _build(self, weights: bool, vision: bool = True) -> tuple[PreTrainedModel, list[Weight]]:
+        """Return the model with its parts, and for each layer of a frozen language model the merged matrix. `vision`:
+        with the vision tower; of one that is left out, the hash is taken.
 
         Shapes without values are those of 16 bits: two copies in 8 bits take as much memory.
         """
         kind = _CLASSES["gemma3" if self.is_multimodal else "gemma3_text"]
         options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": "sdpa"}
         if weights:
-            model = load_pretrained(kind, self.name, **options, device_map=str(self.device), **self._hub)
+            model = load_pretrained(kind, self.name, **options, **self._hub)
+            if not vision:
+                self._vision_sha256 = weights_sha256(model.model.vision_tower.state_dict())
+                model.model.vision_tower = None
+            to_device(model, self.device)
         else:
             with torch.device("meta"):
                 model = kind._from_config(AutoConfig.from_pretrained(self._source, **self._hub), **options)
@@ -251,9 +256,11 @@ class Gemma:
         return not self.text_model.embed_tokens.weight.is_meta
 
     def with_weights(self) -> "Gemma":
-        """Return this Gemma with the published weights; the two share the tokeniser and the image processor."""
+        """Return this Gemma with the published weights, but without its vision tower where that was dropped; the two
+        share the tokeniser and the image processor."""
         loaded = copy.copy(self)
-        loaded.model, loaded.qkv = self._build(weights=True)
+        vision = not self.is_multimodal or self.model.model.vision_tower is not None
+        loaded.model, loaded.qkv = loaded._build(True, vision)
         return loaded
 
     # ---- parts

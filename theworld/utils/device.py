@@ -89,6 +89,17 @@ def current_device(device: torch.device) -> Iterator[None]:
         yield
 
 
+def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Return a copy on the host without waiting for it, and the event after which it has its values; of a tensor on a
+    CPU itself, and None."""
+    if not tensor.is_cuda:
+        return tensor, None
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(tensor.device))
+    return copy, ready
+
+
 def num_compiled_graphs() -> int:
     """Return how many graphs torch.compile has made in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
