@@ -9,6 +9,7 @@ of processes may share the work (`theworld.utils.distributed`): whichever finds 
 extraction mends a damaged store (`theworld.store.writer`).
 """
 
+import contextlib
 import logging
 import tempfile
 import time
