@@ -108,7 +108,7 @@ def audit_store(root: Path, config: Config, source: Source, num_images: int) -> 
 def _tower_sha256(encoder: VisionEncoder, dtype: str) -> str:
     """Return the hash of the tower's weights in the dtype in which the cache was computed: cast weights have other
     bits."""
-    tower = encoder.gemma.model.model.vision_tower.state_dict()
+    tower = encoder.tower.state_dict()
     cast = {k: v.to(torch_dtype(dtype)) if v.is_floating_point() else v for k, v in tower.items()}
     return weights_sha256(cast)
 

@@ -9,7 +9,10 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
+
+PRELOAD = ["theworld.extraction.reading"]  # what the server imports that processes are forked from
 
 
 @contextlib.contextmanager
@@ -50,3 +53,13 @@ def starting_workers() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_server() -> None:
+    """Start the server that processes are forked from, unless it runs; it goes on importing PRELOAD.
+
+    A tool that will need it calls this before its own imports, which take as long.
+    """
+    forkserver.set_forkserver_preload(PRELOAD)
+    with starting_workers():
+        forkserver.ensure_running()
