@@ -12,17 +12,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from theworld.extraction import reading
+from theworld.utils import starting
 
 PROCESSES = multiprocessing.get_context("forkserver")
-reading.PRELOAD[:] = ["warm"]
+starting.PRELOAD[:] = ["warm"]
 # The server finds the tests' modules by it.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
 
 def fork(target: Callable[..., None], *arguments: Any) -> BaseProcess:
     """Start a process that calls a function of a module."""
-    PROCESSES.set_forkserver_preload(reading.PRELOAD)
+    PROCESSES.set_forkserver_preload(starting.PRELOAD)
     process = PROCESSES.Process(target=_hearing, args=(target, *arguments))
     process.start()
     return process

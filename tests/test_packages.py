@@ -27,9 +27,10 @@ MODULES = {
 }
 
 
-def imports(path: Path) -> Iterator[str]:
-    """Yield the names of the project's modules and packages that a file imports, at any depth."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, top_only: bool = False) -> Iterator[str]:
+    """Yield the names of the modules and packages that a file imports, at any depth or at its top alone."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -54,3 +55,20 @@ def test_a_package_imports_only_from_packages_above_its_own() -> None:
 def test_no_modules_import_each_other_in_a_cycle() -> None:
     graph = {module: {n for n in imports(path) if n in MODULES} for module, path in MODULES.items()}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)
+
+
+def libraries(module: str) -> set[str]:
+    """Return the top-level packages that are imported where this module is."""
+    found, pending = set[str](), {module}
+    while pending:
+        found |= (now := pending)
+        pending = {
+            name for own in now if own in MODULES for name in imports(MODULES[own], top_only=True)
+        } - found
+    return {name.split(".")[0] for name in found}
+
+
+def test_a_tool_starts_without_the_libraries_that_it_may_not_need() -> None:
+    assert libraries("theworld.training.trainer").isdisjoint({"sklearn", "scipy", "diffusers", "peft"})
+    assert libraries("theworld.evaluation.score").isdisjoint({"diffusers", "peft"})
+    assert "sklearn" in libraries("theworld.evaluation.score")  # for metrics

@@ -15,7 +15,7 @@ import signal
 import sys
 from typing import Any
 
-from theworld.utils.starting import starting
+from theworld.utils.starting import start_server, starting
 
 with starting():
     from theworld.utils.commands import SETTINGS, following
@@ -58,7 +58,10 @@ def main() -> int:
     if (arguments.part or arguments.dry_run) and arguments.audit is not None:
         parser.error("--part and --dry_run are for extracting; --audit reads all of a cache")
     with loading("extract_latents"):
-        from theworld.cli.dry_run import extraction
+        if not (arguments.dry_run or arguments.verify or arguments.audit is not None):
+            start_server()
+        if arguments.dry_run:
+            from theworld.cli.dry_run import extraction
         from theworld.data.vsr import splits_there
         from theworld.extraction.audit import audit
         from theworld.extraction.extract import extract, verify

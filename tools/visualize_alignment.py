@@ -59,8 +59,8 @@ def main() -> int:
         from theworld.cli.dry_run import alignment
         from theworld.evaluation.alignment import align, draw, report
         from theworld.evaluation.records import publish_json
-        from theworld.extraction.extract import stores_of
         from theworld.models.serialization import SavedModel
+        from theworld.store.format import stores_of
         from theworld.utils.files import check_output, companion
 
     overrides = checkpoint_overrides(arguments, KEYS)

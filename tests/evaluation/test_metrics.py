@@ -15,7 +15,6 @@ from theworld.evaluation.metrics import (
     calibration_bins,
     cluster_bootstrap,
     find_pair,
-    label_loss,
     mcnemar,
     probability_metrics,
     summarise,
@@ -155,12 +154,6 @@ def test_a_record_holds_the_answer_under_each_condition() -> None:
 def test_logits_that_are_not_finite_are_refused(answer: list[float], shown: str) -> None:
     with pytest.raises(ValueError, match=rf"world: statement 3 \(a\) has logits .*{shown}"):
         records([statement(3, "a", 1)], {"world": np.array([answer])}, set())
-
-
-def test_label_loss_is_the_cross_entropy_of_the_two_answers() -> None:
-    logits = np.array([[0.0, 2.0], [1.0, 0.0]], dtype=np.float32)
-    wanted = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1))) / 2
-    assert label_loss(logits, np.array([1, 1])) == pytest.approx(wanted)
 
 
 def test_the_summary_of_four_statements() -> None:

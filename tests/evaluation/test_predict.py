@@ -1,5 +1,6 @@
 """The answers of a model under each condition."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from tiny_model import latents_of, make_model, vision_of
 
 from theworld.data.vsr import Statement
 from theworld.evaluation.conditions import CONDITIONS
-from theworld.evaluation.predict import predict, shuffled_images, word_losses
+from theworld.evaluation.predict import label_loss, predict, shuffled_images, word_losses
 from theworld.models.gemma import Gemma
 
 
@@ -83,3 +84,9 @@ def test_the_condition_text_is_refused_for_a_text_only_gemma(
     model = make_model(Gemma(str(text_gemma_folder)))
     with pytest.raises(ValueError, match="sees no photograph, so it is the same as 'baseline'; leave it out"):
         predict(model, statements, latents_of, None, ("baseline", "text"))
+
+
+def test_label_loss_is_the_cross_entropy_of_the_two_answers() -> None:
+    logits = np.array([[0.0, 2.0], [1.0, 0.0]], dtype=np.float32)
+    wanted = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(1))) / 2
+    assert label_loss(logits, np.array([1, 1])) == pytest.approx(wanted)

@@ -1,6 +1,7 @@
 """An encoder says what its rows mean before any model loads, and everybody who asks refuses other rows alike."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from constants import EMBEDDED_VAE
+from constants import EMBEDDED_GEMMA, EMBEDDED_VAE
+from safetensors.torch import load_file, save_file
 
 from theworld.cli import dry_run
 from theworld.cli.doctor import FAULT, look_over
@@ -57,9 +59,36 @@ def test_gemmas_image_processor_works_in_another_process(tiny: Config, photograp
     row = ImageEntry("a.png", sha256((photographs / "a.png").read_bytes()))
     with in_processes(ReadBatch(Source(photographs, 10**6, 1), encoder.prepare, 1), [[row]], 1) as items:
         (batch,) = items
-    wanted = encoder.gemma.pixel_values([read_image(photographs, "a.png")])
-    assert torch.equal(batch.pixels, wanted)
-    assert torch.equal(encoder.encode(batch.pixels), encoder.gemma.vision_features(wanted))
+    gemma = Gemma(tiny.model_name)
+    wanted = gemma.pixel_values([read_image(photographs, "a.png")])
+    side = wanted.shape[-1]
+    assert (batch.pixels.dtype, batch.pixels.shape) == (torch.uint8, (1, 3, side, side))
+    features = gemma.vision_features(wanted)
+    assert torch.equal(encoder.encode(batch.pixels), features)
+    assert torch.equal(encoder.encode(wanted), features)
+
+
+def test_of_a_gemma_the_tower_alone_is_loaded(tiny: Config, tmp_path: Path) -> None:
+    encoder, gemma = VisionEncoder(tiny), Gemma(tiny.model_name)
+    own, whole = encoder.tower.state_dict(), gemma.model.model.vision_tower.state_dict()
+    assert own.keys() == whole.keys()
+    assert all(torch.equal(own[name], whole[name]) for name in own)
+    assert encoder.spec.fields["vision_weights_sha256"] == gemma.vision_weights_sha256()
+
+    shutil.copytree(tiny.model_name, tmp_path / "gemma")
+    file = tmp_path / "gemma" / "model.safetensors"
+    weights = load_file(file)
+    missing = next(name for name in weights if "vision_tower" in name and "fc1.bias" in name)
+    del weights[missing]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"1 tensors missing: .*fc1\.bias"):
+        VisionEncoder(replace(tiny, model_name=str(tmp_path / "gemma")))
+
+
+def test_a_compiled_tower_says_by_which_steps_it_computes() -> None:
+    config = replace(SETTINGS, model_name=str(EMBEDDED_GEMMA))
+    plain, compiled = (VisionEncoder.describe(replace(config, compile=c)).fields for c in (None, True))
+    assert compiled == {**plain, "compiled": True, "arithmetic": 2}
 
 
 PIXELS = {

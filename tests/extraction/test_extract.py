@@ -8,24 +8,27 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from commands import forked, ranks, tool
-from constants import ROOT
+from constants import EMBEDDED_VAE, ROOT
 from jobs import config_of, content, flip, make_photographs
 
 from theworld.data.images import sha256
+from theworld.extraction import extract as phase_1
 from theworld.extraction import reading
-from theworld.extraction.extract import _seconds_an_image, extract, freeze, known_hashes, preflight, verify
+from theworld.extraction.extract import _seconds_an_image, extract, freeze, preflight, verify
 from theworld.extraction.reading import Source, Spool
 from theworld.models.encoder import EncoderSpec
-from theworld.store.format import read_failures
+from theworld.store.format import known_hashes, read_failures
 from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store
 from theworld.utils import files
@@ -242,6 +245,85 @@ def test_the_estimate_is_quick_and_leaves_out_what_happens_once(
     assert timed.sizes == sizes
     assert found == pytest.approx(an_image, rel=0.4)  # on a machine that does other things too
     assert preflight(store, timed, [], source, 4, spool).endswith("about 0 s")
+
+
+# ---- the list, and the first encoder beside it
+
+
+def test_the_first_encoder_is_loaded_while_photographs_are_listed(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = threading.Event(), phase_1.load
+
+    def loading(*arguments: Any) -> Any:
+        encoder = load(*arguments)
+        loaded.set()
+        return encoder
+
+    def listing(*arguments: Any) -> Any:
+        assert loaded.wait(60)
+        return freeze(*arguments)
+
+    monkeypatch.setattr(phase_1, "load", loading)
+    monkeypatch.setattr(phase_1, "freeze", listing)
+    assert extract(config_of(job), tmp_path, False, False)
+    assert content(tmp_path) == content(job / "cache")
+
+
+def test_an_error_of_the_list_comes_before_one_of_the_model(job: Path, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    config = replace(config_of(job), cosmos_model_name=str(tmp_path / "vae"))
+    (tmp_path / "vae" / "config.json").write_text((EMBEDDED_VAE / "config.json").read_text())
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match="68 of 68 photographs cannot be read"):
+        extract(replace(config, max_image_pixels=10), tmp_path / "cache", False, False)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["failures.jsonl"]
+    with pytest.raises(ValueError, match=r"model\.safetensors: no header of a safetensors file"):
+        extract(config, tmp_path / "cache", False, False)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_an_interruption_while_the_model_loads_stops_the_list(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = threading.Event(), []
+
+    def interrupted(*_: object) -> None:
+        assert begun.wait(60)
+        raise KeyboardInterrupt
+
+    def listing(*arguments: Any) -> Any:
+        begun.set()
+        assert arguments[-1].wait(60)
+        try:
+            return freeze(*arguments)
+        except phase_1.Stopped:
+            ended.append("stopped")
+            raise
+
+    monkeypatch.setattr(phase_1, "load", interrupted)
+    monkeypatch.setattr(phase_1, "freeze", listing)
+    with pytest.raises(KeyboardInterrupt):
+        extract(replace(config_of(job), max_image_pixels=10), tmp_path / "cache", False, False)
+    assert ended == ["stopped"]
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("compiled", "time_left", "complete", "sizes"),
+    [(True, True, False, [4]), (True, False, False, []), (True, True, True, []), (False, True, False, [])],
+)
+def test_an_encoder_that_starts_slowly_is_started_while_there_is_time_and_work(
+    job: Path, tmp_path: Path, compiled: bool, time_left: bool, complete: bool, sizes: list[int]
+) -> None:
+    timed = Timed(compiled, 0.0)
+    if complete:
+        (tmp_path / "latents").mkdir()
+        (tmp_path / "latents" / "manifest.json").touch()
+    config = replace(config_of(job), encode_batch_size=4)
+    kind: Any = lambda _: timed  # noqa: E731 - in place of a class
+    assert phase_1.load(kind, config, tmp_path, lambda: time_left) is timed
+    assert timed.sizes == sizes
 
 
 @pytest.fixture

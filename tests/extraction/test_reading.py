@@ -183,11 +183,14 @@ def test_a_spool_gives_back_what_was_put_there(
     """From memory, and from a file that no name leads to."""
     monkeypatch.setattr(reading, "SPOOL_MEMORY", memory)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    spool = Spool(corner)
+    spool = Spool(lambda pixels: corner(pixels).float(), 3)
     values = {name: torch.arange(6, dtype=torch.float32).reshape(2, 3) * n for n, name in enumerate("abc")}
-    for name in "cab":
+    spool.write(2, values["c"])
+    spool.note(2, "c")
+    for name in "ab":
         spool.put(name, values[name])
     spool.put("a", values["b"])  # there already
+    spool.note(1, "c")
     out = torch.full((2, 2, 3), 9.0)
     for name in "abc":
         spool.read_into(out[1], name)
@@ -288,14 +291,14 @@ def test_a_part_keeps_nothing_of_what_it_lists(job: Path) -> None:
 
 
 def test_a_spool_needs_twice_its_room_unless_it_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    spool, config = Spool(Square(512)), Config(latent_size=512)
+    prepare, config = Square(512), Config(latent_size=512)
     size = 512 * 512 * 3
     monkeypatch.setattr(phase_1, "free_bytes", lambda _: 2 * 1000 * size)
-    assert has_room(spool, config, 1000)
-    assert not has_room(spool, config, 1001)
-    assert not has_room(spool, replace(config, num_world_steps=1), 1)
+    assert has_room(prepare, config, 1000)
+    assert not has_room(prepare, config, 1001)
+    assert not has_room(prepare, replace(config, num_world_steps=1), 1)
     monkeypatch.setattr(phase_1, "free_bytes", lambda _: 0)
-    assert [has_room(spool, config, count) for count in (341, 342)] == [True, False]  # 256 MiB
+    assert [has_room(prepare, config, count) for count in (341, 342)] == [True, False]  # 256 MiB
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -304,7 +307,7 @@ def test_the_listing_spools_what_it_decodes(
 ) -> None:
     monkeypatch.setattr(reading, "FEW", 1)
     known = {"b.png": sha256((photographs / "b.png").read_bytes()), "c.png": "0" * 64}
-    spool = Spool(Square(16))
+    spool = Spool(Square(16), 4)
     images, failures = freeze(
         ["c.png", "a.png", "b.png", "d.png"], Source(photographs, 10**6, workers), known, spool
     )

@@ -114,6 +114,21 @@ def test_eight_bit_linears_train_nearly_alike(
     assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
 
 
+def test_weights_come_to_a_gpu_as_they_are_and_take_no_more_than_in_the_end(tmp_path: Path) -> None:
+    make_gemma_folder(tmp_path / "gemma", TINY, EMBEDDED_GEMMA, torch.bfloat16, "cpu")
+    wanted = Gemma(str(tmp_path / "gemma"), torch.bfloat16).model.state_dict()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loaded = Gemma(str(tmp_path / "gemma"), torch.bfloat16, "cuda").model
+    held, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    found = loaded.state_dict()
+    assert {name: (t.device.type, t.dtype) for name, t in found.items()} == {
+        name: ("cuda", t.dtype) for name, t in wanted.items()
+    }
+    assert all(torch.equal(found[name].cpu(), tensor) for name, tensor in wanted.items())
+    assert peak < 1.1 * held  # queries, keys and values of a layer are merged
+
+
 def test_eight_bits_take_the_place_of_the_originals(tmp_path: Path) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("no 8-bit products on this GPU")

@@ -3,20 +3,25 @@
 The decoder against transformers' own, layer weights shared, compiled and not.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from benchmark.models import TINY, make_gemma_folder
 from constants import EMBEDDED_GEMMA
 from tiny_model import gradients, latents_of, make_model, vision_of
+from torch.utils._pytree import tree_leaves
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from theworld.data.vsr import Statement
-from theworld.models.attention import attention_masks
-from theworld.models.decoder import Decoder
-from theworld.models.fp8 import quantise, to_fp8
+from theworld.models.attention import FULL, SLIDING, attention_masks
+from theworld.models.decoder import Decoder, Layer, Shape, decoder_layer
+from theworld.models.fp8 import gated, linear, quantise, to_fp8
 from theworld.models.gemma import Gemma, GemmaParts
+from theworld.models.packing import Batch
 
 
 @pytest.fixture(params=["multimodal", "text-only"])
@@ -121,14 +126,17 @@ def test_compiled_code_gives_the_same_at_every_length_and_does_not_compile_for_e
 
 
 @pytest.mark.parametrize("position", ["before", "after"])
-def test_flex_attention_compiles_once_for_all_lengths(
-    monkeypatch: pytest.MonkeyPatch, statements: list[Statement], position: str
+def test_flex_attention_compiles_once_for_all_lengths_and_kinds_of_layers(
+    monkeypatch: pytest.MonkeyPatch, statements: list[Statement], position: str, tmp_path: Path
 ) -> None:
     """As torch.compile traces it; a CPU has no kernels to make of that."""
+    kinds = {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL, SLIDING, FULL]}
+    shapes = replace(TINY, text=TINY.text | kinds)
+    make_gemma_folder(tmp_path / "gemma", shapes, EMBEDDED_GEMMA, torch.float32, "cpu")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
-    dense = make_model(Gemma(str(EMBEDDED_GEMMA)), world_position=position)
-    gemma = Gemma(str(EMBEDDED_GEMMA), attention="flex_attention")
+    dense = make_model(Gemma(str(tmp_path / "gemma")), world_position=position)
+    gemma = Gemma(str(tmp_path / "gemma"), attention="flex_attention")
     flex = make_model(gemma, compile=True, world_position=position)
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -136,12 +144,40 @@ def test_flex_attention_compiles_once_for_all_lengths(
         found = []
         for model in (dense, flex):
             batch = model.packer().pack(chosen)
-            vision = torch.ones(len(batch.images), gemma.num_image_tokens, 64)
+            vision = torch.ones(len(batch.images), gemma.num_image_tokens, TINY.vision["hidden_size"])
             with torch.no_grad():
                 found.append(model(batch, latents_of(batch.worlds), vision))
         torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
         # The layers, and the last one.
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_a_model_that_was_trained_evaluates_with_the_code_of_its_steps(
+    monkeypatch: pytest.MonkeyPatch, statements: list[Statement], position: str
+) -> None:
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
+    gemma = Gemma(str(EMBEDDED_GEMMA))
+    model = make_model(gemma, compile=True, world_position=position)
+
+    def inputs(chosen: list[Statement]) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+        batch = model.packer().pack(chosen)
+        return batch, latents_of(batch.worlds), torch.ones(len(batch.images), gemma.num_image_tokens, 64)
+
+    def graphs() -> int:
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    torch._dynamo.reset()
+    for chosen in (statements, statements[:2]):
+        model.losses(*inputs(chosen))["total"].backward()
+    compiled = graphs()
+    for chosen in (statements[2:5], statements * 2):
+        with torch.no_grad():
+            found = model(*inputs(chosen))
+        assert not found.requires_grad
+        torch.testing.assert_close(found, model(*inputs(chosen)).detach(), atol=0, rtol=0)
+    assert graphs() == compiled
 
 
 def test_every_row_has_its_own_scale_and_comes_back_within_a_sixteenth() -> None:
@@ -164,6 +200,67 @@ def test_a_row_of_zeros_stays_zero() -> None:
     values, scale = quantise(torch.zeros(2, 8))
     assert not values.float().any()
     assert torch.isfinite(scale).all()
+
+
+@pytest.fixture
+def eight_bits_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU has these products too, if slow ones."""
+    monkeypatch.setattr("theworld.models.fp8.check_fp8", lambda device: None)
+
+
+def relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.float() - exact.float()).norm() / exact.float().norm())
+
+
+def test_a_product_in_8_bits_and_its_gradient_are_those_of_the_rounded_weight(
+    eight_bits_anywhere: None,
+) -> None:
+    weight, x, gradient = (torch.randn(*size).bfloat16() for size in ((512, 256), (3, 64, 256), (3, 64, 512)))
+    rounded = to_fp8(weight)
+    used = rounded.weight.float() * rounded.scale.t()
+    x.requires_grad_()
+    product = linear(x, rounded)
+    product.backward(gradient)
+    assert product.shape == (3, 64, 512)
+    # Rounding x and the gradient alone: three bits behind the leading one.
+    assert relative(product.detach(), x.detach().float() @ used.t()) < 0.03
+    assert x.grad is not None
+    assert relative(x.grad, gradient.float() @ used) < 0.03
+
+
+def test_gate_and_up_are_rounded_for_their_gradients_alone() -> None:
+    gate, up, gradient = (torch.randn(2, 64, 96).bfloat16() for _ in range(3))
+    gate.requires_grad_()
+    up.requires_grad_()
+    exact = F.gelu(gate, approximate="tanh") * up
+    product = gated(gate, up)
+    assert torch.equal(product, exact)
+    wanted = torch.autograd.grad(exact, (gate, up), gradient)
+    for found, own in zip(torch.autograd.grad(product, (gate, up), gradient), wanted, strict=True):
+        assert relative(found, own) < 0.04
+
+
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_what_a_compiled_layer_keeps(in_8_bits: bool, eight_bits_anywhere: None) -> None:
+    """Of its weights no copies, which would take as much as the weights do; in 8 bits gate and up in a byte each."""
+    hidden, inner, heads, groups, width, length = 64, 256, 4, 2, 16, 128
+    outputs = ((heads + 2 * groups) * width, hidden), (hidden, heads * width)
+    matrices = [torch.randn(*size).bfloat16() for size in (*outputs, *[(inner, hidden)] * 2, (hidden, inner))]
+    weights = [to_fp8(one) for one in matrices] if in_8_bits else matrices
+    norms = [torch.zeros(size).bfloat16() for size in (*[hidden] * 4, width, width)]
+    layer, shape = Layer(*norms, *weights), Shape(heads, groups, width, width**-0.5, 1e-6, ())
+    x = torch.randn(1, length, hidden).bfloat16().requires_grad_()
+    cos = torch.randn(1, length, width).bfloat16()
+    mask = torch.zeros(1, 1, length, length).bfloat16()
+    compiled = torch.compile(decoder_layer, fullgraph=True, backend="aot_eager_decomp_partition")
+    out = compiled(x, layer, cos, cos, mask, shape)
+    saved = [one for one in out.grad_fn.saved_tensors if isinstance(one, torch.Tensor)]
+    own = {one.data_ptr() for one in tree_leaves(layer)}
+    kept = [one for one in saved if one.data_ptr() not in own]
+    assert all(length in one.shape for one in kept if one.numel() >= length)  # of tokens, not of weights
+    assert sum(one.nbytes for one in kept if inner in one.shape) == length * 2 * inner * (
+        1 if in_8_bits else 2
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -28,6 +28,7 @@ from theworld.models.gemma import (
     Gemma,
     GemmaParts,
     decide_parts,
+    keep_patches_together,
     load_gemma,
     parameters_of,
     saved_parts,
@@ -123,6 +124,23 @@ def test_vision_features_in_two_halves_are_transformers_image_features(
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_the_values_of_a_patch_lie_side_by_side_in_every_layer_of_the_tower(gemma: Gemma) -> None:
+    tower, strides = gemma.model.model.vision_tower, []
+    layers = list(tower.encoder.layers)
+    hooks = [layer.register_forward_hook(lambda _, __, out: strides.append(out.stride())) for layer in layers]
+    pixels = torch.randn(2, 3, *[tower.config.image_size] * 2, generator=torch.Generator().manual_seed(0))
+    found = gemma.vision_features(pixels)
+    width, count = tower.config.hidden_size, (tower.config.image_size // tower.config.patch_size) ** 2
+    assert strides == [(count * width, width, 1)] * len(layers)
+    tower.embeddings._forward_hooks.clear()
+    try:
+        assert torch.equal(gemma.vision_features(pixels), found)
+    finally:
+        keep_patches_together(tower)
+        for hook in hooks:
+            hook.remove()
+
+
 def test_without_its_vision_tower_it_says_so() -> None:
     blind = Gemma(str(EMBEDDED_GEMMA))
     blind.drop_vision()
@@ -137,6 +155,17 @@ def test_the_hash_of_a_vision_tower_outlives_it(gemma: Gemma) -> None:
     taken = blind.vision_weights_sha256()
     blind.drop_vision()
     assert blind.vision_weights_sha256() == taken == gemma.vision_weights_sha256()
+
+
+def test_a_vision_tower_that_was_dropped_from_shapes_does_not_load_and_its_hash_is_known(
+    gemma: Gemma,
+) -> None:
+    shapes = Gemma(str(EMBEDDED_GEMMA), weights=False)
+    shapes.drop_vision()
+    blind = shapes.with_weights()
+    assert blind.model.model.vision_tower is None
+    assert blind.vision_weights_sha256() == gemma.vision_weights_sha256()
+    assert not any("vision_tower" in name for name, _ in blind.model.named_parameters())
 
 
 def test_the_embedding_scale_is_the_root_mean_square_of_what_the_first_layer_sees(gemma: Gemma) -> None:

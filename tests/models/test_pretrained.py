@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from theworld.models.cosmos import load_vae
 from theworld.models.gemma import Gemma
+from theworld.models.pretrained import copy_in_parts
 from theworld.utils.hub import GEMMA_FILE, VAE_FILE, Fault, check_weight_files, locate
 
 EMBEDDED = ROOT / "theworld/embedded"
@@ -39,6 +40,22 @@ def refused(model: Path) -> str:
 
 def test_whole_files_load(model: Path) -> None:
     LOAD[model.name](str(model))
+
+
+@pytest.mark.parametrize("staged", [8, 12, 1024])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 7)])
+def test_a_tensor_is_copied_part_by_part(shape: tuple[int, ...], staged: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        source = torch.randn(shape).mul(100).to(dtype)
+        target = torch.zeros(shape, dtype=dtype)
+        copy_in_parts(source, target, torch.empty(staged, dtype=torch.uint8))
+        assert torch.equal(target, source)
+
+
+def test_a_tensor_that_is_not_contiguous_is_copied_too() -> None:
+    target = torch.zeros(3, 4)
+    copy_in_parts(torch.arange(12.0).view(4, 3).T, target, torch.empty(16, dtype=torch.uint8))
+    assert torch.equal(target, torch.arange(12.0).view(4, 3).T)
 
 
 def test_a_missing_tensor_is_named(model: Path) -> None:

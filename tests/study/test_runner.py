@@ -11,7 +11,7 @@ import pytest
 from forks import in_child
 
 from theworld.evaluation.records import read_jsonl
-from theworld.extraction.extract import stores_of
+from theworld.store.format import stores_of
 from theworld.study import runner
 from theworld.study.protocol import Arm, Study, runs_of
 from theworld.study.runner import (

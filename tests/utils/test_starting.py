@@ -1,6 +1,7 @@
 """Ctrl-C in the first seconds of a tool, and while processes start."""
 
 import ast
+import gc
 import os
 import signal
 import subprocess
@@ -60,7 +61,9 @@ def test_an_interruption_while_starting_ends_the_process_and_afterwards_is_as_be
     before = signal.getsignal(signal.SIGINT)
     with starting():
         assert signal.getsignal(signal.SIGINT) != before
+        assert not gc.isenabled()
     assert signal.getsignal(signal.SIGINT) == before
+    assert gc.isenabled()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with starting():  # in the background of a script

@@ -17,9 +17,8 @@ from torture import Tally
 from theworld.config.config import FIELDS, Config, load_config, save_config
 from theworld.data.captions import load_captions
 from theworld.data.vsr import load_statements
-from theworld.extraction.extract import known_hashes
 from theworld.store import shard as shards
-from theworld.store.format import Plan, read_failures, read_manifest
+from theworld.store.format import Plan, known_hashes, read_failures, read_manifest
 from theworld.store.reader import StoreReader
 from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.verify import examine

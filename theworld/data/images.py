@@ -97,7 +97,7 @@ def _read_regular(location: str, name: str, root: str | Path, max_bytes: int = M
                 raise ImageError(name, "not a regular file")
             if status.st_size > max_bytes:
                 raise ImageError(name, f"{status.st_size} bytes; at most {max_bytes} are read")
-            data = file.read(max_bytes + 1)
+            data = file.read(status.st_size + 1)  # one more: a file that grows is seen
     except OSError as error:
         missing = error.errno == errno.ENOENT
         reason = _not_there(root, name, location) if missing else os.strerror(error.errno or 0)

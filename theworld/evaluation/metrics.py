@@ -61,12 +61,6 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     return {"only_first": only_first, "only_second": only_second, "p_value": p}
 
 
-def label_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the mean cross-entropy of the labels among the two answers, in nats. `logits`: float[n, 2 or more]."""
-    margin = (logits[:, 1] - logits[:, 0]).astype(np.float64) * np.where(labels == 1, 1, -1)
-    return float(np.logaddexp(0, -margin).mean())
-
-
 def probability_metrics(labels: np.ndarray, p_true: np.ndarray, margin: np.ndarray) -> dict[str, Any]:
     """Return the metrics of P(true), float[n], against the labels.
 

@@ -111,6 +111,12 @@ def predict(
     return dict(zip(conditions, logits.cpu().numpy(), strict=True))
 
 
+def label_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean cross-entropy of the labels among the two answers, in nats. `logits`: float[n, 2 or more]."""
+    margin = (logits[:, 1] - logits[:, 0]).astype(np.float64) * np.where(labels == 1, 1, -1)
+    return float(np.logaddexp(0, -margin).mean())
+
+
 @torch.no_grad()
 def word_losses(
     model: TheWorld,

@@ -35,7 +35,6 @@ from theworld.evaluation.metrics import write_summary
 from theworld.evaluation.predict import left_out, possible_conditions, predict
 from theworld.evaluation.records import Row, publish_json, records, write_jsonl
 from theworld.extraction.batches import FeatureSource
-from theworld.extraction.extract import known_hashes, stores_of
 from theworld.extraction.features import (
     OnTheFlyLatents,
     OnTheFlyVision,
@@ -48,6 +47,7 @@ from theworld.extraction.features import (
 from theworld.models.gemma import Gemma, load_gemma
 from theworld.models.serialization import CONFIG_FILE, SavedModel, find_model
 from theworld.models.theworld import TheWorld
+from theworld.store.format import known_hashes, stores_of
 from theworld.store.reader import StoreReader
 from theworld.utils.device import count_parameters, set_up_torch
 from theworld.utils.files import canonical_sha256, check_output, companion, hash_file

@@ -14,13 +14,13 @@ from tqdm import tqdm
 from theworld.config.cli import extraction_command
 from theworld.config.config import Config
 from theworld.extraction.encoders import encoder_of, specs_to_extract
-from theworld.extraction.extract import source_of, stores_of
+from theworld.extraction.extract import source_of
 from theworld.extraction.features import CachedFeatures
 from theworld.extraction.reading import Source, read_photograph
 from theworld.models.encoder import Encoder, check_compatible
 from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import weights_sha256
-from theworld.store.format import VISION
+from theworld.store.format import VISION, stores_of
 from theworld.store.shard import ImageEntry
 from theworld.utils.device import torch_dtype
 from theworld.utils.distributed import Part
@@ -108,7 +108,7 @@ def audit_store(root: Path, config: Config, source: Source, num_images: int) -> 
 def _tower_sha256(encoder: VisionEncoder, dtype: str) -> str:
     """Return the hash of the tower's weights in the dtype in which the cache was computed: cast weights have other
     bits."""
-    tower = encoder.gemma.model.model.vision_tower.state_dict()
+    tower = encoder.tower.state_dict()
     cast = {k: v.to(torch_dtype(dtype)) if v.is_floating_point() else v for k, v in tower.items()}
     return weights_sha256(cast)
 

@@ -1,8 +1,10 @@
 """Phase 1: photographs through a frozen encoder into a store, once, resumable.
 
     list ─> check ─> encode (see `pipeline`; `rollouts` for rollouts) ─> publish
+    load the first encoder (beside the list)
 
-The list has the photographs that statements name and that decode; the others are named with their reasons. Any number
+The list has the photographs that statements name and that decode; the others are named with their reasons. While it is
+made, the first encoder is loaded and compiled; nothing is encoded before all photographs are listed. Any number
 of processes may share the work (`theworld.utils.distributed`): whichever finds all shards committed publishes. The same
 extraction mends a damaged store (`theworld.store.writer`).
 """
@@ -11,10 +13,12 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -32,10 +36,12 @@ from theworld.extraction.pipeline import encode_shards
 from theworld.extraction.reading import (
     SPOOL_MEMORY,
     ListPhotographs,
+    Prepare,
     ReadBatch,
     Source,
     Spool,
     in_processes,
+    item_bytes,
     num_workers,
     workers_for,
 )
@@ -44,7 +50,7 @@ from theworld.models import world_encoder
 from theworld.models.encoder import Encoder, EncoderSpec
 from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.rollout import check_rollout
-from theworld.store.format import LATENTS, VISION, Plan
+from theworld.store.format import LATENTS, VISION, known_hashes, stores_of
 from theworld.store.shard import ImageEntry
 from theworld.store.verify import Problem, examine
 from theworld.store.writer import Store
@@ -54,7 +60,6 @@ from theworld.utils.device import current_device, resolve_device
 from theworld.utils.distributed import Part, this_part
 from theworld.utils.files import (
     FAILURES,
-    StoreError,
     check_folder,
     check_room,
     free_bytes,
@@ -65,50 +70,54 @@ from theworld.utils.hub import locate
 
 logger = logging.getLogger(__name__)
 
-CHUNK, SPOOLED = 16, 4  # photographs in a task of the listing; with a spool, for which they are sent back
+CHUNK = 32  # photographs in a task of the listing; this process, which loads an encoder meanwhile, hears of each task
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """The listing was asked to stop."""
+
+
+class Listing(NamedTuple):
+    """The photographs of an extraction, and those of them that need not be read again."""
+
+    images: list[ImageEntry]
+    spool: Spool
 
 
 def freeze(
-    paths: Sequence[str], source: Source, known: dict[str, str], spool: Spool | None = None
+    paths: Sequence[str],
+    source: Source,
+    known: dict[str, str],
+    spool: Spool | None = None,
+    stop: Event | None = None,
 ) -> tuple[list[ImageEntry], list[tuple[str, str]]]:
     """Read every photograph and return those that decode with their hashes, sorted, and the others with the reason.
 
     A photograph of the same bytes as in `known` (path -> SHA-256) is not decoded again; what is decoded goes into the
-    spool.
+    spool, which has as many places. Raises Stopped soon after `stop` is set.
     """
     ordered = sorted(paths)
-    chunk, size = (CHUNK, 0) if spool is None else (SPOOLED, SPOOLED * spool.item_bytes)
-    parts = [ordered[start : start + chunk] for start in range(0, len(ordered), chunk)]
-    tasks = [{path: known.get(path) for path in part} for part in parts]
+    tasks = [
+        (start, {path: known.get(path) for path in ordered[start : start + CHUNK]})
+        for start in range(0, len(ordered), CHUNK)
+    ]
     # One process beside this one, which only waits, would gain nothing.
     wanted = source.num_workers if source.num_workers > 1 else 0
-    workers, note = workers_for(len(ordered), len(tasks), wanted, size)
-    if note:
-        logger.info("reading photographs: %s", note)
+    workers, _ = workers_for(len(ordered), len(tasks), wanted)
     images, failures = list[ImageEntry](), list[tuple[str, str]]()
     bar = progress(total=len(ordered), desc="reading photographs", unit=" images", leave=False)
-    work = ListPhotographs(source, None if spool is None else spool.prepare)
-    with bar, in_processes(work, tasks, workers) as results:
+    with bar, in_processes(ListPhotographs(source, spool), tasks, workers) as results:
         for found in results:
+            if stop is not None and stop.is_set():
+                raise Stopped
             images += found.images
             failures += found.failures
-            if spool is not None and found.prepared is not None:
-                for digest, prepared in zip(found.decoded, found.prepared, strict=True):
-                    spool.put(digest, prepared)
+            for place, digest in found.spooled:
+                assert spool is not None
+                spool.note(place, digest)
             bar.update(len(found.images) + len(found.failures))
     return images, failures
-
-
-def known_hashes(cache: Path) -> dict[str, str]:
-    """Return path -> SHA-256 of the photographs that an earlier run on this cache has decoded.
-
-    Of a store with a damaged list nothing is known: `Store.create` says so and mends it.
-    """
-    known: dict[str, str] = {}
-    for root in stores_of(cache):
-        with contextlib.suppress(StoreError):
-            known |= Plan.load(root).images
-    return known
 
 
 def preflight(
@@ -153,26 +162,12 @@ def _seconds_an_image(
         spool.put(first.sha256, batch.pixels[0])
         reading = sum(batch.seconds.values()) / max(1, source.num_workers)
 
-    def encoding_seconds(size: int) -> float:
-        start = time.perf_counter()
-        encoder.encode(blank.expand(size, *blank.shape[1:]).contiguous()).cpu()
-        return (time.perf_counter() - start) / size
-
-    blank = encoder.prepare(np.zeros((16, 16, 3), np.uint8))[None].zero_()
-    starts_slowly = "compiled" in encoder.spec.fields or encoder.device.type == "cuda"
-    if not starts_slowly:
-        alone = encoding_seconds(1)
+    if not starts_slowly(encoder):
+        alone = encode_blank(encoder, 1)
         if alone * 2 * batch_size > 1:
             return max(reading, alone)
-    encoding_seconds(batch_size)
-    return max(reading, encoding_seconds(batch_size))
-
-
-def stores_of(cache: Path) -> list[Path]:
-    """Return the folders of the stores that are in a cache, that of the latents first."""
-    known = [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
-    others = sorted(path.parent for path in cache.glob("*/store.json"))
-    return known + [root for root in others if root not in known]
+    encode_blank(encoder, batch_size)
+    return max(reading, encode_blank(encoder, batch_size) / batch_size)
 
 
 def verify(cache: Path) -> list[Problem]:
@@ -216,37 +211,123 @@ def extract(
         )
     stored = [other for other in others if world_encoder.describe(other).stored]
     every = [config, *(replace(other, device=config.device) for other in stored)]
-    spool = Spool(Square(config.latent_size))
 
-    def check_and_list() -> list[ImageEntry]:
+    def check_all() -> None:
         specs = [spec for one in every for spec in specs_of(one, with_vision)]
-        source = check_start(config, cache, part, specs, guardrail)
+        check_start(config, cache, part, specs, guardrail)
         for one in every:
             check_stores(one, cache, with_vision)
-        return list_images(config, cache, source, allow_missing, spool if part.count == 1 else None)
 
     def check_all_models() -> None:
         for one in every:
             check_models(one, with_vision)
 
-    images = part.broadcast_from_main(check_and_list)
-    part.broadcast_from_main(check_all_models)
+    def list_all(stop: Event) -> Listing:
+        if part.is_main_process:
+            return list_images(config, cache, source, allow_missing, part.count == 1, stop)
+        stop.wait()  # the main process sends the list
+        return Listing([], Spool(Square(config.latent_size)))
+
+    def load_first(listing: Future[Listing]) -> Encoder | None:
+        check_all_models()
+        if config.num_world_steps or not encoders:
+            return None
+        (kind, own), *_ = encoders
+        return load(kind, own, cache, lambda: not listing.done())
+
+    part.broadcast_from_main(check_all)
     source, complete = source_of(config, part), True
+    encoders = encoders_of(every, with_vision)
     with current_device(resolve_device(config.device)):
+        images, spool, first = list_while_loading(part, list_all, load_first)
         if config.num_world_steps:
             rollouts = RolloutEncoder(config, guardrail)
             complete = roll_out(rollouts, cache, images, source, config, part, allow_missing)
             del rollouts  # the largest models of all
-        for one in every[1:] if config.num_world_steps else every:
-            if world_encoder.describe(one).stored:
-                encoder = world_encoder.encoder_class(one)(one)
-                complete = run(encoder, cache, images, source, one, part, spool) and complete
-                del encoder  # before the next is loaded
-        spool.close()  # the vision tower takes photographs in another form
-        if with_vision and VISION not in (world_encoder.describe(one).name for one in every):
-            complete = run(VisionEncoder(config), cache, images, source, config, part, spool) and complete
+        for kind, own in encoders:
+            if kind is VisionEncoder:
+                spool.close()  # the vision tower takes photographs in another form
+            encoder, first = first or kind(own), None
+            complete = run(encoder, cache, images, source, own, part, spool) and complete
+            del encoder  # before the next is loaded
     part.close()
     return complete and part.is_main_process
+
+
+def encoders_of(every: Sequence[Config], with_vision: bool) -> list[tuple[type[Encoder], Config]]:
+    """Return the classes of the encoders whose stores are made of photographs alone, in order, with their settings."""
+    described = [(world_encoder.describe(one), one) for one in every]
+    encoders = [
+        (world_encoder.encoder_class(one), one)
+        for spec, one in described
+        if spec.stored and not one.num_world_steps
+    ]
+    if with_vision and VISION not in (spec.name for spec, _ in described):
+        encoders.append((VisionEncoder, every[0]))
+    return encoders
+
+
+def list_while_loading(
+    part: Part,
+    list_all: Callable[[Event], Listing],
+    load_first: Callable[[Future[Listing]], Encoder | None],
+) -> tuple[list[ImageEntry], Spool, Encoder | None]:
+    """Return the photographs, the spool and the first encoder. Of two errors, that of the listing is raised."""
+    with beside(list_all) as listing:
+        loaded = outcome_of(lambda: load_first(listing))
+        images = part.broadcast_from_main(lambda: listing.result().images)
+    part.broadcast_from_main(lambda: raise_error_of(loaded))
+    return images, listing.result().spool, loaded.result()
+
+
+@contextlib.contextmanager
+def beside(work: Callable[[Event], T]) -> Iterator[Future[T]]:
+    """Do some work in a thread beside the block, at whose end the event says that nobody waits for it any more."""
+    stop = Event()
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            yield thread.submit(work, stop)
+        finally:
+            stop.set()
+
+
+def outcome_of(work: Callable[[], T]) -> Future[T]:
+    """Do some work now, and return its result or its error, which is raised when the result is asked for."""
+    outcome = Future[T]()
+    try:
+        outcome.set_result(work())
+    except (ValueError, OSError, RuntimeError) as error:
+        outcome.set_exception(error)
+    return outcome
+
+
+def raise_error_of(outcome: Future[Any]) -> None:
+    """Raise the error of some work, if there was one."""
+    error = outcome.exception()
+    if error is not None:
+        raise error
+
+
+def load(kind: type[Encoder], config: Config, cache: Path, time_left: Callable[[], bool]) -> Encoder:
+    """Return an encoder with its weights; while there is time, one that starts slowly is started."""
+    encoder = kind(config)
+    complete = (cache / encoder.name / "manifest.json").exists()
+    if starts_slowly(encoder) and not complete and time_left():
+        encode_blank(encoder, min(config.encode_batch_size, config.shard_size))
+    return encoder
+
+
+def starts_slowly(encoder: Encoder) -> bool:
+    """Whether the first batch of a size takes far longer than those after it."""
+    return "compiled" in encoder.spec.fields or encoder.device.type == "cuda"
+
+
+def encode_blank(encoder: Encoder, size: int) -> float:
+    """Encode a blank batch and return the seconds that it took."""
+    blank = encoder.prepare(np.zeros((16, 16, 3), np.uint8))[None].zero_()
+    start = time.perf_counter()
+    encoder.encode(blank.expand(size, *blank.shape[1:]).contiguous()).cpu()
+    return time.perf_counter() - start
 
 
 def check_start(
@@ -288,29 +369,38 @@ def source_of(config: Config, part: Part) -> Source:
 
 
 def list_images(
-    config: Config, cache: Path, source: Source, allow_missing: bool, spool: Spool | None = None
-) -> list[ImageEntry]:
-    """Return the readable photographs that statements name; the others are in `failures.jsonl`. Raises as `extract`."""
+    config: Config,
+    cache: Path,
+    source: Source,
+    allow_missing: bool,
+    spooled: bool = False,
+    stop: Event | None = None,
+) -> Listing:
+    """Return the readable photographs that statements name; the others are in `failures.jsonl`. Raises as `extract`.
+
+    `spooled`: what is decoded is kept, if there is room for all. Raises Stopped soon after `stop` is set.
+    """
     splits = load_all(config.annotations, config.dataset_name)
     names = images_of([statement for own in splits.values() for statement in own])
     if len(splits) < 3:
         logger.info("%s: no other statements than those of %s", config.annotations, " and ".join(splits))
     make_folder(cache)
-    if spool is not None and not has_room(spool, config, len(names)):
-        spool = None
-    images, failures = freeze(names, source, known_hashes(cache), spool)
+    prepare = Square(config.latent_size)
+    kept = spooled and has_room(prepare, config, len(names))
+    spool = Spool(prepare, len(names) if kept else 0)
+    images, failures = freeze(names, source, known_hashes(cache), spool if kept else None, stop)
     refused = refusals(cache / LATENTS)
     predicted = [(image.path, refused[image.sha256]) for image in images if image.sha256 in refused]
     write_failures(cache, sorted(failures + predicted))
     note = check_readable(failures, len(names), allow_missing, f"All are listed in {cache / FAILURES}. ")
     if note:
         logger.info(note)
-    return images
+    return Listing(images, spool)
 
 
-def has_room(spool: Spool, config: Config, num_images: int) -> bool:
+def has_room(prepare: Prepare, config: Config, num_images: int) -> bool:
     """Whether a spool serves this extraction, and leaves half of the free room for temporary files to others."""
-    size, free = spool.item_bytes * num_images, free_bytes(Path(tempfile.gettempdir()))
+    size, free = item_bytes(prepare) * num_images, free_bytes(Path(tempfile.gettempdir()))
     return not config.num_world_steps and (size <= SPOOL_MEMORY or 2 * size <= free)
 
 

@@ -1,6 +1,6 @@
 """Photographs read, hashed and decoded, in processes of their own.
 
-    list     each photograph's hash, and whether it decodes (`ListPhotographs`)
+    list     each photograph's hash, and whether it decodes (`ListPhotographs`); what is decoded goes into the spool
     batch    the photographs of a batch as an encoder takes them (`ReadBatch`), but for those that are in the spool
 
 The processes come from a server that is started afresh and has imported this module alone: nothing of the encoder, of
@@ -18,9 +18,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, forkserver, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, reduction
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -29,13 +29,12 @@ from torch import Tensor
 
 from theworld.data.images import ImageError, decode, read_bytes, sha256
 from theworld.store.shard import ImageEntry
-from theworld.utils.starting import starting_workers
+from theworld.utils.starting import start_server
 
 FEW = 64  # photographs that are read in this process: to start others takes longer
 AHEAD = 2  # tasks that each process is ahead
 SHARED_MEMORY = Path("/dev/shm")
-SPOOL_MEMORY = 256 * 2**20  # bytes of a spool that stay in memory
-PRELOAD = [__name__]  # what the server imports
+SPOOL_MEMORY = 256 * 2**20  # bytes of the largest spool that stays in memory
 
 Prepare = Callable[[np.ndarray], Tensor]
 Task = TypeVar("Task")
@@ -92,11 +91,8 @@ def in_processes(
     if workers == 0:
         yield map(work, tasks)
         return
-    context = get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with starting_workers():
-        forkserver.ensure_running()
-    pool = ProcessPoolExecutor(workers, context, _begin, (work,))
+    start_server()
+    pool = ProcessPoolExecutor(workers, get_context("forkserver"), _begin, (work,))
     try:
         yield _in_order(pool, tasks, AHEAD * workers)
     except BrokenProcessPool as error:
@@ -145,6 +141,11 @@ def _do(task: Any) -> Any:
 # ---- what they do
 
 
+def item_bytes(prepare: Prepare) -> int:
+    """Return the bytes of one prepared photograph."""
+    return prepare(np.zeros((16, 16, 3), np.uint8)).nbytes
+
+
 def read_photograph(row: ImageEntry, source: Source, seconds: dict[str, float]) -> np.ndarray:
     """Return the pixels uint8[H, W, 3] of a listed photograph; adds the time it took to `seconds`.
 
@@ -164,13 +165,75 @@ def read_photograph(row: ImageEntry, source: Source, seconds: dict[str, float]) 
     return pixels
 
 
+class Spool:
+    """Photographs between their listing, which decodes them, and their batch, so that each is decoded once.
+
+    They are kept as an encoder takes them, side by side in a file without a name, which is gone with the last process
+    that has it: in memory, or from SPOOL_MEMORY on in the system's folder for temporary files ($TMPDIR). Reading
+    processes write into the file themselves: a spool that is pickled for them as they start has the same file.
+    """
+
+    def __init__(self, prepare: Prepare, num_places: int = 0) -> None:
+        """`num_places`: photographs that it is to hold, which says where the file lies."""
+        self.prepare = prepare
+        self.item_bytes = item_bytes(prepare)
+        self._places: dict[str, int] = {}  # by SHA-256
+        self._next = num_places
+        if num_places * self.item_bytes <= SPOOL_MEMORY:
+            self._file: Any = open(os.memfd_create("photographs"), "r+b", buffering=0)  # noqa: SIM115 - closed with the spool
+        else:
+            self._file = TemporaryFile(buffering=0)  # noqa: SIM115 - closed with the spool
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_file": reduction.DupFd(self._file.fileno())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        file = open(state["_file"].detach(), "r+b", buffering=0)  # noqa: SIM115 - open as long as the process is
+        self.__dict__ = state | {"_file": file}
+
+    def __contains__(self, sha256: str) -> bool:
+        return sha256 in self._places
+
+    def write(self, place: int, prepared: Tensor) -> None:
+        """Write a prepared photograph at a place. Raises OSError if the disk is full."""
+        data = prepared.contiguous().numpy().reshape(-1).view(np.uint8).data
+        assert len(data) == self.item_bytes
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file.fileno(), data[done:], place * self.item_bytes + done)
+
+    def note(self, place: int, sha256: str) -> None:
+        """Note that the photograph with this hash is at a place."""
+        self._places.setdefault(sha256, place)
+
+    def put(self, sha256: str, prepared: Tensor) -> None:
+        """Keep a prepared photograph behind all places. Raises OSError if the disk is full."""
+        if sha256 not in self._places:
+            self.write(self._next, prepared)
+            self.note(self._next, sha256)
+            self._next += 1
+
+    def read_into(self, out: Tensor, sha256: str) -> None:
+        """Copy a photograph that is here into `out`, which is contiguous."""
+        data = out.numpy().reshape(-1).view(np.uint8).data
+        assert len(data) == self.item_bytes
+        start, done = self._places[sha256] * self.item_bytes, 0
+        while done < len(data):
+            count = os.preadv(self._file.fileno(), [data[done:]], start + done)
+            assert count > 0
+            done += count
+
+    def close(self) -> None:
+        """Give back the room."""
+        self._file.close()
+
+
 class Listed(NamedTuple):
     """What was found at some paths."""
 
     images: list[ImageEntry]
     failures: list[tuple[str, str]]  # path and reason
-    decoded: list[str]  # the SHA-256 of each of `prepared`
-    prepared: Tensor | None  # [len(decoded), ...]
+    spooled: list[tuple[int, str]]  # place in the spool and SHA-256
 
 
 @dataclass(frozen=True)
@@ -178,26 +241,27 @@ class ListPhotographs:
     """The listing of some paths: each photograph is decoded, but for those that `known` has with the same bytes."""
 
     source: Source
-    prepare: Prepare | None  # None: what is decoded is not kept
+    spool: Spool | None  # None: what is decoded is not kept
 
-    def __call__(self, known: Mapping[str, str | None]) -> Listed:
-        """`known`: the paths, with the SHA-256 of photographs that are known to decode."""
-        found = Listed([], [], [], None)
-        prepared = []
-        for path, digest in known.items():
+    def __call__(self, task: tuple[int, Mapping[str, str | None]]) -> Listed:
+        """`task`: the place of the first path in the spool; the paths, with the SHA-256 of photographs that are known
+        to decode."""
+        first, known = task
+        found = Listed([], [], [])
+        for place, (path, digest) in enumerate(known.items(), first):
             try:
                 data = read_bytes(self.source.folder, path, follow_links=self.source.follow_links)
                 actual = sha256(data)
                 if actual != digest:
                     pixels = decode(data, path, max_pixels=self.source.max_image_pixels)
-                    if self.prepare is not None:
-                        prepared.append(self.prepare(pixels))
-                        found.decoded.append(actual)
+                    if self.spool is not None:
+                        self.spool.write(place, self.spool.prepare(pixels))
+                        found.spooled.append((place, actual))
             except ImageError as error:
                 found.failures.append((path, error.reason))
             else:
                 found.images.append(ImageEntry(path, actual))
-        return found._replace(prepared=torch.stack(prepared) if prepared else None)
+        return found
 
 
 class Prepared(NamedTuple):
@@ -236,41 +300,3 @@ class ReadBatch:
             pixels[i] = self.prepare(photograph)
             seconds["decode"] += time.perf_counter() - start
         return Prepared(pixels, len(rows), seconds, None)
-
-
-class Spool:
-    """Photographs between their listing, which decodes them, and their batch, so that each is decoded once.
-
-    They are kept as an encoder takes them: in memory, and from SPOOL_MEMORY on in a file without a name in the system's
-    folder for temporary files ($TMPDIR), which is gone with this process. A JPEG of 640 x 480 pixels and 130 KB, kept
-    as 512 x 512, takes 12 to 13 ms of one core on the whole way, and 16 if it is read and decoded twice.
-    """
-
-    def __init__(self, prepare: Prepare) -> None:
-        self.prepare = prepare
-        self._file = SpooledTemporaryFile(SPOOL_MEMORY)  # noqa: SIM115 - closed with the spool
-        self._places: dict[str, int] = {}  # by SHA-256
-
-    def __contains__(self, sha256: str) -> bool:
-        return sha256 in self._places
-
-    @property
-    def item_bytes(self) -> int:
-        """The bytes of one prepared photograph."""
-        return self.prepare(np.zeros((16, 16, 3), np.uint8)).nbytes
-
-    def put(self, sha256: str, prepared: Tensor) -> None:
-        """Keep a prepared photograph. Raises OSError if the disk is full."""
-        if sha256 not in self._places:
-            self._places[sha256] = self._file.seek(0, os.SEEK_END)
-            self._file.write(prepared.contiguous().numpy().reshape(-1).data)
-
-    def read_into(self, out: Tensor, sha256: str) -> None:
-        """Copy a photograph that was put here into `out`, which is contiguous."""
-        data = out.numpy().reshape(-1).view(np.uint8).data
-        self._file.seek(self._places[sha256])
-        assert self._file.readinto(data) == len(data)
-
-    def close(self) -> None:
-        """Give back the room."""
-        self._file.close()

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from theworld.models.attention import attention_masks, block_mask, prepare_masks
-from theworld.models.fp8 import Weight, linear
+from theworld.models.fp8 import Fp8Weight, Weight, gated, linear
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 
@@ -89,6 +90,7 @@ class Decoder:
         self.compiled = compiled
         functions = (decoder_layer, last_layer, prefix_layer, prefix_last_layer)
         self.functions: dict[Any, Any] = {f: _compile(f) if compiled else f for f in functions}
+        self.with_gradients = set[Any]()  # functions that were compiled for a backward pass
 
     def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
         """Return the hidden states after the final norm of some tokens, dtype[K, D].
@@ -133,11 +135,24 @@ class Decoder:
 
     def _run(self, function: Any, *arguments: Any) -> Any:
         if self.compiled:
+            if torch.is_grad_enabled():
+                self.with_gradients.add(function)
+            elif function in self.with_gradients:
+                return self._run_as_in_training(function, *arguments)
             mark_lengths_dynamic(*arguments)
-        function = self.functions[function]
+        code = self.functions[function]
         if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(function, *arguments, self.shape, use_reentrant=False)
-        return function(*arguments, self.shape)
+            return checkpoint(code, *arguments, self.shape, use_reentrant=False)
+        return code(*arguments, self.shape)
+
+    def _run_as_in_training(self, function: Any, *arguments: Any) -> Any:
+        """Run without gradients what was compiled with them: a run that evaluates compiles nothing. What a backward
+        pass would need is kept for one layer at a time."""
+        at = 1 if function in (prefix_layer, prefix_last_layer) else 0
+        with torch.enable_grad():
+            x = arguments[at].detach().requires_grad_()
+            found = self._run(function, *arguments[:at], x, *arguments[at + 1 :])
+        return tree_map_only(Tensor, Tensor.detach, found)
 
 
 class HFDecoder:
@@ -238,7 +253,8 @@ def _after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Ten
     x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
     normed = rms_norm(x, w.before_mlp, shape.epsilon)
     gate, up = linear(normed, w.gate), linear(normed, w.up)
-    return x + rms_norm(linear(F.gelu(gate, approximate="tanh") * up, w.down), w.after_mlp, shape.epsilon)
+    inner = gated(gate, up) if isinstance(w.down, Fp8Weight) else F.gelu(gate, approximate="tanh") * up
+    return x + rms_norm(linear(inner, w.down), w.after_mlp, shape.epsilon)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -19,12 +19,10 @@ FP8_CAPABILITY = (9, 0)  # Hopper
 
 
 class Fp8Weight(NamedTuple):
-    """A frozen weight in 8 bits, and its transpose: a product needs the summed dimension last."""
+    """A frozen weight in 8 bits."""
 
     weight: Tensor  # float8_e4m3fn[O, I]
     scale: Tensor  # float32[1, O]
-    transposed: Tensor  # float8_e4m3fn[I, O]
-    transposed_scale: Tensor  # float32[1, I]
 
 
 def check_fp8(device: torch.device) -> None:
@@ -43,9 +41,8 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 def to_fp8(weight: Tensor) -> Fp8Weight:
     """Return dtype[O, I] in 8 bits. Raises ValueError as `check_fp8` does."""
     check_fp8(weight.device)
-    own, scale = quantise(weight)
-    transposed, transposed_scale = quantise(weight.t().contiguous())
-    return Fp8Weight(own, scale.t().contiguous(), transposed, transposed_scale.t().contiguous())
+    values, scale = quantise(weight)
+    return Fp8Weight(values, scale.t().contiguous())
 
 
 def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
@@ -66,29 +63,63 @@ class Fp8Linear(nn.Module):
 
     def split(self, sizes: Sequence[int]) -> "list[Fp8Linear]":
         """Return layers over the same memory that have so many of the outputs each."""
-        weight, scale, transposed, transposed_scale = self.weight
-        parts = zip(weight.split(sizes), scale.split(sizes, 1), transposed.split(sizes, 1), strict=True)
-        return [Fp8Linear(Fp8Weight(*part, transposed_scale)) for part in parts]
+        parts = zip(self.weight.weight.split(sizes), self.weight.scale.split(sizes, 1), strict=True)
+        return [Fp8Linear(Fp8Weight(*part)) for part in parts]
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, transposed: Tensor, transposed_scale: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(transposed, transposed_scale)
-        return _product(x, weight, scale)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return _product(x, weight.t(), scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        return _product(gradient, *ctx.saved_tensors), None, None, None, None
+        weight, scale = ctx.saved_tensors
+        return (
+            _product(
+                gradient * scale, _turned(weight, gradient), torch.ones_like(weight[:1], dtype=scale.dtype)
+            ),
+            None,
+            None,
+        )
+
+
+def _turned(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Return a weight column by column, as a product wants it, in a copy for the moment: copies of all weights would
+    take as much memory as the weights."""
+    # Zero, but compiled code cannot know: without a part of the gradient in it, the copy would be made in the forward
+    # pass, and kept.
+    zero = (gradient[:1, :1].abs() < 0).to(torch.uint8)
+    return (weight.view(torch.uint8) + zero).t().contiguous().view(weight.dtype).t()
+
+
+class _Fp8Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(*quantise(gate), *quantise(up))
+        ctx.dtype = gate.dtype
+        return F.gelu(gate, approximate="tanh") * up
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        gate_values, gate_scale, up_values, up_scale = ctx.saved_tensors
+        gate = (gate_values.float() * gate_scale).to(ctx.dtype)
+        up = (up_values.float() * up_scale).to(ctx.dtype)
+        of_gate = torch.ops.aten.gelu_backward(gradient * up, gate, approximate="tanh")
+        return of_gate, gradient * F.gelu(gate, approximate="tanh")
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """Return GELU(gate) * up, bfloat16[..., F], which keeps both in 8 bits for the backward pass: with all of a
+    decoder layer, they are more than half of what is kept."""
+    return _Fp8Gated.apply(gate, up)
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """[T, S], float8_e4m3fn[S, R] stored column by column, and float32[1, R] -> bfloat16[T, R]."""
     values, own_scale = quantise(x)
-    return torch._scaled_mm(
-        values, weight.t(), own_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+    return torch._scaled_mm(values, weight, own_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 Weight = Tensor | Fp8Weight

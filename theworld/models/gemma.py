@@ -17,6 +17,7 @@ Dimensions: B images, N image tokens an image (256 in the 4B), V vision width, D
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
@@ -35,11 +36,10 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     PreTrainedModel,
 )
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from theworld.config.config import Config
 from theworld.models.fp8 import Weight, check_fp8, convert_layer
-from theworld.models.pretrained import load_pretrained
+from theworld.models.pretrained import load_pretrained, to_device
 from theworld.models.serialization import (
     LANGUAGE,
     LORA,
@@ -212,19 +212,26 @@ class Gemma:
         self._control_tokens = sorted(token.content for token in added if token.special)
         self.answer_ids = tuple(_single_token(self.tokenizer, digit) for digit in "01")
 
-    def _build(self, weights: bool) -> tuple[PreTrainedModel, list[Weight]]:
-        """Return the model with its parts, and for each layer of a frozen language model the merged matrix.
+    def _build(self, weights: bool, vision: bool = True) -> tuple[PreTrainedModel, list[Weight]]:
+        """Return the model with its parts, and for each layer of a frozen language model the merged matrix. `vision`:
+        with the vision tower; of one that is left out, the hash is taken.
 
         Shapes without values are those of 16 bits: two copies in 8 bits take as much memory.
         """
         kind = _CLASSES["gemma3" if self.is_multimodal else "gemma3_text"]
         options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": "sdpa"}
         if weights:
-            model = load_pretrained(kind, self.name, **options, device_map=str(self.device), **self._hub)
+            model = load_pretrained(kind, self.name, **options, **self._hub)
+            if not vision:
+                self._vision_sha256 = weights_sha256(model.model.vision_tower.state_dict())
+                model.model.vision_tower = None
+            to_device(model, self.device)
         else:
             with torch.device("meta"):
                 model = kind._from_config(AutoConfig.from_pretrained(self._source, **self._hub), **options)
         model = model.eval().requires_grad_(False)
+        if self.is_multimodal and model.model.vision_tower is not None:
+            keep_patches_together(model.model.vision_tower)
         language = model.model.language_model if self.is_multimodal else model.model
         if self.parts.lora_rank is not None:
             with seeded(self._seed):
@@ -251,9 +258,11 @@ class Gemma:
         return not self.text_model.embed_tokens.weight.is_meta
 
     def with_weights(self) -> "Gemma":
-        """Return this Gemma with the published weights; the two share the tokeniser and the image processor."""
+        """Return this Gemma with the published weights, but without its vision tower where that was dropped; the two
+        share the tokeniser and the image processor."""
         loaded = copy.copy(self)
-        loaded.model, loaded.qkv = self._build(weights=True)
+        vision = not self.is_multimodal or self.model.model.vision_tower is not None
+        loaded.model, loaded.qkv = loaded._build(True, vision)
         return loaded
 
     # ---- parts
@@ -425,13 +434,11 @@ class Gemma:
 
         A cache keeps these: they are smaller than image features and independent of the projector.
         """
-        tower, projector = self.model.model.vision_tower, self.model.model.multi_modal_projector
+        tower = self.model.model.vision_tower
         if tower is None:
             raise ValueError("this Gemma is without its vision tower (drop_vision)")
         with self.computing():
-            patches = tower(pixel_values=pixel_values.to(self.device, self.dtype)).last_hidden_state
-        grid = patches.transpose(1, 2).unflatten(2, (projector.patches_per_image,) * 2)
-        return F.avg_pool2d(grid, projector.kernel_size).flatten(2).transpose(1, 2)
+            return pooled_patches(tower, pixel_values.to(self.device, self.dtype), self.num_image_tokens)
 
     def image_features(self, vision_features: Tensor) -> Tensor:
         """dtype[B, N, V] -> dtype[B, N, D]: the other half of Gemma's projector, into the language model's space."""
@@ -439,12 +446,6 @@ class Gemma:
         with self.computing():
             normed = projector.mm_soft_emb_norm(vision_features.to(self.device, self.dtype))
             return normed @ projector.mm_input_projection_weight
-
-    def compile_vision(self) -> None:
-        """Compile the layers of the vision tower, which pays for thousands of photographs in batches of one size."""
-        for module in self.model.model.vision_tower.modules():
-            if isinstance(module, SiglipEncoderLayer):
-                module.compile()
 
     def drop_vision(self) -> None:
         """Free the vision tower, which a run with cached features does not need."""
@@ -459,6 +460,28 @@ class Gemma:
         if not self._vision_sha256:
             raise ValueError("this Gemma is without its vision tower (drop_vision)")
         return self._vision_sha256
+
+
+def pooled_patches(tower: Any, pixel_values: Tensor, num_tokens: int) -> Tensor:
+    """dtype[B, 3, S, S] -> dtype[B, N, V]: the patches of a SigLIP tower, pooled to `num_tokens` as Gemma's projector
+    pools them."""
+    patches = tower(pixel_values=pixel_values).last_hidden_state
+    side = math.isqrt(patches.shape[1])
+    grid = patches.transpose(1, 2).unflatten(2, (side, side))
+    return F.avg_pool2d(grid, side // math.isqrt(num_tokens)).flatten(2).transpose(1, 2)
+
+
+def keep_patches_together(tower: Any) -> None:
+    """Let the values of a patch lie side by side in every layer of a SigLIP tower.
+
+    They come out of its convolution a channel after the other, an order that each sum of two hidden states inherits, so
+    that every norm of every layer would read them from far apart. The numbers are the same.
+    """
+    tower.embeddings.register_forward_hook(_contiguous)
+
+
+def _contiguous(_: nn.Module, __: Any, embeddings: Tensor) -> Tensor:
+    return embeddings.contiguous()
 
 
 def is_multimodal(name_or_path: str, **hub: str) -> bool:

@@ -9,11 +9,13 @@ Dimensions: B images, S side in pixels, N image tokens of an image (256), which 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, SiglipVisionModel
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from theworld.config.config import Config
 from theworld.models.encoder import (
@@ -28,21 +30,62 @@ from theworld.models.encoder import (
     compiled_field,
     compute_dtype,
 )
-from theworld.models.gemma import Gemma
+from theworld.models.gemma import Gemma, keep_patches_together, pooled_patches
+from theworld.models.pretrained import load_pretrained, to_device
+from theworld.models.serialization import weights_sha256
 from theworld.store.format import VISION
 from theworld.utils.device import resolve_device, resolve_dtype, wants_compile
-from theworld.utils.hub import GEMMA_FILE, file_at_hand, hub_revision, model_id
+from theworld.utils.hub import GEMMA_FILE, file_at_hand, hub_revision, model_id, source_of_model
+
+# Raise it whenever the compiled tower computes the same by other steps: see `theworld.models.cosmos`.
+ARITHMETIC = 2
 
 
 @dataclass(frozen=True)
 class GemmaPixels:
-    """Photographs as Gemma's vision tower takes them."""
+    """Photographs at the size that Gemma's vision tower takes."""
 
     image_processor: Any  # of transformers
 
     def __call__(self, pixels: np.ndarray) -> Tensor:
-        """uint8[H, W, 3] -> float32[3, S, S], by Gemma's own image processor."""
-        return self.image_processor(images=[pixels], return_tensors="pt")["pixel_values"][0]
+        """uint8[H, W, 3] -> uint8[3, S, S], resized by Gemma's own image processor: a quarter of the bytes of the
+        numbers that the tower takes, which `values_of_pixels` gives."""
+        return self._processed([pixels], do_rescale=False, do_normalize=False)[0]
+
+    def values_of_pixels(self) -> Tensor:
+        """float32[3, 256]: what Gemma's own image processor makes of each value of a pixel in each channel."""
+        ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+        return self._processed([ramp], do_resize=False)[0].flatten(1).float()
+
+    def _processed(self, pictures: list[np.ndarray], **options: Any) -> Tensor:
+        return self.image_processor(images=pictures, return_tensors="pt", **options)["pixel_values"]
+
+
+class VisionTower(SiglipVisionModel):
+    """The vision tower of a Gemma, of whose files nothing else is read."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar = [
+        r"^(model\.)?(language_model|multi_modal_projector)\.",
+        r"^lm_head\.",
+    ]
+
+
+def load_tower(model: str, dtype: torch.dtype, device: torch.device, revision: str | None) -> VisionTower:
+    """Return the vision tower of a Gemma. Raises ValueError for a text-only one, and as `load_pretrained`."""
+    hub = {"revision": revision} if revision else {}
+    config = AutoConfig.from_pretrained(source_of_model(model, GEMMA_FILE, revision), **hub)
+    tower = load_pretrained(
+        VisionTower,
+        model,
+        config=_vision_config(config, model),
+        key_mapping={r"^(model\.)?vision_tower\.(vision_model\.)?": ""},
+        dtype=dtype,
+        attn_implementation="sdpa",
+        **hub,
+    )
+    keep_patches_together(tower)
+    to_device(tower, device)
+    return tower.eval().requires_grad_(False)
 
 
 class VisionEncoder:
@@ -52,14 +95,19 @@ class VisionEncoder:
 
     def __init__(self, config: Config, like: Mapping[str, Any] | None = None) -> None:
         """Raises ValueError for a text-only Gemma."""
+        model, revision = config.model_name, (like or {}).get("model_revision")
         self.device = resolve_device(config.device)
-        dtype, revision = resolve_dtype(config.dtype, self.device), (like or {}).get("model_revision")
-        self.gemma = Gemma(config.model_name, dtype, self.device, revision=revision)
-        self.spec = vision_spec(config, self.gemma)
-        assert self.gemma.processor is not None
-        self.prepare = GemmaPixels(self.gemma.processor.image_processor)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.tower = load_tower(model, self.dtype, self.device, revision)
+        source, hub = source_of_model(model, GEMMA_FILE, revision), {"revision": revision} if revision else {}
+        self.prepare = GemmaPixels(AutoImageProcessor.from_pretrained(source, **hub))
+        self.values = self.prepare.values_of_pixels().to(self.device, self.dtype)
+        spec = self.describe(config, {"model_revision": revision or hub_revision(model, GEMMA_FILE)})
+        self.spec = spec.having(vision_weights_sha256=weights_sha256(self.tower.state_dict()))
         if wants_compile(config.compile, self.device):
-            self.gemma.compile_vision()
+            for module in self.tower.modules():
+                if isinstance(module, SiglipEncoderLayer):
+                    module.compile()  # pays for thousands of photographs in batches of one size
 
     @staticmethod
     def describe(config: Config, like: Mapping[str, Any] | None = None) -> EncoderSpec:
@@ -73,12 +121,28 @@ class VisionEncoder:
             **compiled_field(config),
             **common_fields(config, dtype, "transformers"),
         }
+        if "compiled" in fields:
+            fields["arithmetic"] = ARITHMETIC
         weights = Weights("Gemma's vision tower", config.model_name, GEMMA_FILE)
         return EncoderSpec(VISION, shape, dtype, weights, fields)
 
+    @torch.no_grad()
     def encode(self, prepared: Tensor) -> Tensor:
-        """float32[B, 3, S, S] -> storage dtype[B, N, V]."""
-        return self.gemma.vision_features(prepared.to(self.device, non_blocking=True))
+        """uint8[B, 3, S, S] or, as Gemma's own image processor gives them, float32 -> storage dtype[B, N, V]."""
+        pixels = prepared.to(self.device, non_blocking=True)
+        if pixels.dtype == torch.uint8:
+            channels = zip(self.values, pixels.unbind(1), strict=True)
+            pixels = torch.stack([values[channel.int()] for values, channel in channels], 1)
+        num_tokens, _ = self.spec.array.shape
+        return pooled_patches(self.tower, pixels.to(self.dtype), num_tokens)
+
+
+def _vision_config(config: Any, model: str) -> Any:
+    """Return the config of a Gemma's vision tower. Raises ValueError for a text-only Gemma."""
+    vision = getattr(config, "vision_config", None)
+    if vision is None:
+        raise ValueError(f"{model} is text-only: it has no vision features to cache")
+    return vision
 
 
 def _from_config_files(
@@ -90,9 +154,7 @@ def _from_config_files(
         names = ("image_size", "image_processor", "model_revision")
         return UNTIL_DOWNLOADED, dict.fromkeys(names, UNTIL_DOWNLOADED)
     config = AutoConfig.from_pretrained(path.parent)
-    vision = getattr(config, "vision_config", None)
-    if vision is None:
-        raise ValueError(f"{model} is text-only: it has no vision features to cache")
+    vision = _vision_config(config, model)
     processor: str | NotYetKnown = UNTIL_DOWNLOADED
     if file_at_hand(model, "processor_config.json", "preprocessor_config.json", revision=revision):
         processor = type(AutoImageProcessor.from_pretrained(path.parent)).__name__

@@ -1,5 +1,6 @@
 """What a store holds, decided before its first shard is written, and what its manifest says at the end."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -301,3 +302,25 @@ def read_failures(cache: str | Path) -> dict[str, str]:
             f"{path} is damaged: {error!r:.200}; mend it with: {extraction(path.parent, '--allow_missing')}"
         ) from None
     return reasons
+
+
+# ---- the stores of a cache
+
+
+def stores_of(cache: Path) -> list[Path]:
+    """Return the folders of the stores that are in a cache, that of the latents first."""
+    known = [cache / name for name in (LATENTS, VISION) if (cache / name).exists()]
+    others = sorted(path.parent for path in cache.glob("*/store.json"))
+    return known + [root for root in others if root not in known]
+
+
+def known_hashes(cache: Path) -> dict[str, str]:
+    """Return path -> SHA-256 of the photographs that an earlier run on this cache has decoded.
+
+    Of a store with a damaged list nothing is known: `Store.create` says so and mends it.
+    """
+    known: dict[str, str] = {}
+    for root in stores_of(cache):
+        with contextlib.suppress(StoreError):
+            known |= Plan.load(root).images
+    return known

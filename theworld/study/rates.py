@@ -137,17 +137,15 @@ def _step_seconds(trainer: Trainer, phase: Phase) -> float:
     last = min(phase.stop, phase.start + UNTIMED + NUM_STEPS)
     untimed = min(UNTIMED, last - phase.start - 1)
     coming = (trainer.microbatches(step) for step in range(phase.start, last))
-    began = seconds = 0.0
-    taken = 0
-    with closing(prefetch(coming, gate=trainer.packing)) as steps:
-        for number, microbatches in enumerate(steps):
-            if number == untimed:
-                began, taken = perf_counter(), 0
-            trainer.train_step(microbatches)
+    began, seconds, taken = perf_counter(), 0.0, 0
+    with closing(prefetch(coming, gate=trainer.packing)) as packed, closing(trainer.steps(packed)) as steps:
+        for number, _ in enumerate(steps, 1):
             taken += 1
             seconds = perf_counter() - began
-            if number >= untimed and seconds > MOST_SECONDS:
+            if number > untimed and seconds > MOST_SECONDS:
                 break
+            if number == untimed:
+                began, taken = perf_counter(), 0
     return seconds / taken
 
 

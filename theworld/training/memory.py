@@ -153,7 +153,14 @@ def training_bytes(config: Config, sizes: Sizes) -> tuple[float, float]:
     tokens = config.batch_size * (world + sizes.image_tokens + TEXT_TOKENS)
     compiled = wants_compile(config.compile, device)
     layers = Layers(compiled, FROZEN, width, config.fp8, config.use_gradient_checkpointing)
-    return sizes.parameters * width, tokens * width * kept_values(layers, sizes)
+    frozen = sizes.parameters * width - (linear_weights(sizes) * (width - 1) if config.fp8 else 0)
+    return frozen, tokens * width * kept_values(layers, sizes)
+
+
+def linear_weights(sizes: Sizes) -> int:
+    """Return the number of weights in the linear layers of a language model's decoder, which fp8 holds in a byte
+    each."""
+    return sizes.layers * sizes.hidden * (sizes.heads * sizes.head_dim + 3 * sizes.feed_forward)
 
 
 def layer_values(layers: Layers, sizes: Sizes) -> int:
@@ -166,7 +173,9 @@ def layer_values(layers: Layers, sizes: Sizes) -> int:
     turned = sizes.heads // 2 * sizes.head_dim  # queries and keys
     queries = sizes.query_heads * sizes.head_dim  # as keys and values are, once they are repeated
     if layers.compiled and layers.kind == FROZEN:
-        return 3 * hidden + 2 * inner + 3 * turned
+        return (
+            3 * hidden + (1 if layers.fp8 else 2) * inner + 3 * turned
+        )  # with fp8 gate and up are in a byte each
     if layers.compiled:
         adapters = queries if layers.kind == LORA else 0
         return 5 * hidden + 3 * inner + turned + 4 * queries + adapters
@@ -208,7 +217,6 @@ def projection_bytes(shape: ProjectionShape) -> int:
     return 4 * shape.num_tokens * (2 * inner + 3 * shape.width)
 
 
-LOADING = 1.53  # times the bytes of all weights: what transformers takes on a GPU for a moment (RESULTS.md)
 CHECKPOINT_BYTES = 12  # for each parameter that trains: weight and AdamW's two moments, in float32
 TRAINED_BYTES = 16  # for each parameter: weight, gradient and AdamW's two moments, in float32
 
@@ -221,7 +229,7 @@ class Memory:
     trained: float  # weights, gradients and moments
     activations: float  # kept by the largest micro-batch of a step for its backward pass
     available: float
-    loading: float = 0.0  # for a moment, while weights load
+    loading: float = 0.0  # while weights load, which every process does whole
 
     @property
     def total(self) -> float:
@@ -274,10 +282,8 @@ class Plan:
         self.num_steps = before + num_train_steps(config, self.data.num_epoch, self.global_batch_size)
         self.phases = phases(config, self.num_steps)
         self.gemma = plan_gemma(config, self.processes.device, self.data, self.start)
-        # The vision tower is loaded too, though a run with cached features does not need it.
-        every = _number(self.gemma.model.parameters()) * self.gemma.dtype.itemsize
-        self.loading = LOADING * every if self.gemma.device.type == "cuda" else 0.0
         self.data = with_vision(self.data, self.gemma, config)
+        self.loading = _number(self.gemma.model.parameters()) * self.gemma.dtype.itemsize
         if self.resumed is not None:
             revision = self.gemma.revision
             self.changed |= check_same_run(self.resumed, self.identity(), revision, allow_changed)
@@ -367,6 +373,8 @@ class Plan:
         trained = [p for part in gemma.trainable_parts for p in parameters_of(gemma, part).values()]
         every = sum(p.numel() * p.element_size() for p in gemma.model.parameters())
         frozen = every - sum(p.numel() * p.element_size() for p in trained)
+        if config.fp8:
+            frozen -= linear_weights(config_sizes(gemma.model.config)) * (gemma.dtype.itemsize - 1)
         packer = Packer(
             gemma, config.question_template, shape.num_tokens, world_position=config.world_position
         )

@@ -24,8 +24,8 @@ import numpy as np
 
 from theworld.config.config import FIELDS, Config
 from theworld.config.fields import nearest_name
-from theworld.evaluation.metrics import accuracy, label_loss
-from theworld.evaluation.predict import predict
+from theworld.evaluation.metrics import accuracy
+from theworld.evaluation.predict import label_loss, predict
 from theworld.models.serialization import CheckpointError, numbered
 from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import NotFinite, OutOfMemory, Plan

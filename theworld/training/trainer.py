@@ -8,9 +8,9 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from theworld.config.config import Config
 from theworld.data.vsr import Statement
-from theworld.evaluation.metrics import label_loss
-from theworld.evaluation.predict import predict, word_losses
+from theworld.evaluation.predict import label_loss, predict, word_losses
 from theworld.extraction.batches import Microbatch, make_microbatch, prefetch
 from theworld.hub.card import public_settings
 from theworld.hub.publish import Publisher
@@ -44,13 +43,25 @@ from theworld.training.monitor import LossMonitor, LossWindow, chance_loss, warn
 from theworld.training.objectives import align_losses, align_microbatch, make_optimizer, on_image_tokens
 from theworld.training.schedule import Phase, learning_rate, num_warmup_steps, phase_of, split_step
 from theworld.utils.console import progress
-from theworld.utils.device import num_compiled_graphs, set_up_torch
+from theworld.utils.device import num_compiled_graphs, set_up_torch, to_host
 from theworld.utils.locks import OutputLock
 from theworld.utils.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
 LOSSES = ("total", "label", "statement", "relation", "correct")  # those of a micro-batch that a step adds up
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A step whose kernels a GPU has in its queue; on a CPU, a step but for its update."""
+
+    step: int  # steps before it
+    phase: Phase
+    rate: float  # learning rate
+    microbatches: list[Microbatch]
+    figures: Tensor  # float32[_] on the host: the sums of LOSSES, the requests to stop, the gradient norm
+    ready: torch.cuda.Event | None  # a GPU has written `figures`; None: they are there
 
 
 class Trainer:
@@ -69,7 +80,8 @@ class Trainer:
         Sets process-wide state (`set_up_torch`).
         """
         self.stop = stop or StopRequest()
-        self.stopping = False  # all processes know that one of them was asked
+        self.asked_to_stop = False  # all processes know that one of them was
+        self.stopping = False  # and no step is under way any more
         self.pending_dev_eval = False  # an evaluation was due when the run was stopped
         # By resumes with --allow_changed: what a setting or fact was, and what it is since.
         self.changed: list[dict[str, Any]] = []
@@ -107,6 +119,7 @@ class Trainer:
             self.model.shard()
         self.optimizer = make_optimizer(self.model, config)
         self.fused = self.model.gemma.device.type == "cuda" and not self.sharded
+        self.not_finite = torch.zeros((), device=self.model.gemma.device)  # 1: nothing is updated any more
         if plan.resumed is not None:
             self._resume(plan.resumed)
 
@@ -141,8 +154,33 @@ class Trainer:
 
         `microbatches` are those of this step, if they have been put together already.
         """
-        step, phase, graphs = self.step, phase_of(self.phases, self.step), num_compiled_graphs()
-        microbatches = self.microbatches(step) if microbatches is None else microbatches
+        microbatches = self.microbatches(self.step) if microbatches is None else microbatches
+        return self._finish(self._launch(microbatches, self.step))
+
+    def steps(self, coming: Iterable[list[Microbatch]]) -> Generator[dict[str, float], None, None]:
+        """Take a step for each of `coming`, and yield what `train_step` returns.
+
+        A GPU gets the kernels of a step while it computes the one before, so that it need not wait for the host;
+        except where the weights after a step are read, by a checkpoint or an evaluation.
+        """
+        before: LaunchedStep | None = None
+        for microbatches in coming:
+            if not self.fused:
+                yield self.train_step(microbatches)
+                continue
+            launched = self._launch(microbatches, self.step + (before is not None))
+            if before is not None:
+                yield self._finish(before, followed=True)
+            before = launched
+            if self.asked_to_stop or self._weights_are_read_after(launched.step + 1):
+                before = None
+                yield self._finish(launched)
+        if before is not None:
+            yield self._finish(before)
+
+    def _launch(self, microbatches: list[Microbatch], step: int) -> "LaunchedStep":
+        """Do a step, but for its update where that is not left to the GPU. Nothing in here waits for a GPU."""
+        phase, graphs = phase_of(self.phases, step), num_compiled_graphs()
         if step == phase.start and step > 0:
             self.optimizer = make_optimizer(self.model, self.config)  # another objective, so no old momentum
         rate = learning_rate(self.config, phase, step)
@@ -151,42 +189,55 @@ class Trainer:
         device, scale = self.model.gemma.device, self.scale / self.global_batch_size
         sums = {name: torch.zeros((), device=device) for name in LOSSES}
         for microbatch in microbatches:
-            with self._explaining_out_of_memory(microbatch, phase):
+            with self._explaining_out_of_memory(microbatch, phase, step):
                 losses = self._forward(microbatch.to(device), phase)
                 (losses["total"] * (microbatch.weight * scale)).backward()
             for name in LOSSES:
                 sums[name] += losses[name].detach() * microbatch.weight
-        sums["stop_requests"] = torch.full(
-            (), float(self.stop.asked), device=device
-        )  # without waiting for the GPU
+        # `full` and not `tensor`, which would wait for the GPU.
+        sums["stop_requests"] = torch.full((), float(self.stop.asked), device=device)
         parameters = list(self.model.trainable().values())
         summed = sum_over(self.processes, parameters, torch.stack(list(sums.values())), self.scale)
         norm = clip(parameters, self.config.max_grad_norm)
         if self.fused:
-            # The kernel leaves out a step that is not finite, so that it need not wait until the host has looked.
+            # The kernel leaves out a step that is not finite and those after it, whenever the host comes to look.
             finite = torch.stack([summed[0], norm]).isfinite().all()
-            self.optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
+            self.not_finite = torch.maximum(self.not_finite, 1 - finite.float())
+            self.optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
             self.optimizer.step()
-        *values, gradient_norm = self._read(torch.cat([summed, norm[None]]))
-        figures = dict(zip(sums, values, strict=True))
+            self.optimizer.zero_grad(set_to_none=True)
+        self._report_compiling(num_compiled_graphs() - graphs, phase, step + 1)
+        return LaunchedStep(step, phase, rate, microbatches, *to_host(torch.cat([summed, norm[None]])))
+
+    def _finish(self, launched: "LaunchedStep", followed: bool = False) -> dict[str, float]:
+        """Wait for a step and count it; `followed`: another one is launched already, and a stop waits for that."""
+        *values, gradient_norm = self._read(launched)
+        figures = dict(zip((*LOSSES, "stop_requests"), values, strict=True))
         if not (math.isfinite(figures["total"]) and math.isfinite(gradient_norm)):
-            raise not_finite(step + 1, figures["total"], gradient_norm, rate, microbatches)
-        self.stopping = figures["stop_requests"] > 0
+            self.not_finite = torch.zeros_like(self.not_finite)
+            total = figures["total"]
+            raise not_finite(launched.step + 1, total, gradient_norm, launched.rate, launched.microbatches)
+        self.asked_to_stop = self.asked_to_stop or figures["stop_requests"] > 0
+        self.stopping = self.asked_to_stop and not followed
         if not self.fused:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self._count(figures, phase)
-        self._report_compiling(num_compiled_graphs() - graphs, phase)
-        return {"learning_rate": rate, "gradient_norm": gradient_norm}
+        self._count(figures, launched.phase)
+        return {"learning_rate": launched.rate, "gradient_norm": gradient_norm}
 
-    def _read(self, figures: Tensor) -> list[float]:
-        """Return the values of a tensor. This is a step's only wait for the device, and the time to pack for others."""
+    def _read(self, launched: "LaunchedStep") -> list[float]:
+        """Return the figures of a step. This is its only wait for the device, and the time to pack for others."""
         self.packing.set()
-        values = figures.tolist()
-        if figures.is_cuda:
+        if launched.ready is not None:
+            launched.ready.synchronize()
             self.packing.clear()
-        return values
+        return launched.figures.tolist()
+
+    def _weights_are_read_after(self, step: int) -> bool:
+        """Whether a checkpoint or an evaluation follows the `step`-th step."""
+        evaluates = bool(self.data.dev) and step % self.config.eval_steps == 0
+        return step == self.num_steps or step % self.config.save_steps == 0 or evaluates
 
     def _forward(self, microbatch: Microbatch, phase: Phase) -> dict[str, Tensor]:
         if phase.name == "align":
@@ -212,7 +263,7 @@ class Trainer:
                 self.step - phase.start, figures["label"] / self.global_batch_size
             )
 
-    def _report_compiling(self, graphs: int, phase: Phase) -> None:
+    def _report_compiling(self, graphs: int, phase: Phase, step: int) -> None:
         """Log that a step compiled anything after the first two of its phase in this process, whose code is for all
         lengths."""
         self.steps_taken[phase.name] += 1
@@ -220,20 +271,20 @@ class Trainer:
             logger.warning(
                 "step %d: compiled %d graphs anew, which takes seconds and should not happen after two steps; "
                 "TORCH_LOGS=recompiles says why",
-                self.step,
+                step,
                 graphs,
             )
 
     @contextmanager
-    def _explaining_out_of_memory(self, microbatch: Microbatch, phase: Phase) -> Iterator[None]:
+    def _explaining_out_of_memory(self, microbatch: Microbatch, phase: Phase, step: int) -> Iterator[None]:
         """Raise OutOfMemory, with settings that would fit, where memory runs out within the block."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            start = 0 if phase.name == "align" else (self.step - phase.start) * self.global_batch_size
-            raise out_of_memory(self.plan, self.step + 1, start, microbatch) from error
+            start = 0 if phase.name == "align" else (step - phase.start) * self.global_batch_size
+            raise out_of_memory(self.plan, step + 1, start, microbatch) from error
 
     # ---- the run
 
@@ -253,7 +304,8 @@ class Trainer:
         with (
             progress(desc="train", unit=" steps", smoothing=0.05, **shown) as bar,
             self.stop.working(),
-            closing(self._steps()) as steps,
+            closing(self._packed()) as packed,
+            closing(self.steps(packed)) as steps,
         ):
             if self.pending_dev_eval:
                 self._log(self.evaluate_dev(), trackers, bar)
@@ -292,10 +344,10 @@ class Trainer:
         """Whether the run ends here on request, before its last step."""
         return self.stopping and self.step < self.num_steps
 
-    def _steps(self) -> Generator[dict[str, float], None, None]:
+    def _packed(self) -> Generator[list[Microbatch], None, None]:
+        """Yield the micro-batches of each step that is left, put together while the device computes others."""
         coming = (self.microbatches(step) for step in range(self.step, self.num_steps))
-        for microbatches in prefetch(coming, gate=self.packing):
-            yield self.train_step(microbatches)
+        return prefetch(coming, gate=self.packing)
 
     def _last_phase(self) -> Phase:
         """Return the phase of the last step."""

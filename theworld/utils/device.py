@@ -67,6 +67,18 @@ def wants_compile(setting: bool | None, device: torch.device) -> bool:
     return device.type == "cuda" if setting is None else setting
 
 
+def start_compilers(compile: bool | None, device: str) -> None:
+    """Start the processes that compile kernels, where these settings have a GPU compute.
+
+    They import torch for seconds, and until they are there kernels are compiled one after the other. So a tool that
+    will compile starts them before its own imports.
+    """
+    if compile is not False and device != "cpu" and torch.cuda.is_available():
+        from torch._inductor.async_compile import maybe_warm_pool  # loads the compiler
+
+        maybe_warm_pool()
+
+
 def set_up_torch(dtype: torch.dtype) -> None:
     """Set the process-wide state that models which compute in `dtype` want: the precision of float32 products, and
     whether the processes of a launch load weights.
@@ -87,6 +99,17 @@ def current_device(device: torch.device) -> Iterator[None]:
     """Make a GPU torch's current one within the block: pinned memory and events belong to the current one."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         yield
+
+
+def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Return a copy on the host without waiting for it, and the event after which it has its values; of a tensor on a
+    CPU itself, and None."""
+    if not tensor.is_cuda:
+        return tensor, None
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(tensor.device))
+    return copy, ready
 
 
 def num_compiled_graphs() -> int:

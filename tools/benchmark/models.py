@@ -405,7 +405,7 @@ def statement_images(annotations: Path) -> list[str]:
 def write_random_cache(config: Config, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
     """Write finished stores of latents and vision features as extraction does, with random values."""
     source = Source(Path(str(config.image_folder)), config.max_image_pixels, 1)
-    images = list_images(config, folder, source, allow_missing=False)
+    images = list_images(config, folder, source, allow_missing=False).images
     name: Any = str(dtype).removeprefix("torch.")
     config = replace(config, dtype=name, device=str(device), compile=False)
     generator = torch.Generator().manual_seed(0)

