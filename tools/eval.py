@@ -75,6 +75,10 @@ def main() -> int:
         arguments["train_annotations"] = str(arguments["train_annotations"])
 
     with loading("eval"):
+        from theworld.utils.device import start_compilers
+
+        if not (dry_run or records):
+            start_compilers(None, overrides.get("device", "auto"))
         from theworld.evaluation.metrics import write_summary
         from theworld.evaluation.records import read_results
         from theworld.evaluation.tables import table

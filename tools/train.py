@@ -42,6 +42,10 @@ def main() -> int:
     arguments = parser.parse_args()
     config = config_from_arguments(arguments)
     with loading("train"):
+        from theworld.utils.device import start_compilers
+
+        if not arguments.dry_run:
+            start_compilers(config.compile, config.device)
         from theworld.data.vsr import splits_there
         from theworld.hub.publish import plan_uploads
         from theworld.training.checkpoint import settings_to_resume

@@ -3,19 +3,21 @@
 The decoder against transformers' own, layer weights shared, compiled and not.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark.models import TINY, make_gemma_folder
 from constants import EMBEDDED_GEMMA
 from tiny_model import gradients, latents_of, make_model, vision_of
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from theworld.data.vsr import Statement
-from theworld.models.attention import attention_masks
+from theworld.models.attention import FULL, SLIDING, attention_masks
 from theworld.models.decoder import Decoder, Layer, Shape, decoder_layer
 from theworld.models.fp8 import gated, linear, quantise, to_fp8
 from theworld.models.gemma import Gemma, GemmaParts
@@ -124,14 +126,17 @@ def test_compiled_code_gives_the_same_at_every_length_and_does_not_compile_for_e
 
 
 @pytest.mark.parametrize("position", ["before", "after"])
-def test_flex_attention_compiles_once_for_all_lengths(
-    monkeypatch: pytest.MonkeyPatch, statements: list[Statement], position: str
+def test_flex_attention_compiles_once_for_all_lengths_and_kinds_of_layers(
+    monkeypatch: pytest.MonkeyPatch, statements: list[Statement], position: str, tmp_path: Path
 ) -> None:
     """As torch.compile traces it; a CPU has no kernels to make of that."""
+    kinds = {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL, SLIDING, FULL]}
+    shapes = replace(TINY, text=TINY.text | kinds)
+    make_gemma_folder(tmp_path / "gemma", shapes, EMBEDDED_GEMMA, torch.float32, "cpu")
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend="eager", **options))
-    dense = make_model(Gemma(str(EMBEDDED_GEMMA)), world_position=position)
-    gemma = Gemma(str(EMBEDDED_GEMMA), attention="flex_attention")
+    dense = make_model(Gemma(str(tmp_path / "gemma")), world_position=position)
+    gemma = Gemma(str(tmp_path / "gemma"), attention="flex_attention")
     flex = make_model(gemma, compile=True, world_position=position)
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -139,7 +144,7 @@ def test_flex_attention_compiles_once_for_all_lengths(
         found = []
         for model in (dense, flex):
             batch = model.packer().pack(chosen)
-            vision = torch.ones(len(batch.images), gemma.num_image_tokens, 64)
+            vision = torch.ones(len(batch.images), gemma.num_image_tokens, TINY.vision["hidden_size"])
             with torch.no_grad():
                 found.append(model(batch, latents_of(batch.worlds), vision))
         torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from theworld.config.config import Config
-from theworld.utils.device import device_setting, seeded, set_up_torch
+from theworld.utils.device import device_setting, seeded, set_up_torch, start_compilers
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,26 @@ def test_products_in_float32_are_rounded_beside_models_in_bfloat16_alone(
         assert os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    ("compile", "device", "has_gpu", "starts"),
+    [
+        (None, "auto", True, True),
+        (True, "cuda:1", True, True),
+        (False, "auto", True, False),
+        (None, "cpu", True, False),
+        (None, "auto", False, False),
+    ],
+)
+def test_compilers_start_where_a_gpu_will_compute_compiled_code(
+    compile: bool | None, device: str, has_gpu: bool, starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr("torch._inductor.async_compile.maybe_warm_pool", lambda: started.append(device))
+    start_compilers(compile, device)
+    assert started == [device] * starts
 
 
 def test_a_seeded_block_draws_from_its_seed_and_leaves_the_generator_as_it_was() -> None:

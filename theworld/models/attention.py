@@ -69,7 +69,8 @@ class BlockLists(NamedTuple):
 
 def _rule_tensors(batch: Batch, window: int | None, start: int, stop: int) -> RuleTensors:
     fields = (batch.preorder, batch.subtree_end, batch.bidirectional_group, batch.position_ids)
-    keys = [x[:, :stop].int() for x in fields]
+    # With the strides of whole tensors: both kinds of layers share their compiled code.
+    keys = [x[:, :stop].to(torch.int32, memory_format=torch.contiguous_format) for x in fields]
     preorder, _, group, position = keys
     horizon = torch.full_like(position, -1) if window is None else position - window
     return RuleTensors(*keys, *(x[:, start:].contiguous() for x in (preorder, group, horizon)))

@@ -67,6 +67,18 @@ def wants_compile(setting: bool | None, device: torch.device) -> bool:
     return device.type == "cuda" if setting is None else setting
 
 
+def start_compilers(compile: bool | None, device: str) -> None:
+    """Start the processes that compile kernels, where these settings have a GPU compute.
+
+    They import torch for seconds, and until they are there kernels are compiled one after the other. So a tool that
+    will compile starts them before its own imports.
+    """
+    if compile is not False and device != "cpu" and torch.cuda.is_available():
+        from torch._inductor.async_compile import maybe_warm_pool  # loads the compiler
+
+        maybe_warm_pool()
+
+
 def set_up_torch(dtype: torch.dtype) -> None:
     """Set the process-wide state that models which compute in `dtype` want: the precision of float32 products, and
     whether the processes of a launch load weights.
