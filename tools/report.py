@@ -8,6 +8,7 @@ Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
 import sys
+from collections.abc import Iterator
 
 from theworld.utils.starting import starting
 
@@ -33,7 +34,8 @@ def main() -> int:
     with loading("report"):
         from theworld.report.report import plan_report, write_report
         from theworld.study.protocol import PROTOCOL
-        from theworld.study.results import draw_again, plan_again
+        from theworld.study.results import draw_again, plan_again, study_in
+        from theworld.study.transfer import draw_transfer, scored_on
 
     if (arguments.run / PROTOCOL).is_file():
         if given := [
@@ -42,9 +44,18 @@ def main() -> int:
             parser.error(
                 f"{', '.join(given)}: of a run; {arguments.run} is a study, which has no such choice"
             )
+
+        def plan() -> Iterator[str]:
+            yield from plan_again(arguments.run)
+            if names := scored_on(study_in(arguments.run)[1]):
+                yield f"writes       transfer.json and transfer.html, of {', '.join(names)}"
+
         if arguments.dry_run:
-            return rehearse(lambda: plan_again(arguments.run))
+            return rehearse(plan)
         print(f"{draw_again(arguments.run)}\n\npage: {arguments.run / 'study.html'}")
+        transfer = draw_transfer(*study_in(arguments.run), arguments.run)
+        if transfer is not None:
+            print(transfer)
         return 0
     chosen = (arguments.run, arguments.output, arguments.results, arguments.image_folder)
     if arguments.dry_run:

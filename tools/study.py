@@ -68,13 +68,13 @@ def main() -> int:
         from theworld.study.run import run_study
         from theworld.study.runner import by_cache, lacking, quiet_runs
         from theworld.study.sizes import equal_sizes
-        from theworld.study.transfer import check_benchmarks, score_if_done
+        from theworld.study.transfer import check_benchmarks, plan_transfer, score_benchmarks
         from theworld.utils.signals import STATUS, StopRequest
     quiet_runs()
 
     study = read_study(arguments.config, overrides, arguments.arms, arguments.seeds)
     runs_of(study, arguments.output)  # before anything runs: is every setting of every arm allowed?
-    check_benchmarks(arguments.benchmarks)
+    check_benchmarks(arguments.benchmarks, study.base.follow_links)
     places = (arguments.cache, arguments.output, arguments.part, arguments.processes)
 
     def plan() -> Iterator[str]:
@@ -87,18 +87,18 @@ def main() -> int:
                 yield from extraction(config, cache, vision and number == 0, False, part)
         if complete:
             yield from plan_study(study, runs_of(equal_sizes(study), arguments.output), *places)
-        if arguments.benchmarks:
-            yield f"then scores  every run on {', '.join(map(str, arguments.benchmarks))}"
+        yield from plan_transfer(study, arguments.benchmarks)
 
     if arguments.dry_run:
         return rehearse(plan)
     with StopRequest("study") as stop:
         outcome = run_study(study, *places, stop)
+        print(outcome.text)
+        if not outcome.stopped:  # a request to stop ends it at once: records that were written stay
+            transfer = score_benchmarks(study, arguments.benchmarks, arguments.output, arguments.part)
+            if transfer is not None:
+                print(transfer)
         stop.end()
-    print(outcome.text)
-    transfer = score_if_done(study, arguments.benchmarks, arguments.output)
-    if transfer is not None:
-        print(transfer)
     return STATUS if outcome.stopped else int(bool(outcome.failed))
 
 

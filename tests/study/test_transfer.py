@@ -1,28 +1,41 @@
 """The arms of a study on other benchmarks: figures by hand, scored once, and one page."""
 
+import itertools
 import json
+import runpy
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import benchmark_data
 import numpy as np
 import pytest
+from commands import main_of, tool
+from constants import ROOT
 from records import statement, with_rest
 
+from theworld.config.config import save_config
 from theworld.data.benchmarks import BENCHMARKS, get_benchmark
+from theworld.evaluation import score
 from theworld.evaluation.records import Row, read_jsonl, records
 from theworld.evaluation.study_verdict import PLAIN
 from theworld.study import transfer
-from theworld.study.protocol import Study, runs_of
+from theworld.study.protocol import Arm, Study, runs_of
 from theworld.study.runner import DONE
 from theworld.study.transfer import (
     check_benchmarks,
+    draw_transfer,
     needs_cache,
+    plan_transfer,
     score_benchmarks,
-    score_if_done,
     transfer_of,
+    transfer_records,
 )
+from theworld.utils.distributed import Part
+from theworld.utils.files import companion
 
 
 @pytest.fixture(scope="module")
@@ -61,31 +74,95 @@ def test_the_accuracy_of_an_arm_is_its_choices_over_seeds_and_its_difference_is_
     assert 0 < one["p_value"] < 1
 
 
-def test_all_runs_are_scored_once_and_drawn_on_one_page(
-    study: Study, ended: Path, whatsup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_runs_are_scored_once_and_drawn_on_one_page_which_the_report_draws_again(
+    study: Study, ended: Path, whatsup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     out = tmp_path / "out"
     shutil.copytree(ended, out)
     runs = runs_of(study, out)
-    text = score_benchmarks(study, runs, [whatsup], out)
+    text = score_benchmarks(study, [whatsup], out)
+    assert text is not None
     results = json.loads((out / "transfer.json").read_text())
     found = results["benchmarks"]["whatsup_a"]
     assert (found["items"], found["choices"], found["chance"]) == (8, 8, 0.25)
-    assert list(found["arms"]) == ["world", PLAIN, "pixels"]
+    assert list(found["arms"]) == ["world", "pixels", PLAIN]
     assert (results["reference"], results["left_out"]) == ("world", [])
-    rows = read_jsonl(runs[0].folder / "evaluation" / "transfer-whatsup_a.jsonl")
+    rows = read_jsonl(transfer_records(runs[0], "whatsup_a"))
     assert list(rows[0]["systems"]) == ["world", "baseline"]
     assert all(one["adjusted_p_value"] >= one["p_value"] for one in found["differences"].values())
     page = (out / "transfer.html").read_text()
     assert page.count('<div class="row ') == 1 + 3  # the axis, and each arm
     assert "8 choices" in page
+    assert "Toy model: the hidden size of this Gemma is 64" in page
     assert text.splitlines()[-1] == f"page: {out / 'transfer.html'}"
     monkeypatch.setattr(transfer, "score_to_file", None)  # nothing is scored again
-    assert score_if_done(study, [whatsup], out) == text
+    assert score_benchmarks(study, [whatsup], out) == text
     assert (out / "transfer.html").read_text() == page
-    assert score_if_done(study, [], out) is None
-    (runs[2].folder / DONE).unlink()
-    assert score_if_done(study, [whatsup], out) is None
+    assert score_benchmarks(study, [], out) is None
+
+    made = {path.name: path.read_bytes() for path in out.glob("transfer.*")}
+    for name in made:
+        (out / name).unlink()
+    assert main_of("report", [out], monkeypatch, capsys)[1].splitlines()[-2:] == [
+        "writes       transfer.json and transfer.html, of whatsup_a",
+        "dry run: nothing was written",
+    ]
+    monkeypatch.setattr(sys, "argv", ["report.py", str(out)])
+    with pytest.raises(SystemExit):
+        runpy.run_path("tools/report.py", run_name="__main__")
+    assert capsys.readouterr().out.endswith(f"{text}\n")
+    assert {path.name: path.read_bytes() for path in out.glob("transfer.*")} == made
+
+
+def test_each_part_scores_its_own_runs_and_the_last_draws_the_page_as_one_alone_would(
+    study: Study, ended: Path, whatsup: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(ended, out)
+    runs = runs_of(study, out)
+    done = (runs[3].folder / DONE).read_bytes()
+    (runs[3].folder / DONE).unlink()  # its training has not ended
+    second = "not yet scored on the benchmarks: world-0, world-1, pixels-1; transfer.html is drawn when all runs are"
+    assert [run.name for run in runs] == ["world-0", "pixels-0", "world-1", "pixels-1"]
+    assert score_benchmarks(study, [whatsup], out, Part(1, 2)) == second
+    assert [transfer_records(run, "whatsup_a").is_file() for run in runs] == [False, True, False, False]
+    first = "not yet scored on the benchmarks: pixels-1; transfer.html is drawn when all runs are"
+    assert score_benchmarks(study, [whatsup], out, Part(0, 2)) == first
+    assert not (out / "transfer.html").exists()
+    (runs[3].folder / DONE).write_bytes(done)
+    by_parts = score_benchmarks(study, [whatsup], out, Part(1, 2))
+    alone = tmp_path / "alone" / "out"
+    shutil.copytree(ended, alone)
+    assert by_parts == str(score_benchmarks(study, [whatsup], alone)).replace(str(alone), str(out))
+    assert (out / "transfer.html").read_bytes() == (alone / "transfer.html").read_bytes()
+
+
+def test_gemma_is_loaded_once_for_all_runs_and_a_benchmark_that_changed_is_scored_again(
+    study: Study, ended: Path, whatsup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, folder = tmp_path / "out", tmp_path / "whatsup_a"
+    shutil.copytree(ended, out)
+    shutil.copytree(whatsup, folder)
+    loaded = []
+    load = transfer.load_gemma
+    monkeypatch.setattr(transfer, "load_gemma", lambda *a, **k: loaded.append(a) or load(*a, **k))
+    monkeypatch.setattr(score, "load_gemma", None)
+    score_benchmarks(study, [folder], out)
+    assert len(loaded) == 1
+    lines = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(lines[:16]))  # four of the eight choices
+    last = runs_of(study, out)[-1]
+    kept = transfer_records(last, "whatsup_a").read_bytes()
+    score_benchmarks(study, [folder], out)
+    assert json.loads((out / "transfer.json").read_text())["benchmarks"]["whatsup_a"]["items"] == 4
+    transfer_records(last, "whatsup_a").write_bytes(kept)
+    companion(transfer_records(last, "whatsup_a"), ".meta.json", ".jsonl").unlink()
+    wanted = (
+        "pixels-1/evaluation/transfer-whatsup_a.jsonl: its 32 statements are not the 16 of the other runs"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        draw_transfer(study, runs_of(study, out), out)
 
 
 def test_folders_that_are_no_benchmarks_and_arms_that_need_a_cache_are_named(
@@ -97,6 +174,17 @@ def test_folders_that_are_no_benchmarks_and_arms_that_need_a_cache_are_named(
         check_benchmarks([whatsup, tmp_path])
     with pytest.raises(ValueError, match="whatsup_a, whatsup_a; give folders of different names"):
         check_benchmarks([whatsup, whatsup])
+    broken = tmp_path / "broken"
+    shutil.copytree(whatsup, broken)
+    photograph = next((broken / "images").iterdir()).name
+    (broken / "images" / photograph).unlink()
+    with pytest.raises(
+        ValueError, match=rf"1 of 8 photographs cannot be read, such as {photograph}: no such file"
+    ):
+        check_benchmarks([broken])
+    (broken / "test.jsonl").write_text("rubbish\n")
+    with pytest.raises(ValueError, match=r"broken/test.jsonl:1:1: Expecting value"):
+        check_benchmarks([broken])
     run = runs_of(study, ended)[0]
     changes = ({}, {"world_encoder": "mismatched"}, {"num_world_steps": 1})
     assert [needs_cache(replace(run, config=replace(run.config, **c))) for c in changes] == [
@@ -104,3 +192,48 @@ def test_folders_that_are_no_benchmarks_and_arms_that_need_a_cache_are_named(
         True,
         True,
     ]
+    mismatched = replace(
+        study, arms=[study.arms[0], Arm("other", {"world_encoder": "mismatched"})], primary=None
+    )
+    assert list(plan_transfer(mismatched, [whatsup])) == [
+        f"then scores  2 runs on {whatsup}: 32 statements",
+        "leaves out   other: a photograph alone is not enough for its world tokens",
+    ]
+    none = replace(study, arms=[Arm("other", {"world_encoder": "mismatched"})], primary=None)
+    assert score_benchmarks(none, [whatsup], tmp_path) == (
+        "no arm is scored on the benchmarks: a photograph alone is not enough for its world tokens"
+    )
+
+
+@pytest.mark.heavy
+def test_the_tool_scores_benchmarks_and_goes_on_after_a_request_to_stop_and_a_kill(
+    study: Study, study_cache: Path, whatsup: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    save_config(study.base, tmp_path / "recipe.json")
+    (tmp_path / "study.json").write_text(
+        '{"settings": "recipe.json", "arms": {"world": {}, "pixels": {"world_encoder": "pixels", '
+        '"rules_out": "that any second look did it"}}, "primary": {"arm": "world", "against": ["pixels"]}, '
+        '"seeds": [0, 1]}'
+    )
+    places = ("--config", tmp_path / "study.json", "--cache", study_cache, "--output", out)
+    command = [sys.executable, "tools/study.py", *map(str, places), "--benchmarks", str(whatsup)]
+    tool("study", *places)  # trained from photographs to the verdict, without benchmarks
+    alone = tmp_path / "alone" / "out"
+    shutil.copytree(out, alone)
+    for number, status in ((signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)):
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert process.stdout is not None
+        lines = iter(process.stdout.readline, "")
+        said = "".join(itertools.takewhile(lambda line: "world-0 on " not in line, lines))
+        assert process.poll() is None, said  # that run is being scored
+        process.send_signal(number)
+        rest, _ = process.communicate()
+        assert process.returncode == status, said + rest
+        assert not (out / "transfer.html").exists()
+    shown = tool("study", *places, "--benchmarks", whatsup).stdout
+    assert shown.splitlines()[-1] == f"page: {out / 'transfer.html'}"
+    tool("study", *places[:-1], alone, "--benchmarks", whatsup)  # at one go
+    assert (alone / "transfer.html").read_bytes() == (out / "transfer.html").read_bytes()

@@ -486,7 +486,7 @@ def score_all(
     if cache is not None:  # before any model loads
         for saved in checkpoints.values():
             latents_for(saved.world["fingerprint"], saved.config(overrides), cache)
-    keys = {name: _gemma_key(saved, overrides) for name, saved in checkpoints.items()}
+    keys = {name: gemma_key(saved, overrides) for name, saved in checkpoints.items()}
     shared = _shared(checkpoints, keys)
     answers = _Answers(data, cache, image_folder, shared)
     provenance: dict[str, Any] = {}
@@ -529,7 +529,7 @@ def _shared(checkpoints: Checkpoints, keys: dict[str, tuple[Any, ...]]) -> set[s
     return {"baseline", "text"}
 
 
-def _gemma_key(saved: SavedModel, overrides: dict[str, Any]) -> tuple[Any, ...]:
+def gemma_key(saved: SavedModel, overrides: dict[str, Any]) -> tuple[Any, ...]:
     """Return a key that two checkpoints share if and only if the published Gemma that they started from gives both the
     same answers without world tokens."""
     config = saved.config(overrides)

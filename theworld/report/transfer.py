@@ -11,12 +11,14 @@ from theworld.report.text import between, percent, signed, small
 from theworld.utils.files import publish_bytes
 
 
-def write_transfer(results: dict[str, Any], folder: Path) -> Path:
-    """Write the page, transfer.html, of the content of transfer.json; return its path."""
+def write_transfer(results: dict[str, Any], folder: Path, caution: str = "") -> Path:
+    """Write the page, transfer.html, of the content of transfer.json; return its path. `caution`: a warning beside the
+    figures, such as of toy models."""
     text = rendered(
         "transfer.html",
         name=folder.resolve().name,
         reference=results["reference"],
+        caution=caution,
         left_out=", ".join(results["left_out"]),
         chart_data=_chart(results["benchmarks"]),
         accuracies=_accuracies(results["benchmarks"]),

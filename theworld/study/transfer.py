@@ -1,73 +1,126 @@
 """What the arms of a study learnt, on other benchmarks: the last checkpoint of each run, scored on each of them.
 
 A benchmark is a folder as tools/get_benchmark.py makes it: test.jsonl, and its photographs in images/. Its items are
-choices, scored by the largest P(true), or statements and questions. Records are beside those of the run, and are not
-made again. Arms whose world tokens need more than the photograph (predicted frames, another image's latents) are left
-out, and named.
+choices, scored by the largest P(true), or statements and questions. Records are beside those of the run
+(transfer-NAME.jsonl), and are not made again; the page is drawn from them alone. Arms whose world tokens need more than
+the photograph (predicted frames, another image's latents) are left out, and named.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from theworld.data.benchmarks import IMAGES, STATEMENTS
-from theworld.data.vsr import load_statements, statements_sha256
+from theworld.data.images import missing_photographs
+from theworld.data.vsr import Statement, images_of, load_statements
 from theworld.evaluation.choices import choices_of
 from theworld.evaluation.comparison import Estimate, Images, estimate, holm
 from theworld.evaluation.records import Row, publish_json, read_results, read_source
-from theworld.evaluation.score import score_to_file
+from theworld.evaluation.score import gemma_key, score_to_file
 from theworld.evaluation.study_verdict import PLAIN
+from theworld.models.gemma import Gemma, load_gemma
+from theworld.models.serialization import SavedModel
+from theworld.report.sources import toy_warning
 from theworld.report.transfer import write_transfer
 from theworld.study.protocol import Run, Study, runs_of
 from theworld.study.results import question_of
-from theworld.study.runner import is_done, read_done
+from theworld.study.runner import ALL, is_done, read_done
 from theworld.study.sizes import equal_sizes
+from theworld.utils.distributed import Part
+from theworld.utils.hub import GEMMA_FILE
 
 logger = logging.getLogger(__name__)
 
+PREFIX = "transfer-"  # of the records of a benchmark
+NOT_ALONE = "a photograph alone is not enough for its world tokens"
 
-def check_benchmarks(folders: Sequence[Path]) -> None:
-    """Raise ValueError unless these are folders of benchmarks with different names."""
+
+def check_benchmarks(folders: Sequence[Path], follow_links: bool = False) -> None:
+    """Raise ValueError unless these are folders of benchmarks with different names, whose statements can be read and
+    whose photographs are there."""
     for folder in folders:
         if not ((folder / STATEMENTS).is_file() and (folder / IMAGES).is_dir()):
             raise ValueError(
                 f"--benchmarks {folder}: wanted a folder of tools/get_benchmark.py, with {STATEMENTS} and {IMAGES}/"
+            )
+        images = images_of(load_statements(folder, "test"))
+        missing = missing_photographs(images, folder / IMAGES, follow_links)
+        for name, reason in missing.items():
+            raise ValueError(
+                f"--benchmarks {folder}: {len(missing):,} of {len(images):,} photographs cannot be read, such as "
+                f"{name}: {reason}"
             )
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         raise ValueError(f"--benchmarks: {', '.join(names)}; give folders of different names")
 
 
-def score_if_done(study: Study, folders: Sequence[Path], output: Path) -> str | None:
-    """Score a study whose runs are all done, as `score_benchmarks`; return None for no benchmarks and before that."""
-    runs = runs_of(equal_sizes(study), output) if folders else []
-    return score_benchmarks(study, runs, folders, output) if runs and all(map(is_done, runs)) else None
-
-
-def score_benchmarks(study: Study, runs: Sequence[Run], folders: Sequence[Path], output: Path) -> str:
-    """Score all runs of a study on benchmarks, write transfer.json and transfer.html, and return lines to show.
-
-    The runs are done. Raises what `check_benchmarks` and `score_to_file` do.
-    """
-    check_benchmarks(folders)
-    whole = [run for run in runs if run.share == 1]
-    alone = [run for run in whole if not needs_cache(run)]
-    left_out = sorted({run.arm.name for run in whole} - {run.arm.name for run in alone})
-    found: dict[str, Any] = {}
+def plan_transfer(study: Study, folders: Sequence[Path]) -> Iterator[str]:
+    """Yield lines that say what `score_benchmarks` would do."""
+    runs = runs_of(study, Path())
+    alone = _alone(runs)
+    left_out = _names(runs) - _names(alone)
     for folder in folders:
+        items = len(load_statements(folder, "test"))
+        yield f"then scores  {len(alone)} runs on {folder}: {items:,} statements"
+    if folders and left_out:
+        yield f"leaves out   {', '.join(sorted(left_out))}: {NOT_ALONE}"
+
+
+def score_benchmarks(study: Study, folders: Sequence[Path], output: Path, part: Part = ALL) -> str | None:
+    """Score the runs of a part that are done on benchmarks; then draw the page, if all runs are scored, and return
+    lines to show. Return None for no benchmarks.
+
+    Records that are there are kept. Raises what `check_benchmarks` and `score_to_file` do.
+    """
+    if not folders:
+        return None
+    check_benchmarks(folders, study.base.follow_links)
+    runs = runs_of(equal_sizes(study), output)
+    alone, kept = _alone(runs), _Gemma()
+    if not alone:
+        return f"no arm is scored on the benchmarks: {NOT_ALONE}"
+    for folder in folders:
+        for run in (run for run in alone if part.owns(run.number) and is_done(run)):
+            _score(run, folder, kept)
+    names = [folder.resolve().name for folder in folders]
+    left = [run.name for run in alone if not all(transfer_records(run, name).is_file() for name in names)]
+    if not left:
+        return draw_transfer(study, runs, output)
+    return f"not yet scored on the benchmarks: {', '.join(left)}; transfer.html is drawn when all runs are"
+
+
+def draw_transfer(study: Study, runs: Sequence[Run], output: Path) -> str | None:
+    """Write transfer.json and transfer.html from the records of a study's runs, of every benchmark on which all of them
+    are scored, and return lines to show, or None where there is no such benchmark.
+
+    Raises ValueError naming the file for records that were changed or are of other statements than those of other runs.
+    """
+    alone, reference = _alone(runs), question_of(study).world
+    names = scored_on(runs)
+    if not names:
+        return None
+    found: dict[str, Any] = {}
+    for name in names:
         arms: dict[str, dict[int, list[Row]]] = {}
+        plain: dict[str, dict[int, list[Row]]] = {}
         for run in alone:
-            rows = _records(run, folder)
+            rows = read_results(transfer_records(run, name))[0]
+            _check_same(rows, transfer_records(run, name), arms)
             arms.setdefault(run.arm.name, {})[run.config.seed] = rows
             if "baseline" in rows[0]["systems"]:
-                arms[PLAIN] = {run.config.seed: rows}
-        found[folder.resolve().name] = transfer_of(arms, question_of(study).world)
-    results = {"reference": question_of(study).world, "left_out": left_out, "benchmarks": _adjusted(found)}
+                plain[PLAIN] = {run.config.seed: rows}
+        found[name] = transfer_of(arms | plain, reference)
+    left_out = sorted(_names(runs) - _names(alone))
+    results = {"reference": reference, "left_out": left_out, "benchmarks": _adjusted(found)}
     publish_json(results, output / "transfer.json")
-    page = write_transfer(results, output)
+    source = read_source(transfer_records(alone[0], names[0]))
+    caution = " ".join(filter(None, [study.caution, toy_warning([], source)]))
+    page = write_transfer(results, output, caution)
     return "\n".join([*table(results), f"page: {page}"])
 
 
@@ -76,34 +129,100 @@ def needs_cache(run: Run) -> bool:
     return bool(run.config.num_world_steps) or run.config.world_encoder == "mismatched"
 
 
-def _records(run: Run, folder: Path) -> list[Row]:
-    """Return the records of a run on a benchmark, made now unless they are there for the same statements."""
-    output = run.folder / "evaluation" / f"transfer-{folder.resolve().name}.jsonl"
+def transfer_records(run: Run, name: str) -> Path:
+    """Return the file of a run's records on the benchmark of this name."""
+    return run.folder / "evaluation" / f"{PREFIX}{name}.jsonl"
+
+
+def _alone(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs that are scored: those on all training statements, whose arms need the photograph alone."""
+    return [run for run in runs if run.share == 1 and not needs_cache(run)]
+
+
+def _names(runs: Sequence[Run]) -> set[str]:
+    return {run.arm.name for run in runs}
+
+
+def scored_on(runs: Sequence[Run]) -> list[str]:
+    """Return the names of the benchmarks on which all runs of a study have records, but for those left out; sorted."""
+    found = [
+        {
+            path.stem.removeprefix(PREFIX)
+            for path in transfer_records(run, "*").parent.glob(f"{PREFIX}*.jsonl")
+        }
+        for run in _alone(runs)
+    ]
+    return sorted(set.intersection(*found)) if found else []
+
+
+@dataclass
+class _Gemma:
+    """The published Gemma that stays loaded from one run to the next that has the same."""
+
+    key: tuple[Any, ...] = ()
+    loaded: Gemma | None = None
+
+    def of(self, checkpoint: Path, overrides: dict[str, Any]) -> Gemma | None:
+        """Return the Gemma of a checkpoint, or None for one that has a Gemma of its own."""
+        saved = SavedModel.open_folder(checkpoint)
+        key = gemma_key(saved, overrides)
+        if saved.world["parts"] or key != self.key:
+            self.key, self.loaded = (), None  # before another is loaded
+        if self.loaded is None and not saved.world["parts"]:
+            config = saved.config(overrides)
+            saved.locate(config, config.model_name, GEMMA_FILE)
+            self.key, self.loaded = key, load_gemma(config, revision=saved.world["model_revision"])
+        return self.loaded
+
+
+def _score(run: Run, folder: Path, kept: _Gemma) -> None:
+    """Write the records of a run on a benchmark, unless they are there for the same statements."""
+    output = transfer_records(run, folder.resolve().name)
     statements = load_statements(folder, "test")
-    wanted = statements_sha256((s.image, s.caption, s.label) for s in statements)
-    source = read_source(output) if output.is_file() else None
-    if source is None or source["statements_sha256"] != wanted:
-        conditions = ("world", "baseline") if run.number == 0 else ("world",)
-        checkpoint = run.folder / read_done(run)["checkpoint"]
-        words = [
-            "--model",
-            checkpoint,
-            "--annotations",
-            folder,
-            "--image_folder",
-            folder / IMAGES,
-            "--output",
-            output,
-        ]
-        command = ["python", "tools/eval.py", *map(str, words), "--conditions", *conditions]
-        overrides = {"annotations": str(folder)}
-        overrides |= {key: getattr(run.config, key) for key in ("device", "num_workers")}
-        logger.info("%s on %s", run.name, folder)
-        given = (conditions, overrides, command, output)
-        score_to_file(
-            [checkpoint], "test", None, folder / IMAGES, *given, train_annotations=run.config.annotations
+    there = output.is_file() and read_source(output) is not None
+    if there and _asked(read_results(output)[0]) == sorted(map(_content, statements)):
+        return
+    conditions = ("world", "baseline") if run.number == 0 else ("world",)
+    checkpoint = run.folder / read_done(run)["checkpoint"]
+    given = {"model": checkpoint, "annotations": folder, "image_folder": folder / IMAGES, "output": output}
+    flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    command = ["python", "tools/eval.py", *flags, "--conditions", *conditions]
+    overrides: dict[str, Any] = {key: getattr(run.config, key) for key in ("device", "num_workers")}
+    overrides["annotations"] = str(folder)
+    logger.info("%s on %s", run.name, folder)
+    gemma = kept.of(checkpoint, overrides)
+    score_to_file(
+        *([checkpoint], "test", None, folder / IMAGES, conditions, overrides, command, output),
+        train_annotations=run.config.annotations,
+        gemma=gemma,
+    )
+
+
+def _content(s: Statement) -> tuple[Any, ...]:
+    return s.image, s.caption, s.label, s.is_question, s.group, tuple(sorted(s.sets))
+
+
+def _asked(rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+    """Return what records say of their statements, as `_content`, sorted."""
+    return sorted(
+        (
+            *(row[key] for key in ("image", "statement", "label")),
+            row.get("question", False),
+            row.get("group", ""),
+            tuple(sorted(row.get("sets", {}).items())),
         )
-    return read_results(output)[0]
+        for row in rows
+    )
+
+
+def _check_same(rows: Sequence[Row], path: Path, arms: dict[str, dict[int, list[Row]]]) -> None:
+    """Raise ValueError unless records are of the same statements as those that were read before."""
+    first = next((one for own in arms.values() for one in own.values()), rows)
+    if _asked(rows) != _asked(first):
+        raise ValueError(
+            f"{path}: its {len(rows):,} statements are not the {len(first):,} of the other runs, as the benchmark has "
+            "changed; score all runs again with tools/study.py ... --benchmarks"
+        )
 
 
 def transfer_of(arms: dict[str, dict[int, list[Row]]], reference: str) -> dict[str, Any]:
@@ -170,5 +289,5 @@ def table(results: dict[str, Any]) -> list[str]:
                 f"{one['low']:.1%} to {one['high']:.1%}"
             )
     if results["left_out"]:
-        lines.append(f"not scored, as a photograph alone is not enough: {', '.join(results['left_out'])}")
+        lines.append(f"not scored: {', '.join(results['left_out'])}; {NOT_ALONE}")
     return lines
