@@ -48,7 +48,6 @@ from theworld.extraction.rollouts import refusals, roll_out
 from theworld.models import world_encoder
 from theworld.models.encoder import Encoder, EncoderSpec
 from theworld.models.gemma_vision import VisionEncoder
-from theworld.models.rollout import check_rollout
 from theworld.store.format import LATENTS, VISION, known_hashes, stores_of
 from theworld.store.shard import ImageEntry
 from theworld.store.verify import Problem, examine
@@ -333,6 +332,8 @@ def check_start(
     if not all((cache / spec.name / "manifest.json").exists() for spec in specs):
         check_folder(cache, "--cache")
     if config.num_world_steps:
+        from theworld.models.rollout import check_rollout  # which loads diffusers
+
         check_rollout(config, guardrail)
     return source
 
