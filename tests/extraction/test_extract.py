@@ -26,6 +26,7 @@ from theworld.data.images import sha256
 from theworld.extraction import extract as phase_1
 from theworld.extraction import reading
 from theworld.extraction.extract import _seconds_an_image, extract, freeze, preflight, verify
+from theworld.extraction.pipeline import feed
 from theworld.extraction.reading import Source, Spool
 from theworld.models.encoder import EncoderSpec
 from theworld.store.format import known_hashes, read_failures
@@ -241,10 +242,13 @@ def test_the_estimate_is_quick_and_leaves_out_what_happens_once(
     timed = Timed(compiled, seconds)
     store = Store.create(tmp_path, {}, rows, [timed.spec.array], 8)
     source, spool = Source(job / "photographs", 10**6, 0), Spool(timed.prepare)
-    found = _seconds_an_image(store, timed, [3, 4], source, 4, spool)
-    assert timed.sizes == sizes
+    with feed(store, timed, [3, 4], source, 4, spool) as fed:
+        found = _seconds_an_image(timed, 4, fed)
+        assert timed.sizes == sizes
+        assert [batch.num_photographs for batch in fed.batches] == [4] * 4  # all of them
     assert found == pytest.approx(an_image, rel=0.4)  # on a machine that does other things too
-    assert preflight(store, timed, [], source, 4, spool).endswith("about 0 s")
+    with feed(store, timed, [], source, 4, spool) as fed:
+        assert preflight(store, timed, [], 4, fed).endswith("about 0 s")
 
 
 # ---- the list, and the first encoder beside it

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from theworld.data.images import ImageError, read_image, sha256
 from theworld.extraction import pipeline, reading
-from theworld.extraction.pipeline import ShardWriter, Stages, batches_of, encode_shards
+from theworld.extraction.pipeline import ShardWriter, Stages, batches_of, encode_shards, feed
 from theworld.extraction.reading import Prepared, Source, Spool
 from theworld.models.encoder import EncoderSpec
 from theworld.store.reader import StoreReader
@@ -56,6 +56,12 @@ def store(folder: Path, tmp_path: Path) -> Store:
     return Store.create(tmp_path / "store", Mean.spec.fingerprint(), rows, [Mean.spec.array], 5)
 
 
+def encode(store: Store, mean: Mean, folder: Path, workers: int, batch_size: int, quiet: bool = True) -> None:
+    source = Source(folder, 10**6, workers)
+    with feed(store, mean, [0, 1, 2], source, batch_size, Spool(mean.prepare)) as fed:
+        encode_shards(store, mean, [0, 1, 2], fed, quiet)
+
+
 def test_no_batch_reaches_into_the_next_shard(store: Store) -> None:
     names = [[row.path[:2] for row in batch] for batch in batches_of(store, [0, 2, 1], 2)]
     wanted = [["00", "01"], ["02", "03"], ["04"], ["10"], ["05", "06"], ["07", "08"], ["09"]]
@@ -73,7 +79,7 @@ def test_every_batch_has_one_shape_and_every_row_its_photograph(
     monkeypatch.setattr(reading, "FEW", 1)
     caplog.set_level("INFO")
     mean = Mean()
-    encode_shards(store, mean, [0, 1, 2], Source(folder, 10**6, workers), 2, Spool(mean.prepare))
+    encode(store, mean, folder, workers, 2, quiet=False)
     assert mean.shapes == [(2, 3)] * 7
     store.publish()
     reader = StoreReader(store.root)
@@ -111,9 +117,7 @@ def test_a_photograph_that_changed_stops_the_run_and_full_shards_stay(
     monkeypatch.setattr(reading, "FEW", 1)
     (folder / "10.png").write_bytes((folder / "09.png").read_bytes())
     with pytest.raises(ImageError, match=r"10\.png: changed while extracting: SHA-256 was"):
-        encode_shards(
-            store, Mean(), [0, 1, 2], Source(folder, 10**6, 2), 5, Spool(Mean().prepare), quiet=True
-        )
+        encode(store, Mean(), folder, 2, 5)
     assert store.pending() == [2]
 
 
@@ -125,9 +129,7 @@ def test_an_error_of_the_writer_stops_the_run(
 
     monkeypatch.setattr(store, "write_shard", refuse)
     with pytest.raises(OSError, match="No space left"):
-        encode_shards(
-            store, Mean(), [0, 1, 2], Source(folder, 10**6, 0), 2, Spool(Mean().prepare), quiet=True
-        )
+        encode(store, Mean(), folder, 0, 2)
     assert store.pending() == [0, 1, 2]
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,21 @@ def test_workers_end_with_the_block() -> None:
     assert multiprocessing.active_children() == []
 
 
+def touch(path: Path) -> None:
+    path.touch()
+
+
+def test_processes_begin_before_their_first_result_is_wanted(tmp_path: Path) -> None:
+    paths, deadline = [tmp_path / name for name in "abcd"], time.monotonic() + 60
+    with in_processes(touch, paths, 1) as items:
+        while not all(path.exists() for path in paths[:2]):  # as many as a process is ahead
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert not paths[3].exists()
+        assert list(items) == [None] * 4
+    assert all(path.exists() for path in paths)
+
+
 MAIN = """
 import os, sys, time
 from theworld.extraction.reading import in_processes
@@ -185,12 +201,10 @@ def test_a_spool_gives_back_what_was_put_there(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     spool = Spool(lambda pixels: corner(pixels).float(), 3)
     values = {name: torch.arange(6, dtype=torch.float32).reshape(2, 3) * n for n, name in enumerate("abc")}
-    spool.write(2, values["c"])
-    spool.note(2, "c")
-    for name in "ab":
-        spool.put(name, values[name])
-    spool.put("a", values["b"])  # there already
-    spool.note(1, "c")
+    for place, name in enumerate("cab"):
+        spool.write(place, values[name])
+        spool.note(place, name)
+    spool.note(1, "c")  # it is there already, and another photograph is at this place
     out = torch.full((2, 2, 3), 9.0)
     for name in "abc":
         spool.read_into(out[1], name)

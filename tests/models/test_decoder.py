@@ -6,6 +6,7 @@ The decoder against transformers' own, layer weights shared, compiled and not.
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from theworld.data.vsr import Statement
 from theworld.models.attention import FULL, SLIDING, attention_masks
-from theworld.models.decoder import Decoder, Layer, Shape, decoder_layer
+from theworld.models.decoder import Decoder, Layer, Shape, after_attention, attend
 from theworld.models.fp8 import gated, linear, quantise, to_fp8
 from theworld.models.gemma import Gemma, GemmaParts
 from theworld.models.packing import Batch
@@ -148,7 +149,7 @@ def test_flex_attention_compiles_once_for_all_lengths_and_kinds_of_layers(
             with torch.no_grad():
                 found.append(model(batch, latents_of(batch.worlds), vision))
         torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
-        # The layers, and the last one.
+        # Attention, and the rest of a layer.
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
 
 
@@ -249,12 +250,14 @@ def test_what_a_compiled_layer_keeps(in_8_bits: bool, eight_bits_anywhere: None)
     weights = [to_fp8(one) for one in matrices] if in_8_bits else matrices
     norms = [torch.zeros(size).bfloat16() for size in (*[hidden] * 4, width, width)]
     layer, shape = Layer(*norms, *weights), Shape(heads, groups, width, width**-0.5, 1e-6, ())
-    x = torch.randn(1, length, hidden).bfloat16().requires_grad_()
+    x = torch.randn(length, hidden).bfloat16().requires_grad_()
     cos = torch.randn(1, length, width).bfloat16()
     mask = torch.zeros(1, 1, length, length).bfloat16()
-    compiled = torch.compile(decoder_layer, fullgraph=True, backend="aot_eager_decomp_partition")
-    out = compiled(x, layer, cos, cos, mask, shape)
-    saved = [one for one in out.grad_fn.saved_tensors if isinstance(one, torch.Tensor)]
+    options: Any = {"fullgraph": True, "backend": "aot_eager_decomp_partition"}
+    attended = torch.compile(attend, **options)(x, layer, cos, cos, mask, shape)
+    out = torch.compile(after_attention, **options)(x, attended, layer, shape)
+    saved = [*attended.grad_fn.saved_tensors, *out.grad_fn.saved_tensors]
+    saved = [one for one in saved if isinstance(one, torch.Tensor)]
     own = {one.data_ptr() for one in tree_leaves(layer)}
     kept = [one for one in saved if one.data_ptr() not in own]
     assert all(length in one.shape for one in kept if one.numel() >= length)  # of tokens, not of weights

@@ -20,6 +20,7 @@ from theworld.utils.console import (
     ExplainedError,
     LogBar,
     configure_logging,
+    keep_bytecode,
     keep_compiled_code,
     progress,
     rehearse,
@@ -250,3 +251,31 @@ def test_compiled_code_is_kept_in_the_users_cache_unless_the_environment_says_wh
     assert kept(HOME=str(tmp_path), TORCHINDUCTOR_CACHE_DIR="/elsewhere") == "/elsewhere"
     assert kept() is None  # no home folder to write to: torch's own place
     assert list(tmp_path.iterdir()) == []  # nothing is written for it
+
+
+def test_bytecode_is_kept_in_the_users_cache_where_python_keeps_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = sys.modules[console.tqdm.__module__].__spec__
+    assert spec is not None
+    beside = tmp_path / "std.pyc"
+
+    def kept(
+        prefix: str | None = None, home: str = f"{tmp_path}/home"
+    ) -> tuple[str | None, bool, str | None]:
+        with monkeypatch.context() as patch:
+            patch.delenv("XDG_CACHE_HOME", raising=False)
+            patch.setenv("HOME", home)
+            patch.setenv("PYTHONPYCACHEPREFIX", "as before")
+            patch.setattr(spec, "cached", str(beside))
+            patch.setattr(sys, "pycache_prefix", prefix)
+            patch.setattr(sys, "dont_write_bytecode", True)
+            keep_bytecode()
+            return sys.pycache_prefix, sys.dont_write_bytecode, os.environ["PYTHONPYCACHEPREFIX"]
+
+    folder = f"{tmp_path}/home/.cache/theworld/bytecode"
+    assert kept() == (folder, False, folder)
+    assert kept(prefix="/elsewhere") == ("/elsewhere", True, "as before")
+    assert kept(home="/dev/null/nowhere") == (None, True, "as before")
+    beside.touch()  # Python keeps it beside the library
+    assert kept() == (None, True, "as before")

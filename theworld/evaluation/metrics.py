@@ -119,17 +119,23 @@ def cluster_bootstrap(images: Sequence[str], values: np.ndarray) -> list[tuple[f
         return [None] * len(values)
     # Sums for each image: a mean over statements is then a ratio of sums over images with any number of statements.
     sums = np.stack([np.bincount(image_index, row, len(names)) for row in np.asarray(values, float)])
-    counts = np.broadcast_to(np.bincount(image_index, minlength=len(names)).astype(float), sums.shape)
+    counts = np.bincount(image_index, minlength=len(names))
+
+    def means(drawn: np.ndarray, axis: int = -1) -> np.ndarray:
+        """int64[B, images] -> float64[K, B], of B resamples; one product where K sums would be taken image by image."""
+        rows = np.arange(len(drawn))[:, None] * len(names)
+        times = np.bincount((rows + drawn).ravel(), minlength=drawn.size).reshape(drawn.shape).T.astype(float)
+        return sums @ times / (counts @ times)
+
     interval = bootstrap(
-        (sums, counts),
-        lambda total, n, axis=-1: total.sum(axis) / n.sum(axis),
-        paired=True,
+        (np.arange(len(names)),),
+        means,
         vectorized=True,
         axis=-1,
         confidence_level=CONFIDENCE,
         method="percentile",
         n_resamples=RESAMPLES,
-        batch=max(1, 2**22 // sums.size),  # some tens of megabytes at a time
+        batch=max(1, 2**22 // len(names)),  # some tens of megabytes at a time
         rng=np.random.default_rng(0),
     ).confidence_interval
     return [(float(low), float(high)) for low, high in zip(interval.low, interval.high, strict=True)]
@@ -168,12 +174,12 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
             c: mcnemar(correct["world"], correct[c]) for c in conditions if c != "world"
         }
     for key, name in (("category", "category"), ("relation", "relation"), ("image_seen_in_train", "seen")):
+        places: dict[Any, list[int]] = {}
+        for place, row in enumerate(rows):
+            places.setdefault(row[key], []).append(place)
         summary[f"by_{name}"] = {
-            str(value): {
-                c: accuracy([right for right, row in zip(correct[c], rows, strict=True) if row[key] == value])
-                for c in conditions
-            }
-            for value in sorted({row[key] for row in rows})
+            str(value): {c: accuracy([correct[c][i] for i in places[value]]) for c in conditions}
+            for value in sorted(places)
         }
     gains = [
         (world, baseline)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from theworld.config.config import Config
 from theworld.data.vsr import Statement, images_of
@@ -94,7 +95,8 @@ def predict(
             worlds = [_world(condition, s.image, other) for condition in conditions for s in asked]
             yield chosen, make_microbatch(model, packer, asked * len(conditions), latents, vision, worlds)
 
-    logits = torch.zeros(len(conditions), len(statements), 3, device=device)
+    first, second = model.gemma.answer_ids
+    places, found = list[int](), list[Tensor]()
     bar = progress(
         prefetch(passes()), total=len(parts), desc="evaluate", unit=" batches", leave=False, disable=quiet
     )
@@ -102,10 +104,13 @@ def predict(
         one = one.to(device)
         assert one.batch is not None
         every_token = model(one.batch, one.latents, one.vision)
-        two = every_token[:, list(model.gemma.answer_ids)]
-        if chosen:
-            answers = torch.cat([two, every_token.logsumexp(1, keepdim=True)], 1)
-            logits[:, chosen] = answers.view(len(conditions), len(chosen), 3)
+        if chosen:  # nothing in here waits for a GPU
+            three = every_token[:, first], every_token[:, second], every_token.logsumexp(1)
+            places += chosen
+            found.append(torch.stack(three, 1).view(len(conditions), len(chosen), 3))
+    logits = torch.zeros(len(conditions), len(statements), 3, device=device)
+    if found:
+        logits[:, places] = torch.cat(found, 1)
     if processes is not None:
         (logits,) = processes.sum([logits])
     return dict(zip(conditions, logits.cpu().numpy(), strict=True))

@@ -32,12 +32,11 @@ from theworld.extraction.encoders import (
     open_store,
     specs_of,
 )
-from theworld.extraction.pipeline import encode_shards
+from theworld.extraction.pipeline import Feed, encode_shards, feed
 from theworld.extraction.reading import (
     SPOOL_MEMORY,
     ListPhotographs,
     Prepare,
-    ReadBatch,
     Source,
     Spool,
     in_processes,
@@ -49,7 +48,6 @@ from theworld.extraction.rollouts import refusals, roll_out
 from theworld.models import world_encoder
 from theworld.models.encoder import Encoder, EncoderSpec
 from theworld.models.gemma_vision import VisionEncoder
-from theworld.models.rollout import check_rollout
 from theworld.store.format import LATENTS, VISION, known_hashes, stores_of
 from theworld.store.shard import ImageEntry
 from theworld.store.verify import Problem, examine
@@ -120,19 +118,15 @@ def freeze(
     return images, failures
 
 
-def preflight(
-    store: Store, encoder: Encoder, pending: list[int], source: Source, batch_size: int, spool: Spool
-) -> str:
+def preflight(store: Store, encoder: Encoder, pending: list[int], batch_size: int, fed: Feed) -> str:
     """Return one line before the start: how many images, how large, how much room, about how long.
 
     Raises ValueError if the disk has not the room.
     """
-    rows = [row for shard in pending for row in store.shard_rows(shard)]
-    size = encoder.spec.array.row_nbytes * len(rows)
-    work = amount(store.root, len(rows), len(store.rows), len(pending), store.num_shards, size)
-    seconds = (
-        _seconds_an_image(store, encoder, pending, source, batch_size, spool) * len(rows) if rows else 0.0
-    )
+    num_rows = sum(len(store.shard_rows(shard)) for shard in pending)
+    size = encoder.spec.array.row_nbytes * num_rows
+    work = amount(store.root, num_rows, len(store.rows), len(pending), store.num_shards, size)
+    seconds = _seconds_an_image(encoder, batch_size, fed) * num_rows if num_rows else 0.0
     return f"{work}, about {duration(seconds)}"
 
 
@@ -145,29 +139,24 @@ def amount(root: Path, num_rows: int, all_rows: int, pending: int, all_shards: i
     )
 
 
-def _seconds_an_image(
-    store: Store, encoder: Encoder, pending: list[int], source: Source, batch_size: int, spool: Spool
-) -> float:
-    """Return the seconds per image of reading (timed on the first photograph) or encoding, whichever takes longer.
+def _seconds_an_image(encoder: Encoder, batch_size: int, fed: Feed) -> float:
+    """Return the seconds per image of reading (of the first batch) or encoding, whichever takes longer.
 
-    The first photograph goes into the spool, and blank batches are encoded. An encoder that starts slowly is started
-    first, on a batch as it will get them, so nothing is compiled twice. On a CPU one blank photograph is enough if a
-    batch would take over a second.
+    Blank batches are encoded. An encoder that starts slowly is started first, on a batch as it will get them, so
+    nothing is compiled twice. On a CPU one blank photograph is enough if a batch would take over a second.
     """
-    first, reading = store.shard_rows(pending[0])[0], 0.0
-    if first.sha256 not in spool:
-        batch = ReadBatch(source, encoder.prepare, 1)([first])
-        if batch.pixels is None:
-            return 0.0  # the run is about to say why
-        spool.put(first.sha256, batch.pixels[0])
-        reading = sum(batch.seconds.values()) / max(1, source.num_workers)
+    encoding = _encoding_seconds(encoder, batch_size)
+    first = fed.peek()  # reading processes have read it meanwhile
+    return max(encoding, sum(first.seconds.values()) / first.num_photographs / max(1, fed.num_workers))
 
+
+def _encoding_seconds(encoder: Encoder, batch_size: int) -> float:
     if not starts_slowly(encoder):
         alone = encode_blank(encoder, 1)
         if alone * 2 * batch_size > 1:
-            return max(reading, alone)
+            return alone
     encode_blank(encoder, batch_size)
-    return max(reading, encode_blank(encoder, batch_size) / batch_size)
+    return encode_blank(encoder, batch_size) / batch_size
 
 
 def verify(cache: Path) -> list[Problem]:
@@ -343,6 +332,8 @@ def check_start(
     if not all((cache / spec.name / "manifest.json").exists() for spec in specs):
         check_folder(cache, "--cache")
     if config.num_world_steps:
+        from theworld.models.rollout import check_rollout  # which loads diffusers
+
         check_rollout(config, guardrail)
     return source
 
@@ -445,9 +436,10 @@ def run(
     level = part.log_level
     if pending and len(pending) < len(own):
         logger.log(level, "resuming: %d of %d shards valid", len(own) - len(pending), len(own))
-    logger.log(level, preflight(store, encoder, pending, source, batch_size, spool))
-    if pending:
-        encode_shards(store, encoder, pending, source, batch_size, spool, not part.is_main_process)
+    with feed(store, encoder, pending, source, batch_size, spool) as fed:
+        logger.log(level, preflight(store, encoder, pending, batch_size, fed))
+        if pending:
+            encode_shards(store, encoder, pending, fed, not part.is_main_process)
     part.barrier()
     missing = store.missing()
     if missing:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -22,7 +23,15 @@ from torch import Tensor
 
 from theworld.data.images import ImageError
 from theworld.extraction.features import to_numpy
-from theworld.extraction.reading import Prepared, ReadBatch, Source, Spool, in_processes, workers_for
+from theworld.extraction.reading import (
+    Prepared,
+    ReadBatch,
+    Source,
+    Spool,
+    in_processes,
+    item_bytes,
+    workers_for,
+)
 from theworld.models.encoder import Encoder
 from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store
@@ -137,43 +146,59 @@ class ShardWriter:
             self.writing.popleft().result()
 
 
-def encode_shards(
-    store: Store,
-    encoder: Encoder,
-    pending: Sequence[int],
-    source: Source,
-    batch_size: int,
-    spool: Spool,
-    quiet: bool = False,
-) -> None:
-    """Encode and commit the pending shards. Raises ImageError if a photograph changed since it was listed.
+@dataclass
+class Feed:
+    """The batches of some shards, in order, as reading processes hand them over."""
+
+    batches: Iterator[Prepared]
+    num_workers: int
+
+    def peek(self) -> Prepared:
+        """Return the next batch, which is still to come."""
+        first = next(self.batches)
+        self.batches = chain([first], self.batches)
+        return first
+
+
+@contextmanager
+def feed(
+    store: Store, encoder: Encoder, pending: Sequence[int], source: Source, batch_size: int, spool: Spool
+) -> Iterator[Feed]:
+    """Read the batches of the pending shards ahead, from the start of the block on.
 
     `spool`: photographs that need not be read again.
     """
-    stages = Stages()
     batches = batches_of(store, pending, batch_size)
-    total = sum(len(batch) for batch in batches)
     tasks = [[None if row.sha256 in spool else row for row in batch] for batch in batches]
     num_to_read = sum(row is not None for task in tasks for row in task)
-    blank = encoder.prepare(np.zeros((16, 16, 3), np.uint8))
-    workers, note = workers_for(num_to_read, len(batches), source.num_workers, blank.nbytes * batch_size)
-    if note and not quiet:
+    batch_bytes = item_bytes(encoder.prepare) * batch_size
+    workers, note = workers_for(num_to_read, len(batches), source.num_workers, batch_bytes)
+    if note:
         logger.info("%s: %s", encoder.spec.name, note)
-    work = ReadBatch(source, encoder.prepare, batch_size)
+    with in_processes(ReadBatch(source, encoder.prepare, batch_size), tasks, workers) as prepared:
+        yield Feed(_filled(prepared, batches, spool), workers)
+
+
+def encode_shards(
+    store: Store, encoder: Encoder, pending: Sequence[int], fed: Feed, quiet: bool = False
+) -> None:
+    """Encode and commit the pending shards. Raises ImageError if a photograph changed since it was listed."""
+    stages = Stages()
+    total = sum(len(store.shard_rows(shard)) for shard in pending)
     bar = progress(total=total, desc=encoder.spec.name, unit=" images", smoothing=0.1, disable=quiet)
-    with bar, in_processes(work, tasks, workers) as prepared:
+    with bar:
         writer = ShardWriter(store, pending, stages)
         try:
-            for rows in _encoded(_filled(prepared, batches, spool), encoder, stages):
+            for rows in _encoded(fed.batches, encoder, stages):
                 writer.add(rows)
-                bar.set_postfix_str(f"bound by {stages.bound(workers)}", refresh=False)
+                bar.set_postfix_str(f"bound by {stages.bound(fed.num_workers)}", refresh=False)
                 bar.update(len(rows))
             writer.close()
         finally:
             writer.thread.shutdown()  # after an error too: a shard that is full is not lost
         elapsed = bar.format_dict["elapsed"]
     if not quiet:
-        rate, bound = total / max(elapsed, 1e-9), stages.bound(workers)
+        rate, bound = total / max(elapsed, 1e-9), stages.bound(fed.num_workers)
         logger.info(f"{encoder.spec.name}: {total:,} images, {rate:,.1f} images/s, bound by {bound}")
 
 

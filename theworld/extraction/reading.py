@@ -18,6 +18,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import connection, get_context, parent_process, reduction
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -85,8 +86,9 @@ def in_processes(
 ) -> Iterator[Iterator[Result]]:
     """Yield the results of `work` in the order of its tasks, made by so many processes (0: this one), a few ahead.
 
-    `work`, tasks and results are pickled; tensors of results come through shared memory. The processes have ended when
-    the block is left, however it is left. Raises OSError if one of them is killed, as Linux does when memory is short.
+    Processes begin at once; this one does a task when its result is wanted. `work`, tasks and results are pickled;
+    tensors of results come through shared memory. The processes have ended when the block is left, however it is left.
+    Raises OSError if one of them is killed, as Linux does when memory is short.
     """
     if workers == 0:
         yield map(work, tasks)
@@ -105,13 +107,17 @@ def in_processes(
 
 
 def _in_order(pool: ProcessPoolExecutor, tasks: Sequence[Task], ahead: int) -> Iterator[Any]:
-    waiting: deque[Future[Any]] = deque()
-    for task in tasks:
-        waiting.append(pool.submit(_do, task))
-        if len(waiting) > ahead:
+    rest = iter(tasks)
+    waiting = deque[Future[Any]](pool.submit(_do, task) for task in islice(rest, ahead))
+
+    def results() -> Iterator[Any]:
+        for task in rest:
+            waiting.append(pool.submit(_do, task))
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    return results()
 
 
 _work: Callable[[Any], Any]  # of a reading process
@@ -174,11 +180,10 @@ class Spool:
     """
 
     def __init__(self, prepare: Prepare, num_places: int = 0) -> None:
-        """`num_places`: photographs that it is to hold, which says where the file lies."""
+        """`num_places`: photographs that it can hold."""
         self.prepare = prepare
         self.item_bytes = item_bytes(prepare)
         self._places: dict[str, int] = {}  # by SHA-256
-        self._next = num_places
         if num_places * self.item_bytes <= SPOOL_MEMORY:
             self._file: Any = open(os.memfd_create("photographs"), "r+b", buffering=0)  # noqa: SIM115 - closed with the spool
         else:
@@ -205,13 +210,6 @@ class Spool:
     def note(self, place: int, sha256: str) -> None:
         """Note that the photograph with this hash is at a place."""
         self._places.setdefault(sha256, place)
-
-    def put(self, sha256: str, prepared: Tensor) -> None:
-        """Keep a prepared photograph behind all places. Raises OSError if the disk is full."""
-        if sha256 not in self._places:
-            self.write(self._next, prepared)
-            self.note(self._next, sha256)
-            self._next += 1
 
     def read_into(self, out: Tensor, sha256: str) -> None:
         """Copy a photograph that is here into `out`, which is contiguous."""

@@ -28,7 +28,6 @@ from theworld.config.config import Config
 from theworld.extraction.encoders import RolloutEncoder, open_store
 from theworld.extraction.features import to_numpy
 from theworld.extraction.reading import Source, read_photograph
-from theworld.models.rollout import FramesRefused
 from theworld.store.format import LATENTS, read_failures
 from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store, quarantine
@@ -259,6 +258,8 @@ def roll_out_each(
     encoding: RolloutEncoder, finished: FinishedRows, todo: Sequence[ImageEntry], source: Source, quiet: bool
 ) -> None:
     """Publish a row, or the guardrail's refusal, for each of these photographs."""
+    from theworld.models.rollout import FramesRefused  # which loads diffusers
+
     for row in progress(todo, total=len(todo), desc="roll out", unit=" images", disable=quiet or not todo):
         if not finished.missing([row.sha256]):
             continue  # another process was there meanwhile

@@ -89,8 +89,7 @@ class Decoder:
         layers = zip(gemma.text_model.layers, gemma.qkv, strict=True)
         self.layers = [_layer(layer, qkv) for layer, qkv in layers]
         self.compiled = compiled
-        functions = (decoder_layer, last_layer, prefix_layer, prefix_last_layer)
-        self.functions: dict[Any, Any] = {f: _compile(f) if compiled else f for f in functions}
+        self.functions: dict[Any, Any] = {f: _compile(f) if compiled else f for f in WITH_GRADIENT}
         self.with_gradients = set[Any]()  # functions that were compiled for a backward pass
 
     def __call__(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
@@ -100,24 +99,51 @@ class Decoder:
         (see `Batch`) take part, but have no gradient and cannot be wanted.
         """
         length, start = x.shape[1], batch.num_prefix_tokens
+        chosen = [None] * (len(self.layers) - 1) + [
+            wanted - (wanted // length + 1) * start
+        ]  # without the prefix
+        layers = zip(self.layers, self.kinds, chosen, strict=True)
+        masks = self._masks(x[:, start:], batch, (start, length))
         if not start:
-            mask = self._masks(x, batch, (0, length))
-            for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
-                x = self._run(decoder_layer, x, layer, *mask[kind])
-            x = self._run(last_layer, x, self.layers[-1], *mask[self.kinds[-1]], wanted)
+            x = x.flatten(0, 1)
+            for layer, kind, rows in layers:
+                x = self._checkpointed(self._layer, x, layer, masks[kind], rows)
         else:
+            masks0 = self._masks(x, batch, (0, start))
             # Whole tensors, as the layers return them: views would compile for their strides.
-            prefix, x = (
-                part.clone(memory_format=torch.contiguous_format)
-                for part in (x[:, :start].detach(), x[:, start:])
-            )
-            wanted = wanted - (wanted // length + 1) * start  # counted without the prefix
-            masks = self._masks(prefix, batch, (0, start)), self._masks(x, batch, (start, length))
-            for layer, kind in zip(self.layers[:-1], self.kinds[:-1], strict=True):
-                prefix, x = self._run(prefix_layer, prefix, x, layer, *masks[0][kind], *masks[1][kind])
-            last = masks[0][self.kinds[-1]][:2], masks[1][self.kinds[-1]]
-            x = self._run(prefix_last_layer, prefix, x, self.layers[-1], *last[0], *last[1], wanted)
+            prefix, x = x[:, :start].detach().flatten(0, 1).clone(), x[:, start:].flatten(0, 1).clone()
+            for layer, kind, rows in layers:
+                own = masks0[kind], masks[kind]
+                prefix, x = self._checkpointed(self._layer_after_prefix, prefix, x, layer, *own, rows)
         return rms_norm(x, self.gemma.text_model.norm.weight, self.shape.epsilon)
+
+    def _layer(self, x: Tensor, layer: Layer, mask: tuple[Any, ...], wanted: Tensor | None) -> Tensor:
+        """dtype[R L, D] -> the same; for the last layer dtype[K, D], since nothing reads the other tokens."""
+        attended = self._run(attend, x, layer, *mask)
+        if wanted is not None:
+            x, attended = x[wanted], attended[wanted]
+        return self._run(after_attention, x, attended, layer)
+
+    def _layer_after_prefix(
+        self,
+        prefix: Tensor,
+        x: Tensor,
+        layer: Layer,
+        mask0: tuple[Any, ...],
+        mask: tuple[Any, ...],
+        wanted: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same for a prefix, dtype[R start, D], and for the rest of the rows."""
+        attended0, attended = self._run(attend_after_prefix, prefix, x, layer, *mask0, *mask)
+        if wanted is not None:
+            return prefix, self._run(after_attention, x[wanted], attended[wanted], layer)
+        prefix = self._run(after_attention, prefix, attended0, layer)
+        return prefix, self._run(after_attention, x, attended, layer)
+
+    def _checkpointed(self, function: Any, *arguments: Any) -> Any:
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)
+        return function(*arguments)
 
     def _masks(
         self, x: Tensor, batch: Batch, queries: tuple[int, int]
@@ -136,23 +162,21 @@ class Decoder:
 
     def _run(self, function: Any, *arguments: Any) -> Any:
         if self.compiled:
-            if torch.is_grad_enabled():
+            if any(arguments[at].requires_grad for at in WITH_GRADIENT[function]):
                 self.with_gradients.add(function)
             elif function in self.with_gradients:
                 return self._run_as_in_training(function, *arguments)
             mark_lengths_dynamic(*arguments)
-        code = self.functions[function]
-        if self.checkpointed and torch.is_grad_enabled():
-            return checkpoint(code, *arguments, self.shape, use_reentrant=False)
-        return code(*arguments, self.shape)
+        return self.functions[function](*arguments, self.shape)
 
     def _run_as_in_training(self, function: Any, *arguments: Any) -> Any:
         """Run without gradients what was compiled with them: a run that evaluates compiles nothing. What a backward
         pass would need is kept for one layer at a time."""
-        at = 1 if function in (prefix_layer, prefix_last_layer) else 0
+        given = list(arguments)
         with torch.enable_grad():
-            x = arguments[at].detach().requires_grad_()
-            found = self._run(function, *arguments[:at], x, *arguments[at + 1 :])
+            for at in WITH_GRADIENT[function]:
+                given[at] = given[at].detach().requires_grad_()
+            found = self._run(function, *given)
         return tree_map_only(Tensor, Tensor.detach, found)
 
 
@@ -182,61 +206,60 @@ def mark_lengths_dynamic(*arguments: Any) -> None:
         if not isinstance(value, Tensor):
             mark_lengths_dynamic(*value)
         elif not hasattr(value, "_dynamo_weak_dynamic_indices"):  # a mask serves many layers
-            has_width = value.is_floating_point() and value.ndim == 3
+            has_width = value.is_floating_point() and value.ndim in (2, 3)
             lengths = range(value.ndim - has_width)
             torch._dynamo.maybe_mark_dynamic(value, [d for d in lengths if value.shape[d] > 1])
 
 
-def decoder_layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
-    """dtype[R, L, D] -> dtype[R, L, D]."""
+def attend(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
+    """dtype[R L, D] -> attention's output, dtype[R L, H E]. A layer is this and `after_attention`: the last layer goes
+    on with fewer tokens, and yet attention, which takes longest to compile, does so once for all layers."""
     query, key, value = project_qkv(x, w, cos, sin, shape)
-    return _after_attention(x, attention(query, key, value, mask, shape), w, shape)
+    return attention(query, key, value, mask, shape)
 
 
-def last_layer(
-    x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor, shape: Shape
-) -> Tensor:
-    """dtype[R, L, D] -> dtype[K, D]: nothing reads the other tokens, so most of the layer runs for these alone."""
-    query, key, value = project_qkv(x, w, cos, sin, shape)
-    attended = attention(query, key, value, mask, shape)
-    return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
-
-
-def prefix_layer(
+def attend_after_prefix(
     prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor, mask: Any,
     shape: Shape,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Apply a layer to the prefix of rows, which has no gradient and sees nothing of the rest, and to the rest."""
+    """The same of the prefix of rows, which has no gradient and sees nothing of the rest, and of the rest."""
     query0, key0, value0 = project_qkv(prefix, w, cos0, sin0, shape)
     query, key, value = project_qkv(x, w, cos, sin, shape)
     attended0 = attention(query0, key0, value0, mask0, shape)
     attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
-    return _after_attention(prefix, attended0, w, shape), _after_attention(x, attended, w, shape)
+    return attended0, attended
 
 
-def prefix_last_layer(
-    prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, cos: Tensor, sin: Tensor, mask: Any,
-    wanted: Tensor, shape: Shape,
-) -> Tensor:  # fmt: skip
-    """Apply the last layer to rows with a prefix; the indices of the wanted tokens are counted without it."""
-    _, key0, value0 = project_qkv(prefix, w, cos0, sin0, shape)
-    query, key, value = project_qkv(x, w, cos, sin, shape)
-    attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
-    return _after_attention(x.flatten(0, 1)[wanted], attended.flatten(0, 1)[wanted], w, shape)
+def after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tensor:
+    """dtype[T, D] and attention's output, dtype[T, H E], of any T tokens -> dtype[T, D]."""
+    x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
+    normed = rms_norm(x, w.before_mlp, shape.epsilon)
+    gate, up = linear(normed, w.gate), linear(normed, w.up)
+    inner = gated(gate, up) if isinstance(w.down, Fp8Weight) else F.gelu(gate, approximate="tanh") * up
+    return x + rms_norm(linear(inner, w.down), w.after_mlp, shape.epsilon)
+
+
+# What is compiled, and which of its arguments have a gradient.
+WITH_GRADIENT: dict[Callable[..., Any], tuple[int, ...]] = {
+    attend: (0,),
+    attend_after_prefix: (1,),
+    after_attention: (0, 1),
+}
 
 
 def project_qkv(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, dtype[R, H, L, E], keys and values, dtype[R, G, L, E]; the first two normalised and rotated."""
+    """dtype[R L, D] -> queries, dtype[R, H, L, E], keys and values, dtype[R, G, L, E]; the first two normalised and
+    rotated."""
     heads, groups, width, _, epsilon, _ = shape
     projected = linear(rms_norm(x, w.before_attention, epsilon), w.qkv)
-    projected = projected.unflatten(-1, (-1, width)).transpose(1, 2)  # R, H + 2 G, L, E
+    projected = projected.view(*cos.shape[:2], -1, width).transpose(1, 2)  # R, H + 2 G, L, E
     query, key, value = projected.split((heads, groups, groups), 1)
     query = apply_rotary(rms_norm(query, w.query_norm, epsilon), cos, sin)
     return query, apply_rotary(rms_norm(key, w.key_norm, epsilon), cos, sin), value
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape) -> Tensor:
-    """Return attention's output, dtype[R, Q, H E]; H / G queries share a key."""
+    """Return attention's output, dtype[R Q, H E]; H / G queries share a key."""
     if isinstance(mask, Tensor):
         repeats = shape.num_heads // shape.num_key_value_heads
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -247,15 +270,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
         attended = flex_attention(
             query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True, kernel_options=options
         )
-    return attended.transpose(1, 2).flatten(2)
-
-
-def _after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tensor:
-    x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
-    normed = rms_norm(x, w.before_mlp, shape.epsilon)
-    gate, up = linear(normed, w.gate), linear(normed, w.up)
-    inner = gated(gate, up) if isinstance(w.down, Fp8Weight) else F.gelu(gate, approximate="tanh") * up
-    return x + rms_norm(linear(inner, w.down), w.after_mlp, shape.epsilon)
+    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

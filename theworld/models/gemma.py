@@ -19,6 +19,7 @@ import copy
 import json
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os.path import commonprefix
 from pathlib import Path
@@ -222,10 +223,12 @@ class Gemma:
         options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": "sdpa"}
         if weights:
             model = load_pretrained(kind, self.name, **options, **self._hub)
-            if not vision:
-                self._vision_sha256 = weights_sha256(model.model.vision_tower.state_dict())
-                model.model.vision_tower = None
-            to_device(model, self.device)
+            with ThreadPoolExecutor(1) as thread:  # hashing releases Python's lock
+                if not vision:
+                    taken = thread.submit(weights_sha256, model.model.vision_tower.state_dict())
+                    model.model.vision_tower = None
+                to_device(model, self.device)
+            self._vision_sha256 = self._vision_sha256 if vision else taken.result()
         else:
             with torch.device("meta"):
                 model = kind._from_config(AutoConfig.from_pretrained(self._source, **self._hub), **options)
