@@ -64,3 +64,21 @@ def test_only_float32_on_a_cpu_that_does_not_compile_takes_fewer_passes() -> Non
     torch._dynamo.reset()
     assert "rsqrt" in names
     assert not any("autograd" in name for name in names)
+
+
+def test_the_gradient_has_the_same_bits_where_the_input_goes_on_beside_the_norm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    for fewer in (True, False):
+        monkeypatch.setattr(decoder, "_fewer_passes", lambda _, fewer=fewer: fewer)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(3, 50, 64, generator=generator).requires_grad_()
+        weight = torch.randn(64, generator=generator)
+        other = torch.randn(64, 64, generator=generator)
+        y = x + 0.0
+        (y + rms_norm(y, weight, 1e-6) @ other).backward(torch.randn(3, 50, 64, generator=generator))
+        found.append(x.grad)
+    assert found[0] is not None
+    assert found[1] is not None
+    assert torch.equal(*found)

@@ -276,7 +276,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Gemma's RMS norm, as transformers rounds it: in float32, times 1 + weight, back to the dtype of x."""
     if _fewer_passes(x):
-        return RmsNorm.apply(x, weight, epsilon)
+        return RmsNorm.apply(x, x, weight, epsilon)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return (wide * (1.0 + weight.float())).type_as(x)

@@ -17,21 +17,22 @@ class RmsNorm(torch.autograd.Function):
     """`theworld.models.decoder.rms_norm` in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """float32[..., E] and float32[E] -> float32[..., E]."""
+    def forward(ctx: Any, x: Tensor, again: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        """float32[..., E] and float32[E] -> float32[..., E]. `again` is x: its two gradients go apart, since autograd
+        adds them one by one to that of a residual."""
         scale = 1.0 + weight
         inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)  # float32[..., 1]
         ctx.save_for_backward(x, inverse, scale)
         return (x * inverse).mul_(scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient of the input."""
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """Return the gradients of the input: of the product, and of the mean square."""
         x, inverse, scale = ctx.saved_tensors
         grad = grad * scale
         product = grad * x
         of_square = product.sum(-1, keepdim=True) * -0.5 * inverse.pow(3) / x.shape[-1]
-        return grad.mul_(inverse).add_(torch.mul(x, 2 * of_square, out=product)), None, None
+        return grad.mul_(inverse), torch.mul(x, 2 * of_square, out=product), None, None
 
 
 class Rotary(torch.autograd.Function):
