@@ -171,6 +171,16 @@ def test_what_theworld_cannot_answer_is_refused(module: Any, model: Any, scored:
         module.TheWorldModel(pretrained=str(scored.checkpoint), devise="cpu")
 
 
+def test_each_of_several_processes_says_which_it_is_and_has_a_device_of_its_own(
+    module: Any, scored: Scored, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = SimpleNamespace(num_processes=2, process_index=1, device="cpu")
+    monkeypatch.setattr(module, "Accelerator", lambda: launched)
+    model = module.TheWorldModel(pretrained=str(scored.checkpoint), device="cuda:7", dtype="float32")
+    assert (model.rank, model.world_size, str(model.device)) == (1, 2, "cpu")
+    assert model.accelerator is launched  # by which lmms-eval counts the requests of all
+
+
 def test_lmms_eval_finds_the_model_through_the_entry_point(module: Any) -> None:
     parser = ConfigParser()
     parser.read(ROOT / "setup.cfg")

@@ -23,6 +23,7 @@ from theworld.models.attention import attention_masks, block_mask, prepare_masks
 from theworld.models.fp8 import Fp8Weight, Weight, gated, linear
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
+from theworld.models.pointwise import RmsNorm, Rotary
 
 RECOMPILE_LIMIT = (
     32  # dense and flex masks, with gradients and without, with a prefix, fixed and changing lengths
@@ -274,6 +275,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """Gemma's RMS norm, as transformers rounds it: in float32, times 1 + weight, back to the dtype of x."""
+    if _fewer_passes(x):
+        return RmsNorm.apply(x, weight, epsilon)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     return (wide * (1.0 + weight.float())).type_as(x)
@@ -281,8 +284,15 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Apply rotary positions (Su et al. 2021, arXiv 2104.09864), whose pairs are the two halves of a head."""
+    if _fewer_passes(x):
+        return Rotary.apply(x, cos[:, None], sin[:, None])
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def _fewer_passes(x: Tensor) -> bool:
+    """Return whether `theworld.models.pointwise` computes the same: in float32 on a CPU, where nothing is compiled."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
 def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...]:
