@@ -270,7 +270,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
         attended = flex_attention(
             query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True, kernel_options=options
         )
-    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+    return attended.transpose(1, 2).reshape(-1, query.shape[1] * query.shape[3])
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
