@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from benchmark.models import TINY, make_gemma_folder
 from constants import EMBEDDED_GEMMA
 from tiny_model import gradients, latents_of, make_model, vision_of
@@ -20,7 +19,7 @@ from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 from theworld.data.vsr import Statement
 from theworld.models.attention import FULL, SLIDING, attention_masks
 from theworld.models.decoder import Decoder, Layer, Shape, after_attention, attend
-from theworld.models.fp8 import gated, linear, quantise, to_fp8
+from theworld.models.fp8 import linear, quantise, to_fp8
 from theworld.models.gemma import Gemma, GemmaParts
 from theworld.models.packing import Batch
 
@@ -229,21 +228,9 @@ def test_a_product_in_8_bits_and_its_gradient_are_those_of_the_rounded_weight(
     assert relative(x.grad, gradient.float() @ used) < 0.03
 
 
-def test_gate_and_up_are_rounded_for_their_gradients_alone() -> None:
-    gate, up, gradient = (torch.randn(2, 64, 96).bfloat16() for _ in range(3))
-    gate.requires_grad_()
-    up.requires_grad_()
-    exact = F.gelu(gate, approximate="tanh") * up
-    product = gated(gate, up)
-    assert torch.equal(product, exact)
-    wanted = torch.autograd.grad(exact, (gate, up), gradient)
-    for found, own in zip(torch.autograd.grad(product, (gate, up), gradient), wanted, strict=True):
-        assert relative(found, own) < 0.04
-
-
 @pytest.mark.parametrize("in_8_bits", [False, True])
 def test_what_a_compiled_layer_keeps(in_8_bits: bool, eight_bits_anywhere: None) -> None:
-    """Of its weights no copies, which would take as much as the weights do; in 8 bits gate and up in a byte each."""
+    """Of its weights no copies, which would take as much as the weights do."""
     hidden, inner, heads, groups, width, length = 64, 256, 4, 2, 16, 128
     outputs = ((heads + 2 * groups) * width, hidden), (hidden, heads * width)
     matrices = [torch.randn(*size).bfloat16() for size in (*outputs, *[(inner, hidden)] * 2, (hidden, inner))]
@@ -261,9 +248,7 @@ def test_what_a_compiled_layer_keeps(in_8_bits: bool, eight_bits_anywhere: None)
     own = {one.data_ptr() for one in tree_leaves(layer)}
     kept = [one for one in saved if one.data_ptr() not in own]
     assert all(length in one.shape for one in kept if one.numel() >= length)  # of tokens, not of weights
-    assert sum(one.nbytes for one in kept if inner in one.shape) == length * 2 * inner * (
-        1 if in_8_bits else 2
-    )
+    assert sum(one.nbytes for one in kept if inner in one.shape) == length * 2 * inner * 2  # gate and up
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -9,7 +9,7 @@ Dimensions: R rows of L tokens, K wanted tokens, D width, H query heads and G ke
 """
 
 from collections.abc import Callable
-from functools import wraps
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from theworld.models.attention import attention_masks, block_mask, prepare_masks
-from theworld.models.fp8 import Fp8Weight, Weight, gated, linear
+from theworld.models.fp8 import Weight, linear
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 from theworld.models.pointwise import RmsNorm, Rotary
@@ -98,10 +98,15 @@ class Decoder:
         `x`, dtype[R, L, D], are the embeddings and `wanted`, int64[K], flat indices of tokens. The tokens of the prefix
         (see `Batch`) take part, but have no gradient and cannot be wanted.
         """
+        with enough_graphs() if self.compiled else nullcontext():
+            x = self._layers(x, batch, wanted)
+        return rms_norm(x, self.gemma.text_model.norm.weight, self.shape.epsilon)
+
+    def _layers(self, x: Tensor, batch: Batch, wanted: Tensor) -> Tensor:
+        """Return what the last layer gives for the wanted tokens, dtype[K, D]."""
         length, start = x.shape[1], batch.num_prefix_tokens
-        chosen = [None] * (len(self.layers) - 1) + [
-            wanted - (wanted // length + 1) * start
-        ]  # without the prefix
+        wanted = wanted - (wanted // length + 1) * start  # counted without the prefix
+        chosen = [*[None] * (len(self.layers) - 1), wanted]
         layers = zip(self.layers, self.kinds, chosen, strict=True)
         masks = self._masks(x[:, start:], batch, (start, length))
         if not start:
@@ -115,7 +120,7 @@ class Decoder:
             for layer, kind, rows in layers:
                 own = masks0[kind], masks[kind]
                 prefix, x = self._checkpointed(self._layer_after_prefix, prefix, x, layer, *own, rows)
-        return rms_norm(x, self.gemma.text_model.norm.weight, self.shape.epsilon)
+        return x
 
     def _layer(self, x: Tensor, layer: Layer, mask: tuple[Any, ...], wanted: Tensor | None) -> Tensor:
         """dtype[R L, D] -> the same; for the last layer dtype[K, D], since nothing reads the other tokens."""
@@ -235,7 +240,7 @@ def after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tens
     x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
     normed = rms_norm(x, w.before_mlp, shape.epsilon)
     gate, up = linear(normed, w.gate), linear(normed, w.up)
-    inner = gated(gate, up) if isinstance(w.down, Fp8Weight) else F.gelu(gate, approximate="tanh") * up
+    inner = F.gelu(gate, approximate="tanh") * up
     return x + rms_norm(linear(inner, w.down), w.after_mlp, shape.epsilon)
 
 
@@ -307,15 +312,13 @@ def _kernel_options(head_width: int, gemma: Gemma) -> tuple[tuple[str, int], ...
 
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a layer function as a whole: outside of compiled code flex attention writes out every score."""
-    compiled = torch.compile(function, fullgraph=True)
+    return torch.compile(function, fullgraph=True)
+
+
+def enough_graphs() -> AbstractContextManager[None]:
+    """Let the functions compile as often as they need within the block."""
     config = torch._dynamo.config
-
-    @wraps(function)
-    def call(*arguments: Any) -> Any:
-        with config.patch(recompile_limit=max(RECOMPILE_LIMIT, config.recompile_limit)):
-            return compiled(*arguments)
-
-    return call
+    return config.patch(recompile_limit=max(RECOMPILE_LIMIT, config.recompile_limit))
 
 
 def _layer(layer: Any, qkv: Weight) -> Layer:

@@ -94,28 +94,6 @@ def _turned(weight: Tensor, gradient: Tensor) -> Tensor:
     return (weight.view(torch.uint8) + zero).t().contiguous().view(weight.dtype).t()
 
 
-class _Fp8Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(*quantise(gate), *quantise(up))
-        ctx.dtype = gate.dtype
-        return F.gelu(gate, approximate="tanh") * up
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        gate_values, gate_scale, up_values, up_scale = ctx.saved_tensors
-        gate = (gate_values.float() * gate_scale).to(ctx.dtype)
-        up = (up_values.float() * up_scale).to(ctx.dtype)
-        of_gate = torch.ops.aten.gelu_backward(gradient * up, gate, approximate="tanh")
-        return of_gate, gradient * F.gelu(gate, approximate="tanh")
-
-
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Return GELU(gate) * up, bfloat16[..., F], which keeps both in 8 bits for the backward pass: with all of a
-    decoder layer, they are more than half of what is kept."""
-    return _Fp8Gated.apply(gate, up)
-
-
 def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """[T, S], float8_e4m3fn[S, R] stored column by column, and float32[1, R] -> bfloat16[T, R]."""
     values, own_scale = quantise(x)
