@@ -221,7 +221,7 @@ def _check_same(rows: Sequence[Row], path: Path, arms: dict[str, dict[int, list[
     if _asked(rows) != _asked(first):
         raise ValueError(
             f"{path}: its {len(rows):,} statements are not the {len(first):,} of the other runs, as the benchmark has "
-            "changed; score all runs again with tools/study.py ... --benchmarks"
+            "changed; run the study again with --benchmarks, which scores all runs anew"
         )
 
 
