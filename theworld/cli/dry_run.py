@@ -214,7 +214,7 @@ def _reads(
     if photographs is not None:
         names = images_of(statements)
         missing = missing_photographs(names, photographs, config.follow_links)
-        check_readable(list(missing.items()), len(names), False)
+        check_readable(list(missing.items()), len(names), None)
         yield line("reads", f"{len(names):,} photographs in {photographs}")
     return statements
 

@@ -395,10 +395,13 @@ def has_room(prepare: Prepare, config: Config, num_images: int) -> bool:
     return not config.num_world_steps and (size <= SPOOL_MEMORY or 2 * size <= free)
 
 
-def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: bool, listed: str = "") -> str:
+def check_readable(
+    failures: list[tuple[str, str]], total: int, allow_missing: bool | None, listed: str = ""
+) -> str:
     """Return a line that says how many of `total` photographs are left out; nothing if none is.
 
     Raises ValueError with the first (path, reason) of `failures` unless `allow_missing`, or if none would be left.
+    `allow_missing`: None for a tool without this flag.
     """
     if not failures:
         return ""
@@ -406,10 +409,14 @@ def check_readable(failures: list[tuple[str, str]], total: int, allow_missing: b
         there = total - len(failures)
         return f"{there:,} of {total:,} photographs; {len(failures):,} left out by --allow_missing"
     some = "\n".join(f"  {path}: {reason}" for path, reason in failures[:5])
-    hint = "Mend them, or go on without them with --allow_missing"
-    if allow_missing:
-        hint = "--allow_missing leaves none; check --image_folder"
-    raise ValueError(f"{len(failures):,} of {total:,} photographs cannot be read:\n{some}\n{listed}{hint}")
+    hints = {
+        True: "--allow_missing leaves none; check --image_folder",
+        False: "Mend them, or go on without them with --allow_missing",
+        None: "Mend them, or name another --image_folder",
+    }
+    raise ValueError(
+        f"{len(failures):,} of {total:,} photographs cannot be read:\n{some}\n{listed}{hints[allow_missing]}"
+    )
 
 
 def run(
