@@ -168,9 +168,16 @@ def test_a_vision_tower_that_was_dropped_from_shapes_does_not_load_and_its_hash_
     assert not any("vision_tower" in name for name, _ in blind.model.named_parameters())
 
 
-def test_the_embedding_scale_is_the_root_mean_square_of_what_the_first_layer_sees(gemma: Gemma) -> None:
+def test_the_embedding_scale_is_the_root_mean_square_of_what_the_first_layer_sees(
+    gemma: Gemma, monkeypatch: pytest.MonkeyPatch
+) -> None:
     every = gemma.embed(torch.arange(gemma.text_config.vocab_size))
     assert gemma.embedding_scale() == pytest.approx(float(every.pow(2).mean().sqrt()), rel=1e-2)
+    table = gemma.text_model.embed_tokens
+    whole = float(table.weight.float().pow(2).mean().sqrt()) * float(table.embed_scale)
+    assert gemma.embedding_scale() == whole  # to the bit: a table of this size is one part
+    monkeypatch.setattr("theworld.models.gemma.SCALED_ROWS", 1000)
+    assert gemma.embedding_scale() == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_model_without_a_chat_template_is_refused(text_gemma_folder: Path, tmp_path: Path) -> None:

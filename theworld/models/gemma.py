@@ -54,6 +54,7 @@ from theworld.utils.device import resolve_device, resolve_dtype, seeded, wants_c
 from theworld.utils.hub import GEMMA_FILE, file_at_hand, hub_revision, source_of_model
 
 LORA_SCALE = 2  # factor of the low-rank product: lora_alpha / r (Hu et al. 2021, arXiv 2106.09685)
+SCALED_ROWS = 2**14  # rows of the table of embeddings that are measured together
 _LINEARS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
 _CLASSES = {"gemma3": Gemma3ForConditionalGeneration, "gemma3_text": Gemma3ForCausalLM}
 
@@ -335,7 +336,11 @@ class Gemma:
     def embedding_scale(self) -> float:
         """The root mean square of a token's embedding as the first layer sees it, over the vocabulary."""
         table = self.text_model.embed_tokens
-        return float(table.weight.float().pow(2).mean().sqrt()) * float(table.embed_scale)
+        # In parts: all of a real table in float32 would take more memory than the steps of a small batch.
+        squares = sum(
+            len(part) * float(part.float().pow(2).mean()) for part in table.weight.split(SCALED_ROWS)
+        )
+        return float(torch.tensor(squares / len(table.weight)).sqrt()) * float(table.embed_scale)
 
     @torch.no_grad()
     def bracket_embeddings(self) -> Tensor:
