@@ -1,5 +1,6 @@
 """A study of two arms at tiny shapes, trained once for the tests that only read it."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,3 +45,10 @@ def ended(study: Study, study_cache: Path, study_folder: Path) -> Path:
     study.fix(output)
     assert run_part(runs_of(study, output), study_cache, ALL, StopRequest()) == {}
     return output
+
+
+@pytest.fixture
+def out(ended: Path, tmp_path: Path) -> Path:
+    """A copy of it, for a test to write to."""
+    shutil.copytree(ended, tmp_path / "out")
+    return tmp_path / "out"

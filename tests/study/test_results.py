@@ -94,13 +94,10 @@ FILES = ("study.json", "study.csv", "study.tex", "study.html")
 
 def test_a_study_is_drawn_again_from_its_records_alone(
     study: Study,
-    ended: Path,
-    tmp_path: Path,
+    out: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(ended, out)
     text = write_results(study, runs_of(study, out), out)
     files = {name: (out / name).read_bytes() for name in FILES}
     for name in FILES:

@@ -1,6 +1,5 @@
 """A study as its tool runs it: to the verdict, shared by parts and processes, stopped, and gone on with."""
 
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,7 @@ from theworld.utils.distributed import Part
 from theworld.utils.signals import StopRequest
 
 
-def test_a_study_ends_with_its_verdict_and_its_files(
-    study: Study, study_cache: Path, ended: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(ended, out)
+def test_a_study_ends_with_its_verdict_and_its_files(study: Study, study_cache: Path, out: Path) -> None:
     found = run_study(study, study_cache, out, ALL, 1, StopRequest())
     assert not found.stopped
     assert found.failed == {}
@@ -33,11 +28,7 @@ def test_a_study_ends_with_its_verdict_and_its_files(
     assert names == ["protocol.json", "runs", "study.csv", "study.html", "study.json", "study.tex"]
 
 
-def test_a_part_says_what_other_parts_have_still_to_do(
-    study: Study, study_cache: Path, ended: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(ended, out)
+def test_a_part_says_what_other_parts_have_still_to_do(study: Study, study_cache: Path, out: Path) -> None:
     runs = runs_of(study, out)
     (runs[1].folder / DONE).unlink()
     found = run_study(study, study_cache, out, Part(0, 2), 1, StopRequest())
@@ -48,11 +39,7 @@ def test_a_part_says_what_other_parts_have_still_to_do(
     assert not (out / "study.json").exists()
 
 
-def test_a_stopped_study_says_how_to_go_on(
-    study: Study, study_cache: Path, ended: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(ended, out)
+def test_a_stopped_study_says_how_to_go_on(study: Study, study_cache: Path, out: Path) -> None:
     (runs_of(study, out)[2].folder / DONE).unlink()
     stop = StopRequest()
     stop.ask("test")

@@ -75,11 +75,9 @@ def test_the_accuracy_of_an_arm_is_its_choices_over_seeds_and_its_difference_is_
 
 
 def test_all_runs_are_scored_once_and_drawn_on_one_page_which_the_report_draws_again(
-    study: Study, ended: Path, whatsup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    study: Study, out: Path, whatsup: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    out = tmp_path / "out"
-    shutil.copytree(ended, out)
     runs = runs_of(study, out)
     text = score_benchmarks(study, [whatsup], out)
     assert text is not None

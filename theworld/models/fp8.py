@@ -76,13 +76,8 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         weight, scale = ctx.saved_tensors
-        return (
-            _product(
-                gradient * scale, _turned(weight, gradient), torch.ones_like(weight[:1], dtype=scale.dtype)
-            ),
-            None,
-            None,
-        )
+        ones = torch.ones_like(weight[:1], dtype=scale.dtype)
+        return _product(gradient * scale, _turned(weight, gradient), ones), None, None
 
 
 def _turned(weight: Tensor, gradient: Tensor) -> Tensor:

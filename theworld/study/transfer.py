@@ -30,6 +30,7 @@ from theworld.study.protocol import Run, Study, runs_of
 from theworld.study.results import question_of
 from theworld.study.runner import ALL, is_done, read_done
 from theworld.study.sizes import equal_sizes
+from theworld.utils.commands import command
 from theworld.utils.distributed import Part
 from theworld.utils.hub import GEMMA_FILE
 
@@ -49,10 +50,11 @@ def check_benchmarks(folders: Sequence[Path], follow_links: bool = False) -> Non
             )
         images = images_of(load_statements(folder, "test"))
         missing = missing_photographs(images, folder / IMAGES, follow_links)
-        for name, reason in missing.items():
+        if missing:
+            name, reason = next(iter(missing.items()))
             raise ValueError(
                 f"--benchmarks {folder}: {len(missing):,} of {len(images):,} photographs cannot be read, such as "
-                f"{name}: {reason}"
+                f"{name}: {reason}; get them with: {command('get_benchmark', 'NAME', '--output', folder)}"
             )
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
@@ -186,13 +188,13 @@ def _score(run: Run, folder: Path, kept: _Gemma) -> None:
     checkpoint = run.folder / read_done(run)["checkpoint"]
     given = {"model": checkpoint, "annotations": folder, "image_folder": folder / IMAGES, "output": output}
     flags = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    command = ["python", "tools/eval.py", *flags, "--conditions", *conditions]
+    words = ["python", "tools/eval.py", *flags, "--conditions", *conditions]
     overrides: dict[str, Any] = {key: getattr(run.config, key) for key in ("device", "num_workers")}
     overrides["annotations"] = str(folder)
     logger.info("%s on %s", run.name, folder)
     gemma = kept.of(checkpoint, overrides)
     score_to_file(
-        *([checkpoint], "test", None, folder / IMAGES, conditions, overrides, command, output),
+        *([checkpoint], "test", None, folder / IMAGES, conditions, overrides, words, output),
         train_annotations=run.config.annotations,
         gemma=gemma,
     )

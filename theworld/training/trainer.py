@@ -119,7 +119,7 @@ class Trainer:
             self.model.shard()
         self.optimizer = make_optimizer(self.model, config)
         self.fused = self.model.gemma.device.type == "cuda" and not self.sharded
-        self.not_finite = torch.zeros((), device=self.model.gemma.device)  # 1: nothing is updated any more
+        self.failed = torch.zeros((), device=self.model.gemma.device)  # 1 after a step that is not finite
         if plan.resumed is not None:
             self._resume(plan.resumed)
 
@@ -178,7 +178,7 @@ class Trainer:
         if before is not None:
             yield self._finish(before)
 
-    def _launch(self, microbatches: list[Microbatch], step: int) -> "LaunchedStep":
+    def _launch(self, microbatches: list[Microbatch], step: int) -> LaunchedStep:
         """Do a step, but for its update where that is not left to the GPU. Nothing in here waits for a GPU."""
         phase, graphs = phase_of(self.phases, step), num_compiled_graphs()
         if step == phase.start and step > 0:
@@ -202,19 +202,19 @@ class Trainer:
         if self.fused:
             # The kernel leaves out a step that is not finite and those after it, whenever the host comes to look.
             finite = torch.stack([summed[0], norm]).isfinite().all()
-            self.not_finite = torch.maximum(self.not_finite, 1 - finite.float())
-            self.optimizer.found_inf = self.not_finite  # type: ignore[attr-defined]
+            self.failed = torch.maximum(self.failed, 1 - finite.float())
+            self.optimizer.found_inf = self.failed  # type: ignore[attr-defined]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self._report_compiling(num_compiled_graphs() - graphs, phase, step + 1)
         return LaunchedStep(step, phase, rate, microbatches, *to_host(torch.cat([summed, norm[None]])))
 
-    def _finish(self, launched: "LaunchedStep", followed: bool = False) -> dict[str, float]:
+    def _finish(self, launched: LaunchedStep, followed: bool = False) -> dict[str, float]:
         """Wait for a step and count it; `followed`: another one is launched already, and a stop waits for that."""
         *values, gradient_norm = self._read(launched)
         figures = dict(zip((*LOSSES, "stop_requests"), values, strict=True))
         if not (math.isfinite(figures["total"]) and math.isfinite(gradient_norm)):
-            self.not_finite = torch.zeros_like(self.not_finite)
+            self.failed.zero_()  # whoever catches the error may go on
             total = figures["total"]
             raise not_finite(launched.step + 1, total, gradient_norm, launched.rate, launched.microbatches)
         self.asked_to_stop = self.asked_to_stop or figures["stop_requests"] > 0
@@ -226,7 +226,7 @@ class Trainer:
         self._count(figures, launched.phase)
         return {"learning_rate": launched.rate, "gradient_norm": gradient_norm}
 
-    def _read(self, launched: "LaunchedStep") -> list[float]:
+    def _read(self, launched: LaunchedStep) -> list[float]:
         """Return the figures of a step. This is its only wait for the device, and the time to pack for others."""
         self.packing.set()
         if launched.ready is not None:

@@ -191,9 +191,8 @@ def keep_compiled_code() -> None:
 def keep_bytecode() -> None:
     """Have Python keep bytecode in the user's cache folder where it keeps none beside the libraries, as in most
     containers: without any, imports take three times as long. An environment that names a folder has its way."""
-    library = sys.modules[
-        tqdm.__module__
-    ].__spec__  # imported a moment ago, so that Python would have kept it
+    # Imported a moment ago, so that Python would have kept it.
+    library = sys.modules[tqdm.__module__].__spec__
     beside = None if library is None else library.cached
     folder = _cache_folder("bytecode")
     if folder is None or beside is None or Path(beside).exists() or sys.pycache_prefix is not None:
