@@ -3,9 +3,9 @@
 `summarise_study` returns every figure as JSON:
 
     question    what was fixed before the study ran
-    scopes      "all" statements and, where there are both kinds, "unseen": those whose image is not in train. Each has
-                arms -> metric, differences of world less each other arm -> metric, and its verdict; of a study that
-                explores also pairs: every two arms, or each and the baseline
+    scopes      "all" statements and, where there are both kinds, "unseen": those whose image is not in train, if these
+                are about two images or more. Each has arms -> metric, differences of world less each other arm ->
+                metric, and its verdict; of a study that explores also pairs: every two arms, or each and the baseline
     groups      exploratory: world less each control by meta-category and by relation, p-values adjusted after Holm
 
 `learning_curve` returns the arms' figures where each is trained on several shares of the training statements.
@@ -36,7 +36,7 @@ from theworld.evaluation.comparison import (
     statement_values,
 )
 from theworld.evaluation.metrics import FEW, mcnemar
-from theworld.evaluation.power import POWER, smallest_difference
+from theworld.evaluation.power import NONE, POWER, smallest_difference, smallest_points
 from theworld.evaluation.records import Row
 from theworld.evaluation.verdict import points
 
@@ -173,7 +173,10 @@ def summarise_study(arms: Arms, question: Question | None = None) -> dict[str, A
     }
     unseen = np.array([not row["image_seen_in_train"] for row in rows])
     scopes = {"all": np.ones(len(rows), bool)}
-    if unseen.any() and not unseen.all():
+    several = (
+        len({row["image"] for row in rows if not row["image_seen_in_train"]}) > 1
+    )  # as an interval needs
+    if several and not unseen.all():
         scopes["unseen"] = unseen
     data = sorted({(row["dataset"], row["split"]) for row in rows})
     summary: dict[str, Any] = {
@@ -505,8 +508,10 @@ def _as_well(test: dict[str, Any], question: Question) -> str:
 
 
 def _detectable(test: dict[str, Any]) -> str:
-    size = points(test["smallest_detectable"]).lstrip("+")
-    return f"the smallest difference found with {100 * POWER:.0f} % power is {size}"
+    size, power = test["smallest_detectable"], f"with {100 * POWER:.0f} % power"
+    if size >= NONE:
+        return f"no difference, however large, would be found {power}"
+    return f"the smallest difference found {power} is {smallest_points(size)} points"
 
 
 def _notes(scope: dict[str, Any], question: Question) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from theworld.evaluation.comparison import METRICS
 from theworld.evaluation.metrics import FEW
+from theworld.evaluation.power import NONE, smallest_points
 from theworld.evaluation.study_verdict import (
     CONTROL_AS_WELL,
     HELPS,
@@ -30,9 +31,10 @@ from theworld.evaluation.study_verdict import (
     arm_words,
     data_words,
 )
+from theworld.evaluation.verdict import p_words
 from theworld.report.charts import Axis, Mark, Plot, Scale, Series, Track, number, scale_of, thinned
 from theworld.report.page import Chart, ChartRow, Key, Table, rendered
-from theworld.report.text import between, percent, signed, small
+from theworld.report.text import between, p_value, percent, signed
 from theworld.utils.files import publish_bytes
 
 VERDICTS = {  # of each outcome: its CSS class and its words
@@ -243,8 +245,8 @@ def _pairs_table(name: str, pairs: Sequence[dict[str, Any]]) -> Table:
         for metric in (m for m in METRICS if m in pair):
             one = pair[metric]
             row = [f"{pair['first']} less {pair['second']}", METRIC_WORDS[metric], signed(one["difference"])]
-            row += [_ends(one["low"], one["high"]), small(one["p_value"]), small(one["adjusted_p_value"])]
-            rows.append([*row, f"{100 * one['smallest_detectable']:.1f}"])
+            row += [_ends(one["low"], one["high"]), p_value(one["p_value"]), p_value(one["adjusted_p_value"])]
+            rows.append([*row, smallest_points(one["smallest_detectable"])])
     head = ["arms", "metric", "difference, points", "interval", "p", "p (Holm)"]
     head.append("smallest found with 80 % power, points")
     return Table(f"Tests between arms, each metric corrected by itself: {SCOPES[name].lower()}", head, rows)
@@ -256,11 +258,11 @@ def _scale(tests: Sequence[dict[str, Any]]) -> Scale:
     return scale_of([*(100 * x for x in ends), 0.0])
 
 
-def _row(name: str, kind: str, test: dict[str, Any], scale: Scale, p_value: str, note: str = "") -> ChartRow:
-    """Return the row of a difference in points."""
+def _row(name: str, kind: str, test: dict[str, Any], scale: Scale, p_key: str, note: str = "") -> ChartRow:
+    """Return the row of a difference in points; `p_key` is the key of its p value."""
     mark = Mark(kind, *(100 * test[key] for key in ("difference", "low", "high")))
     track = Track([mark], scale, 0.0, tuple(100 * value for value in test["each"].values()))
-    value, p = f"{signed(test['difference'])} points", f"p = {small(test[p_value], 1)}"
+    value, p = f"{signed(test['difference'])} points", p_words(test[p_key], 1)
     return ChartRow(name, track, value, p, note=note)
 
 
@@ -276,9 +278,9 @@ def _tests_table(name: str, scope: dict[str, Any], question: Question) -> Table:
         for metric in (m for m in METRICS if m in metrics):
             one = metrics[metric]
             row = [arm, METRIC_WORDS[metric], signed(one["difference"]), _ends(one["low"], one["high"])]
-            row += [small(one["p_value"]), small(one["equivalence_p_value"])]
+            row += [p_value(one["p_value"]), p_value(one["equivalence_p_value"])]
             row += [_ends(one["bootstrap_low"], one["bootstrap_high"])]
-            rows.append([*row, f"{100 * one['smallest_detectable']:.1f}"])
+            rows.append([*row, smallest_points(one["smallest_detectable"])])
     head.append("smallest found with 80 % power, points")
     return Table(f"Tests of {question.world} against each arm: {SCOPES[name].lower()}", head, rows)
 
@@ -293,7 +295,7 @@ def _seeds(scope: dict[str, Any], seeds: Sequence[int]) -> Table:
     for arm, metrics in scope["differences"].items():
         for seed in map(str, seeds):
             one = metrics["by_seed"][seed]
-            counts = [f"{one['only_first']:,}", f"{one['only_second']:,}", small(one["p_value"])]
+            counts = [f"{one['only_first']:,}", f"{one['only_second']:,}", p_value(one["p_value"])]
             rows.append(
                 [f"{arm}, seed {seed}", signed(one["difference"]), _ends(one["low"], one["high"]), *counts]
             )
@@ -312,7 +314,11 @@ def _groups(summary: dict[str, Any], kind: str, question: Question) -> Table:
             f"{100 * group['accuracy'][question.world]:.1f}",
         ]
         for one in group["differences"].values():
-            row += [signed(one["difference"]), _ends(one["low"], one["high"]), small(one["adjusted_p_value"])]
+            row += [
+                signed(one["difference"]),
+                _ends(one["low"], one["high"]),
+                p_value(one["adjusted_p_value"]),
+            ]
         rows.append(row)
     words = "meta-category" if kind == "category" else "relation"
     head = [words, "n", f"{question.world}, %"]
@@ -422,7 +428,7 @@ def _gain_table(curve: Sequence[dict[str, Any]], question: Question) -> Table:
             figures = [
                 signed(test["difference"]),
                 _ends(test["low"], test["high"]),
-                small(test["adjusted_p_value"]),
+                p_value(test["adjusted_p_value"]),
             ]
             rows.append([control, _share(one), *figures])
     head = [
@@ -491,9 +497,13 @@ def _limits(summary: dict[str, Any], question: Question) -> list[str]:
         else (scope["pairs"], "in one pair or another")
     )
     largest = max(test[metric]["smallest_detectable"] for test in tests)
+    size = (
+        f"Differences below {smallest_points(largest)} points"
+        if largest < NONE
+        else "Differences of any size"
+    )
     found = [
-        f"Differences below {100 * largest:.1f} points: {where}, the study would have found them in fewer than four "
-        "cases of five.",
+        f"{size}: {where}, the study would have found them in fewer than four cases of five.",
         f"Anything beyond {data_words(summary['data'])}, this recipe and these models.",
         "Why a relation or a meta-category gains: groups are exploratory, and a new study has to confirm them.",
     ]
