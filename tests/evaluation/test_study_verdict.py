@@ -12,6 +12,7 @@ from study_records import NUM, SEEN, STATEMENTS, few_statements, run, study
 from theworld.evaluation.comparison import Images, difference_values, estimate, holm
 from theworld.evaluation.power import smallest_points
 from theworld.evaluation.records import records
+from theworld.evaluation.study_summary import learning_curve, summarise_study
 from theworld.evaluation.study_verdict import (
     CONTROL_AS_WELL,
     HELPS,
@@ -20,8 +21,6 @@ from theworld.evaluation.study_verdict import (
     PLAIN,
     WORSE,
     Question,
-    learning_curve,
-    summarise_study,
 )
 
 

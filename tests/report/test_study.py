@@ -9,11 +9,13 @@ import pytest
 from browser import CONTRAST, CUT, OVERFLOW, SMALL, Browser, needs_browser
 from study_records import few_statements, run, study
 
-from theworld.evaluation.study_verdict import PLAIN, Question, learning_curve, summarise_study
+from theworld.evaluation.study_summary import learning_curve, summarise_study
+from theworld.evaluation.study_verdict import PLAIN, Question
 from theworld.evaluation.verdict import p_words
 from theworld.report.charts import Mark, Scale, Track
 from theworld.report.page import environment
-from theworld.report.study import Study, study_csv, study_latex, write_study
+from theworld.report.study import Study, write_study
+from theworld.report.study_files import study_csv, study_latex
 from theworld.report.text import p_value, percent
 
 ARMS = ("world", "prompt", "pixels", "untrained", "noise")

@@ -7,7 +7,8 @@ from typing import Any
 
 from theworld.config.config import config_from
 from theworld.evaluation.records import Row, publish_json, read_results, read_source
-from theworld.evaluation.study_verdict import PLAIN, Question, learning_curve, summarise_study
+from theworld.evaluation.study_summary import learning_curve, summarise_study
+from theworld.evaluation.study_verdict import PLAIN, Question
 from theworld.report.sources import toy_warning
 from theworld.report.study import Study as Page
 from theworld.report.study import write_study
