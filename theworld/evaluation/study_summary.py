@@ -312,7 +312,7 @@ def _groups(rows: Sequence[Row], runs: Runs, key: str, question: Question) -> li
             arm: float(statement_values("accuracy", margin, labels).mean()) for arm, margin in own.items()
         }
         group["differences"] = {
-            control: _small(
+            control: _group_difference(
                 difference_values("accuracy", own[question.world], own[control], labels), images, question
             )
             for control in question.controls
@@ -324,7 +324,7 @@ def _groups(rows: Sequence[Row], runs: Runs, key: str, question: Question) -> li
     return found
 
 
-def _small(values: np.ndarray, images: Images, question: Question) -> dict[str, Any]:
+def _group_difference(values: np.ndarray, images: Images, question: Question) -> dict[str, Any]:
     """Return the difference of a group, with a test that is valid for few statements."""
     p, low, high = sign_flip_p_value(values, images), None, None
     if len(images.counts) > 1:

@@ -85,50 +85,42 @@ def verdict_on_scope(
     scope: dict[str, Any], question: Question, seeds: Sequence[int], place: str
 ) -> StudyVerdict:
     """Return what the differences of a scope show. `place` is the data in words, such as "on the test split of ..."."""
-    tests = {control: scope["differences"][control][question.metric] for control in question.controls}
-    reference = tests[question.reference]
-    against = {control: _against(scope, control, question) for control in question.controls}
-    notes = _notes(scope, question)
     if not question.decides:
         explored = _explored(scope, question, seeds)
-        return StudyVerdict(
-            NO_VERDICT, f"No verdict {place}: no comparison was fixed before the study ran. {explored}"
-        )
+        nothing = f"No verdict {place}: no comparison was fixed before the study ran."
+        return StudyVerdict(NO_VERDICT, f"{nothing} {explored}")
+    notes = tuple(_notes(scope, question))
+    test = scope["differences"][question.reference][question.metric]
+    against = _against(scope, question.reference, question)
     if len(seeds) < LEAST_SEEDS:
-        lacks = f"it takes {LEAST_SEEDS} seeds. So far {against[question.reference]}"
-        return StudyVerdict(NO_VERDICT, f"No verdict {place}: {lacks}.", tuple(notes))
-    if reference["high"] < 0:
-        return StudyVerdict(WORSE, f"Worse {place}: {against[question.reference]}.", tuple(notes))
-    if reference["low"] <= 0:
-        equal = (
-            f"; the two are equal within {points(question.margin).lstrip('+')}"
-            if reference["within_margin"]
-            else ""
-        )
-        return StudyVerdict(
-            NO_DIFFERENCE,
-            f"No difference that this study could have detected {place}: {against[question.reference]}{equal}; "
-            f"{_detectable(reference)}.",
-            tuple(notes),
-        )
-    unbeaten = [control for control in question.controls if tests[control]["low"] <= 0]
-    beaten = [control for control in question.controls if control not in unbeaten]
-    if unbeaten:
-        said = "; ".join(f"{against[control]}, {_as_well(tests[control], question)}" for control in unbeaten)
-        subject = "World tokens help" if question.world == WORLD else f"{question.world} helps"
-        beyond = f"{subject} beyond {_listed([arm_words(c) for c in beaten])}"
-        return StudyVerdict(
-            CONTROL_AS_WELL,
-            f"{beyond}, but not beyond {_listed([arm_words(c) for c in unbeaten])}, {place}: {said}.",
-            (*(f"{against[c][0].upper()}{against[c][1:]}." for c in beaten), *notes),
-        )
-    subject = "The video model" if question.world == WORLD else question.world
-    return StudyVerdict(
-        HELPS,
-        f"{subject} helps beyond {_listed([arm_words(c) for c in question.controls])} {place}: "
-        f"{'; '.join(against.values())}.",
-        tuple(notes),
-    )
+        lacks = f"it takes {LEAST_SEEDS} seeds. So far {against}"
+        return StudyVerdict(NO_VERDICT, f"No verdict {place}: {lacks}.", notes)
+    if test["high"] < 0:
+        return StudyVerdict(WORSE, f"Worse {place}: {against}.", notes)
+    if test["low"] <= 0:
+        opening = f"No difference that this study could have detected {place}"
+        equal = f"; the two are {_equal(question)}" if test["within_margin"] else ""
+        return StudyVerdict(NO_DIFFERENCE, f"{opening}: {against}{equal}; {_detectable(test)}.", notes)
+    return _above_reference(scope, question, place, notes)
+
+
+def _above_reference(
+    scope: dict[str, Any], question: Question, place: str, notes: tuple[str, ...]
+) -> StudyVerdict:
+    """Return whether an arm that is above the reference is above every control."""
+    tests = {control: scope["differences"][control][question.metric] for control in question.controls}
+    against = {control: _against(scope, control, question) for control in question.controls}
+    beaten = [control for control in question.controls if tests[control]["low"] > 0]
+    unbeaten = [control for control in question.controls if control not in beaten]
+    beyond = f"beyond {_listed([arm_words(control) for control in beaten])}"
+    if not unbeaten:
+        subject = "The video model" if question.world == WORLD else question.world
+        return StudyVerdict(HELPS, f"{subject} helps {beyond} {place}: {'; '.join(against.values())}.", notes)
+    subject = "World tokens help" if question.world == WORLD else f"{question.world} helps"
+    but = f"but not beyond {_listed([arm_words(control) for control in unbeaten])}"
+    said = "; ".join(f"{against[control]}, {_as_well(tests[control], question)}" for control in unbeaten)
+    others = (f"{against[control][0].upper()}{against[control][1:]}." for control in beaten)
+    return StudyVerdict(CONTROL_AS_WELL, f"{subject} {beyond}, {but}, {place}: {said}.", (*others, *notes))
 
 
 def _explored(scope: dict[str, Any], question: Question, seeds: Sequence[int]) -> str:
@@ -166,8 +158,12 @@ def _as_well(test: dict[str, Any], question: Question) -> str:
     if test["high"] < 0:
         return "which does better"
     if test["within_margin"]:
-        return f"which is equal within {points(question.margin).lstrip('+')}"
+        return f"which is {_equal(question)}"
     return f"which is not shown to do less ({_detectable(test)})"
+
+
+def _equal(question: Question) -> str:
+    return f"equal within {points(question.margin).lstrip('+')}"
 
 
 def _detectable(test: dict[str, Any]) -> str:

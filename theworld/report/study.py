@@ -117,7 +117,7 @@ def render(study: Study) -> str:
         arms=[_arms(name, scope, study) for name, scope in scopes],
         differences=[compared(name, scope, study) for name, scope in scopes],
         learning=_learning(study),
-        seeds=_seeds(summary["scopes"]["all"], summary["seeds"]),
+        seeds=_seeds(summary, question),
         groups=[_groups(summary, kind, question) for kind in ("category", "relation")],
         training=_training(study),
         costs=_costs(study),
@@ -136,7 +136,7 @@ def _title(study: Study) -> str:
 
 def _verdict(name: str, scope: dict[str, Any]) -> dict[str, Any]:
     kind, word = VERDICTS[scope["verdict"]["kind"]]
-    return {"kind": kind, "word": word, "scope": SCOPES[name], **scope["verdict"]} | {"kind": kind}
+    return scope["verdict"] | {"kind": kind, "word": word, "scope": SCOPES[name]}
 
 
 # ---- arms, and the differences between them
@@ -176,15 +176,22 @@ def _arms(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
 
 
 def _metrics_table(name: str, scope: dict[str, Any]) -> Table:
-    rows = []
-    for arm, metrics in scope["arms"].items():
-        for metric, one in metrics.items():
-            each = ", ".join(f"{100 * value:.1f}" for value in one["each"].values())
-            sd = "–" if one["sd"] is None else f"{100 * one['sd']:.2f}"
-            figures = [percent(one["mean"]), between(one["low"], one["high"]), sd, each]
-            rows.append([arm, METRIC_WORDS[metric], *figures])
-    head = ["arm", "metric", "mean", "interval", "deviation over seeds", "each seed"]
-    return Table(f"Metrics of each arm: {SCOPES[name].lower()}", head, rows)
+    rows = [
+        [arm, METRIC_WORDS[metric], *_metric_cells(one)]
+        for arm, metrics in scope["arms"].items()
+        for metric, one in metrics.items()
+    ]
+    return Table(f"Metrics of each arm: {SCOPES[name].lower()}", ["arm", "metric", *METRIC_HEAD], rows)
+
+
+METRIC_HEAD = ("mean", "interval", "deviation over seeds", "each seed")
+
+
+def _metric_cells(one: dict[str, Any]) -> list[str]:
+    """Return the cells of a metric of an arm, under METRIC_HEAD."""
+    each = ", ".join(f"{100 * value:.1f}" for value in one["each"].values())
+    sd = "–" if one["sd"] is None else f"{100 * one['sd']:.2f}"
+    return [percent(one["mean"]), between(one["low"], one["high"]), sd, each]
 
 
 def _differences(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
@@ -288,8 +295,9 @@ def _ends(low: float | None, high: float | None) -> str:
     return "–" if low is None or high is None else f"{signed(low)} to {signed(high)}"
 
 
-def _seeds(scope: dict[str, Any], seeds: Sequence[int]) -> Table:
+def _seeds(summary: dict[str, Any], question: Question) -> Table:
     """Return the comparison of each pair of runs."""
+    scope, seeds = summary["scopes"]["all"], summary["seeds"]
     rows = []
     for arm, metrics in scope["differences"].items():
         for seed in map(str, seeds):
@@ -298,7 +306,7 @@ def _seeds(scope: dict[str, Any], seeds: Sequence[int]) -> Table:
             rows.append(
                 [f"{arm}, seed {seed}", signed(one["difference"]), _ends(one["low"], one["high"]), *counts]
             )
-    head = ["against", "difference, points", "95 % interval over images", "only world right"]
+    head = ["against", "difference, points", "95 % interval over images", f"only {question.world} right"]
     return Table("Each seed alone", [*head, "only the other right", "p (exact McNemar)"], rows)
 
 
@@ -404,19 +412,13 @@ def _share(one: dict[str, Any]) -> str:
 
 
 def _learning_table(curve: Sequence[dict[str, Any]], question: Question) -> Table:
-    rows = []
-    for arm in curve[0]["arms"]:
-        for one in curve:
-            found = one["arms"][arm][question.metric]
-            sd = "–" if found["sd"] is None else f"{100 * found['sd']:.2f}"
-            each = ", ".join(f"{100 * value:.1f}" for value in found["each"].values())
-            rows.append(
-                [arm, _share(one), percent(found["mean"]), between(found["low"], found["high"]), sd, each]
-            )
-    head = ["arm", "share (statements)", "mean", "interval", "deviation over seeds", "each seed"]
-    return Table(
-        f"{METRIC_WORDS[question.metric].capitalize()} by share of the training statements", head, rows
-    )
+    rows = [
+        [arm, _share(one), *_metric_cells(one["arms"][arm][question.metric])]
+        for arm in curve[0]["arms"]
+        for one in curve
+    ]
+    words = f"{METRIC_WORDS[question.metric].capitalize()} by share of the training statements"
+    return Table(words, ["arm", "share (statements)", *METRIC_HEAD], rows)
 
 
 def _gain_table(curve: Sequence[dict[str, Any]], question: Question) -> Table:
