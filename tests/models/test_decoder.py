@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from benchmark.models import TINY, make_gemma_folder
 from constants import EMBEDDED_GEMMA
 from tiny_model import gradients, latents_of, make_model, vision_of
@@ -20,7 +21,7 @@ from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 from theworld.data.vsr import Statement
 from theworld.models.attention import FULL, SLIDING, attention_masks, block_lists
 from theworld.models.decoder import Decoder, Layer, Shape, attention, attention_of, layer
-from theworld.models.fp8 import linear, quantise, to_fp8
+from theworld.models.fp8 import gelu, linear, quantise, to_fp8
 from theworld.models.gemma import Gemma, GemmaParts
 from theworld.models.packing import Batch, Packer
 
@@ -149,7 +150,7 @@ def test_flex_attention_compiles_once_for_all_lengths_and_kinds_of_layers(
             with torch.no_grad():
                 found.append(model(batch, latents_of(batch.worlds), vision))
         torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
-        # A layer, and the last one.
+        # A layer, and the queries, keys and values of the last one.
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
 
 
@@ -230,7 +231,8 @@ def test_no_layer_gets_a_view_which_would_compile_once_more(
     batch = model.packer().pack(statements)
     with torch.no_grad():
         model(batch, latents_of(batch.worlds), torch.ones(len(batch.images), gemma.num_image_tokens, 64))
-    assert views == [False] * gemma.text_config.num_hidden_layers
+    last = 1 + (position == "after")  # queries, keys and values, of a prefix by themselves
+    assert views == [False] * (gemma.text_config.num_hidden_layers - 1 + last)
 
 
 def test_every_row_has_its_own_scale_and_comes_back_within_a_sixteenth() -> None:
@@ -247,6 +249,16 @@ def test_every_row_has_its_own_scale_and_comes_back_within_a_sixteenth() -> None
     # e4m3 has three bits behind the leading one: half a step is 1/16 of a normal value, below it 2^-10 of the scale
     assert ((back - x).abs() <= x.abs() / 16 + scale * 2**-10).all()
     torch.testing.assert_close(values.float().abs().amax(1), torch.full((64,), 448.0))
+
+
+def test_gelu_beside_8_bits_is_that_of_the_model() -> None:
+    x = torch.linspace(-9, 9, 2001, requires_grad=True)
+    (slope,) = torch.autograd.grad(gelu(x).sum(), x)
+    exact = F.gelu(x.double(), approximate="tanh")
+    (wanted,) = torch.autograd.grad(exact.sum(), x)
+    torch.testing.assert_close(gelu(x), exact.float(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(slope, wanted, atol=1e-5, rtol=0)
+    assert gelu(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_row_of_zeros_stays_zero() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from theworld.config.config import Config
-from theworld.utils.device import device_setting, seeded, set_up_torch, start_compilers
+from theworld.utils.device import device_setting, pin, seeded, set_up_torch, start_compilers
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,21 @@ def test_a_seeded_block_draws_from_its_seed_and_leaves_the_generator_as_it_was()
         inside = torch.rand(3)
     assert torch.equal(inside, torch.rand(3, generator=torch.Generator().manual_seed(2)))
     assert torch.equal(torch.rand(3), wanted)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float32, torch.bool, torch.int64, torch.float8_e4m3fn]
+)
+def test_a_pinned_copy_has_the_bits_of_any_tensor(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    if not torch.cuda.is_available():  # ordinary memory then
+        empty = torch.empty
+        monkeypatch.setattr(torch, "empty", lambda *size, pin_memory, **options: empty(*size, **options))
+    values = torch.arange(12).view(3, 4).to(dtype)
+    for tensor in (values, values.t(), values[1], values[1, 2], values[:0]):
+        copy = pin(tensor)
+        assert (copy.dtype, copy.shape) == (dtype, tensor.shape)
+        assert torch.equal(copy.float(), tensor.float())
+        assert copy.is_contiguous()
+        assert copy.data_ptr() != tensor.data_ptr() or not tensor.numel()

@@ -14,6 +14,7 @@ from theworld.data.vsr import Statement
 from theworld.models.attention import prepare_masks
 from theworld.models.packing import Batch, Packer, WorldSource
 from theworld.models.theworld import TheWorld
+from theworld.utils.device import pin
 
 FeatureSource = Callable[[Sequence[str]], Tensor]  # image paths -> one row an image
 T = TypeVar("T")
@@ -45,7 +46,7 @@ class Microbatch:
         def pinned(value: Any) -> Any:
             if value is None or (isinstance(value, Tensor) and value.is_cuda):
                 return value
-            return value.pin_memory()
+            return pin(value) if isinstance(value, Tensor) else value.pin_memory()
 
         if device.type != "cuda":
             return self

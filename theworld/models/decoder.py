@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from theworld.models.attention import attention_masks, block_mask, prepare_masks, seen_by
-from theworld.models.fp8 import Weight, linear
+from theworld.models.fp8 import Weight, gelu, linear
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 from theworld.models.pointwise import RmsNorm, Rotary
@@ -122,19 +122,29 @@ class Decoder:
                 prefix, x = self._checkpointed(self._layer_after_prefix, prefix, x, weights, *own, rows)
         return x
 
-    def _layer(self, x: Tensor, weights: Layer, *masks_and_rows: Any) -> Tensor:
-        *mask, wanted = masks_and_rows
+    def _layer(
+        self, x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor | None
+    ) -> Tensor:
+        """dtype[R L, D] -> the same; for the last layer dtype[K, D], since nothing reads the other tokens."""
         if wanted is None:
-            return self._run(layer, x, weights, *mask)
-        return self._run(last_layer, x, weights, *mask, wanted)
+            return self._run(layer, x, w, cos, sin, mask)
+        query, key, value = self._run(project_qkv, x, w, cos, sin)
+        # So few tokens that they take no longer without being compiled, which itself takes seconds.
+        attended = attention_of(wanted, query, key, value, mask, self.shape)
+        return after_attention(x[wanted], attended, w, self.shape)
 
     def _layer_after_prefix(
-        self, prefix: Tensor, x: Tensor, weights: Layer, *masks_and_rows: Any
-    ) -> tuple[Tensor, Tensor]:
-        *masks, wanted = masks_and_rows
+        self, prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor,
+        mask: Any, wanted: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The same for a prefix, dtype[R start, D], and for the rest of the rows."""
         if wanted is None:
-            return self._run(layer_after_prefix, prefix, x, weights, *masks)
-        return prefix, self._run(last_layer_after_prefix, prefix, x, weights, *masks, wanted)
+            return self._run(layer_after_prefix, prefix, x, w, cos0, sin0, mask0, cos, sin, mask)
+        query, key, value = self._run(project_qkv, x, w, cos, sin)
+        _, key0, value0 = self._run(project_qkv, prefix, w, cos0, sin0)
+        key, value = torch.cat((key0, key), 2), torch.cat((value0, value), 2)
+        attended = attention_of(wanted, query, key, value, mask, self.shape)
+        return prefix, after_attention(x[wanted], attended, w, self.shape)
 
     def _checkpointed(self, function: Any, *arguments: Any) -> Any:
         if self.checkpointed and torch.is_grad_enabled():
@@ -213,14 +223,6 @@ def layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape
     return after_attention(x, attended, w, shape)
 
 
-def last_layer(
-    x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor, shape: Shape
-) -> Tensor:
-    """dtype[R L, D] -> dtype[K, D]: nothing reads the tokens that are not wanted."""
-    attended = attention_of(wanted, *project_qkv(x, w, cos, sin, shape), mask, shape)
-    return after_attention(x[wanted], attended, w, shape)
-
-
 def layer_after_prefix(
     prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor, mask: Any,
     shape: Shape,
@@ -234,34 +236,13 @@ def layer_after_prefix(
     return after_attention(prefix, attended0, w, shape), after_attention(x, attended, w, shape)
 
 
-def last_layer_after_prefix(
-    prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor, mask: Any,
-    wanted: Tensor, shape: Shape,
-) -> Tensor:  # fmt: skip
-    """The same as `last_layer`; of the prefix only keys and values are left to compute."""
-    _, key0, value0 = project_qkv(prefix, w, cos0, sin0, shape)
-    query, key, value = project_qkv(x, w, cos, sin, shape)
-    key, value = torch.cat((key0, key), 2), torch.cat((value0, value), 2)
-    attended = attention_of(wanted, query, key, value, mask, shape)
-    return after_attention(x[wanted], attended, w, shape)
-
-
 def after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tensor:
     """dtype[T, D] and attention's output, dtype[T, H E], of any T tokens -> dtype[T, D]."""
     x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
     normed = rms_norm(x, w.before_mlp, shape.epsilon)
     gate, up = linear(normed, w.gate), linear(normed, w.up)
-    inner = F.gelu(gate, approximate="tanh") * up
+    inner = (F.gelu(gate, approximate="tanh") if isinstance(w.gate, Tensor) else gelu(gate)) * up
     return x + rms_norm(linear(inner, w.down), w.after_mlp, shape.epsilon)
-
-
-# What is compiled, and which of its arguments have a gradient.
-WITH_GRADIENT: dict[Callable[..., Any], tuple[int, ...]] = {
-    layer: (0,),
-    last_layer: (0,),
-    layer_after_prefix: (1,),
-    last_layer_after_prefix: (1,),
-}
 
 
 def project_qkv(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,7 +277,6 @@ def attention_of(
     """Return the same for some queries, flat indices int64[K]: dtype[K, H E]."""
     if isinstance(mask, Tensor):
         return attention(query, key, value, mask, shape)[wanted]
-    # A few rows of scores: written out, they take less than a second compilation of flex attention would.
     sees = seen_by(wanted, mask.rule)[None, None]
     chosen = query.transpose(1, 2).flatten(0, 1)[wanted].transpose(0, 1)[None]  # 1, H, K, E
     keys, values = (one.transpose(0, 1).flatten(1, 2)[None] for one in (key, value))  # 1, G, R L, E
@@ -318,6 +298,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return Rotary.apply(x, cos[:, None], sin[:, None])
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+# What is compiled, and which of its arguments have a gradient.
+WITH_GRADIENT: dict[Callable[..., Any], tuple[int, ...]] = {
+    layer: (0,),
+    layer_after_prefix: (1,),
+    project_qkv: (0,),
+}
 
 
 def _fewer_passes(x: Tensor) -> bool:

@@ -39,6 +39,7 @@ from torch.utils._pytree import tree_map_only
 
 from theworld.data.vsr import Statement, relation_span
 from theworld.models.gemma import Gemma, Prompt
+from theworld.utils.device import pin
 
 # The prompt of a yes/no question, in place of question_template: "1" answers yes, "0" no.
 YES_NO_TEMPLATE = "Question: {caption}\nAnswer (only '0' or '1'):"
@@ -187,7 +188,7 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._map(pin)
 
 
 class Packer:

@@ -101,6 +101,20 @@ def current_device(device: torch.device) -> Iterator[None]:
         yield
 
 
+def pin(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a tensor on the CPU in page-locked memory, from which a GPU copies by itself.
+
+    This thread alone copies: torch's own copy wakes all threads and waits for them, which beside a thread that launches
+    kernels takes ten times as long.
+    """
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    pinned.view(_BITS[tensor.itemsize]).numpy()[...] = tensor.view(_BITS[tensor.itemsize]).numpy()
+    return pinned
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # NumPy lacks bfloat16
+
+
 def to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
     """Return a copy on the host without waiting for it, and the event after which it has its values; of a tensor on a
     CPU itself, and None."""
