@@ -219,10 +219,8 @@ def test_no_layer_gets_a_view_which_would_compile_once_more(
 
     def recorded(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
-            states = given[
-                : 1 + isinstance(given[1], torch.Tensor)
-            ]  # of a prefix, if there is one, and of the rest
-            views.append([one._is_view() for one in states])
+            count = 1 + isinstance(given[1], torch.Tensor)  # of the rest of the rows, after a prefix
+            views.append([one._is_view() for one in given[:count]])
             return tree_map_only(torch.Tensor, torch.clone, function(*given))
 
         return call
