@@ -216,12 +216,13 @@ def test_no_layer_gets_a_view_which_would_compile_once_more(
     monkeypatch: pytest.MonkeyPatch, statements: list[Statement], position: str
 ) -> None:
     """As the layers after the first one get what compiled code returns, which is no view."""
-    views: list[bool] = []
+    views: list[list[bool]] = []
 
     def recorded(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
-        def call(x: torch.Tensor, *others: Any) -> Any:
-            views.append(x._is_view())
-            return tree_map_only(torch.Tensor, torch.clone, function(x, *others))
+        def call(*given: Any) -> Any:
+            count = 1 + isinstance(given[1], torch.Tensor)  # of the rest of the rows, after a prefix
+            views.append([one._is_view() for one in given[:count]])
+            return tree_map_only(torch.Tensor, torch.clone, function(*given))
 
         return call
 
@@ -231,8 +232,9 @@ def test_no_layer_gets_a_view_which_would_compile_once_more(
     batch = model.packer().pack(statements)
     with torch.no_grad():
         model(batch, latents_of(batch.worlds), torch.ones(len(batch.images), gemma.num_image_tokens, 64))
-    last = 1 + (position == "after")  # queries, keys and values, of a prefix by themselves
-    assert views == [False] * (gemma.text_config.num_hidden_layers - 1 + last)
+    # Of a layer what stands before the world too, if anything; of the last one queries, keys and values alone.
+    parts = 1 + (position == "after")
+    assert views == [[False] * parts] * (gemma.text_config.num_hidden_layers - 1) + [[False]] * parts
 
 
 def test_every_row_has_its_own_scale_and_comes_back_within_a_sixteenth() -> None:

@@ -38,25 +38,25 @@ def test_a_run_is_timed_by_its_start_its_steps_a_checkpoint_answers_and_what_els
 ) -> None:
     runs = runs_of(study, tmp_path)
     measure_missing(runs, study_cache, tmp_path)
-    # One second each for the start, for the second of two steps, for the checkpoint, and for 6 statements under the 5
-    # conditions of the first run; the clock is read once before, between and after the answers on dev and on test. The
-    # other arm differs in its encoder alone.
-    found = {kind_of(runs[0].config): Rates("world", CPU, 1.0, {"train": 1.0}, 1.0, 1 / 30, 3.0)}
+    # One second each for the start, for the second of two steps, for the checkpoint, and for 6 statements under 3
+    # conditions; the clock is read once before, between and after the answers on dev and on test. The other arm differs
+    # in its encoder alone.
+    found = {kind_of(runs[0].config): Rates("world", CPU, 1.0, {"train": 1.0}, 1.0, 1 / 18, 3.0)}
     assert read_rates(tmp_path) == found
     assert not (tmp_path / "runs").exists()
     (one,) = found.values()
     assert one.words() == (
-        "world: 1,000 ms a step of 'train', 33.3 ms an answer, 1.0 s to start, 3.0 s to record and summarise"
+        "world: 1,000 ms a step of 'train', 55.6 ms an answer, 1.0 s to start, 3.0 s to record and summarise"
     )
     plan = Plan(replace(runs[0].config, output_dir=str(tmp_path / "none")), study_cache)
     # The start, 2 steps, 2 checkpoints, 12 statements of dev and test under 5 conditions, or 3 of later runs, and what
     # else an evaluation does.
-    assert one.seconds(runs[0], plan, 12) == pytest.approx(1 + 2 + 2 + 60 / 30 + 3)
-    assert one.seconds(runs[1], plan, 12) == pytest.approx(1 + 2 + 2 + 36 / 30 + 3)
+    assert one.seconds(runs[0], plan, 12) == pytest.approx(1 + 2 + 2 + 60 / 18 + 3)
+    assert one.seconds(runs[1], plan, 12) == pytest.approx(1 + 2 + 2 + 36 / 18 + 3)
     (time,) = [line for line in plan_study(study, runs, study_cache, tmp_path) if line.startswith("time")]
     source = f"steps and answers that were timed on {CPU}"
     assert time == (
-        f"time         about 38 s of one device for 4 runs, one after the other, 9 s each; from {source}"
+        f"time         about 41 s of one device for 4 runs, one after the other, 10 s each; from {source}"
     )
 
 
@@ -156,7 +156,7 @@ def test_rates_of_an_older_file_are_read_and_measured_again_by_a_start(
     )  # 5 + 60 / 2, and 3 x (5 + 36 / 2)
     measure_missing(runs, study_cache, tmp_path)
     (found,) = read_rates(tmp_path).values()
-    assert (found.answer, found.evaluation) == (1 / 30, 3.0)
+    assert (found.answer, found.evaluation) == (1 / 18, 3.0)
     half = {kind_of(runs[0].config): older | {"evaluation": 1.0}}
     (tmp_path / "rates.json").write_text(json.dumps(half))
     with pytest.raises(StoreError, match=r"rates\.json: key 'compiling' is missing"):
@@ -231,7 +231,7 @@ def test_a_study_measures_before_its_first_run_and_trains_as_if_it_had_not(
     alone = replace(study, arms=study.arms[:1], seeds=[0], primary=None)
     run_study(alone, study_cache, tmp_path, ALL, 1, StopRequest())
     assert [found.arm for found in read_rates(tmp_path).values()] == ["world"]
-    assert read_done(runs_of(alone, tmp_path)[0])["predicted_seconds"] == 10.0  # by the clock of these tests
+    assert read_done(runs_of(alone, tmp_path)[0])["predicted_seconds"] == 11.3  # by the clock of these tests
     assert "predicted_seconds" not in read_done(runs_of(alone, ended)[0])  # nothing was measured there
     for split in ("dev", "test"):
         own, other = (records_of(runs_of(alone, folder)[0], split) for folder in (tmp_path, ended))
