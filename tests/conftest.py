@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import forks  # noqa: F401 - before any process is started
+import garbage
 import numpy as np
 import pytest
 import torch
@@ -35,6 +36,11 @@ QUICK = ("config", "data", "evaluation", "store")  # folders of short tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put folders of short tests last, so that no worker ends alone with a long one."""
     items.sort(key=lambda item: item.path.parent.name in QUICK)
+
+
+def pytest_collection_finish() -> None:
+    """All test modules are imported."""
+    garbage.imported()
 
 
 @pytest.fixture(autouse=True, scope="session")
