@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -169,6 +170,12 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory, photographs: Path, a
     folder = tmp_path_factory.mktemp("session") / "cache"
     extract(tiny_run(folder, photographs, annotations), folder, with_vision=True, allow_missing=False)
     return folder
+
+
+@pytest.fixture
+def cache(session_cache: Path, tmp_path: Path) -> Path:
+    """A copy of that cache, for a test to do with as it likes."""
+    return Path(shutil.copytree(session_cache, tmp_path / "cache"))
 
 
 def tiny_run(output_dir: Path, photographs: Path, annotations: Path) -> Config:

@@ -372,7 +372,9 @@ def test_killed_at_a_rename_and_resumed_gives_the_same_bytes(
 def test_what_is_finished_outlives_a_list_that_changes(
     once: dict[str, bytes],
     job: Config,
-    tmp_path: Path, encoded: Callable[[], int], caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    encoded: Callable[[], int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
     cache = tmp_path / "cache"
