@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from theworld.data.vsr import Statement
-from theworld.models.attention import FULL, SLIDING, attention_masks
-from theworld.models.decoder import Decoder, Layer, Shape, after_attention, attend
+from theworld.models.attention import FULL, SLIDING, attention_masks, block_lists
+from theworld.models.decoder import Decoder, Layer, Shape, attention, attention_of, layer
 from theworld.models.fp8 import linear, quantise, to_fp8
 from theworld.models.gemma import Gemma, GemmaParts
-from theworld.models.packing import Batch
+from theworld.models.packing import Batch, Packer
 
 
 @pytest.fixture(params=["multimodal", "text-only"])
@@ -59,14 +59,14 @@ def test_two_models_on_one_gemma_share_its_weights_and_leave_its_parameters_as_t
     assert addresses() == before
     for name, parameter in own_gemma.model.named_parameters():
         assert torch.equal(parameter, values[name])
-    for one, other, layer in zip(first.layers, second.layers, own_gemma.text_model.layers, strict=True):
+    for one, other, theirs in zip(first.layers, second.layers, own_gemma.text_model.layers, strict=True):
         for mine, yours in zip(one, other, strict=True):
             assert mine.data_ptr() == yours.data_ptr()
-        attention = layer.self_attn
-        assert one.qkv.data_ptr() == attention.q_proj.weight.data_ptr()
+        published = theirs.self_attn
+        assert one.qkv.data_ptr() == published.q_proj.weight.data_ptr()
         storage = one.qkv.untyped_storage().data_ptr()
-        assert attention.k_proj.weight.untyped_storage().data_ptr() == storage
-        assert attention.v_proj.weight.untyped_storage().data_ptr() == storage
+        assert published.k_proj.weight.untyped_storage().data_ptr() == storage
+        assert published.v_proj.weight.untyped_storage().data_ptr() == storage
 
 
 def test_merged_weights_are_the_published_ones_and_transformers_goes_on_with_them(own_gemma: Gemma) -> None:
@@ -148,8 +148,37 @@ def test_flex_attention_compiles_once_for_all_lengths_and_kinds_of_layers(
             with torch.no_grad():
                 found.append(model(batch, latents_of(batch.worlds), vision))
         torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
-        # Attention, and the rest of a layer.
+        # A layer, and the last one.
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 2
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+@pytest.mark.parametrize("row_tokens", [None, 1], ids=["one row", "several rows"])
+def test_the_wanted_tokens_alone_attend_as_they_do_among_all(
+    statements: list[Statement], position: str, row_tokens: int | None
+) -> None:
+    gemma = Gemma(str(EMBEDDED_GEMMA), weights=False)
+    options: Any = {"world_position": position, "row_tokens": row_tokens, "flex": True}
+    batch = Packer(gemma, "{caption}", 9, **options).pack(statements * 3)
+    rows, length = batch.token_ids.shape
+    assert (rows > 1) == (row_tokens is not None)
+    start, window, generator = batch.num_prefix_tokens, 40, torch.Generator().manual_seed(0)
+    assert (start > 0) == (position == "after")
+    query, key, value = (
+        torch.randn(rows, heads, tokens, 8, generator=generator)
+        for heads, tokens in ((4, length - start), (2, length), (2, length))
+    )
+    wanted = torch.randint(0, rows * (length - start), (50,), generator=generator)
+    shape = Shape(4, 2, 8, 8**-0.5, 1e-6, ())
+    for kind, lists in (
+        (FULL, block_lists(batch, None, start, length)),
+        (SLIDING, block_lists(batch, window, start, length)),
+    ):
+        dense = attention_masks(batch, window, "sdpa", (start, length))[kind]
+        mask = torch.zeros(dense.shape).masked_fill(~dense, -torch.inf)
+        theirs = attention(query, key, value, mask, shape)[wanted]
+        ours = attention_of(wanted, query, key, value, lists, shape)
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("position", ["before", "after"])
@@ -236,17 +265,15 @@ def test_what_a_compiled_layer_keeps(in_8_bits: bool, eight_bits_anywhere: None)
     matrices = [torch.randn(*size).bfloat16() for size in (*outputs, *[(inner, hidden)] * 2, (hidden, inner))]
     weights = [to_fp8(one) for one in matrices] if in_8_bits else matrices
     norms = [torch.zeros(size).bfloat16() for size in (*[hidden] * 4, width, width)]
-    layer, shape = Layer(*norms, *weights), Shape(heads, groups, width, width**-0.5, 1e-6, ())
+    own, shape = Layer(*norms, *weights), Shape(heads, groups, width, width**-0.5, 1e-6, ())
     x = torch.randn(length, hidden).bfloat16().requires_grad_()
     cos = torch.randn(1, length, width).bfloat16()
     mask = torch.zeros(1, 1, length, length).bfloat16()
     options: Any = {"fullgraph": True, "backend": "aot_eager_decomp_partition"}
-    attended = torch.compile(attend, **options)(x, layer, cos, cos, mask, shape)
-    out = torch.compile(after_attention, **options)(x, attended, layer, shape)
-    saved = [*attended.grad_fn.saved_tensors, *out.grad_fn.saved_tensors]
-    saved = [one for one in saved if isinstance(one, torch.Tensor)]
-    own = {one.data_ptr() for one in tree_leaves(layer)}
-    kept = [one for one in saved if one.data_ptr() not in own]
+    out = torch.compile(layer, **options)(x, own, cos, cos, mask, shape)
+    saved = [one for one in out.grad_fn.saved_tensors if isinstance(one, torch.Tensor)]
+    weights_at = {one.data_ptr() for one in tree_leaves(own)}
+    kept = [one for one in saved if one.data_ptr() not in weights_at]
     assert all(length in one.shape for one in kept if one.numel() >= length)  # of tokens, not of weights
     assert sum(one.nbytes for one in kept if inner in one.shape) == length * 2 * inner * 2  # gate and up
 

@@ -88,6 +88,18 @@ def _rule(tensors: RuleTensors) -> Callable[[Any, Any, Any, Any], Tensor]:
     return may_see
 
 
+def seen_by(queries: Tensor, tensors: RuleTensors) -> Tensor:
+    """Return what some queries, flat indices int64[K], see of the keys of all rows, one row after the other:
+    bool[K, R L] for rows of L keys."""
+    rows, num_keys = tensors.preorder.shape
+    keys = torch.arange(rows * num_keys, device=queries.device)
+    row, column = (
+        (queries // tensors.own_preorder.shape[1])[:, None],
+        (queries % tensors.own_preorder.shape[1])[:, None],
+    )
+    return (row == keys // num_keys) & _rule(tensors)(row, 0, column, keys % num_keys)
+
+
 def _dense_mask(batch: Batch, window: int | None, start: int, stop: int) -> Tensor:
     device = batch.token_ids.device
     r = torch.arange(len(batch.token_ids), device=device)[:, None, None]
@@ -138,7 +150,9 @@ def visible_blocks(batch: Batch, window: int | None, start: int, stop: int) -> t
     assert stop % BLOCK == 0, f"rows of {stop} tokens are no whole blocks of {BLOCK}"
 
     def least_and_most(values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        least, most = values[:, :stop].unflatten(1, (-1, BLOCK)).aminmax(dim=-1)
+        blocks = values[:, :stop].unflatten(1, (-1, BLOCK))
+        # Not `aminmax`, which wakes all threads of the CPU for any size and waits for them.
+        least, most = blocks.amin(-1), blocks.amax(-1)
         own = slice(start // BLOCK, None)
         return least[:, own, None], most[:, own, None], least[:, None], most[:, None]
 

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from theworld.models.attention import attention_masks, block_mask, prepare_masks
+from theworld.models.attention import attention_masks, block_mask, prepare_masks, seen_by
 from theworld.models.fp8 import Weight, linear
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
@@ -111,39 +111,30 @@ class Decoder:
         masks = self._masks(x[:, start:], batch, (start, length))
         if not start:
             x = x.flatten(0, 1)
-            for layer, kind, rows in layers:
-                x = self._checkpointed(self._layer, x, layer, masks[kind], rows)
+            for weights, kind, rows in layers:
+                x = self._checkpointed(self._layer, x, weights, *masks[kind], rows)
         else:
             masks0 = self._masks(x, batch, (0, start))
             # Whole tensors, as the layers return them: views would compile for their strides.
             prefix, x = x[:, :start].detach().flatten(0, 1).clone(), x[:, start:].flatten(0, 1).clone()
-            for layer, kind, rows in layers:
-                own = masks0[kind], masks[kind]
-                prefix, x = self._checkpointed(self._layer_after_prefix, prefix, x, layer, *own, rows)
+            for weights, kind, rows in layers:
+                own = *masks0[kind], *masks[kind]
+                prefix, x = self._checkpointed(self._layer_after_prefix, prefix, x, weights, *own, rows)
         return x
 
-    def _layer(self, x: Tensor, layer: Layer, mask: tuple[Any, ...], wanted: Tensor | None) -> Tensor:
-        """dtype[R L, D] -> the same; for the last layer dtype[K, D], since nothing reads the other tokens."""
-        attended = self._run(attend, x, layer, *mask)
-        if wanted is not None:
-            x, attended = x[wanted], attended[wanted]
-        return self._run(after_attention, x, attended, layer)
+    def _layer(self, x: Tensor, weights: Layer, *masks_and_rows: Any) -> Tensor:
+        *mask, wanted = masks_and_rows
+        if wanted is None:
+            return self._run(layer, x, weights, *mask)
+        return self._run(last_layer, x, weights, *mask, wanted)
 
     def _layer_after_prefix(
-        self,
-        prefix: Tensor,
-        x: Tensor,
-        layer: Layer,
-        mask0: tuple[Any, ...],
-        mask: tuple[Any, ...],
-        wanted: Tensor | None,
+        self, prefix: Tensor, x: Tensor, weights: Layer, *masks_and_rows: Any
     ) -> tuple[Tensor, Tensor]:
-        """The same for a prefix, dtype[R start, D], and for the rest of the rows."""
-        attended0, attended = self._run(attend_after_prefix, prefix, x, layer, *mask0, *mask)
-        if wanted is not None:
-            return prefix, self._run(after_attention, x[wanted], attended[wanted], layer)
-        prefix = self._run(after_attention, prefix, attended0, layer)
-        return prefix, self._run(after_attention, x, attended, layer)
+        *masks, wanted = masks_and_rows
+        if wanted is None:
+            return self._run(layer_after_prefix, prefix, x, weights, *masks)
+        return prefix, self._run(last_layer_after_prefix, prefix, x, weights, *masks, wanted)
 
     def _checkpointed(self, function: Any, *arguments: Any) -> Any:
         if self.checkpointed and torch.is_grad_enabled():
@@ -216,23 +207,43 @@ def mark_lengths_dynamic(*arguments: Any) -> None:
             torch._dynamo.maybe_mark_dynamic(value, [d for d in lengths if value.shape[d] > 1])
 
 
-def attend(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
-    """dtype[R L, D] -> attention's output, dtype[R L, H E]. A layer is this and `after_attention`: the last layer goes
-    on with fewer tokens, and yet attention, which takes longest to compile, does so once for all layers."""
-    query, key, value = project_qkv(x, w, cos, sin, shape)
-    return attention(query, key, value, mask, shape)
+def layer(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, shape: Shape) -> Tensor:
+    """dtype[R L, D] -> the same."""
+    attended = attention(*project_qkv(x, w, cos, sin, shape), mask, shape)
+    return after_attention(x, attended, w, shape)
 
 
-def attend_after_prefix(
+def last_layer(
+    x: Tensor, w: Layer, cos: Tensor, sin: Tensor, mask: Any, wanted: Tensor, shape: Shape
+) -> Tensor:
+    """dtype[R L, D] -> dtype[K, D]: nothing reads the tokens that are not wanted."""
+    attended = attention_of(wanted, *project_qkv(x, w, cos, sin, shape), mask, shape)
+    return after_attention(x[wanted], attended, w, shape)
+
+
+def layer_after_prefix(
     prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor, mask: Any,
     shape: Shape,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same of the prefix of rows, which has no gradient and sees nothing of the rest, and of the rest."""
+    """The same as `layer` of the prefix of rows, dtype[R start, D], which has no gradient and sees nothing of the rest,
+    and of the rest."""
     query0, key0, value0 = project_qkv(prefix, w, cos0, sin0, shape)
     query, key, value = project_qkv(x, w, cos, sin, shape)
     attended0 = attention(query0, key0, value0, mask0, shape)
     attended = attention(query, torch.cat((key0, key), 2), torch.cat((value0, value), 2), mask, shape)
-    return attended0, attended
+    return after_attention(prefix, attended0, w, shape), after_attention(x, attended, w, shape)
+
+
+def last_layer_after_prefix(
+    prefix: Tensor, x: Tensor, w: Layer, cos0: Tensor, sin0: Tensor, mask0: Any, cos: Tensor, sin: Tensor, mask: Any,
+    wanted: Tensor, shape: Shape,
+) -> Tensor:  # fmt: skip
+    """The same as `last_layer`; of the prefix only keys and values are left to compute."""
+    _, key0, value0 = project_qkv(prefix, w, cos0, sin0, shape)
+    query, key, value = project_qkv(x, w, cos, sin, shape)
+    key, value = torch.cat((key0, key), 2), torch.cat((value0, value), 2)
+    attended = attention_of(wanted, query, key, value, mask, shape)
+    return after_attention(x[wanted], attended, w, shape)
 
 
 def after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tensor:
@@ -246,9 +257,10 @@ def after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tens
 
 # What is compiled, and which of its arguments have a gradient.
 WITH_GRADIENT: dict[Callable[..., Any], tuple[int, ...]] = {
-    attend: (0,),
-    attend_after_prefix: (1,),
-    after_attention: (0, 1),
+    layer: (0,),
+    last_layer: (0,),
+    layer_after_prefix: (1,),
+    last_layer_after_prefix: (1,),
 }
 
 
@@ -276,6 +288,19 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
             query, key, value, block_mask=mask, scale=shape.scale, enable_gqa=True, kernel_options=options
         )
     return attended.transpose(1, 2).reshape(-1, query.shape[1] * query.shape[3])
+
+
+def attention_of(
+    wanted: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
+) -> Tensor:
+    """Return the same for some queries, flat indices int64[K]: dtype[K, H E]."""
+    if isinstance(mask, Tensor):
+        return attention(query, key, value, mask, shape)[wanted]
+    # A few rows of scores: written out, they take less than a second compilation of flex attention would.
+    sees = seen_by(wanted, mask.rule)[None, None]
+    chosen = query.transpose(1, 2).flatten(0, 1)[wanted].transpose(0, 1)[None]  # 1, H, K, E
+    keys, values = (one.transpose(0, 1).flatten(1, 2)[None] for one in (key, value))  # 1, G, R L, E
+    return attention(chosen, keys, values, chosen.new_zeros(()).masked_fill(~sees, -torch.inf), shape)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

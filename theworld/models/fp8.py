@@ -23,6 +23,7 @@ class Fp8Weight(NamedTuple):
 
     weight: Tensor  # float8_e4m3fn[O, I]
     scale: Tensor  # float32[1, O]
+    ones: Tensor  # float32[1, I]: the scale of its columns, kept since filling it would be a kernel a product
 
 
 def check_fp8(device: torch.device) -> None:
@@ -34,7 +35,7 @@ def check_fp8(device: torch.device) -> None:
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """dtype[T, I] -> float8_e4m3fn[T, I] and float32[T, 1], their product being nearly x."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (x.float() / scale).to(torch.float8_e4m3fn), scale
+    return (x.float() * scale.reciprocal()).to(torch.float8_e4m3fn), scale  # a division a row, not a value
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def to_fp8(weight: Tensor) -> Fp8Weight:
     """Return dtype[O, I] in 8 bits. Raises ValueError as `check_fp8` does."""
     check_fp8(weight.device)
     values, scale = quantise(weight)
-    return Fp8Weight(values, scale.t().contiguous())
+    return Fp8Weight(values, scale.t().contiguous(), scale.new_ones(1, weight.shape[1]))
 
 
 def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
@@ -63,21 +64,21 @@ class Fp8Linear(nn.Module):
 
     def split(self, sizes: Sequence[int]) -> "list[Fp8Linear]":
         """Return layers over the same memory that have so many of the outputs each."""
-        parts = zip(self.weight.weight.split(sizes), self.weight.scale.split(sizes, 1), strict=True)
-        return [Fp8Linear(Fp8Weight(*part)) for part in parts]
+        whole = self.weight
+        parts = zip(whole.weight.split(sizes), whole.scale.split(sizes, 1), strict=True)
+        return [Fp8Linear(Fp8Weight(*part, whole.ones)) for part in parts]
 
 
 class _Fp8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, scale)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, ones: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, scale, ones)
         return _product(x, weight.t(), scale)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        weight, scale = ctx.saved_tensors
-        ones = torch.ones_like(weight[:1], dtype=scale.dtype)
-        return _product(gradient * scale, _turned(weight, gradient), ones), None, None
+        weight, scale, ones = ctx.saved_tensors
+        return _product(gradient * scale, _turned(weight, gradient), ones), None, None, None
 
 
 def _turned(weight: Tensor, gradient: Tensor) -> Tensor:
