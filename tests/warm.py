@@ -1,10 +1,10 @@
-"""Imported by the process that the tests' processes are forked from (see `forks`): no thread, no tensor."""
+"""Imported by the process that the tests' processes are forked from (see `forks`): no thread of Python, no tensor."""
 
 import garbage
 import jobs  # noqa: F401
 import runs  # noqa: F401
 import torch
-from diffusers import AutoencoderKLWan  # noqa: F401 - with a second of modules, as that of pictures
+from diffusers import AutoencoderKLWan  # noqa: F401 - which imports for a second
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import theworld.cli.dry_run
