@@ -22,3 +22,21 @@ def run(accuracy: float, seed: int, condition: str = "world") -> list[Row]:
 def study(world: float, seeds: int = 3, **others: float) -> dict[str, dict[int, list[Row]]]:
     accuracies = {"world": world, "prompt": 0.6, "pixels": 0.6, "untrained": 0.6, "noise": 0.6} | others
     return {arm: {s: run(a, s) for s in range(seeds)} for arm, a in accuracies.items()}
+
+
+def few_statements() -> dict[str, dict[int, list[Row]]]:
+    """Two arms of two seeds that lie far apart, on six statements about six images, one of which is not in train."""
+    right = {
+        "world": ([1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]),
+        "prompt": ([0, 0, 0, 0, 0, 1], [1, 1, 0, 1, 0, 0]),
+    }
+    asked = [statement(i, f"{i}.jpg", i % 2) for i in range(6)]
+    labels = np.array([-1.0, 1.0] * 3)
+    arms: dict[str, dict[int, list[Row]]] = {arm: {} for arm in right}
+    for arm, runs in right.items():
+        for seed, own in enumerate(runs):
+            margins = labels * np.where(own, 1, -1)
+            answers = {"world": with_rest(np.stack([np.zeros(6), margins], 1))}
+            seen = {f"{i}.jpg" for i in range(5)}
+            arms[arm][seed] = records(asked, answers, seen, dataset="vsr_random", split="test")
+    return arms

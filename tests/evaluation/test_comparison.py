@@ -112,9 +112,35 @@ def test_the_interval_of_a_share_ends_at_0_and_at_1() -> None:
     images = Images.of(["a", "a", "b", "b", "c"])
     found = estimate(np.array([[1.0, 1, 1, 0, 1]]), images)
     low, high = found.interval()
-    assert (low > 0, high > 1) == (True, True)
-    assert found.share_interval() == (low, 1.0)
+    assert low > 0
+    assert found.value + (found.value - low) > 1  # where it would end
+    assert found.share_interval() == (low, high) == (low, 1.0)
     assert estimate(np.array([[0.0, 0, 0, 1, 0]]), images).share_interval() == (0.0, pytest.approx(1 - low))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_interval_of_a_difference_ends_at_minus_1_and_at_1(sign: int) -> None:
+    """Two seeds whose differences are 0.2 and 0.6: Student's t for one degree of freedom is 12.7."""
+    values = sign * np.array([[0.0, 0, 0, 0, 1], [0, 0, 1, 1, 1]])
+    found = estimate(values, Images.of(["a", "b", "c", "d", "e"]))
+    half = found.variance.critical_value(0.05) * found.standard_error
+    assert half > 1.4
+    assert found.value == pytest.approx(sign * 0.4)
+    assert found.interval() == (-1.0, 1.0)
+    low, high = found.interval(0.5)  # which ends before
+    half = found.variance.critical_value(0.5) * found.standard_error
+    assert (low, high) == pytest.approx((found.value - half, found.value + half))
+
+
+def test_the_bootstrap_of_a_metric_of_few_statements_ends_at_1() -> None:
+    """Influence values of balanced accuracy: of two false statements, each counts 1.5 times where n is 6."""
+    labels = np.array([1, 1, 1, 1, 0, 0])
+    margin = np.where(labels == 1, 1.0, -1.0)
+    margin[4] = 1.0  # the only wrong answer
+    values = statement_values("balanced_accuracy", margin[None], labels)
+    assert values.max() == 1.5  # the mean of a resample that has this statement alone
+    _, high = pigeonhole_interval(values, Images.of(range(6)), resamples=2000)
+    assert high == 1.0
 
 
 def test_an_interval_needs_two_images() -> None:

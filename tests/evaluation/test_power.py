@@ -10,6 +10,7 @@ from theworld.evaluation.power import (
     plan_power,
     power,
     smallest_difference,
+    smallest_points,
 )
 
 # Statements by image of VSR's random test.
@@ -80,6 +81,18 @@ def test_a_pilot_needs_two_seeds_and_a_difference() -> None:
         Assumptions.from_pilot(np.ones((1, 4)), Images.of(range(4)))
     with pytest.raises(ValueError, match="answer every statement alike"):
         Assumptions.from_pilot(np.zeros((2, 4)), Images.of(range(4)))
+
+
+def test_a_difference_that_cannot_be_is_named_in_words() -> None:
+    """Two seeds that lie 50 points apart find no difference, and none is 100 points."""
+    wide = list(plan_power([1, 1], 2, Assumptions(spread=0.5)))
+    assert (
+        wide[0]
+        == "nothing: no difference of accuracy between two arms, however large, is found with 80 % power at 5 %"
+    )
+    assert [smallest_points(size) for size in (0.0, 0.0004, 0.0005, 0.0238, 0.9999, 1.0)] == [
+        *("below 0.1", "below 0.1", "0.1", "2.4", "100.0", "none")
+    ]
 
 
 def test_the_plan_shows_what_it_assumes() -> None:

@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from records import with_rest
-from study_records import NUM, SEEN, STATEMENTS, run, study
+from study_records import NUM, SEEN, STATEMENTS, few_statements, run, study
 
 from theworld.evaluation.comparison import Images, difference_values, estimate, holm
+from theworld.evaluation.power import smallest_points
 from theworld.evaluation.records import records
+from theworld.evaluation.study_summary import learning_curve, summarise_study
 from theworld.evaluation.study_verdict import (
     CONTROL_AS_WELL,
     HELPS,
@@ -18,8 +21,6 @@ from theworld.evaluation.study_verdict import (
     PLAIN,
     WORSE,
     Question,
-    learning_curve,
-    summarise_study,
 )
 
 
@@ -70,7 +71,7 @@ def test_no_difference_says_what_could_have_been_found() -> None:
         "No difference that this study could have detected on the test split"
     )
     assert verdict["sentence"].endswith(
-        f"; the smallest difference found with 80 % power is {100 * smallest:.1f} points."
+        f"; the smallest difference found with 80 % power is {smallest_points(smallest)} points."
     )
 
 
@@ -79,6 +80,7 @@ def test_arms_that_answer_alike_are_equal_within_the_margin() -> None:
     arms["world"] = arms["prompt"]
     _, sentence = outcome(arms)
     assert "+0.0 points (95 % interval +0.0 to +0.0); the two are equal within 1.0 points; the" in sentence
+    assert sentence.endswith("the smallest difference found with 80 % power is below 0.1 points.")
 
 
 def test_worse_than_training_alone_is_worse() -> None:
@@ -94,6 +96,27 @@ def test_two_seeds_give_no_verdict() -> None:
         "No verdict on the test split of VSR random (600 statements about 300 images; 2 seeds)"
     )
     assert "it takes 3 seeds. So far 69.8 % against" in sentence
+
+
+def test_no_figure_is_beyond_what_can_be_where_two_seeds_of_few_statements_lie_apart() -> None:
+    arms = few_statements()
+    question = Question("world", "prompt", ("prompt",))
+    summary = summarise_study(arms, question)
+    assert list(summary["scopes"]) == ["all"]  # a single unseen image has no interval
+    scope = summary["scopes"]["all"]
+    for metric in ("accuracy", "balanced_accuracy", "auroc"):
+        test = scope["differences"]["prompt"][metric]
+        assert (test["low"], test["high"]) == (-1.0, 1.0), metric
+        assert -1 <= test["bootstrap_low"] <= test["bootstrap_high"] <= 1
+        assert test["smallest_detectable"] == 1.0
+        for arm in ("world", "prompt"):
+            assert 0 <= scope["arms"][arm][metric]["low"] <= scope["arms"][arm][metric]["high"] <= 1
+    assert "(95 % interval −100.0 to +100.0)" in scope["verdict"]["sentence"]
+    explores = replace(question, decides=False)
+    (pair,) = summarise_study(arms, explores)["scopes"]["all"]["pairs"]
+    assert (pair["auroc"]["low"], pair["auroc"]["high"]) == (-1.0, 1.0)
+    (curve,) = learning_curve({1.0: arms}, {1.0: 6}, question)
+    assert (curve["differences"]["prompt"]["low"], curve["differences"]["prompt"]["high"]) == (-1.0, 1.0)
 
 
 def explored(accuracies: dict[str, float], baseline: str | None = None, seeds: int = 3) -> dict:

@@ -3,6 +3,7 @@
 The decoder against transformers' own, layer weights shared, compiled and not.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from benchmark.models import TINY, make_gemma_folder
 from constants import EMBEDDED_GEMMA
 from tiny_model import gradients, latents_of, make_model, vision_of
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 from theworld.data.vsr import Statement
@@ -207,6 +208,29 @@ def test_a_model_that_was_trained_evaluates_with_the_code_of_its_steps(
         assert not found.requires_grad
         torch.testing.assert_close(found, model(*inputs(chosen)).detach(), atol=0, rtol=0)
     assert graphs() == compiled
+
+
+@pytest.mark.parametrize("position", ["before", "after"])
+def test_no_layer_gets_a_view_which_would_compile_once_more(
+    monkeypatch: pytest.MonkeyPatch, statements: list[Statement], position: str
+) -> None:
+    """As the layers after the first one get what compiled code returns, which is no view."""
+    views: list[bool] = []
+
+    def recorded(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def call(x: torch.Tensor, *others: Any) -> Any:
+            views.append(x._is_view())
+            return tree_map_only(torch.Tensor, torch.clone, function(x, *others))
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    gemma = Gemma(str(EMBEDDED_GEMMA))
+    model = make_model(gemma, compile=True, world_position=position)
+    batch = model.packer().pack(statements)
+    with torch.no_grad():
+        model(batch, latents_of(batch.worlds), torch.ones(len(batch.images), gemma.num_image_tokens, 64))
+    assert views == [False] * gemma.text_config.num_hidden_layers
 
 
 def test_every_row_has_its_own_scale_and_comes_back_within_a_sixteenth() -> None:

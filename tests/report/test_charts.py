@@ -17,7 +17,12 @@ from theworld.report.page import environment
         ([0, 600], None, None, (0, 200, 400, 600)),
         ([0.02, 0.693], 0.0, None, (0.0, 0.2, 0.4, 0.6, 0.8)),
         ([-3.0, 7.0], None, None, (-5.0, -2.5, 0.0, 2.5, 5.0, 7.5)),
-        ([2.0, 2.0], None, None, (1.5, 1.75, 2.0, 2.25, 2.5)),
+        ([2.0, 2.0], None, None, (0.0, 0.5, 1.0, 1.5, 2.0)),
+        # Arms that are always right, always wrong, or equal: no share above 100 % and none below 0.
+        ([1.0, 1.0], None, None, (0.0, 0.25, 0.5, 0.75, 1.0)),
+        ([1.0], None, 1.0, (0.0, 0.25, 0.5, 0.75, 1.0)),
+        ([0.0], None, None, (0.0, 0.25, 0.5, 0.75, 1.0)),
+        ([-100.0], None, None, (-100.0, -75.0, -50.0, -25.0, 0.0)),
     ],
 )
 def test_a_scale_holds_its_values_between_round_ticks(

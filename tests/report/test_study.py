@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 from browser import CONTRAST, CUT, OVERFLOW, SMALL, Browser, needs_browser
-from study_records import run, study
+from study_records import few_statements, run, study
 
-from theworld.evaluation.study_verdict import PLAIN, Question, learning_curve, summarise_study
+from theworld.evaluation.study_summary import learning_curve, summarise_study
+from theworld.evaluation.study_verdict import PLAIN, Question
+from theworld.evaluation.verdict import p_words
 from theworld.report.charts import Mark, Scale, Track
 from theworld.report.page import environment
-from theworld.report.study import Study, study_csv, study_latex, write_study
-from theworld.report.text import percent
+from theworld.report.study import Study, write_study
+from theworld.report.study_files import study_csv, study_latex
+from theworld.report.text import p_value, percent
 
 ARMS = ("world", "prompt", "pixels", "untrained", "noise")
 
@@ -272,6 +275,35 @@ def test_a_study_that_decides_shows_the_gain_on_each_share(summary: dict, tmp_pa
     assert "The verdict is of all statements; this explores." in text
     assert "Accuracy of world less each, in the colour of the other arm. Dashed: no difference." in text
     assert "every share takes as many steps, so a smaller one is seen more often" in text
+
+
+@pytest.mark.parametrize("decides", [True, False])
+def test_no_file_has_a_figure_that_cannot_be(tmp_path: Path, decides: bool) -> None:
+    """Two seeds that lie far apart, on six statements."""
+    arms, question = few_statements(), Question("world", "prompt", ("prompt",), decides=decides)
+    found = summarise_study(arms, question) | {
+        "learning": learning_curve({1.0: arms, 0.5: arms}, {1.0: 6, 0.5: 3}, question)
+    }
+    write_study(Study("few", json.loads(json.dumps(found))), tmp_path)
+    page = (tmp_path / "study.html").read_text(encoding="utf-8")
+    text = plain(page)
+    assert "−100.0 to +100.0" in text
+    assert "Differences of any size: " in text
+    assert page.count("<td>none</td>") == 3  # the smallest difference, in each metric
+    assert not re.search(r"\bnan\b|\binf\b|\bNone\b", text)
+    assert [x for x in re.findall(r"[\d.]+(?=\xa0%)", page) if float(x) > 100] == []
+    for line in csv.DictReader((tmp_path / "study.csv").read_text().splitlines()):
+        least = 0 if line["quantity"] in ("metric", "learning") else -1
+        assert all(least <= float(line[key]) <= 1 for key in ("value", "low", "high") if line[key]), line
+    difference = r"[$-100.0$, $+100.0$]"
+    assert difference in (tmp_path / "study.tex").read_text()
+
+
+def test_a_p_value_too_small_for_a_float_is_not_0() -> None:
+    assert [p_value(p) for p in (1.0, 0.0312, 2.3e-57, 1e-101, 0.0)] == [
+        *("1", "0.031", "2.3\u00a0×\u00a010⁻⁵⁷", "<\u00a01\u00a0×\u00a010⁻¹⁰⁰", "<\u00a01\u00a0×\u00a010⁻¹⁰⁰")
+    ]
+    assert [p_words(p, 1) for p in (0.0312, 0.0)] == ["p = 0.03", "p < 1e-100"]
 
 
 def test_a_study_that_explores_asks_no_question(tmp_path: Path) -> None:

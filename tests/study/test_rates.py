@@ -1,6 +1,7 @@
 """What the runs of a study take, from a few timed steps: the clock of these tests is a counter."""
 
 import itertools
+import json
 import logging
 import shutil
 from dataclasses import replace
@@ -11,10 +12,11 @@ import pytest
 
 from theworld.study import rates
 from theworld.study.plan import plan_study
+from theworld.study.prediction import Rates, kind_of, read_rates, write_rates
 from theworld.study.protocol import Arm, Study, runs_of
-from theworld.study.rates import Rates, kind_of, measure, measure_missing, read_rates
+from theworld.study.rates import measure, measure_missing
 from theworld.study.run import run_study
-from theworld.study.runner import ALL, records_of
+from theworld.study.runner import ALL, read_done, records_of
 from theworld.training.memory import OutOfMemory, Plan
 from theworld.training.trainer import Trainer
 from theworld.utils.device import memory_of, resolve_device
@@ -31,27 +33,44 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rates, "perf_counter", itertools.count(0.0).__next__)
 
 
-def test_a_run_is_timed_by_its_start_its_steps_a_checkpoint_and_answers(
+def test_a_run_is_timed_by_its_start_its_steps_a_checkpoint_answers_and_what_else_an_evaluation_does(
     study: Study, study_cache: Path, tmp_path: Path
 ) -> None:
     runs = runs_of(study, tmp_path)
     measure_missing(runs, study_cache, tmp_path)
-    # One second each for the start, for the second of two steps, for the checkpoint, and for 6 statements under 3
-    # conditions. The other arm differs in its encoder alone.
-    found = {kind_of(runs[0].config): Rates("world", CPU, 1.0, {"train": 1.0}, 1.0, 1 / 18)}
+    # One second each for the start, for the second of two steps, for the checkpoint, and for 6 statements under the 5
+    # conditions of the first run; the clock is read once before, between and after the answers on dev and on test. The
+    # other arm differs in its encoder alone.
+    found = {kind_of(runs[0].config): Rates("world", CPU, 1.0, {"train": 1.0}, 1.0, 1 / 30, 3.0)}
     assert read_rates(tmp_path) == found
     assert not (tmp_path / "runs").exists()
     (one,) = found.values()
-    assert one.words() == "world: 1,000 ms a step of 'train', 55.6 ms an answer, 1 s to start"
+    assert one.words() == (
+        "world: 1,000 ms a step of 'train', 33.3 ms an answer, 1.0 s to start, 3.0 s to record and summarise"
+    )
     plan = Plan(replace(runs[0].config, output_dir=str(tmp_path / "none")), study_cache)
-    # The start, 2 steps, 2 checkpoints, and 12 statements of dev and test under 5 conditions, or 3 of later runs.
-    assert one.seconds(runs[0], plan, 12) == pytest.approx(1 + 2 + 2 + 60 / 18)
-    assert one.seconds(runs[1], plan, 12) == pytest.approx(1 + 2 + 2 + 36 / 18)
+    # The start, 2 steps, 2 checkpoints, 12 statements of dev and test under 5 conditions, or 3 of later runs, and what
+    # else an evaluation does.
+    assert one.seconds(runs[0], plan, 12) == pytest.approx(1 + 2 + 2 + 60 / 30 + 3)
+    assert one.seconds(runs[1], plan, 12) == pytest.approx(1 + 2 + 2 + 36 / 30 + 3)
     (time,) = [line for line in plan_study(study, runs, study_cache, tmp_path) if line.startswith("time")]
     source = f"steps and answers that were timed on {CPU}"
     assert time == (
-        f"time         about 29 s of one device for 4 runs, one after the other, 7 s each; from {source}"
+        f"time         about 38 s of one device for 4 runs, one after the other, 9 s each; from {source}"
     )
+
+
+def test_what_the_first_steps_take_more_is_of_the_start(
+    study: Study, study_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The start, 0 to 1; three steps that end at 5, 9 and, after the clock was read at 9, 11; then as above.
+    clock = itertools.chain([0.0, 0.0, 1.0, 1.0, 5.0, 9.0, 9.0, 11.0], itertools.count(11.0))
+    monkeypatch.setattr(rates, "perf_counter", clock.__next__)
+    (run, *_) = runs_of(replace(study, base=replace(study.base, max_steps=3)), tmp_path)
+    measure_missing([run], study_cache, tmp_path)
+    (found,) = read_rates(tmp_path).values()
+    assert found.steps == {"train": 2.0}
+    assert found.start == 1.0 + (8.0 - 2 * 2.0)
 
 
 @pytest.mark.parametrize(("second", "steps"), [(1.0, 11), (0.25, 20)])
@@ -80,23 +99,68 @@ def test_each_phase_is_timed_by_its_own_steps_for_ten_seconds_at_most(
     assert found.steps == {"align": second, "train": second}
 
 
-@pytest.mark.parametrize(("compiled", "starts"), [(False, [5.0]), (True, [60.0, 5.0])])
-def test_where_code_is_compiled_what_is_timed_is_a_start_that_finds_it(
+@pytest.mark.parametrize(
+    ("compiled", "starts", "compiling"), [(False, [5.0], 0.0), (True, [60.0, 5.0], 55.0)]
+)
+def test_where_code_is_compiled_the_second_rehearsal_counts_and_compiling_is_counted_by_itself(
     study: Study,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     compiled: bool,
     starts: list[float],
+    compiling: float,
 ) -> None:
-    coming = iter(starts)
+    coming, now = iter(starts), [0.0]
 
-    def measured(*_: object) -> Rates:
-        return Rates("world", CPU, next(coming), {}, 0.0, 0.0)
+    def rehearse(*_: object) -> Rates:
+        start = next(coming)
+        now[0] += start
+        return Rates("world", CPU, start, {}, 0.0, 0.0)
 
-    monkeypatch.setattr(rates, "_measured", measured)
+    monkeypatch.setattr(rates, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(rates, "_rehearse", rehearse)
     monkeypatch.setattr(rates, "wants_compile", lambda *_: compiled)
-    assert measure(runs_of(study, tmp_path)[0], tmp_path, CPU).start == 5.0
+    found = measure(runs_of(study, tmp_path)[0], tmp_path, CPU)
+    assert (found.start, found.compiling) == (5.0, compiling)
     assert list(coming) == []
+
+
+def test_the_plan_says_what_compiling_takes_once_in_a_process_beside_the_time_of_the_runs(
+    study: Study, study_cache: Path, tmp_path: Path
+) -> None:
+    runs = runs_of(study, tmp_path)
+    found = Rates("world", CPU, 1.0, {"train": 1.0}, 1.0, 1 / 30, 3.0, 54.6)
+    write_rates({kind_of(runs[0].config): found}, tmp_path)
+    lines = list(plan_study(study, runs, study_cache, tmp_path))
+    at = next(number for number, line in enumerate(lines) if line.startswith("time"))
+    assert lines[at].startswith(
+        "time         about 38 s of one device for 4 runs, one after the other, 9 s each;"
+    )
+    assert (
+        lines[at + 1] == "             and up to 55 s in each process, whose first run compiles code for all"
+    )
+    assert found.words().endswith("3.0 s to record and summarise, 55 s to compile, once in a process")
+
+
+def test_rates_of_an_older_file_are_read_and_measured_again_by_a_start(
+    study: Study, study_cache: Path, tmp_path: Path
+) -> None:
+    runs = runs_of(study, tmp_path)
+    older = {"arm": "world", "device": CPU, "start": 1.0, "steps": {"train": 1.0}, "save": 1.0, "answer": 0.5}
+    (tmp_path / "rates.json").write_text(json.dumps({kind_of(runs[0].config): older}))
+    (found,) = read_rates(tmp_path).values()
+    assert found == Rates("world", CPU, 1.0, {"train": 1.0}, 1.0, 0.5, evaluation=0.0, compiling=0.0)
+    (time,) = [line for line in plan_study(study, runs, study_cache, tmp_path) if line.startswith("time")]
+    assert time.startswith(
+        "time         about 1 min 44 s of one device for 4 runs"
+    )  # 5 + 60 / 2, and 3 x (5 + 36 / 2)
+    measure_missing(runs, study_cache, tmp_path)
+    (found,) = read_rates(tmp_path).values()
+    assert (found.answer, found.evaluation) == (1 / 30, 3.0)
+    half = {kind_of(runs[0].config): older | {"evaluation": 1.0}}
+    (tmp_path / "rates.json").write_text(json.dumps(half))
+    with pytest.raises(StoreError, match=r"rates\.json: key 'compiling' is missing"):
+        read_rates(tmp_path)
 
 
 def test_what_is_known_is_not_measured_again(
@@ -106,7 +170,7 @@ def test_what_is_known_is_not_measured_again(
 
     def measure(run: object, _: Path, device: str) -> Rates:
         measured.append(run.arm.name)  # type: ignore[attr-defined]
-        return Rates(measured[-1], device, 1.0, {}, 1.0, 1.0)
+        return Rates(measured[-1], device, 1.0, {}, 1.0, 1.0, 1.0)
 
     monkeypatch.setattr(rates, "measure", measure)
     measure_missing(runs_of(study, ended), study_cache, tmp_path)
@@ -167,6 +231,8 @@ def test_a_study_measures_before_its_first_run_and_trains_as_if_it_had_not(
     alone = replace(study, arms=study.arms[:1], seeds=[0], primary=None)
     run_study(alone, study_cache, tmp_path, ALL, 1, StopRequest())
     assert [found.arm for found in read_rates(tmp_path).values()] == ["world"]
+    assert read_done(runs_of(alone, tmp_path)[0])["predicted_seconds"] == 10.0  # by the clock of these tests
+    assert "predicted_seconds" not in read_done(runs_of(alone, ended)[0])  # nothing was measured there
     for split in ("dev", "test"):
         own, other = (records_of(runs_of(alone, folder)[0], split) for folder in (tmp_path, ended))
         assert own.read_bytes() == other.read_bytes()

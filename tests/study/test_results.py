@@ -126,6 +126,12 @@ def test_the_page_has_the_curves_the_costs_and_what_was_fixed(study: Study, ende
     }
     trained = read_done(runs[0])["trainable_parameters"]
     assert page.costs["world"]["trainable parameters"] == f"{trained:,}"
+    took = [read_done(run)["seconds"] for run in runs if run.arm.name == "world"]
+    assert page.costs["world"]["seconds of each run"] == "{:.1f}, {:.1f}".format(*took)
+    assert "predicted" not in page.costs["world"]
+    results = results_of(study, runs)
+    results["runs"]["pixels-1"]["predicted_seconds"] = 1.25
+    assert page_of(study, runs, results, ended).costs["pixels"]["predicted"] == "–, 1.2"
     assert ("arm pixels", '{"world_encoder": "pixels"}; rules out that any second look did it') in page.fixed
     assert page.caution.startswith("Toy model: the hidden size of this Gemma is ")
 
@@ -190,7 +196,12 @@ def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
         "arm          pixels: 53,568 parameters, 2 steps",
     ]
     assert "time         all runs are done" in lines
-    assert any("points of accuracy: the smallest difference between two arms" in line for line in lines)
+    assert (
+        "detects      nothing: no difference of accuracy between two arms, however large, is found with 80 %"
+        in "".join(
+            lines  # by the spread of the two seeds of 6 statements that are done
+        )
+    )
 
     once = runs_of(study, tmp_path / "once")
     shutil.copytree(ended, tmp_path / "once")

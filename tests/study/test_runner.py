@@ -153,6 +153,22 @@ def test_a_stopped_study_goes_on_to_the_same_answers(
     assert read_done(run)["seconds"] == round(sum(start["seconds"] for start in starts), 1)
 
 
+def test_the_training_statements_are_read_once_for_the_evaluations_of_a_run(
+    study: Study, study_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    load_statements = runner.load_statements
+
+    def load(source: str | None, split: str, name: str) -> Any:
+        read.append(split)
+        return load_statements(source, split, name)
+
+    monkeypatch.setattr(runner, "load_statements", load)
+    (run, *_) = runs_of(study, tmp_path)
+    assert run_part([run], study_cache, ALL, StopRequest()) == {}
+    assert read == ["dev", "train", "test"]
+
+
 def test_a_failed_run_is_named_and_the_others_go_on(
     study: Study, study_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,15 @@ def test_the_accuracy_of_an_arm_is_its_choices_over_seeds_and_its_difference_is_
     assert 0 < one["p_value"] < 1
 
 
+def test_the_interval_of_a_difference_ends_at_plus_and_minus_100_points() -> None:
+    arms = {
+        "world": {0: four_choices("1111"), 1: four_choices("0000")},
+        "pixels": {0: four_choices("0000"), 1: four_choices("0100")},
+    }
+    (one,) = transfer_of(arms, "world")["differences"].values()
+    assert one.items() >= {("mean", 0.375), ("low", -1.0), ("high", 1.0)}
+
+
 def test_all_runs_are_scored_once_and_drawn_on_one_page_which_the_report_draws_again(
     study: Study, out: Path, whatsup: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

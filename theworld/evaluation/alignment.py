@@ -299,7 +299,8 @@ def compare(world: Tensor, target: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind != SAME_PLACE:
         cosines = F.normalize(world, dim=-1) @ F.normalize(target, dim=-1).T
         target = target[cosines.argmax(1)]
-    return F.cosine_similarity(world, target, dim=-1), (world - target).norm(dim=-1)
+    cosine = F.cosine_similarity(world, target, dim=-1).clamp(-1, 1)  # of equal tokens it rounds to more
+    return cosine, (world - target).norm(dim=-1)
 
 
 def figures(measured: Measured) -> dict[str, Any]:

@@ -158,7 +158,8 @@ class Variance:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric, or a difference of two arms: the mean over seeds, the value of each seed, and the variance."""
+    """A metric that is a share, or the difference of two arms in it: the mean over seeds, the value of each seed, and
+    the variance."""
 
     value: float
     each: tuple[float, ...]
@@ -170,14 +171,14 @@ class Estimate:
         return math.sqrt(self.variance.total)
 
     def interval(self, alpha: float = ALPHA) -> tuple[float, float]:
-        """Return the interval at the level 1 - `alpha`."""
+        """Return the interval at the level 1 - `alpha`, cut off at -1 and 1: no difference of shares lies beyond."""
         half = float(self.variance.critical_value(alpha)) * self.standard_error
-        return self.value - half, self.value + half
+        return max(self.value - half, -1.0), min(self.value + half, 1.0)
 
     def share_interval(self, alpha: float = ALPHA) -> tuple[float, float]:
-        """Return the interval of a metric that lies between 0 and 1, cut off there."""
+        """Return the interval of a share, cut off at 0 and 1."""
         low, high = self.interval(alpha)
-        return max(low, 0.0), min(high, 1.0)
+        return max(low, 0.0), high
 
     def p_value(self, against: float = 0.0) -> float:
         """Return the two-sided p-value of the value being `against`: the alpha whose interval ends there.
@@ -242,7 +243,8 @@ def pigeonhole_interval(
         seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size) / num_seeds
         totals = sums @ weights.T  # [..., S, size]
         means.append((totals * seeds.T).sum(-2) / (weights @ images.counts))
-    low, high = np.quantile(np.concatenate(means, -1), [alpha / 2, 1 - alpha / 2], axis=-1)
+    # Influence values have means beyond 1 where few images are drawn many times.
+    low, high = np.quantile(np.concatenate(means, -1), [alpha / 2, 1 - alpha / 2], axis=-1).clip(-1, 1)
     return low, high
 
 

@@ -130,11 +130,21 @@ def _chi_squared(degrees: int) -> np.ndarray:
     return stats.chi2.ppf((np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES, degrees) / degrees
 
 
+NONE = 1.0  # the smallest difference where none is found, however large
+
+
 def smallest_difference(variance: Variance, wanted: float = POWER, alpha: float = ALPHA) -> float:
-    """Return the difference that is found with the power `wanted`; 1 if none is."""
+    """Return the difference that is found with the power `wanted`; NONE if none is."""
     if power(variance, 1.0, alpha) < wanted:
-        return 1.0
+        return NONE
     return float(brentq(lambda size: power(variance, size, alpha) - wanted, 0.0, 1.0, xtol=1e-9))
+
+
+def smallest_points(size: float) -> str:
+    """Return a smallest difference in points, as a figure of a table."""
+    if size >= NONE:
+        return "none"
+    return f"{100 * size:.1f}" if size >= 0.0005 else "below 0.1"
 
 
 def plan_power(
@@ -143,10 +153,13 @@ def plan_power(
     """Yield lines that say what a study will be able to detect, before it runs."""
     counts = np.asarray(counts)
     size = smallest_difference(expected_variance(assumptions, counts, num_seeds), alpha=alpha)
-    yield (
-        f"{100 * size:.1f} points of accuracy: the smallest difference between two arms that is found with {POWER:.0%} "
-        f"power at {100 * alpha:.3g}%".replace("%", " %")
-    )
+    found = f"found with {POWER:.0%} power at {100 * alpha:.3g}%".replace("%", " %")
+    if size >= NONE:
+        yield f"nothing: no difference of accuracy between two arms, however large, is {found}"
+    else:
+        yield (
+            f"{smallest_points(size)} points of accuracy: the smallest difference between two arms that is {found}"
+        )
     runs = f"{num_seeds} seed{'' if num_seeds == 1 else 's'}"
     yield f"from {counts.sum():,} statements about {len(counts):,} images and {runs}; {assumptions.words()}"
     if num_seeds == 1:

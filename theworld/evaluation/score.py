@@ -58,6 +58,7 @@ from theworld.utils.text import same_words
 logger = logging.getLogger(__name__)
 
 Load = Callable[[str | None, str, str], list[Statement]]  # as `load_statements`
+Ask = Callable[..., dict[str, np.ndarray]]  # as `predict`
 Checkpoints = Mapping[str, SavedModel]  # by the name before their conditions; "" for a single one
 
 # ---- the split, and what training had of it
@@ -424,20 +425,23 @@ def score_to_file(
     train_annotations: str | None = None,
     allow_trained: bool = False,
     gemma: Gemma | None = None,
+    load: Load = load_statements,
+    ask: Ask = predict,
 ) -> tuple[Path, dict[str, Any]]:
     """Score checkpoints, or the newest ones in folders, write records, summary and provenance, and return the path of
-    the records and the summary. Without `output` the path is `default_output`. `gemma`: see `score_all`.
+    the records and the summary. Without `output` the path is `default_output`. `gemma`: see `score_all`. `load` reads
+    statements and `ask` answers them.
 
     Raises ValueError as `held_out` and `score_all` do, and for several models without `output`.
     """
     found = [SavedModel.open_folder(model) for model in models]
     checkpoints = dict(zip(short_names(models, [saved.folder for saved in found]), found, strict=True))
-    given = (split, overrides, train_annotations, allow_trained)
+    given = (split, overrides, train_annotations, allow_trained, load)
     data = held_out(checkpoints, *given, cache=cache, image_folder=image_folder)
     output = output or default_output(found, data.dataset, data.split)
     check_results(output)
     with OutputLock(output, "--output", is_file=True):
-        rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides, gemma)
+        rows, source = score_all(checkpoints, data, cache, image_folder, conditions, overrides, gemma, ask)
         return output, write_results(rows, source, output, command)
 
 
@@ -451,6 +455,7 @@ class _Answers:
     shared: set[
         str
     ]  # conditions that are the same for all checkpoints, without a checkpoint's name before them
+    ask: Ask
     statements: Sequence[Statement] = ()  # in the order of the answers
     logits: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -463,7 +468,7 @@ class _Answers:
         named = {key: condition for key, condition in named.items() if key not in self.logits}
         logger.info("answering as %s", ", ".join(named))
         size = model.config.eval_statements
-        found = predict(model, self.statements, latents, vision, list(named.values()), size, quiet=False)
+        found = self.ask(model, self.statements, latents, vision, list(named.values()), size, quiet=False)
         self.logits.update({key: found[condition] for key, condition in named.items()})
 
 
@@ -475,9 +480,10 @@ def score_all(
     conditions: Sequence[str],
     overrides: dict[str, Any],
     gemma: Gemma | None = None,
+    ask: Ask = predict,
 ) -> tuple[list[Row], dict[str, Any]]:
     """Return the records of several checkpoints on the same statements, and their provenance. `gemma`: the published
-    Gemma of the first checkpoint, where it is loaded already.
+    Gemma of the first checkpoint, where it is loaded already. `ask` answers statements.
 
     "baseline" is always Gemma as it was published: the answers without world tokens of a checkpoint that has a Gemma of
     its own are "without". Conditions that are the same for all checkpoints are asked once, and have no name before
@@ -488,7 +494,7 @@ def score_all(
             latents_for(saved.world["fingerprint"], saved.config(overrides), cache)
     keys = {name: gemma_key(saved, overrides) for name, saved in checkpoints.items()}
     shared = _shared(checkpoints, keys)
-    answers = _Answers(data, cache, image_folder, shared)
+    answers = _Answers(data, cache, image_folder, shared, ask)
     provenance: dict[str, Any] = {}
     # The key of the published Gemma that is loaded.
     loaded = None if gemma is None else next(iter(keys.values()))

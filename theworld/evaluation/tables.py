@@ -6,7 +6,7 @@ from typing import Any
 from theworld.data.references import footnotes, marks, quoted
 from theworld.evaluation.conditions import CONDITION_TYPES
 from theworld.evaluation.metrics import FEW
-from theworld.evaluation.verdict import points, verdict
+from theworld.evaluation.verdict import p_words, points, verdict
 
 LEGEND = """\
 95 % intervals of the accuracy: Wilson, and cluster bootstrap over images
@@ -65,7 +65,7 @@ def _against(test: dict[str, Any] | None) -> str:
     if test is None:
         return ""
     counts = f"{test['only_first']} right only with world tokens, {test['only_second']} only without"
-    return f"  {counts}, p = {test['p_value']:.2g}"
+    return f"  {counts}, {p_words(test['p_value'])}"
 
 
 def _probabilities(summary: dict[str, Any], width: int) -> list[str]:
@@ -93,7 +93,7 @@ def _pairs(pairs: Sequence[dict[str, Any]], width: int) -> list[str]:
         interval = "none" if pair["low"] is None else f"{100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}"
         lines.append(
             f"{name:<{width}}{points(pair['difference']):>13}  {interval.replace('-', '−'):<17}  "
-            f"{pair['only_first']} / {pair['only_second']}, p = {pair['p_value']:.2g}"
+            f"{pair['only_first']} / {pair['only_second']}, {p_words(pair['p_value'])}"
         )
     return lines
 

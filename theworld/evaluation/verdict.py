@@ -9,6 +9,7 @@ Gemma without world tokens.
 from dataclasses import dataclass
 from typing import Any
 
+from theworld.evaluation.comparison import LEAST_P
 from theworld.evaluation.conditions import checkpoint_of, checkpoints_in, condition_type, find_condition
 from theworld.evaluation.metrics import FEW, find_pair, reverse
 
@@ -187,6 +188,11 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.1f} points".replace("-", "−")
 
 
+def p_words(p: float, digits: int = 2) -> str:
+    """Return a p value with so many significant digits, as "p = 0.031"; one too small for a float is not called 0."""
+    return f"p = {p:.{digits}g}" if p >= LEAST_P else f"p < {LEAST_P:.0e}"
+
+
 def share(summary: dict[str, Any], condition: str) -> str:
     """Return the accuracy under a condition in percent."""
     return f"{100 * summary['systems'][condition]['accuracy']:.1f} %"
@@ -197,4 +203,4 @@ def _interval(pair: dict[str, Any]) -> str:
         interval = "no interval over a single image"
     else:
         interval = f"95 % interval {100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}".replace("-", "−")
-    return f"{interval}, exact McNemar p = {pair['p_value']:.2g}"
+    return f"{interval}, exact McNemar {p_words(pair['p_value'])}"

@@ -109,13 +109,13 @@ class Decoder:
         chosen = [*[None] * (len(self.layers) - 1), wanted]
         layers = zip(self.layers, self.kinds, chosen, strict=True)
         masks = self._masks(x[:, start:], batch, (start, length))
+        # Whole tensors, as the layers return them: views would compile once more.
         if not start:
-            x = x.flatten(0, 1)
+            x = x.flatten(0, 1).clone()
             for weights, kind, rows in layers:
                 x = self._checkpointed(self._layer, x, weights, *masks[kind], rows)
         else:
             masks0 = self._masks(x, batch, (0, start))
-            # Whole tensors, as the layers return them: views would compile for their strides.
             prefix, x = x[:, :start].detach().flatten(0, 1).clone(), x[:, start:].flatten(0, 1).clone()
             for weights, kind, rows in layers:
                 own = *masks0[kind], *masks[kind]

@@ -13,9 +13,10 @@ from theworld.evaluation.conditions import (
 )
 from theworld.evaluation.metrics import FEW
 from theworld.evaluation.tables import options_words
+from theworld.evaluation.verdict import p_words
 from theworld.report.charts import MINUS, Axis, Mark, Plot, Scale, Series, Tick, Track, number, scale_of
 from theworld.report.page import Chart, ChartRow, Key, Table
-from theworld.report.text import between, percent, signed, small
+from theworld.report.text import between, p_value, percent, signed, small
 
 Summary = dict[str, Any]  # of theworld.evaluation.metrics.summarise
 
@@ -106,7 +107,7 @@ def _pairs_table(summary: Summary) -> Table:
             "–" if p["low"] is None else f"{signed(p['low'])} to {signed(p['high'])}",
             f"{p['only_first']:,}",
             f"{p['only_second']:,}",
-            small(p["p_value"]),
+            p_value(p["p_value"]),
         ]
         for p in summary["pairs"]
     ]
@@ -122,10 +123,10 @@ def _pairs_chart(summary: Summary) -> Chart | None:
     rows = []
     for p in drawn:
         mark = Mark(condition_type(p["second"]), *(100 * p[key] for key in ("difference", "low", "high")))
-        difference, p_value = f"{signed(p['difference'])} points", f"p = {small(p['p_value'], 1)}"
+        difference, chance = f"{signed(p['difference'])} points", p_words(p["p_value"], 1)
         against = f"against {name_of(p['second'])}"
         rows.append(
-            ChartRow(against, Track([mark], scale, 0.0), difference, p_value, note=checkpoint_of(p["first"]))
+            ChartRow(against, Track([mark], scale, 0.0), difference, chance, note=checkpoint_of(p["first"]))
         )
     axis = scale.labels(lambda points: number(points, "+.3g") if points else "0")
     caption = "Gain from world tokens in points, with 95 % intervals (cluster bootstrap over images)."

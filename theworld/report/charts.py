@@ -49,11 +49,12 @@ class Scale:
 
 
 def scale_of(values: Sequence[float], low: float | None = None, high: float | None = None) -> Scale:
-    """Return a scale with round ticks that holds the values. `low` and `high` fix an end of it."""
+    """Return a scale with round ticks that holds the values; from 0 to a value that is the only one, so that it has no
+    share beyond 0 and 1. `low` and `high` fix an end of it."""
     least = min(values) if low is None else low
     most = max(values) if high is None else high
     if most <= least:
-        least, most = least - 0.5, most + 0.5
+        least, most = min(least, 0.0), max(most, 0.0) or (0.0 if least < 0 else 1.0)
     rough = (most - least) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)

@@ -28,6 +28,7 @@ from theworld.evaluation.verdict import (
     NOT_THE_WORLD,
     UNCONTROLLED,
     UNTESTED,
+    p_words,
     verdict,
 )
 from theworld.report.accuracy import (
@@ -220,5 +221,5 @@ def _tiles(summary: Summary) -> list[tuple[str, str, str]]:
         gain = f"{signed(pair['difference'])} points"
         tiles.append(("difference", gain, "" if pair["low"] is None else ends))
         counts = f"{pair['only_first']:,} right only with them, {pair['only_second']:,} only without"
-        tiles.append(("exact McNemar", f"p = {pair['p_value']:.2g}", counts))
+        tiles.append(("exact McNemar", p_words(pair["p_value"]), counts))
     return tiles

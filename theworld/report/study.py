@@ -6,16 +6,15 @@ study.csv     a line for each arm, metric and seed, and for each difference
 study.tex     tables for a paper (need booktabs): arms, pairs of a study that explores, learning curves
 """
 
-import csv
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from theworld.evaluation.comparison import METRICS
 from theworld.evaluation.metrics import FEW
+from theworld.evaluation.power import NONE, smallest_points
 from theworld.evaluation.study_verdict import (
     CONTROL_AS_WELL,
     HELPS,
@@ -30,9 +29,11 @@ from theworld.evaluation.study_verdict import (
     arm_words,
     data_words,
 )
+from theworld.evaluation.verdict import p_words
 from theworld.report.charts import Axis, Mark, Plot, Scale, Series, Track, number, scale_of, thinned
 from theworld.report.page import Chart, ChartRow, Key, Table, rendered
-from theworld.report.text import between, percent, signed, small
+from theworld.report.study_files import study_csv, study_latex
+from theworld.report.text import between, p_value, percent, signed
 from theworld.utils.files import publish_bytes
 
 VERDICTS = {  # of each outcome: its CSS class and its words
@@ -116,7 +117,7 @@ def render(study: Study) -> str:
         arms=[_arms(name, scope, study) for name, scope in scopes],
         differences=[compared(name, scope, study) for name, scope in scopes],
         learning=_learning(study),
-        seeds=_seeds(summary["scopes"]["all"], summary["seeds"]),
+        seeds=_seeds(summary, question),
         groups=[_groups(summary, kind, question) for kind in ("category", "relation")],
         training=_training(study),
         costs=_costs(study),
@@ -135,7 +136,7 @@ def _title(study: Study) -> str:
 
 def _verdict(name: str, scope: dict[str, Any]) -> dict[str, Any]:
     kind, word = VERDICTS[scope["verdict"]["kind"]]
-    return {"kind": kind, "word": word, "scope": SCOPES[name], **scope["verdict"]} | {"kind": kind}
+    return scope["verdict"] | {"kind": kind, "word": word, "scope": SCOPES[name]}
 
 
 # ---- arms, and the differences between them
@@ -175,15 +176,22 @@ def _arms(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
 
 
 def _metrics_table(name: str, scope: dict[str, Any]) -> Table:
-    rows = []
-    for arm, metrics in scope["arms"].items():
-        for metric, one in metrics.items():
-            each = ", ".join(f"{100 * value:.1f}" for value in one["each"].values())
-            sd = "–" if one["sd"] is None else f"{100 * one['sd']:.2f}"
-            figures = [percent(one["mean"]), between(one["low"], one["high"]), sd, each]
-            rows.append([arm, METRIC_WORDS[metric], *figures])
-    head = ["arm", "metric", "mean", "interval", "deviation over seeds", "each seed"]
-    return Table(f"Metrics of each arm: {SCOPES[name].lower()}", head, rows)
+    rows = [
+        [arm, METRIC_WORDS[metric], *_metric_cells(one)]
+        for arm, metrics in scope["arms"].items()
+        for metric, one in metrics.items()
+    ]
+    return Table(f"Metrics of each arm: {SCOPES[name].lower()}", ["arm", "metric", *METRIC_HEAD], rows)
+
+
+METRIC_HEAD = ("mean", "interval", "deviation over seeds", "each seed")
+
+
+def _metric_cells(one: dict[str, Any]) -> list[str]:
+    """Return the cells of a metric of an arm, under METRIC_HEAD."""
+    each = ", ".join(f"{100 * value:.1f}" for value in one["each"].values())
+    sd = "–" if one["sd"] is None else f"{100 * one['sd']:.2f}"
+    return [percent(one["mean"]), between(one["low"], one["high"]), sd, each]
 
 
 def _differences(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
@@ -243,8 +251,8 @@ def _pairs_table(name: str, pairs: Sequence[dict[str, Any]]) -> Table:
         for metric in (m for m in METRICS if m in pair):
             one = pair[metric]
             row = [f"{pair['first']} less {pair['second']}", METRIC_WORDS[metric], signed(one["difference"])]
-            row += [_ends(one["low"], one["high"]), small(one["p_value"]), small(one["adjusted_p_value"])]
-            rows.append([*row, f"{100 * one['smallest_detectable']:.1f}"])
+            row += [_ends(one["low"], one["high"]), p_value(one["p_value"]), p_value(one["adjusted_p_value"])]
+            rows.append([*row, smallest_points(one["smallest_detectable"])])
     head = ["arms", "metric", "difference, points", "interval", "p", "p (Holm)"]
     head.append("smallest found with 80 % power, points")
     return Table(f"Tests between arms, each metric corrected by itself: {SCOPES[name].lower()}", head, rows)
@@ -256,11 +264,11 @@ def _scale(tests: Sequence[dict[str, Any]]) -> Scale:
     return scale_of([*(100 * x for x in ends), 0.0])
 
 
-def _row(name: str, kind: str, test: dict[str, Any], scale: Scale, p_value: str, note: str = "") -> ChartRow:
-    """Return the row of a difference in points."""
+def _row(name: str, kind: str, test: dict[str, Any], scale: Scale, p_key: str, note: str = "") -> ChartRow:
+    """Return the row of a difference in points; `p_key` is the key of its p value."""
     mark = Mark(kind, *(100 * test[key] for key in ("difference", "low", "high")))
     track = Track([mark], scale, 0.0, tuple(100 * value for value in test["each"].values()))
-    value, p = f"{signed(test['difference'])} points", f"p = {small(test[p_value], 1)}"
+    value, p = f"{signed(test['difference'])} points", p_words(test[p_key], 1)
     return ChartRow(name, track, value, p, note=note)
 
 
@@ -276,9 +284,9 @@ def _tests_table(name: str, scope: dict[str, Any], question: Question) -> Table:
         for metric in (m for m in METRICS if m in metrics):
             one = metrics[metric]
             row = [arm, METRIC_WORDS[metric], signed(one["difference"]), _ends(one["low"], one["high"])]
-            row += [small(one["p_value"]), small(one["equivalence_p_value"])]
+            row += [p_value(one["p_value"]), p_value(one["equivalence_p_value"])]
             row += [_ends(one["bootstrap_low"], one["bootstrap_high"])]
-            rows.append([*row, f"{100 * one['smallest_detectable']:.1f}"])
+            rows.append([*row, smallest_points(one["smallest_detectable"])])
     head.append("smallest found with 80 % power, points")
     return Table(f"Tests of {question.world} against each arm: {SCOPES[name].lower()}", head, rows)
 
@@ -287,17 +295,18 @@ def _ends(low: float | None, high: float | None) -> str:
     return "–" if low is None or high is None else f"{signed(low)} to {signed(high)}"
 
 
-def _seeds(scope: dict[str, Any], seeds: Sequence[int]) -> Table:
+def _seeds(summary: dict[str, Any], question: Question) -> Table:
     """Return the comparison of each pair of runs."""
+    scope, seeds = summary["scopes"]["all"], summary["seeds"]
     rows = []
     for arm, metrics in scope["differences"].items():
         for seed in map(str, seeds):
             one = metrics["by_seed"][seed]
-            counts = [f"{one['only_first']:,}", f"{one['only_second']:,}", small(one["p_value"])]
+            counts = [f"{one['only_first']:,}", f"{one['only_second']:,}", p_value(one["p_value"])]
             rows.append(
                 [f"{arm}, seed {seed}", signed(one["difference"]), _ends(one["low"], one["high"]), *counts]
             )
-    head = ["against", "difference, points", "95 % interval over images", "only world right"]
+    head = ["against", "difference, points", "95 % interval over images", f"only {question.world} right"]
     return Table("Each seed alone", [*head, "only the other right", "p (exact McNemar)"], rows)
 
 
@@ -312,7 +321,11 @@ def _groups(summary: dict[str, Any], kind: str, question: Question) -> Table:
             f"{100 * group['accuracy'][question.world]:.1f}",
         ]
         for one in group["differences"].values():
-            row += [signed(one["difference"]), _ends(one["low"], one["high"]), small(one["adjusted_p_value"])]
+            row += [
+                signed(one["difference"]),
+                _ends(one["low"], one["high"]),
+                p_value(one["adjusted_p_value"]),
+            ]
         rows.append(row)
     words = "meta-category" if kind == "category" else "relation"
     head = [words, "n", f"{question.world}, %"]
@@ -399,19 +412,13 @@ def _share(one: dict[str, Any]) -> str:
 
 
 def _learning_table(curve: Sequence[dict[str, Any]], question: Question) -> Table:
-    rows = []
-    for arm in curve[0]["arms"]:
-        for one in curve:
-            found = one["arms"][arm][question.metric]
-            sd = "–" if found["sd"] is None else f"{100 * found['sd']:.2f}"
-            each = ", ".join(f"{100 * value:.1f}" for value in found["each"].values())
-            rows.append(
-                [arm, _share(one), percent(found["mean"]), between(found["low"], found["high"]), sd, each]
-            )
-    head = ["arm", "share (statements)", "mean", "interval", "deviation over seeds", "each seed"]
-    return Table(
-        f"{METRIC_WORDS[question.metric].capitalize()} by share of the training statements", head, rows
-    )
+    rows = [
+        [arm, _share(one), *_metric_cells(one["arms"][arm][question.metric])]
+        for arm in curve[0]["arms"]
+        for one in curve
+    ]
+    words = f"{METRIC_WORDS[question.metric].capitalize()} by share of the training statements"
+    return Table(words, ["arm", "share (statements)", *METRIC_HEAD], rows)
 
 
 def _gain_table(curve: Sequence[dict[str, Any]], question: Question) -> Table:
@@ -422,7 +429,7 @@ def _gain_table(curve: Sequence[dict[str, Any]], question: Question) -> Table:
             figures = [
                 signed(test["difference"]),
                 _ends(test["low"], test["high"]),
-                small(test["adjusted_p_value"]),
+                p_value(test["adjusted_p_value"]),
             ]
             rows.append([control, _share(one), *figures])
     head = [
@@ -491,9 +498,13 @@ def _limits(summary: dict[str, Any], question: Question) -> list[str]:
         else (scope["pairs"], "in one pair or another")
     )
     largest = max(test[metric]["smallest_detectable"] for test in tests)
+    size = (
+        f"Differences below {smallest_points(largest)} points"
+        if largest < NONE
+        else "Differences of any size"
+    )
     found = [
-        f"Differences below {100 * largest:.1f} points: {where}, the study would have found them in fewer than four "
-        "cases of five.",
+        f"{size}: {where}, the study would have found them in fewer than four cases of five.",
         f"Anything beyond {data_words(summary['data'])}, this recipe and these models.",
         "Why a relation or a meta-category gains: groups are exploratory, and a new study has to confirm them.",
     ]
@@ -513,138 +524,3 @@ def _limits(summary: dict[str, Any], question: Question) -> list[str]:
             f"Held-out accuracy: {summary['statements_in_train']:,} of the statements are in the training set."
         )
     return found
-
-
-# ---- for other programs and for a paper
-
-COLUMNS = ("scope", "quantity", "arm", "metric", "seed", "value", "low", "high", "p_value")
-MORE_COLUMNS = ("against", "adjusted_p_value", "share")  # of a study that explores, and of learning curves
-
-
-def study_csv(summary: dict[str, Any]) -> str:
-    """Return a line for each arm, metric and seed, and for each difference of arms; shares, not percent."""
-    found = list(_csv_lines(summary))
-    more = [name for name in MORE_COLUMNS if any(name in line for line in found)]
-    text = io.StringIO()
-    lines = csv.DictWriter(text, [*COLUMNS, *more], restval="", lineterminator="\n")
-    lines.writeheader()
-    lines.writerows(found)
-    return text.getvalue()
-
-
-def _csv_lines(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for name, scope in summary["scopes"].items():
-        for quantity, what in (("metric", "arms"), ("difference", "differences")):
-            for arm, metrics in scope[what].items():
-                for metric in (m for m in METRICS if m in metrics):
-                    own = {"scope": name, "quantity": quantity, "arm": arm, "metric": metric}
-                    yield from _csv_values(own, metrics[metric])
-        for pair in scope.get("pairs", ()):
-            for metric in (m for m in METRICS if m in pair):
-                own = {"scope": name, "quantity": "pair", "arm": pair["first"], "metric": metric}
-                yield from _csv_values(own | {"against": pair["second"]}, pair[metric])
-    for one in summary.get("learning", ()):
-        for arm, metrics in one["arms"].items():
-            for metric, found in metrics.items():
-                own = {"scope": "all", "quantity": "learning", "arm": arm, "metric": metric}
-                yield from _csv_values(own | {"share": one["share"]}, found)
-
-
-def _csv_values(own: dict[str, Any], found: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a line for the mean over seeds, with its interval and test, and one for each seed."""
-    value = found["mean"] if "mean" in found else found["difference"]
-    kept = ("low", "high", "p_value", *(["adjusted_p_value"] if "adjusted_p_value" in found else []))
-    yield own | {"seed": "mean", "value": value} | {key: found.get(key, "") for key in kept}
-    for seed, each in found["each"].items():
-        yield own | {"seed": seed, "value": each}
-
-
-def study_latex(summary: dict[str, Any], scope: str = "all") -> str:
-    """Return tables: of the arms, means and deviations over seeds in percent, with the difference of world to each, or
-    in its place the pairs of a study that explores; and of the learning curves if there are any."""
-    own, question = summary["scopes"][scope], summary["question"]
-    metrics = [m for m in METRICS if m in next(iter(own["arms"].values()))]
-    tables = [_latex_arms(summary, own, metrics)]
-    if "pairs" in own:
-        tables.append(_latex_pairs(own["pairs"], question))
-    if "learning" in summary:
-        tables.append(_latex_learning(summary["learning"], question))
-    return "\n".join(tables)
-
-
-def _latex_arms(summary: dict[str, Any], own: dict[str, Any], metrics: Sequence[str]) -> str:
-    question = summary["question"]
-    note = (
-        f"% {len(summary['seeds'])} seeds, {own['statements']} statements about {own['images']} images, "
-        f"{data_words(summary['data'])}. Deviations over seeds; intervals over images and seeds."
-    )
-    names = [METRIC_WORDS[m] for m in metrics]
-    tests = {arm: found[question["metric"]] for arm, found in own["differences"].items()}
-    columns = f"l{'c' * len(metrics)}" + ("rr" if question["decides"] else "")
-    head = ["arm", *names]
-    if question["decides"]:
-        head += [f"$\\Delta$ {METRIC_WORDS[question['metric']]}", "$p$"]
-    rows = []
-    for arm, figures in own["arms"].items():
-        cells = [_latex_text(arm_words(arm)), *(_latex_mean(figures[m]) for m in metrics)]
-        if question["decides"]:
-            cells += (
-                [_latex_difference(tests[arm]), _latex_p(tests[arm]["p_value"])] if arm in tests else ["", ""]
-            )
-        rows.append(cells)
-    return _latex_table(note, columns, head, rows)
-
-
-def _latex_pairs(pairs: Sequence[dict[str, Any]], question: dict[str, Any]) -> str:
-    metric = question["metric"]
-    note = (
-        f"% {len(pairs)} comparisons: intervals hold all together (Bonferroni), p-values adjusted after Holm."
-    )
-    rows = [
-        [
-            _latex_text(arm_words(pair["first"])),
-            _latex_text(arm_words(pair["second"])),
-            _latex_difference(pair[metric]),
-            _latex_p(pair[metric]["adjusted_p_value"]),
-        ]
-        for pair in pairs
-    ]
-    head = ["arm", "less", f"$\\Delta$ {METRIC_WORDS[metric]}", "$p$ (Holm)"]
-    return _latex_table(note, "llrr", head, rows)
-
-
-def _latex_learning(curve: Sequence[dict[str, Any]], question: dict[str, Any]) -> str:
-    metric = question["metric"]
-    note = (
-        f"% {METRIC_WORDS[metric].capitalize()} by share of the training statements, in as many steps each."
-    )
-    head = ["arm", *(f"{100 * one['share']:g} \\%" for one in curve)]
-    rows = [
-        [_latex_text(arm_words(arm)), *(_latex_mean(one["arms"][arm][metric]) for one in curve)]
-        for arm in curve[0]["arms"]
-    ]
-    return _latex_table(note, "l" + "c" * len(curve), head, rows)
-
-
-def _latex_table(note: str, columns: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"{' & '.join(cells)} \\\\" for cells in (head, *rows)]
-    begin = [note, f"\\begin{{tabular}}{{{columns}}}", "\\toprule", lines[0], "\\midrule"]
-    return "\n".join([*begin, *lines[1:], "\\bottomrule", "\\end{tabular}", ""])
-
-
-def _latex_mean(figures: dict[str, Any]) -> str:
-    sd = "" if figures["sd"] is None else f" $\\pm$ {100 * figures['sd']:.1f}"
-    return f"{100 * figures['mean']:.1f}{sd}"
-
-
-def _latex_difference(test: dict[str, Any]) -> str:
-    low, high = (f"{100 * test[end]:+.1f}" for end in ("low", "high"))
-    return f"${100 * test['difference']:+.1f}$ [${low}$, ${high}$]"
-
-
-def _latex_p(p: float) -> str:
-    return "$<$ 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _latex_text(text: str) -> str:
-    return "".join(f"\\{c}" if c in "&%$#_{}" else c for c in text)

@@ -2,6 +2,7 @@
 
 import re
 
+from theworld.evaluation.verdict import p_words
 from theworld.report.charts import MINUS, number
 
 
@@ -21,8 +22,13 @@ def signed(difference: float | None) -> str:
 
 
 def small(value: float, digits: int = 2) -> str:
-    """Format a number that may be very small, such as a p value, with `digits` significant digits."""
+    """Format a number that may be very small with `digits` significant digits."""
     return typeset(f"{value:.{digits}g}")
+
+
+def p_value(p: float, digits: int = 2) -> str:
+    """Format a p value with `digits` significant digits; one too small for a float is not shown as 0."""
+    return typeset(p_words(p, digits)).removeprefix("p\u00a0=\u00a0").replace("p < ", "<\u00a0")
 
 
 def probability(p: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from theworld.report.charts import Mark, Track, scale_of
 from theworld.report.page import Chart, ChartRow, Table, rendered
 from theworld.report.study import KINDS, OTHER_KIND
-from theworld.report.text import between, percent, signed, small
+from theworld.report.text import between, p_value, percent, signed
 from theworld.utils.files import publish_bytes
 
 
@@ -71,8 +71,8 @@ def _differences(benchmarks: dict[str, Any], reference: str) -> Table:
             arm,
             signed(one["mean"]),
             f"{signed(one['low'])} to {signed(one['high'])}",
-            small(one["p_value"]),
-            small(one["adjusted_p_value"]),
+            p_value(one["p_value"]),
+            p_value(one["adjusted_p_value"]),
         ]
         for name, found in benchmarks.items()
         for arm, one in found["differences"].items()

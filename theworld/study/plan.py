@@ -14,9 +14,9 @@ from theworld.evaluation.power import Assumptions, plan_power
 from theworld.evaluation.records import read_results
 from theworld.evaluation.study_verdict import LEAST_SEEDS
 from theworld.models.serialization import numbered
+from theworld.study.prediction import compiling_seconds, kind_of, num_evaluated, read_rates
 from theworld.study.protocol import Run, Study
-from theworld.study.rates import kind_of, read_rates
-from theworld.study.runner import ALL, SPLITS, cache_of, is_done, read_done, records_of, waiting
+from theworld.study.runner import ALL, cache_of, is_done, read_done, records_of, waiting
 from theworld.training.memory import CHECKPOINT_BYTES, Memory, Plan
 from theworld.utils.console import duration, line
 from theworld.utils.device import GIB
@@ -55,6 +55,10 @@ def plan_study(
     free = check_room(output, size, "--output")
     yield line("disk", f"about {size / 2**30:,.2f} GiB of {free / 2**30:,.1f} GiB free in {output}")
     yield line("time", time_needed(runs, left, plans, output))
+    if (compiling := compiling_seconds(left, output)) >= 1:
+        yield line(
+            "", f"and up to {duration(compiling)} in each process, whose first run compiles code for all"
+        )
     for number, text in enumerate(detectable(study, runs)):
         yield line("" if number else "detects", text)
     for run in left:
@@ -153,8 +157,7 @@ def time_needed(runs: Sequence[Run], left: Sequence[Run], plans: Mapping[str, Pl
         return "all runs are done"
     done = seconds_by_kind([run for run in runs if is_done(run)])
     rates = read_rates(output)
-    base = left[0].config
-    sizes = [len(load_statements(base.annotations, split, base.dataset_name)) for split in SPLITS]
+    num_statements = num_evaluated(left[0].config)
     known: list[float] = []
     sources: dict[str, None] = {}
     for run in left:
@@ -163,7 +166,7 @@ def time_needed(runs: Sequence[Run], left: Sequence[Run], plans: Mapping[str, Pl
             known.append(statistics.fmean(done[run.arm.name, run.share]))
             sources["runs that are done"] = None
         elif measured is not None:
-            known.append(measured.seconds(run, plans[run.arm.name], sum(sizes)))
+            known.append(measured.seconds(run, plans[run.arm.name], num_statements))
             sources[f"steps and answers that were timed on {measured.device}"] = None
     if not known and not done:
         return (

@@ -27,6 +27,7 @@ from typing import Any
 
 from theworld.config.config import FIELDS, Config, config_from, load_config
 from theworld.config.fields import nearest_name
+from theworld.evaluation.conditions import CONDITIONS
 from theworld.training.sweep import OWN, QUIET
 from theworld.utils.files import check_keys, make_folder, publish_bytes
 from theworld.utils.jsonc import is_comment, read_json_with_comments
@@ -315,7 +316,15 @@ class Run:
         """The folder of this run alone."""
         return Path(self.config.output_dir)
 
+    @property
+    def study_folder(self) -> Path:
+        """The folder of the study."""
+        return self.folder.parents[1]
 
+
+SPLITS = ("dev", "test")  # that a run is evaluated on
+# Conditions of each run; the others have no world tokens, and are asked once.
+WITH_WORLD = ("world", "zero", "shuffled")
 DECIDED: dict[str, Any] = {"do_eval": False, "save_total_limit": 1, "resume_from": None, **QUIET}
 
 
@@ -345,3 +354,8 @@ def runs_of(study: Study, output: Path) -> list[Run]:
                     config = replace(config, train_share=share)
                 runs.append(Run(len(runs), arm, config, share))
     return runs
+
+
+def conditions_of(run: Run) -> tuple[str, ...]:
+    """Return the conditions that a run is evaluated under."""
+    return CONDITIONS if run.number == 0 else WITH_WORLD

@@ -1,4 +1,8 @@
-"""What the runs of a study take, as a few of their own steps say before the first of them starts.
+"""What the runs of a study take, measured on one of each kind before the first of them starts.
+
+A rehearsal does all that a run does, with fewer steps and fewer answers: it starts, takes a few steps of each phase,
+saves a checkpoint, and evaluates it on all statements, of which a few are answered and the others get made-up answers.
+So what is fixed for a run (plan, records, summaries) is measured whole, and what is not, by the step and the answer.
 
 Arms that differ in the world encoder alone take as long, so one of them is measured for all. What was measured is kept
 in the study's folder (`rates.json`), where a dry run finds it, until runs that are done say more.
@@ -6,87 +10,42 @@ in the study's folder (`rates.json`), where a dry run finds it, until runs that 
 
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
-from theworld.config.config import Config
-from theworld.data.vsr import Statement, load_statements
-from theworld.evaluation.predict import possible_conditions, predict
-from theworld.evaluation.records import publish_json
-from theworld.extraction.batches import prefetch
-from theworld.models.gemma import is_multimodal
+import numpy as np
+
+from theworld.data.vsr import Statement
+from theworld.evaluation.predict import predict
+from theworld.extraction.batches import FeatureSource, prefetch
+from theworld.models.theworld import TheWorld
+from theworld.study.prediction import Rates, kind_of, read_rates, write_rates
 from theworld.study.protocol import Run
-from theworld.study.runner import WITH_WORLD, cache_of, conditions_of, is_done
-from theworld.training.memory import NotFinite, OutOfMemory, Plan
+from theworld.study.runner import cache_of, evaluate, is_done
+from theworld.training.memory import NotFinite, OutOfMemory
 from theworld.training.schedule import Phase
-from theworld.training.sweep import OWN, QUIET
 from theworld.training.trainer import Trainer
 from theworld.utils.device import memory_of, resolve_device, wants_compile
-from theworld.utils.files import canonical_sha256, check_keys, parse_json
+from theworld.utils.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
-RATES = "rates.json"
 NUM_STEPS, NUM_BATCHES = 20, 4  # that are timed: steps of each phase, batches of an evaluation
 MOST_SECONDS = 10.0  # of the steps of a phase, whatever their number
 UNTIMED = 2  # steps before them, which compile code and fill caches
-# Settings that make no difference to what a run takes, beside those that the study decides.
-LIKE = {*OWN, *QUIET, "world_encoder", "control_seed", "projection_hidden"}
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What one kind of run takes, in seconds."""
-
-    arm: str  # that was measured
-    device: str
-    start: float  # until the first step
-    steps: Mapping[str, float]  # one step, by phase
-    save: float  # a checkpoint
-    answer: float  # one statement under one condition
-
-    def seconds(self, run: Run, plan: Plan, num_statements: int) -> float:
-        """Return what a run takes by its plan, where so many statements are evaluated."""
-        training = sum(self.steps[phase.name] * (phase.stop - phase.start) for phase in plan.phases)
-        saves = -(-plan.num_steps // run.config.save_steps) * self.save
-        sees = is_multimodal(run.config.model_name)
-        answers = num_statements * len(possible_conditions(conditions_of(run), sees, run.config))
-        return self.start + training + saves + self.answer * answers
-
-    def words(self) -> str:
-        """Return the rates as a line."""
-        steps = "".join(f"{1000 * one:,.0f} ms a step of {name!r}, " for name, one in self.steps.items())
-        return f"{self.arm}: {steps}{1000 * self.answer:,.1f} ms an answer, {self.start:.0f} s to start"
-
-
-def kind_of(config: Config) -> str:
-    """Return a key that runs share which take as long."""
-    return canonical_sha256({key: value for key, value in config.to_dict().items() if key not in LIKE})
-
-
-def read_rates(output: Path) -> dict[str, Rates]:
-    """Return the rates that were measured for a study, by kind of run; none if nothing was. Raises StoreError for a
-    damaged file."""
-    path = output / RATES
-    if not path.exists():
-        return {}
-    found = parse_json(path.read_bytes(), path)
-    kinds = {"arm": str, "device": str, "start": float, "steps": dict, "save": float, "answer": float}
-    for fields in found.values():
-        check_keys(fields, kinds, path)
-    return {kind: Rates(**fields) for kind, fields in found.items()}
 
 
 def measure_missing(runs: Sequence[Run], cache: Path, output: Path) -> None:
     """Measure a run of each kind of which none is done and none was measured on this device, and keep the rates.
 
-    A run that fails is left out, with its error in the log: the run itself is going to fail likewise.
+    Rates of older files, which leave out an evaluation's records and summaries, are measured again. A run that fails is
+    left out, with its error in the log: the run itself is going to fail likewise.
     """
     device = memory_of(resolve_device(runs[0].config.device)).name
-    rates = {kind: one for kind, one in read_rates(output).items() if one.device == device}
+    rates = {kind: one for kind, one in read_rates(output).items() if one.device == device and one.is_whole}
     done = {kind_of(run.config) for run in runs if is_done(run)}
     first = {kind_of(run.config): run for run in reversed(runs)}
     for kind, run in reversed(first.items()):
@@ -98,46 +57,56 @@ def measure_missing(runs: Sequence[Run], cache: Path, output: Path) -> None:
             logger.warning("%s was not measured: %s", run.name, error)
             continue
         logger.info("measured: %s", rates[kind].words())
-        publish_json({kind: asdict(one) for kind, one in rates.items()}, output / RATES)
+        write_rates(rates, output)
 
 
 def measure(run: Run, cache: Path, device: str) -> Rates:
-    """Time the start, a few steps of each phase, a checkpoint and a few batches of evaluation of a run.
+    """Rehearse a run and return what it takes. Nothing of it is kept.
 
-    Nothing of it is kept. Where code is compiled, all is done twice and timed the second time, as for all runs but the
-    first.
+    Where code is compiled, the rehearsal is repeated: the second one takes what all runs of a process take but the
+    first, and what the first one took more is what compiling takes.
     """
     compiled = wants_compile(run.config.compile, resolve_device(run.config.device))
+    took: list[float] = []
     with tempfile.TemporaryDirectory(prefix="theworld-") as folder:
         for number in range(1 + compiled):
+            began = perf_counter()
             config = replace(run.config, output_dir=f"{folder}/{number}")
-            found = _measured(run, config, cache_of(config, cache), device)
-    return found
+            found = _rehearse(replace(run, config=config), cache_of(config, cache), device)
+            took.append(perf_counter() - began)
+    return replace(found, compiling=max(0.0, took[0] - took[-1]))
 
 
-def _measured(run: Run, config: Config, cache: Path, device: str) -> Rates:
+def _rehearse(run: Run, cache: Path, device: str) -> Rates:
+    """Return what a run takes, by timing its start, a few steps of each phase, a checkpoint and an evaluation."""
     began = perf_counter()
-    trainer = Trainer(config, cache)
-    start = perf_counter() - began
-    steps: dict[str, float] = {phase.name: _step_seconds(trainer, phase) for phase in trainer.phases}
+    trainer = Trainer(run.config, cache)
+    start, steps = perf_counter() - began, dict[str, float]()
+    for phase in trainer.phases:
+        steps[phase.name], more = _step_seconds(trainer, phase)
+        start += more
     trainer.output_dir.mkdir(parents=True, exist_ok=True)
     began = perf_counter()
-    trainer.save()
+    checkpoint = trainer.save()
     save = perf_counter() - began
-    answer = _answer_seconds(trainer)
     if trainer.lock is not None:
         trainer.lock.release()
-    return Rates(run.arm.name, device, start, steps, save, answer)
+    gemma, sampled = trainer.model.gemma, _SampledAnswers()
+    del trainer  # its optimizer and its projection
+    began = perf_counter()
+    evaluate(run, checkpoint, cache, gemma, StopRequest(), sampled)
+    evaluation = perf_counter() - began - sampled.seconds
+    return Rates(run.arm.name, device, start, steps, save, sampled.rate, evaluation)
 
 
-def _step_seconds(trainer: Trainer, phase: Phase) -> float:
+def _step_seconds(trainer: Trainer, phase: Phase) -> tuple[float, float]:
     """Return the seconds of a step of a phase, put together ahead as in a run: the mean of NUM_STEPS, or of as many as
-    MOST_SECONDS hold."""
+    MOST_SECONDS hold. Return with it what the steps before those took more."""
     trainer.step = phase.start
     last = min(phase.stop, phase.start + UNTIMED + NUM_STEPS)
     untimed = min(UNTIMED, last - phase.start - 1)
     coming = (trainer.microbatches(step) for step in range(phase.start, last))
-    began, seconds, taken = perf_counter(), 0.0, 0
+    began, seconds, taken, before = perf_counter(), 0.0, 0, 0.0
     with closing(prefetch(coming, gate=trainer.packing)) as packed, closing(trainer.steps(packed)) as steps:
         for number, _ in enumerate(steps, 1):
             taken += 1
@@ -145,22 +114,49 @@ def _step_seconds(trainer: Trainer, phase: Phase) -> float:
             if number > untimed and seconds > MOST_SECONDS:
                 break
             if number == untimed:
+                before = seconds
                 began, taken = perf_counter(), 0
-    return seconds / taken
+    step = seconds / taken
+    return step, max(0.0, before - untimed * step)
 
 
-def _answer_seconds(trainer: Trainer) -> float:
-    """Return the seconds of an answer to a statement of test under a condition that every run is asked."""
-    config, model = trainer.config, trainer.model
-    conditions = possible_conditions(WITH_WORLD, model.gemma.is_multimodal, config)
-    size = config.eval_statements
-    test = load_statements(config.annotations, "test", config.dataset_name)
-    statements = _sample(test, NUM_BATCHES * size)
-    asked = (trainer.data.latents, trainer.data.vision, conditions, size)
-    predict(model, _sample(test, size), *asked)
-    began = perf_counter()
-    predict(model, statements, *asked)
-    return (perf_counter() - began) / (len(statements) * len(conditions))
+class _SampledAnswers:
+    """Answers a few of the statements that it is asked, as `predict`, and makes up the others.
+
+    `seconds` is all that it took, and `rate` the seconds of an answer.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.timed, self.answers = 0.0, 0.0, 0
+
+    @property
+    def rate(self) -> float:
+        """The seconds of an answer to a statement under a condition."""
+        return self.timed / self.answers
+
+    def __call__(
+        self,
+        model: TheWorld,
+        statements: Sequence[Statement],
+        latents: FeatureSource,
+        vision: FeatureSource | None,
+        conditions: Sequence[str],
+        batch_size: int,
+        quiet: bool = True,
+    ) -> dict[str, np.ndarray]:
+        began = perf_counter()
+        asked = (latents, vision, conditions, batch_size)
+        predict(model, _sample(statements, batch_size), *asked)  # compiles code and fills caches
+        sample = _sample(statements, NUM_BATCHES * batch_size)
+        start = perf_counter()
+        predict(model, sample, *asked)
+        end = perf_counter()
+        self.timed += end - start
+        self.answers += len(sample) * len(conditions)
+        self.seconds += end - began
+        random = np.random.default_rng(0)
+        logsumexp = np.array([0, 0, 10])  # larger than the two logits
+        return {name: random.normal(size=(len(statements), 3)) + logsumexp for name in conditions}
 
 
 def _sample(statements: Sequence[Statement], count: int) -> list[Statement]:

@@ -1,18 +1,19 @@
 """From the records of a study's runs to what they show: figures, a verdict, files for a paper, and a page."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from theworld.config.config import config_from
 from theworld.evaluation.records import Row, publish_json, read_results, read_source
-from theworld.evaluation.study_verdict import PLAIN, Question, learning_curve, summarise_study
+from theworld.evaluation.study_summary import learning_curve, summarise_study
+from theworld.evaluation.study_verdict import PLAIN, Question
 from theworld.report.sources import toy_warning
 from theworld.report.study import Study as Page
 from theworld.report.study import write_study
-from theworld.study.protocol import PROTOCOL, Arm, Primary, Run, Study, read_protocol, runs_of
-from theworld.study.runner import SPLITS, is_done, read_done, records_of, said_of
+from theworld.study.protocol import PROTOCOL, SPLITS, Arm, Primary, Run, Study, read_protocol, runs_of
+from theworld.study.runner import is_done, read_done, records_of, said_of
 from theworld.training.logging import METRICS
 from theworld.utils.commands import PLACEHOLDER, command
 
@@ -83,6 +84,7 @@ def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: 
             "trainable parameters": f"{done[0]['trainable_parameters']:,}",
             "steps": f"{done[0]['steps']:,}",
             "hours of all runs": f"{sum(one['seconds'] for one in done) / 3600:.2f}",
+            **_seconds(done),
             "device": ", ".join(sorted({one["device"] for one in done})),
         }
     fixed = [
@@ -98,6 +100,15 @@ def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: 
         fixed,
         caution=" ".join(filter(None, [study.caution, toy_warning(results["test"]["data"], source)])),
     )
+
+
+def _seconds(done: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return what each run of an arm took, and what was predicted before it started, where anything was."""
+    found = {"seconds of each run": ", ".join(f"{one['seconds']:.1f}" for one in done)}
+    if any("predicted_seconds" in one for one in done):
+        predicted = (one.get("predicted_seconds") for one in done)
+        found["predicted"] = ", ".join("–" if one is None else f"{one:.1f}" for one in predicted)
+    return found
 
 
 def _losses(run: Run) -> list[tuple[float, float]]:

@@ -3,12 +3,13 @@
 protocol.json              what was fixed before the first run (see `theworld.study.protocol`)
 runs/ARM-SEED/             a training run's own folder
     evaluation/dev.jsonl   records of its last checkpoint, with provenance and summary beside them; test.jsonl likewise
-    run.json               seconds, steps and parameters: the run is done
+    run.json               seconds, steps and parameters, and the seconds that were predicted: the run is done
 
 Run n belongs to part n modulo the number of parts. Each part writes to its own runs alone, so parts may work at the
 same time, on any machines that share the folder; after a stop or a kill the same command goes on.
 """
 
+import functools
 import json
 import logging
 import multiprocessing
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from theworld.config.config import Config
-from theworld.data.vsr import images_of, load_all
-from theworld.evaluation.conditions import CONDITIONS
+from theworld.data.vsr import images_of, load_all, load_statements
+from theworld.evaluation.predict import predict
 from theworld.evaluation.records import publish_json, read_source
-from theworld.evaluation.score import score_to_file
+from theworld.evaluation.score import Ask, score_to_file
 from theworld.extraction.extract import extract
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec
@@ -32,7 +33,8 @@ from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import numbered
 from theworld.store.format import VISION
 from theworld.store.reader import StoreReader
-from theworld.study.protocol import Arm, Run, Study, arm_config
+from theworld.study.prediction import predicted_seconds
+from theworld.study.protocol import SPLITS, Arm, Run, Study, arm_config, conditions_of
 from theworld.training.memory import NotFinite, OutOfMemory
 from theworld.training.trainer import Trainer
 from theworld.utils.console import configure_logging, duration, quiet_libraries
@@ -45,10 +47,7 @@ from theworld.utils.starting import starting_workers
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("dev", "test")
 DONE, STARTS = "run.json", "starts.jsonl"
-# Conditions of each run; the others have no world tokens, and are asked once.
-WITH_WORLD = ("world", "zero", "shuffled")
 POLL_SECONDS = 30.0  # between two looks for the work of other parts
 ALL = Part()
 
@@ -136,15 +135,16 @@ def work_on(run: Run, cache: Path, stop: StopRequest) -> bool:
     check_unlocked(run.folder, "--output")  # before anything in it is removed
     try:
         trainer = Trainer(_going_on(run), cache, stop)
+        predicted = predicted_seconds(run, trainer.plan)
         checkpoint = trainer.run()
         if trainer.stopped:
             return False
         done, gemma = _done(run, trainer, checkpoint), trainer.model.gemma
+        if predicted is not None:
+            done["predicted_seconds"] = round(predicted, 1)
         del trainer  # its optimizer and its projection
-        for split in SPLITS:
-            if stop.asked:
-                return False
-            _evaluate(run, checkpoint, split, cache, None if gemma.modified_parts else gemma)
+        if not evaluate(run, checkpoint, cache, gemma, stop):
+            return False
     finally:
         if run.folder.is_dir():
             with open(run.folder / STARTS, "a", encoding="utf-8") as file:
@@ -179,22 +179,32 @@ def _going_on(run: Run) -> Config:
     return run.config
 
 
-def _evaluate(run: Run, checkpoint: Path, split: str, cache: Path, gemma: Gemma | None) -> None:
-    """Write the records of the last checkpoint of a run on a split, unless they are there."""
-    output = records_of(run, split)
-    if output.is_file() and read_source(output) is not None:
-        return
-    conditions = conditions_of(run)
-    places = ("--model", checkpoint, "--cache", cache, "--split", split, "--output", output)
-    words = ["python", "tools/eval.py", *map(str, places), "--conditions", *conditions]
+def evaluate(
+    run: Run, checkpoint: Path, cache: Path, gemma: Gemma, stop: StopRequest, ask: Ask = predict
+) -> bool:
+    """Write the records of the last checkpoint of a run on each split, unless they are there. Returns False if it was
+    stopped. `gemma` is that of the run; `ask`: see `score_to_file`."""
+    conditions, load = (
+        conditions_of(run),
+        functools.cache(load_statements),
+    )  # the splits share those of training
     keys = ("annotations", "image_folder", "device", "num_workers")
     overrides = {key: getattr(run.config, key) for key in keys}
-    score_to_file([checkpoint], split, cache, None, conditions, overrides, words, output, gemma=gemma)
-
-
-def conditions_of(run: Run) -> tuple[str, ...]:
-    """Return the conditions that a run is evaluated under."""
-    return CONDITIONS if run.number == 0 else WITH_WORLD
+    for split in SPLITS:
+        if stop.asked:
+            return False
+        output = records_of(run, split)
+        if output.is_file() and read_source(output) is not None:
+            continue
+        places = ("--model", checkpoint, "--cache", cache, "--split", split, "--output", output)
+        words = ["python", "tools/eval.py", *map(str, places), "--conditions", *conditions]
+        score_to_file(
+            *([checkpoint], split, cache, None, conditions, overrides, words, output),
+            gemma=None if gemma.modified_parts else gemma,
+            load=load,
+            ask=ask,
+        )
+    return True
 
 
 def records_of(run: Run, split: str) -> Path:
