@@ -174,7 +174,9 @@ class Browser:
 
     def screenshot(self, path: Path) -> None:
         """The whole page as a PNG."""
-        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+        found = self.call(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=True, optimizeForSpeed=True
+        )
         path.write_bytes(base64.b64decode(found["data"]))
 
     def close(self) -> None:

@@ -136,8 +136,15 @@ def main_of(
     name: str, arguments: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> tuple[object, str, str]:
     """Status, output and errors of a tool's dry run, in this process: to load torch in each would take a minute."""
+    return in_this_process(name, [*arguments, "--dry_run"], monkeypatch, capsys)
+
+
+def in_this_process(
+    name: str, arguments: list, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[object, str, str]:
+    """Status, output and errors of a tool that changes nothing in its process that a later test sees."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments), "--dry_run"])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(f"tools/{name}.py", run_name="__main__")
     return ended.value.code, *capsys.readouterr()

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import forks  # noqa: F401 - before any process is started
+import garbage
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,11 @@ QUICK = ("config", "data", "evaluation", "store")  # folders of short tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put folders of short tests last, so that no worker ends alone with a long one."""
     items.sort(key=lambda item: item.path.parent.name in QUICK)
+
+
+def pytest_collection_finish() -> None:
+    """All test modules are imported."""
+    garbage.imported()
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -163,6 +170,12 @@ def session_cache(tmp_path_factory: pytest.TempPathFactory, photographs: Path, a
     folder = tmp_path_factory.mktemp("session") / "cache"
     extract(tiny_run(folder, photographs, annotations), folder, with_vision=True, allow_missing=False)
     return folder
+
+
+@pytest.fixture
+def cache(session_cache: Path, tmp_path: Path) -> Path:
+    """A copy of that cache, for a test to do with as it likes."""
+    return Path(shutil.copytree(session_cache, tmp_path / "cache"))
 
 
 def tiny_run(output_dir: Path, photographs: Path, annotations: Path) -> Config:

@@ -16,6 +16,7 @@ from theworld.utils import starting
 
 PROCESSES = multiprocessing.get_context("forkserver")
 starting.PRELOAD[:] = ["warm"]
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process that tests start: the models are tiny
 # The server finds the tests' modules by it.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 

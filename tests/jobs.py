@@ -1,5 +1,6 @@
 """Extractions that the tests run, kill and damage: photographs of noise, settings, and what became of them."""
 
+import hashlib
 import io
 import json
 import logging
@@ -156,3 +157,25 @@ def held(output: Path, is_file: bool = False, before: Callable[[], object] = lam
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+# --- processes that read a store ------------------------------------------------------------------
+
+
+def read_twice(root: str, output: str) -> None:
+    """Read all rows of a store twice; write their hash, and by how many KiB the memory of this process grew."""
+    from theworld.extraction.features import CachedFeatures
+
+    rows = CachedFeatures(Path(root))
+    images = sorted(rows.reader.images)
+    rows(images[:64])
+    before, digest = _anonymous(), hashlib.sha256()
+    for _ in range(2):
+        for start in range(0, len(images), 16):
+            digest.update(rows(images[start : start + 16]).numpy())
+    Path(output).write_text(f"{digest.hexdigest()} {_anonymous() - before}")
+
+
+def _anonymous() -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))

@@ -41,8 +41,12 @@ def test_a_short_demo_writes_its_files_and_returns_its_result_line(
             assert image.width > 1000
             assert len(set(image.convert("L").resize((64, 64)).tobytes())) > 10
     assert "majority class" in caplog.text
-    # Again in the same place: the demo removes the output of the earlier one, and logs it.
-    run_demo(CONFIG, output, seed=3, num_scenes={"train": 12, "dev": 4, "test": 6})
+    # Again in the same place: the demo first removes the output of the earlier one, and logs it.
+    monkeypatch.setattr(demo, "write_scenes", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_demo(CONFIG, output, seed=3)
+    assert sorted(path.name for path in output.iterdir()) == [".lock", "demo.json"]
+    assert (output / "demo.json").read_text() == "{}\n"
     assert f"removing the output of an earlier demo in {output}" in caplog.text
 
 

@@ -13,19 +13,12 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from theworld.cli import doctor
 from theworld.cli.doctor import FAULT, NOTE, OK, Finding, look_over
 from theworld.config.config import Config
-from theworld.extraction.extract import extract
 from theworld.models import rollout
 from theworld.training import memory
 from theworld.training.memory import PUBLISHED
 from theworld.training.trainer import Trainer
 from theworld.utils import hub
 from theworld.utils.device import GIB, Memory
-
-
-@pytest.fixture
-def cache(config: Config, tmp_path: Path) -> Path:
-    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
-    return tmp_path / "cache"
 
 
 def by_topic(findings: list[Finding]) -> dict[str, Finding]:

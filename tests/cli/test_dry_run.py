@@ -29,12 +29,6 @@ from theworld.utils.hub import Fault, Place
 
 
 @pytest.fixture
-def cache(config: Config, tmp_path: Path) -> Path:
-    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def settings(config: Config, tmp_path: Path) -> Path:
     save_config(config, tmp_path / "settings.json")
     return tmp_path / "settings.json"

@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from commands import tool
+from commands import in_this_process
+from conftest import tiny_run
 from constants import ROOT
 from PIL import Image
 from serving_models import save_model
@@ -47,11 +49,18 @@ KEYS = ["checkpoint", "split", "images", "world_tokens", "image_tokens", "compar
 FIGURES = ["cosine", "control_cosine", "distance", "norm", "norm_ratio", "mean_vector_cosine"]
 
 
-@pytest.fixture
-def cache(config: Config, tmp_path: Path) -> Path:
-    """A finished cache with latents and vision features of the three photographs."""
-    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
-    return tmp_path / "cache"
+@pytest.fixture(scope="module")
+def cache(session_cache: Path) -> Path:
+    """A finished cache with latents and vision features of the three photographs. Nobody writes to it."""
+    return session_cache
+
+
+@pytest.fixture(scope="module")
+def checkpoint(
+    cache: Path, photographs: Path, annotations: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The checkpoint of a run of four steps on it."""
+    return Trainer(tiny_run(tmp_path_factory.mktemp("run"), photographs, annotations), cache).run()
 
 
 # ---- numbers
@@ -197,22 +206,20 @@ def test_align_measures_the_projections_and_tokens_of_the_run(
     assert (result["images"], result["comparison"]) == (3, SAME_PLACE)
 
 
-def test_photographs_alone_give_the_figures_of_a_cache(cache: Path, config: Config, tmp_path: Path) -> None:
-    saved = Trainer(replace(config, max_steps=1), cache).run()
-    _, wanted = align(saved, cache, "train", 2, {})
-    _, found = align(saved, None, "train", 2, {})
+def test_photographs_alone_give_the_figures_of_a_cache(cache: Path, checkpoint: Path, tmp_path: Path) -> None:
+    _, wanted = align(checkpoint, cache, "train", 2, {})
+    _, found = align(checkpoint, None, "train", 2, {})
     for name in ("untrained", "trained"):
         for key in FIGURES[:3]:
             assert found[name][key]["mean"] == pytest.approx(wanted[name][key]["mean"], abs=1e-4)
     with pytest.raises(ValueError, match="neither a cache nor photographs: give --cache, or --image_folder"):
-        align(saved, None, "train", 2, {"image_folder": None})
+        align(checkpoint, None, "train", 2, {"image_folder": None})
     with pytest.raises(ValueError, match=r"image_folder .*nowhere: not a folder; give --cache, or"):
-        align(saved, None, "train", 2, {"image_folder": str(tmp_path / "nowhere")})
+        align(checkpoint, None, "train", 2, {"image_folder": str(tmp_path / "nowhere")})
 
 
-def test_fewer_samples_are_some_of_the_split(cache: Path, config: Config, gemma: Gemma) -> None:
-    model = Trainer(config, cache).model
-    object.__setattr__(model, "gemma", gemma)
+def test_fewer_samples_are_some_of_the_split(cache: Path, checkpoint: Path, gemma: Gemma) -> None:
+    model = TheWorld.from_pretrained(checkpoint, gemma)
     every = load_sample(model, cache, "train", 3)
     some = load_sample(model, cache, "train", 2)
     assert some.images == every.images[:2]
@@ -242,9 +249,8 @@ def test_a_text_only_gemma_is_measured_against_text_alone(
 
 
 def test_too_few_images_and_a_cache_of_other_settings_are_refused(
-    cache: Path, config: Config, tmp_path: Path
+    cache: Path, checkpoint: Path, config: Config, tmp_path: Path
 ) -> None:
-    checkpoint = Trainer(replace(config, max_steps=1), cache).run()
     with pytest.raises(ValueError, match=r"--num_samples 100, 1 images in dev; .* at least two images"):
         align(checkpoint, cache, "dev", 100, {})
     with pytest.raises(ValueError, match=r"--num_samples -3, 2 images in test"):
@@ -253,9 +259,9 @@ def test_too_few_images_and_a_cache_of_other_settings_are_refused(
     extract(replace(config, latent_size=80), other, with_vision=False, allow_missing=False)
     with pytest.raises(StoreMismatch, match="latent_size: cached 80, wanted 64"):
         align(checkpoint, other, "test", 100, {})
-    (cache / VISION).rename(tmp_path / "elsewhere")
+    shutil.copytree(cache, tmp_path / "cache", ignore=shutil.ignore_patterns(VISION))
     with pytest.raises(ValueError, match=r"no vision features to compare with; .* --gemma_vision"):
-        align(checkpoint, cache, "test", 100, {})
+        align(checkpoint, tmp_path / "cache", "test", 100, {})
 
 
 @pytest.mark.parametrize(("mean", "word"), [(0.51, "good"), (0.4, "in between"), (0.29, "poor")])
@@ -275,14 +281,19 @@ def test_the_rule_of_thumb_stands_beside_the_control_and_the_caution(mean: float
 # ---- the tool
 
 
-def test_the_tool_draws_a_picture_and_writes_its_figures(cache: Path, config: Config, tmp_path: Path) -> None:
-    run = Trainer(config, cache).run().parent
-    output = tmp_path / "new" / "alignment.png"
-    done = tool(
-        "visualize_alignment", "--model_name", run, "--cache", cache, "--num_samples", "2", "--output", output
-    )
-    assert "2 images of test: 16 world tokens each, 16 image tokens" in done.stdout
-    assert CAUTION in done.stdout
+def test_the_tool_draws_a_picture_and_writes_its_figures(
+    cache: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, output = checkpoint.parent, tmp_path / "new" / "alignment.png"
+    given = ["--model_name", run, "--cache", cache, "--num_samples", "2", "--output", output]
+    status, out, _ = in_this_process("visualize_alignment", given, monkeypatch, capsys)
+    assert status == 0
+    assert "2 images of test: 16 world tokens each, 16 image tokens" in out
+    assert CAUTION in out
     result = json.loads(output.with_suffix(".json").read_text())
     assert list(result) == KEYS
     assert result["checkpoint"] == str(run / "checkpoint-4")
@@ -320,8 +331,8 @@ def test_the_command_of_the_original_recipe_needs_no_cache(
     assert "2 images of test: 16 world tokens each, 16 image tokens" in lines
 
 
-def test_drawing_is_deterministic(cache: Path, config: Config, tmp_path: Path) -> None:
-    measured, result = align(Trainer(config, cache).run(), cache, "test", 2, {})
+def test_drawing_is_deterministic(cache: Path, checkpoint: Path, tmp_path: Path) -> None:
+    measured, result = align(checkpoint, cache, "test", 2, {})
     for name in "ab":
         draw(measured, result, tmp_path / f"{name}.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
@@ -356,8 +367,14 @@ def test_few_tokens_and_no_image_tokens_can_be_drawn(
         (["--help"], 0, "Number of images whose tokens are compared. (default: 100)"),
     ],
 )
-def test_the_tool_answers_wrong_usage_with_one_line(arguments: list[str], status: int, message: str) -> None:
-    done = tool("visualize_alignment", *arguments, check=False)
-    assert done.returncode == status
-    assert message in " ".join((done.stdout + done.stderr).split())
-    assert "Traceback" not in done.stderr
+def test_the_tool_answers_wrong_usage_with_one_line(
+    arguments: list[str],
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended, out, err = in_this_process("visualize_alignment", arguments, monkeypatch, capsys)
+    assert ended == status
+    assert message in " ".join((out + err).split())
+    assert "Traceback" not in err

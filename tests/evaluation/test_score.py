@@ -56,12 +56,6 @@ from theworld.utils.locks import InUse
 
 
 @pytest.fixture
-def cache(config: Config, tmp_path: Path) -> Path:
-    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
-    return tmp_path / "cache"
-
-
-@pytest.fixture
 def seeds(config: Config, cache: Path, tmp_path: Path) -> list[Path]:
     """Two runs of one step, of different seeds."""
     config = replace(config, max_steps=1, do_eval=False)

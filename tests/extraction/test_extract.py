@@ -139,10 +139,10 @@ def test_two_parts_at_the_same_time_make_the_files_of_a_single_run(job: Path, tm
 
 
 def test_processes_launched_together_make_the_files_of_a_single_run(job: Path, tmp_path: Path) -> None:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = start(*launch, *command(job, tmp_path))
-    out, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
+    name, *given = words(job, tmp_path)
+    done = forked(name, given, ranks(2), 120)
+    assert done.returncode == 0, done.stderr
+    out = done.stdout
     assert content(tmp_path) == content(job / "cache")
     # 9 shards: the first process has five of them, and is the only one to speak
     assert out.count("latents: 36 of 68 images to encode in 5 of 9 shards") == 1
@@ -162,7 +162,7 @@ def test_an_interrupted_tool_says_one_line_and_leaves_no_process(
     tmp_path: Path, stop: signal.Signals
 ) -> None:
     make_photographs(tmp_path, 300, 100)
-    run = start(*command(tmp_path, tmp_path / "cache", "--num_workers", "2", "--latent_size", "256"))
+    run = start(*command(tmp_path, tmp_path / "cache", "--num_workers", "2", "--latent_size", "128"))
     shards = tmp_path / "cache" / "latents" / "shards"
     deadline = time.monotonic() + 60
     while not list(shards.glob("*.json")):  # then it is in the middle of it

@@ -1,15 +1,14 @@
 """Rows of a cache as they were written, for any number of threads and processes, in the memory of none of them."""
 
 import hashlib
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from constants import ROOT
+from forks import fork
+from jobs import read_twice
 
 from theworld.data.vsr import Statement
 from theworld.extraction import features
@@ -96,33 +95,15 @@ def test_many_threads_read_at_the_same_time(tmp_path: Path) -> None:
     assert wrong == []
 
 
-READER = """
-import hashlib, sys
-from pathlib import Path
-from theworld.extraction.features import CachedFeatures
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-
-rows = CachedFeatures(Path(sys.argv[1]))
-images = sorted(rows.reader.images)
-rows(images[:64])
-before, digest = anonymous(), hashlib.sha256()
-for _ in range(2):
-    for start in range(0, len(images), 16):
-        digest.update(rows(images[start : start + 16]).numpy())
-print(digest.hexdigest(), anonymous() - before)
-"""
-
-
 def test_processes_that_read_at_the_same_time_hold_no_copy_of_the_store(tmp_path: Path) -> None:
     values = build(tmp_path, "float32", (8192,))  # 94 MiB
-    command = [sys.executable, "-c", READER, str(tmp_path)]
-    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [tmp_path / f"{number}.txt" for number in range(2)]
+    processes = [fork(read_twice, str(tmp_path), str(output)) for output in outputs]
     wanted = hashlib.sha256(values.numpy().tobytes() * 2).hexdigest()
-    for process in processes:
-        digest, grown = process.communicate(timeout=120)[0].split()
+    for process, output in zip(processes, outputs, strict=True):
+        process.join(120)
+        assert process.exitcode == 0
+        digest, grown = output.read_text().split()
         assert digest == wanted
         assert int(grown) < 8 * 1024  # KiB: batches of half a MiB, and what the allocator keeps of them
 

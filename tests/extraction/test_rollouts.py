@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_run
 from constants import ROOT
 from forks import in_child
 from jobs import flip
@@ -164,9 +165,12 @@ NUM_PHOTOGRAPHS = 7
 
 
 @pytest.fixture
-def job(rolling: Config, tmp_path: Path) -> Config:
+def job(tmp_path: Path, video2world: Path) -> Config:
+    return make_job(tmp_path / "job", video2world)
+
+
+def make_job(folder: Path, video2world: Path) -> Config:
     """Seven photographs of noise, two of them of equal bytes, in shards of 3."""
-    folder = tmp_path / "job"
     (folder / "photographs").mkdir(parents=True)
     generator = np.random.default_rng(0)
     for i in range(NUM_PHOTOGRAPHS - 1):
@@ -174,12 +178,12 @@ def job(rolling: Config, tmp_path: Path) -> Config:
         Image.fromarray(pixels).save(folder / "photographs" / f"{i}.png")
     shutil.copy(folder / "photographs" / "2.png", folder / "photographs" / "6.png")
     job = replace(
-        rolling,
-        annotations=str(folder / "annotations"),
-        image_folder=str(folder / "photographs"),
+        tiny_run(folder, folder / "photographs", folder / "annotations"),
+        cosmos_model_name=str(video2world),
         latent_size=32,
         shard_size=3,
         num_world_steps=1,
+        rollout_steps=2,
         num_workers=0,
     )
     annotate(job, [f"{i}.png" for i in range(NUM_PHOTOGRAPHS)])
@@ -209,6 +213,23 @@ def content(cache: Path) -> dict[str, bytes]:
 
 def finished_rows(cache: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (cache / "latents" / "finished").glob("*.row")}
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory, video2world: Path) -> dict[str, bytes]:
+    """What a single run makes of such a job, wherever its photographs are."""
+    folder = tmp_path_factory.mktemp("once")
+    assert run(make_job(folder / "job", video2world), folder / "cache")
+    return content(folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory, video2world: Path) -> tuple[Config, Path]:
+    """A job, and a cache of which another part is still to be made. Nobody writes to them."""
+    folder = tmp_path_factory.mktemp("begun")
+    job = make_job(folder / "job", video2world)
+    assert not run(job, folder / "cache", part="1/2")
+    return job, folder / "cache"
 
 
 @pytest.fixture
@@ -278,20 +299,17 @@ def test_files_of_a_finished_store_are_those_of_any_other(job: Config, tmp_path:
 
 @pytest.mark.parametrize("parts", [("1/3", "2/3", "3/3"), ("3/3", "1/3", "2/3"), ("2/2", "1/2")])
 def test_parts_in_any_order_make_the_files_of_a_single_run(
-    job: Config, tmp_path: Path, parts: tuple[str, ...], encoded: Callable[[], int]
+    once: dict[str, bytes], job: Config, tmp_path: Path, parts: tuple[str, ...], encoded: Callable[[], int]
 ) -> None:
-    run(job, tmp_path / "once")
-    assert encoded() == NUM_PHOTOGRAPHS - 1
     complete = [run(job, tmp_path / "shared", part=part) for part in parts]
     assert complete == [False] * (len(parts) - 1) + [True]
-    assert encoded() == 2 * (NUM_PHOTOGRAPHS - 1)
-    assert content(tmp_path / "shared") == content(tmp_path / "once")
+    assert encoded() == NUM_PHOTOGRAPHS - 1
+    assert content(tmp_path / "shared") == once
 
 
 def test_the_order_of_the_photographs_changes_no_row(
-    job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    once: dict[str, bytes], job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(job, tmp_path / "once")
     in_order = rollouts.roll_out_each
 
     def backwards(encoding: Any, finished: Any, todo: Any, source: Any, quiet: bool) -> None:
@@ -299,7 +317,7 @@ def test_the_order_of_the_photographs_changes_no_row(
 
     monkeypatch.setattr(rollouts, "roll_out_each", backwards)
     run(job, tmp_path / "backwards")
-    assert content(tmp_path / "backwards") == content(tmp_path / "once")
+    assert content(tmp_path / "backwards") == once
 
 
 def test_killed_at_random_moments_at_most_the_photograph_in_work_is_lost(
@@ -326,10 +344,9 @@ def test_killed_at_random_moments_at_most_the_photograph_in_work_is_lost(
 
 @pytest.mark.parametrize("renames", [1, 4, 8, 9, 10, 13])
 def test_killed_at_a_rename_and_resumed_gives_the_same_bytes(
-    job: Config, tmp_path: Path, renames: int, encoded: Callable[[], int]
+    once: dict[str, bytes], job: Config, tmp_path: Path, renames: int, encoded: Callable[[], int]
 ) -> None:
     """The renames: list and store.json, six rows, then file and record of two shards, and the manifest."""
-    run(job, tmp_path / "once")
     cache, replace_file, done = tmp_path / "killed", os.replace, [0]
 
     def killing(source: Any, target: Any) -> None:
@@ -349,11 +366,15 @@ def test_killed_at_a_rename_and_resumed_gives_the_same_bytes(
     before = encoded()
     assert run(job, cache)
     assert encoded() - before == 6 - rows
-    assert content(cache) == content(tmp_path / "once")
+    assert content(cache) == once
 
 
 def test_what_is_finished_outlives_a_list_that_changes(
-    job: Config, tmp_path: Path, encoded: Callable[[], int], caplog: pytest.LogCaptureFixture
+    once: dict[str, bytes],
+    job: Config,
+    tmp_path: Path,
+    encoded: Callable[[], int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level("INFO")
     cache = tmp_path / "cache"
@@ -364,8 +385,7 @@ def test_what_is_finished_outlives_a_list_that_changes(
     assert run(job, cache, part="2/2")
     assert encoded() == NUM_PHOTOGRAPHS - 1
     assert "the image list changed: 6 paths before, 7 now" in caplog.messages
-    run(job, tmp_path / "once")
-    assert content(cache) == content(tmp_path / "once")
+    assert content(cache) == once
 
 
 def test_what_the_guardrail_refuses_is_recorded_and_left_out_only_when_told(
@@ -413,9 +433,12 @@ def test_where_all_is_refused_there_is_no_store(job: Config, tmp_path: Path) -> 
 
 
 def test_a_damaged_row_goes_to_the_quarantine_and_is_made_again(
-    job: Config, tmp_path: Path, encoded: Callable[[], int], caplog: pytest.LogCaptureFixture
+    once: dict[str, bytes],
+    job: Config,
+    tmp_path: Path,
+    encoded: Callable[[], int],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    run(job, tmp_path / "once")
     cache = tmp_path / "cache"
     run(job, cache, part="1/2")
     path = sorted((cache / "latents" / "finished").glob("*.row"))[0]
@@ -428,7 +451,7 @@ def test_a_damaged_row_goes_to_the_quarantine_and_is_made_again(
     assert f"{path.name} was moved to {cache / 'latents' / 'quarantine'}" in caplog.text
     assert run(job, cache, part="2/2")
     made = {name: data for name, data in content(cache).items() if "quarantine" not in name}
-    assert made == content(tmp_path / "once")
+    assert made == once
 
 
 def test_a_row_that_is_damaged_before_it_is_gathered_stops_the_run(
@@ -478,13 +501,13 @@ def test_a_photograph_that_changes_meanwhile_stops_the_run_and_the_others_stay(
     ],
 )
 def test_a_changed_field_is_refused_before_any_model_loads(
-    job: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, shown: str
+    begun: tuple[Config, Path], monkeypatch: pytest.MonkeyPatch, key: str, value: Any, shown: str
 ) -> None:
-    assert not run(job, tmp_path / "cache", part="1/2")  # unfinished, too
+    job, cache = begun  # unfinished, too
     monkeypatch.setattr("theworld.models.cosmos.load_vae", None)
     monkeypatch.setattr(extract_module, "freeze", None)
     with pytest.raises(StoreMismatch) as error:
-        run(replace(job, **{key: value}), tmp_path / "cache")
+        run(replace(job, **{key: value}), cache)
     assert shown in str(error.value)
 
 

@@ -23,7 +23,6 @@ from theworld.config.config import Config, save_config
 from theworld.data.vsr import Statement
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.records import records
-from theworld.extraction.extract import extract
 from theworld.hub.card import read_results
 from theworld.hub.publish import Publisher, check_hub, check_staged, connect, stage
 from theworld.models.serialization import (
@@ -39,12 +38,6 @@ from theworld.training.trainer import Trainer
 
 CANARY = "hf_canary0123456789canary"
 MODEL_FILES = ["README.md", "config.json", "projection.safetensors", "world.json"]
-
-
-@pytest.fixture
-def cache(config: Config, tmp_path: Path) -> Path:
-    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
-    return tmp_path / "cache"
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from theworld.config.config import Config
-from theworld.extraction.extract import extract
 from theworld.models import fsdp, theworld
 from theworld.training.trainer import Trainer
 
@@ -35,10 +34,8 @@ FSDP = {
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
 def test_two_sharded_processes_train_and_evaluate_as_one(
-    lora_rank: int | None, config: Config, tmp_path: Path
+    lora_rank: int | None, config: Config, cache: Path, tmp_path: Path
 ) -> None:
-    cache = tmp_path / "cache"
-    extract(config, cache, with_vision=True, allow_missing=False)
     # Three images and six statements: in some steps one of four passes has no statement.
     config = replace(
         config, freeze_gemma_language=False, lora_rank=lora_rank, statement_loss_weight=0.3, max_grad_norm=0.5
@@ -130,17 +127,13 @@ def test_a_save_puts_weights_together_in_the_main_process_alone_and_a_resume_is_
         assert all(torch.equal(have[key], want[key]) for key in want), name
 
 
-def test_a_frozen_language_model_is_not_sharded(config: Config, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    extract(config, cache, with_vision=True, allow_missing=False)
+def test_a_frozen_language_model_is_not_sharded(config: Config, cache: Path, tmp_path: Path) -> None:
     done = launch(config, cache, tmp_path / "run.json", 1, **FSDP)
     assert done.returncode != 0
     assert "started with --use_fsdp, but its language model is frozen" in done.stderr
 
 
-def test_a_dry_run_of_two_processes_speaks_once(config: Config, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    extract(config, cache, with_vision=True, allow_missing=False)
+def test_a_dry_run_of_two_processes_speaks_once(config: Config, cache: Path, tmp_path: Path) -> None:
     config = replace(config, freeze_gemma_language=False)
     done = launch(config, cache, tmp_path / "run.json", flags=["--dry_run"], **FSDP)
     assert done.returncode == 0, done.stderr

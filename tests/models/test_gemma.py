@@ -20,7 +20,6 @@ from theworld.data.images import read_image
 from theworld.data.vsr import Statement
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.evaluation.score import score
-from theworld.extraction.extract import extract
 from theworld.extraction.features import OnTheFlyPixels
 from theworld.hub.card import model_card
 from theworld.hub.publish import stage
@@ -211,13 +210,6 @@ FILES = {
     "lora": ["lora"],
     "all": ["language", "vision"],
 }
-
-
-@pytest.fixture
-def cache(config: Config, tmp_path: Path) -> Path:
-    """A finished cache with latents and vision features of the three photographs."""
-    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
-    return tmp_path / "cache"
 
 
 @pytest.fixture

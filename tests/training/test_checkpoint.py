@@ -445,6 +445,7 @@ def test_a_save_that_fails_leaves_what_was_saved(
 
 
 PROGRAM = """
+import gc; gc.disable()  # most of its time goes into imports
 import contextlib, subprocess, sys
 from pathlib import Path
 import torch

@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,18 +15,12 @@ import pytest
 from commands import forked
 
 from theworld.config.config import Config, save_config
-from theworld.extraction.extract import extract
 from theworld.training.logging import Trackers, check_trackers
 from theworld.training.trainer import Trainer
 
 CANARY = "hf_canary0123456789canary"
+OFFLINE = {"WANDB_MODE": "offline", "WANDB__SERVICE_WAIT": "200"}  # seconds until its process has started
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
-
-
-@pytest.fixture
-def cache(config: Config, tmp_path: Path) -> Path:
-    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
-    return tmp_path / "cache"
 
 
 class StubRun:
@@ -152,13 +147,15 @@ def test_wandb_itself_takes_a_run_without_a_network(
     cache: Path, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    for key, value in OFFLINE.items():
+        monkeypatch.setenv(key, value)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HF_TOKEN", CANARY)
     Trainer(replace(config, log_to_wandb=True), cache).run()
     folder = Path(config.output_dir)
     name = (folder / "wandb_id.txt").read_text().strip()
     (log,) = folder.glob(f"wandb/offline-run-*/run-{name}.wandb")
+    records_of_run(log)
     content = log.read_bytes()
     assert b"dev_accuracy" in content
     assert b"learning_rate" in content
@@ -168,8 +165,19 @@ def test_wandb_itself_takes_a_run_without_a_network(
 # ---- the real client, which sends nothing when it is told to stay offline
 
 
+def records_of_run(path: Path) -> list[Any]:
+    """The records of the .wandb file of a run that has ended: its own process writes the last ones afterwards."""
+    end = time.monotonic() + 120
+    while True:
+        records = list(recorded(path))
+        if records and records[-1].HasField("exit"):
+            return records
+        assert time.monotonic() < end, records
+        time.sleep(0.05)
+
+
 def recorded(path: Path) -> Iterator[Any]:
-    """The records of a .wandb file: messages in LevelDB's log format behind a header of seven bytes."""
+    """The whole records of a .wandb file: messages in LevelDB's log format behind a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     data, at, whole = path.read_bytes(), 7, b""
@@ -178,6 +186,8 @@ def recorded(path: Path) -> Iterator[Any]:
             at += 32768 - at % 32768
             continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):  # it is being written
+            return
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # whole in one piece, or its last
@@ -190,7 +200,7 @@ def test_the_real_wandb_keeps_a_run_and_its_resumption_offline(
     config: Config, session_cache: Path, tmp_path: Path
 ) -> None:
     config = replace(config, log_to_wandb=True, wandb_project="rooms", wandb_run_name="first")
-    environment = {"WANDB_MODE": "offline", "WANDB_API_KEY": CANARY[3:] * 2, "HF_TOKEN": CANARY}
+    environment = OFFLINE | {"WANDB_API_KEY": CANARY[3:] * 2, "HF_TOKEN": CANARY}
     environment |= {"WANDB_ERROR_REPORTING": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for steps, resume in ((4, None), (6, config.output_dir)):
         save_config(
@@ -210,7 +220,7 @@ def test_the_real_wandb_keeps_a_run_and_its_resumption_offline(
     assert first.name == second.name  # the same run, for `wandb sync`
     found: list[dict[str, Any]] = []
     for path, last in ((first, 4), (second, 6)):
-        records = list(recorded(path))
+        records = records_of_run(path)
         (run,) = [record.run for record in records if record.HasField("run")]
         assert (run.project, run.display_name) == ("rooms", "first")
         settings = {item.key: json.loads(item.value_json) for item in run.config.update}

@@ -12,7 +12,6 @@ import torch
 from constants import EMBEDDED_GEMMA
 
 from theworld.config.config import Config
-from theworld.extraction.extract import extract
 from theworld.models.gemma import Gemma
 from theworld.models.projection import ProjectionShape
 from theworld.training import memory as machine
@@ -94,13 +93,6 @@ def test_this_machine_has_some() -> None:
     have = memory_of(torch.device("cpu"))
     assert 0 < have.free <= have.total
     assert have.capability is None
-
-
-@pytest.fixture
-def cache(config: Config, tmp_path: Path) -> Path:
-    """A finished cache with latents and vision features of the three photographs."""
-    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
-    return tmp_path / "cache"
 
 
 @pytest.mark.parametrize(

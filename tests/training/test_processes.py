@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from theworld.config.config import Config
-from theworld.extraction.extract import extract
 from theworld.training.trainer import Trainer
 from theworld.utils.distributed import Processes
 
@@ -36,9 +35,7 @@ def test_sums_go_in_messages_of_bounded_size(monkeypatch: pytest.MonkeyPatch) ->
     assert [len(message) for message in sent] == [6, 1, 9, 3]
 
 
-def test_two_processes_train_and_evaluate_as_one(config: Config, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    extract(config, cache, with_vision=True, allow_missing=False)
+def test_two_processes_train_and_evaluate_as_one(config: Config, cache: Path, tmp_path: Path) -> None:
     config = replace(config, align_steps=2, statement_loss_weight=0.3, max_steps=4, log_to_tensorboard=True)
     one = Trainer(config, cache).run()
     shared = replace(config, gradient_accumulation_steps=1, output_dir=str(tmp_path / "two"))
@@ -69,9 +66,7 @@ def test_two_processes_train_and_evaluate_as_one(config: Config, tmp_path: Path)
         Trainer(replace(resumed, gradient_accumulation_steps=1, output_dir=str(tmp_path / "other")), cache)
 
 
-def test_a_loss_that_is_not_finite_stops_all_of_them(config: Config, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    extract(config, cache, with_vision=True, allow_missing=False)
+def test_a_loss_that_is_not_finite_stops_all_of_them(config: Config, cache: Path, tmp_path: Path) -> None:
     config = replace(config, gradient_accumulation_steps=1, learning_rate=1e30, max_grad_norm=1e30)
     done = launch(config, cache, tmp_path / "run.json")
     assert done.returncode != 0

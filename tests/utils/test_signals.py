@@ -210,7 +210,7 @@ def test_no_thread_reads_on_when_a_run_has_ended(
     def read_row(*arguments: object) -> object:
         if threading.current_thread() is not threading.main_thread():  # in the middle of a row
             reading.set()
-            time.sleep(1)
+            time.sleep(0.3)
         return real(*arguments)  # type: ignore[arg-type]
 
     def fail(*_: object) -> None:

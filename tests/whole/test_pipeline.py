@@ -31,13 +31,6 @@ from theworld.training.trainer import Trainer
 from theworld.utils.files import StoreError
 
 
-@pytest.fixture
-def cache(config: Config, tmp_path: Path) -> Path:
-    """A finished cache with latents and vision features of the three photographs."""
-    extract(config, tmp_path / "cache", with_vision=True, allow_missing=False)
-    return tmp_path / "cache"
-
-
 def weights(checkpoint: Path) -> bytes:
     return (checkpoint / "projection.safetensors").read_bytes()
 
