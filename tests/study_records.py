@@ -4,6 +4,8 @@ import numpy as np
 from records import statement, with_rest
 
 from theworld.evaluation.records import Row, records
+from theworld.evaluation.study_summary import summarise_study
+from theworld.evaluation.study_verdict import Question
 
 NUM = 600  # statements, two about each image; the images of the first half are in train
 STATEMENTS = [statement(i, f"{i // 2}.jpg", i % 2, "near" if i % 3 else "left of") for i in range(NUM)]
@@ -40,3 +42,14 @@ def few_statements() -> dict[str, dict[int, list[Row]]]:
             seen = {f"{i}.jpg" for i in range(5)}
             arms[arm][seed] = records(asked, answers, seen, dataset="vsr_random", split="test")
     return arms
+
+
+ARMS = {"linear": 0.6, "mlp": 0.7, "conv": 0.7}  # of a study that explores
+
+
+def explored(accuracies: dict[str, float], baseline: str | None = None, seeds: int = 3) -> dict:
+    """The scope of all statements of a study of these arms without a comparison that decides."""
+    arms = {name: {s: run(accuracy, s) for s in range(seeds)} for name, accuracy in accuracies.items()}
+    names = list(arms)
+    question = Question(names[0], names[1], tuple(names[1:]), decides=False, baseline=baseline)
+    return summarise_study(arms, question)["scopes"]["all"]

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from records import statement, with_rest
+from records import four_rows, statement, with_rest
 
 from theworld.data.references import quoted
 from theworld.data.vsr import OWN, PUBLISHED_SHA256, statements_sha256
-from theworld.evaluation.metrics import summarise
+from theworld.evaluation.metrics import (
+    summarise,
+)
 from theworld.evaluation.records import records
 from theworld.evaluation.tables import table
 
@@ -74,3 +76,10 @@ def test_the_last_lines_are_the_verdict_and_its_notes() -> None:
     ]
     assert all(line.startswith("- ") for line in lines[place + 1 :])
     assert lines[-1] == "- 4 statements are few: the intervals are wide."
+
+
+def test_the_table_marks_groups_of_few_statements() -> None:
+    text = table(summarise(four_rows()))
+    assert "majority class" in text
+    assert "2 right only with world tokens, 1 only without, p = 1" in text
+    assert "  on                         2  100.0% / 50.0%  (few)" in text

@@ -1,4 +1,4 @@
-"""The page of a study, and its figures for other programs."""
+"""The page of a study."""
 
 import csv
 import json
@@ -7,40 +7,15 @@ from pathlib import Path
 
 import pytest
 from browser import CONTRAST, CUT, OVERFLOW, SMALL, Browser, needs_browser
-from study_records import few_statements, run, study
+from study_records import few_statements, study
 
 from theworld.evaluation.study_summary import learning_curve, summarise_study
-from theworld.evaluation.study_verdict import PLAIN, Question
+from theworld.evaluation.study_verdict import Question
 from theworld.evaluation.verdict import p_words
 from theworld.report.charts import Mark, Scale, Track
 from theworld.report.page import environment
 from theworld.report.study import Study, write_study
-from theworld.report.study_files import study_csv, study_latex
 from theworld.report.text import p_value, percent
-
-ARMS = ("world", "prompt", "pixels", "untrained", "noise")
-
-
-@pytest.fixture(scope="module")
-def summary() -> dict:
-    """A study in which pixels do nearly as well as world tokens, as its file has it."""
-    arms = study(0.7, pixels=0.69) | {PLAIN: {0: run(0.55, 0, "baseline")}}
-    return json.loads(json.dumps(summarise_study(arms)))
-
-
-@pytest.fixture(scope="module")
-def folder(summary: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the study."""
-    folder = tmp_path_factory.mktemp("study") / "vsr"
-    curves = {
-        arm: {s: [(i, 0.7 - 0.001 * i + 0.01 * s) for i in range(300)] for s in range(3)} for arm in ARMS
-    }
-    costs = {arm: {"trainable parameters": "1,234,567"} for arm in ARMS} | {PLAIN: {"steps": "none"}}
-    found = Study(
-        "vsr <1>", summary, curves=curves, costs=costs, fixed=[("recipe", "3 epochs")], caution="Toy model."
-    )
-    assert write_study(found, folder) == folder / "study.html"
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -115,51 +90,6 @@ def test_dots_lie_above_the_mark_of_their_mean() -> None:
     assert "height:34px" in drawn
 
 
-def test_the_csv_has_a_line_for_each_value(summary: dict, folder: Path) -> None:
-    text = (folder / "study.csv").read_text()
-    assert text == study_csv(summary)
-    lines = list(csv.DictReader(text.splitlines()))
-    # Two scopes, three metrics: a mean and three seeds of five arms and of five differences, and plain Gemma's two.
-    assert len(lines) == 2 * 3 * (5 * 4 + 5 * 4 + 2)
-    seeds = [
-        float(line["value"])
-        for line in lines
-        if (line["scope"], line["quantity"], line["arm"], line["metric"])
-        == ("all", "metric", "world", "auroc")
-    ]
-    own = summary["scopes"]["all"]["arms"]["world"]["auroc"]
-    assert seeds == [own["mean"], *own["each"].values()]
-    test = summary["scopes"]["unseen"]["differences"]["pixels"]["accuracy"]
-    assert {
-        "scope": "unseen",
-        "quantity": "difference",
-        "arm": "pixels",
-        "metric": "accuracy",
-        "seed": "mean",
-        "value": str(test["difference"]),
-        "low": str(test["low"]),
-        "high": str(test["high"]),
-        "p_value": str(test["p_value"]),
-    } in lines
-
-
-def test_the_latex_table_has_a_row_for_each_arm(summary: dict, folder: Path) -> None:
-    text = (folder / "study.tex").read_text()
-    assert text == study_latex(summary)
-    lines = text.splitlines()
-    assert lines[1:5] == [
-        r"\begin{tabular}{lcccrr}",
-        r"\toprule",
-        r"arm & accuracy & balanced accuracy & AUROC & $\Delta$ accuracy & $p$ \\",
-        r"\midrule",
-    ]
-    assert (
-        lines[5] == r"the video model's latents & 70.1 $\pm$ 0.7 & 70.1 $\pm$ 0.7 & 82.2 $\pm$ 0.1 &  &  \\"
-    )
-    assert lines[10].startswith(r"plain Gemma & 53.2 & 53.2 & 59.2 & $+")
-    assert lines[-2:] == [r"\bottomrule", r"\end{tabular}"]
-
-
 @needs_browser
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 768, 1400])
@@ -175,27 +105,6 @@ def test_the_page_fits_and_is_legible(browser: Browser, folder: Path, width: int
     assert browser.logged == []
     ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     assert ground == ("rgb(20, 23, 27)" if dark else "rgb(247, 246, 242)")
-
-
-PATCHES = {"patch-4": 0.62, "patch-2": 0.66, "patch-1": 0.7}
-SHARES = {0.1: 768, 0.3: 2304, 1.0: 7680}
-
-
-@pytest.fixture(scope="module")
-def explored(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
-    """The figures and the files of a study of three patch sizes on three shares, without a comparison that decides."""
-    arms = {arm: {s: run(a, s) for s in range(3)} for arm, a in PATCHES.items()}
-    question = Question("patch-4", "patch-2", ("patch-2", "patch-1"), decides=False)
-    found = summarise_study(arms | {PLAIN: {0: run(0.55, 0, "baseline")}}, question)
-    shares = {
-        share: {arm: {s: run(a - 0.05 * (1 - share), s) for s in range(3)} for arm, a in PATCHES.items()}
-        for share in SHARES
-    }
-    found = json.loads(json.dumps(found | {"learning": learning_curve(shares, SHARES, question)}))
-    folder = tmp_path_factory.mktemp("study") / "patches"
-    curves = {arm: {s: [(i, 0.7) for i in range(20)] for s in range(3)} for arm in PATCHES}
-    write_study(Study("patches", found, curves=curves), folder)
-    return found, folder
 
 
 def test_the_page_of_a_study_that_explores_has_pairs_and_learning_curves(
@@ -225,33 +134,6 @@ def test_the_page_of_a_study_that_explores_has_pairs_and_learning_curves(
     assert page.count('r="3.5"') == 2 * (3 * 3 + 1 + 3 * 3) + (3 + 2) * 3
     rows = re.findall(r'<th scope="row">patch-1</th><td>([^<]+)</td><td>([^<]+)</td>', page)
     assert ("10 % (768)", percent(summary["learning"][0]["arms"]["patch-1"]["accuracy"]["mean"])) in rows
-
-
-def test_the_csv_of_a_study_that_explores_names_both_arms_and_the_share(explored: tuple[dict, Path]) -> None:
-    summary, folder = explored
-    lines = list(csv.DictReader((folder / "study.csv").read_text().splitlines()))
-    pair = summary["scopes"]["unseen"]["pairs"][1]
-    names = {"scope": "unseen", "quantity": "pair", "arm": "patch-1", "against": "patch-4", "share": ""}
-    found = {key: str(pair["auroc"][key]) for key in ("low", "high", "p_value", "adjusted_p_value")}
-    value = {"metric": "auroc", "seed": "mean", "value": str(pair["auroc"]["difference"])}
-    assert names | found | value in lines
-    assert sum(line["quantity"] == "pair" for line in lines) == 2 * 3 * 3 * 4
-    curve = [line for line in lines if line["quantity"] == "learning"]
-    assert len(curve) == 3 * 3 * 3 * 4
-    assert [line["value"] for line in curve if line["share"] == "0.1"][1:4] == [
-        str(value) for value in summary["learning"][0]["arms"]["patch-4"]["accuracy"]["each"].values()
-    ]
-
-
-def test_the_latex_of_a_study_that_explores_has_a_table_of_pairs_and_one_of_shares(
-    explored: tuple[dict, Path],
-) -> None:
-    arms, pairs, shares = (explored[1] / "study.tex").read_text().split("\n\n")
-    assert r"arm & accuracy & balanced accuracy & AUROC \\" in arms
-    assert r"patch-2 & patch-4 & $+3.7$ [$+0.9$, $+6.4$] & 0.009 \\" in pairs
-    assert pairs.count(r"\\") == 4
-    assert r"arm & 10 \% & 30 \% & 100 \% \\" in shares
-    assert shares.count(r"$\pm$") == 9
 
 
 @needs_browser

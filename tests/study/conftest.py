@@ -1,5 +1,6 @@
 """A study of two arms at tiny shapes, trained once for the tests that only read it."""
 
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import tiny_run
 
+from theworld.study import rates
 from theworld.study.protocol import Arm, Primary, Study, runs_of
 from theworld.study.runner import ALL, extract_missing, run_part
 from theworld.utils.signals import StopRequest
@@ -52,3 +54,9 @@ def out(ended: Path, tmp_path: Path) -> Path:
     """A copy of it, for a test to write to."""
     shutil.copytree(ended, tmp_path / "out")
     return tmp_path / "out"
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is a second later whenever it is read."""
+    monkeypatch.setattr(rates, "perf_counter", itertools.count(0.0).__next__)

@@ -1,9 +1,7 @@
 """What the runs of a study take, from a few timed steps: the clock of these tests is a counter."""
 
 import itertools
-import json
 import logging
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 
 from theworld.study import rates
 from theworld.study.plan import plan_study
-from theworld.study.prediction import Rates, kind_of, read_rates, write_rates
+from theworld.study.prediction import Rates, kind_of, read_rates
 from theworld.study.protocol import Arm, Study, runs_of
 from theworld.study.rates import measure, measure_missing
 from theworld.study.run import run_study
@@ -26,11 +24,7 @@ from theworld.utils.signals import StopRequest
 
 CPU = memory_of(resolve_device("cpu")).name
 
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that is a second later whenever it is read."""
-    monkeypatch.setattr(rates, "perf_counter", itertools.count(0.0).__next__)
+pytestmark = pytest.mark.usefixtures("clock")
 
 
 def test_a_run_is_timed_by_its_start_its_steps_a_checkpoint_answers_and_what_else_an_evaluation_does(
@@ -125,44 +119,6 @@ def test_where_code_is_compiled_the_second_rehearsal_counts_and_compiling_is_cou
     assert list(coming) == []
 
 
-def test_the_plan_says_what_compiling_takes_once_in_a_process_beside_the_time_of_the_runs(
-    study: Study, study_cache: Path, tmp_path: Path
-) -> None:
-    runs = runs_of(study, tmp_path)
-    found = Rates("world", CPU, 1.0, {"train": 1.0}, 1.0, 1 / 30, 3.0, 54.6)
-    write_rates({kind_of(runs[0].config): found}, tmp_path)
-    lines = list(plan_study(study, runs, study_cache, tmp_path))
-    at = next(number for number, line in enumerate(lines) if line.startswith("time"))
-    assert lines[at].startswith(
-        "time         about 38 s of one device for 4 runs, one after the other, 9 s each;"
-    )
-    assert (
-        lines[at + 1] == "             and up to 55 s in each process, whose first run compiles code for all"
-    )
-    assert found.words().endswith("3.0 s to record and summarise, 55 s to compile, once in a process")
-
-
-def test_rates_of_an_older_file_are_read_and_measured_again_by_a_start(
-    study: Study, study_cache: Path, tmp_path: Path
-) -> None:
-    runs = runs_of(study, tmp_path)
-    older = {"arm": "world", "device": CPU, "start": 1.0, "steps": {"train": 1.0}, "save": 1.0, "answer": 0.5}
-    (tmp_path / "rates.json").write_text(json.dumps({kind_of(runs[0].config): older}))
-    (found,) = read_rates(tmp_path).values()
-    assert found == Rates("world", CPU, 1.0, {"train": 1.0}, 1.0, 0.5, evaluation=0.0, compiling=0.0)
-    (time,) = [line for line in plan_study(study, runs, study_cache, tmp_path) if line.startswith("time")]
-    assert time.startswith(
-        "time         about 1 min 44 s of one device for 4 runs"
-    )  # 5 + 60 / 2, and 3 x (5 + 36 / 2)
-    measure_missing(runs, study_cache, tmp_path)
-    (found,) = read_rates(tmp_path).values()
-    assert (found.answer, found.evaluation) == (1 / 18, 3.0)
-    half = {kind_of(runs[0].config): older | {"evaluation": 1.0}}
-    (tmp_path / "rates.json").write_text(json.dumps(half))
-    with pytest.raises(StoreError, match=r"rates\.json: key 'compiling' is missing"):
-        read_rates(tmp_path)
-
-
 def test_what_is_known_is_not_measured_again(
     study: Study, study_cache: Path, ended: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,24 +142,6 @@ def test_what_is_known_is_not_measured_again(
     (tmp_path / "rates.json").write_text('{"kind": {"arm": "world"}}')
     with pytest.raises(StoreError, match=r"rates\.json: key 'answer' is missing"):
         read_rates(tmp_path)
-
-
-def test_runs_on_another_share_are_known_from_their_own_rates(
-    study: Study, study_cache: Path, ended: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(ended, tmp_path / "out")
-    (tmp_path / "out" / "protocol.json").unlink()
-    halves = replace(study, train_shares=[0.5, 1.0])  # those on all statements are done
-    runs = runs_of(halves, tmp_path / "out")
-
-    def source() -> str:
-        lines = plan_study(halves, runs, study_cache, tmp_path / "out")
-        (time,) = [line for line in lines if line.startswith("time")]
-        return time.partition("; ")[2]
-
-    assert source() == "from the mean of the others"
-    measure_missing(runs, study_cache, tmp_path / "out")
-    assert source() == f"from steps and answers that were timed on {CPU}"
 
 
 def test_a_kind_of_run_that_fails_is_not_measured_and_named(

@@ -13,10 +13,9 @@ from constants import ROOT
 from theworld.evaluation.records import read_jsonl
 from theworld.evaluation.study_verdict import PLAIN, Question
 from theworld.study.plan import plan_study
-from theworld.study.protocol import Arm, Study, read_study, runs_of
+from theworld.study.protocol import Arm, Study, runs_of
 from theworld.study.results import draw_again, page_of, question_of, read_arms, results_of, write_results
 from theworld.study.runner import ALL, DONE, is_done, read_done, records_of, run_part
-from theworld.utils.console import duration
 from theworld.utils.signals import StopRequest
 
 
@@ -157,68 +156,3 @@ def test_records_that_were_changed_are_refused_by_name(study: Study, ended: Path
         ValueError, match=r"runs/world-1/evaluation/test.meta.json is of records with SHA-256"
     ):
         write_results(study, runs, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("name", "arms"),
-    [
-        ("study_patch", {"patch-4": 20_800, "patch-2": 8_512, "patch-1": 5_440}),
-        ("study_projection", {"linear": 4_352, "mlp": 8_512, "conv": 82_368}),
-        ("study_placement", {"before": 8_512, "after": 8_512}),
-    ],
-)
-def test_studies_of_settings_plan_on_a_cache(
-    study: Study, study_cache: Path, tmp_path: Path, name: str, arms: dict[str, int]
-) -> None:
-    found = replace(read_study(ROOT / "configs" / f"{name}.json"), base=study.base)
-    lines = list(plan_study(found, runs_of(found, tmp_path), study_cache, tmp_path))
-    pairs = len(arms) * (len(arms) - 1) // 2
-    assert lines[1] == (
-        "decides      nothing: a study without `primary` explores. It compares every two arms on test: "
-        f"{pairs}, corrected"
-    )
-    (detects,) = [line for line in lines if line.startswith("detects")]
-    assert detects.endswith(f"with 80 % power at {5 / pairs:.3g} %")
-    assert [line.split(";")[0] for line in lines if line.startswith("arm")] == [
-        f"arm          {arm}: {number:,} parameters, 2 steps" for arm, number in arms.items()
-    ]
-
-
-def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
-    study: Study, study_cache: Path, ended: Path, tmp_path: Path
-) -> None:
-    lines = list(plan_study(study, runs_of(study, ended), study_cache, ended))
-    assert lines[0] == "study        2 arms x 2 seeds: 4 runs, 4 done"
-    assert lines[1].startswith("decides      world against each of pixels on test, at 5")
-    assert lines[1].endswith("2 seeds give no verdict, 3 would")
-    assert [line.split(";")[0] for line in lines if line.startswith("arm")] == [
-        "arm          world: 8,512 parameters, 2 steps",
-        "arm          pixels: 53,568 parameters, 2 steps",
-    ]
-    assert "time         all runs are done" in lines
-    assert (
-        "detects      nothing: no difference of accuracy between two arms, however large, is found with 80 %"
-        in "".join(
-            lines  # by the spread of the two seeds of 6 statements that are done
-        )
-    )
-
-    once = runs_of(study, tmp_path / "once")
-    shutil.copytree(ended, tmp_path / "once")
-    (once[3].folder / DONE).unlink()
-    seconds = read_done(once[1])["seconds"]  # of the only run of its arm that is done
-    (time,) = [
-        line for line in plan_study(study, once, study_cache, tmp_path / "once") if line.startswith("time")
-    ]
-    text = duration(seconds)
-    assert time == (f"time         about {text} of one device for 1 run; from runs that are done")
-
-    new = list(plan_study(study, runs_of(study, tmp_path / "new"), study_cache, tmp_path / "new"))
-    assert new[0] == "study        2 arms x 2 seeds: 4 runs, 0 done"
-    (time,) = [line for line in new if line.startswith("time")]
-    assert time.startswith("time         not known before anything has run: a start without ")
-    assert any(
-        line.strip().startswith("from 6 statements about 3 images and 2 seeds; assumed: ") for line in new
-    )
-    with pytest.raises(ValueError, match=r"--processes is 1000000: a run takes about .* give --processes"):
-        list(plan_study(study, runs_of(study, tmp_path), study_cache, tmp_path, processes=1_000_000))
