@@ -8,7 +8,7 @@ from study_records import run, study
 
 from theworld.evaluation.study_summary import learning_curve, summarise_study
 from theworld.evaluation.study_verdict import PLAIN, Question
-from theworld.report.study import Study, write_study
+from theworld.report.study import StudyPage, write_study
 
 ARMS = ("world", "prompt", "pixels", "untrained", "noise")
 
@@ -28,7 +28,7 @@ def folder(summary: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
         arm: {s: [(i, 0.7 - 0.001 * i + 0.01 * s) for i in range(300)] for s in range(3)} for arm in ARMS
     }
     costs = {arm: {"trainable parameters": "1,234,567"} for arm in ARMS} | {PLAIN: {"steps": "none"}}
-    found = Study(
+    found = StudyPage(
         "vsr <1>", summary, curves=curves, costs=costs, fixed=[("recipe", "3 epochs")], caution="Toy model."
     )
     assert write_study(found, folder) == folder / "study.html"
@@ -52,5 +52,5 @@ def explored(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path]:
     found = json.loads(json.dumps(found | {"learning": learning_curve(shares, SHARES, question)}))
     folder = tmp_path_factory.mktemp("study") / "patches"
     curves = {arm: {s: [(i, 0.7) for i in range(20)] for s in range(3)} for arm in PATCHES}
-    write_study(Study("patches", found, curves=curves), folder)
+    write_study(StudyPage("patches", found, curves=curves), folder)
     return found, folder

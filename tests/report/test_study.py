@@ -14,7 +14,7 @@ from theworld.evaluation.study_verdict import Question
 from theworld.evaluation.verdict import p_words
 from theworld.report.charts import Mark, Scale, Track
 from theworld.report.page import environment
-from theworld.report.study import Study, write_study
+from theworld.report.study import StudyPage, write_study
 from theworld.report.text import p_value, percent
 
 
@@ -64,7 +64,7 @@ def test_the_page_has_every_part(page: str) -> None:
 
 
 def test_a_study_without_curves_and_costs_leaves_them_out(tmp_path: Path) -> None:
-    write_study(Study("small", summarise_study(study(0.7, seeds=1))), tmp_path)
+    write_study(StudyPage("small", summarise_study(study(0.7, seeds=1))), tmp_path)
     page = (tmp_path / "study.html").read_text(encoding="utf-8")
     assert 'id="training"' not in page
     assert 'id="costs"' not in page
@@ -152,7 +152,7 @@ def test_the_page_of_a_study_that_explores_fits_and_is_legible(
 
 def test_a_study_that_decides_shows_the_gain_on_each_share(summary: dict, tmp_path: Path) -> None:
     curve = learning_curve({0.1: study(0.62), 1.0: study(0.7)}, {0.1: 768, 1.0: 7680}, Question())
-    write_study(Study("vsr", summary | {"learning": curve}), tmp_path)
+    write_study(StudyPage("vsr", summary | {"learning": curve}), tmp_path)
     text = plain((tmp_path / "study.html").read_text(encoding="utf-8"))
     assert "The verdict is of all statements; this explores." in text
     assert "Accuracy of world less each, in the colour of the other arm. Dashed: no difference." in text
@@ -166,7 +166,7 @@ def test_no_file_has_a_figure_that_cannot_be(tmp_path: Path, decides: bool) -> N
     found = summarise_study(arms, question) | {
         "learning": learning_curve({1.0: arms, 0.5: arms}, {1.0: 6, 0.5: 3}, question)
     }
-    write_study(Study("few", json.loads(json.dumps(found))), tmp_path)
+    write_study(StudyPage("few", json.loads(json.dumps(found))), tmp_path)
     page = (tmp_path / "study.html").read_text(encoding="utf-8")
     text = plain(page)
     assert "−100.0 to +100.0" in text
@@ -192,7 +192,7 @@ def test_a_study_that_explores_asks_no_question(tmp_path: Path) -> None:
     arms = study(0.7, seeds=1)
     explored = {"patch-2": arms["world"], "patch-4": arms["prompt"]}
     question = Question("patch-2", "patch-4", ("patch-4",), decides=False)
-    write_study(Study("patches", summarise_study(explored, question)), tmp_path)
+    write_study(StudyPage("patches", summarise_study(explored, question)), tmp_path)
     text = plain((tmp_path / "study.html").read_text(encoding="utf-8"))
     assert "Arms compared on the test split of VSR random" in text
     assert "primary comparison none: the study explores, every two arms" in text

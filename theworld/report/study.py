@@ -59,8 +59,8 @@ Curve = Sequence[tuple[float, float]]  # (step, loss)
 
 
 @dataclass(frozen=True)
-class Study:
-    """A study as the page shows it: its name, its summary, and what the summary does not know.
+class StudyPage:
+    """What the page of a study shows: its name, its summary, and what the summary does not know.
 
     `curves` are the losses of each arm and seed, `costs` figures of each arm by name, such as its trainable parameters,
     `fixed` names and values of what was fixed before beside the comparison, `caution` a warning such as of toy models,
@@ -91,45 +91,45 @@ class Study:
         return Question(**fields | {"controls": tuple(fields["controls"])})
 
 
-def write_study(study: Study, folder: Path) -> Path:
+def write_study(page: StudyPage, folder: Path) -> Path:
     """Write the page and the figures for other programs to a folder, and return the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {
-        "study.csv": study_csv(study.summary),
-        "study.tex": study_latex(study.summary),
-        "study.html": render(study),
+        "study.csv": study_csv(page.summary),
+        "study.tex": study_latex(page.summary),
+        "study.html": render(page),
     }
     for name, text in texts.items():
         publish_bytes(folder / name, text.encode("utf-8"), overwrite=True)
     return folder / "study.html"
 
 
-def render(study: Study) -> str:
+def render(page: StudyPage) -> str:
     """Return the page as text."""
-    summary, question = study.summary, study.question
+    summary, question = page.summary, page.question
     scopes = summary["scopes"].items()
     compared = _differences if question.decides else _pairs
     return rendered(
         "study.html",
-        study=study,
-        title=_title(study),
+        page=page,
+        title=_title(page),
         verdicts=[_verdict(name, scope) for name, scope in scopes],
-        arms=[_arms(name, scope, study) for name, scope in scopes],
-        differences=[compared(name, scope, study) for name, scope in scopes],
-        learning=_learning(study),
+        arms=[_arms(name, scope, page) for name, scope in scopes],
+        differences=[compared(name, scope, page) for name, scope in scopes],
+        learning=_learning(page),
         seeds=_seeds(summary, question),
         groups=[_groups(summary, kind, question) for kind in ("category", "relation")],
-        training=_training(study),
-        costs=_costs(study),
-        fixed=_fixed(study),
+        training=_training(page),
+        costs=_costs(page),
+        fixed=_fixed(page),
         limits=_limits(summary, question),
     )
 
 
-def _title(study: Study) -> str:
-    where = data_words(study.summary["data"])
-    world = study.question.world
-    if not study.question.decides:
+def _title(page: StudyPage) -> str:
+    where = data_words(page.summary["data"])
+    world = page.question.world
+    if not page.question.decides:
         return f"Arms compared on {where}"
     return f"Does {'the video model' if world == WORLD else world} help on {where}?"
 
@@ -142,9 +142,9 @@ def _verdict(name: str, scope: dict[str, Any]) -> dict[str, Any]:
 # ---- arms, and the differences between them
 
 
-def _arms(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
+def _arms(name: str, scope: dict[str, Any], page: StudyPage) -> dict[str, Any]:
     """Return the figure of arms by seeds, and all metrics as a table."""
-    question, kinds = study.question, study.kinds
+    question, kinds = page.question, page.kinds
     found = {arm: metrics[question.metric] for arm, metrics in scope["arms"].items()}
     ends = [x for one in found.values() for x in (one["low"], one["high"], *one["each"].values())]
     scale = scale_of(ends)
@@ -194,15 +194,15 @@ def _metric_cells(one: dict[str, Any]) -> list[str]:
     return [percent(one["mean"]), between(one["low"], one["high"]), sd, each]
 
 
-def _differences(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
+def _differences(name: str, scope: dict[str, Any], page: StudyPage) -> dict[str, Any]:
     """Return the figure of the differences to each other arm, and all tests as a table."""
-    question = study.question
+    question = page.question
     found = {arm: metrics[question.metric] for arm, metrics in scope["differences"].items()}
     scale = _scale(list(found.values()))
     rows = []
     for arm, one in found.items():
         note = "has to be beaten" if arm in question.controls else "beside the question"
-        rows.append(_row(f"against {arm}", study.kinds[arm], one, scale, "p_value", note))
+        rows.append(_row(f"against {arm}", page.kinds[arm], one, scale, "p_value", note))
     axis = scale.labels(_signed_points)
     caption = (
         f"{METRIC_WORDS[question.metric].capitalize()} of {question.world} less each other arm, in points: mean, "
@@ -215,14 +215,14 @@ def _differences(name: str, scope: dict[str, Any], study: Study) -> dict[str, An
     }
 
 
-def _pairs(name: str, scope: dict[str, Any], study: Study) -> dict[str, Any]:
+def _pairs(name: str, scope: dict[str, Any], page: StudyPage) -> dict[str, Any]:
     """Return the figure of the differences between arms of a study that explores, and all tests as a table."""
-    question, pairs = study.question, scope["pairs"]
+    question, pairs = page.question, scope["pairs"]
     scale = _scale([pair[question.metric] for pair in pairs])
     rows = [
         _row(
             pair["first"],
-            study.kinds[pair["first"]],
+            page.kinds[pair["first"]],
             pair[question.metric],
             scale,
             "adjusted_p_value",
@@ -337,13 +337,13 @@ def _groups(summary: dict[str, Any], kind: str, question: Question) -> Table:
 # ---- learning curves
 
 
-def _learning(study: Study) -> dict[str, Any] | None:
+def _learning(page: StudyPage) -> dict[str, Any] | None:
     """Return the arms' figures on each share of the training statements as plots and tables, or None without any."""
-    curve, question = study.summary.get("learning"), study.question
+    curve, question = page.summary.get("learning"), page.question
     if not curve:
         return None
     arms = list(curve[0]["arms"])
-    metric, kinds = question.metric, study.kinds
+    metric, kinds = question.metric, page.kinds
     found = {arm: [one["arms"][arm][metric] for one in curve] for arm in arms}
     differences = {c: [one["differences"][c] for one in curve] for c in question.controls}
     shares = [one["share"] for one in curve]
@@ -445,11 +445,11 @@ def _gain_table(curve: Sequence[dict[str, Any]], question: Question) -> Table:
 # ---- training, costs, what was fixed and what is not shown
 
 
-def _training(study: Study) -> dict[str, Any] | None:
+def _training(page: StudyPage) -> dict[str, Any] | None:
     """Return the curves of all arms and seeds on one plot, or None without any."""
     curves = [
-        Series(study.kinds[arm], arm, thinned(curve, CURVE_POINTS))
-        for arm, by_seed in reversed(list(study.curves.items()))  # the first arm is drawn last, on top
+        Series(page.kinds[arm], arm, thinned(curve, CURVE_POINTS))
+        for arm, by_seed in reversed(list(page.curves.items()))  # the first arm is drawn last, on top
         for curve in by_seed.values()
         if curve
     ]
@@ -459,21 +459,21 @@ def _training(study: Study) -> dict[str, Any] | None:
     x, y = (scale_of([point[i] for point in points]) for i in (0, 1))
     title = "Loss of every run by step"
     plot = Plot("training-plot", title, curves, Axis(x, "optimizer steps"), Axis(y, "loss, nats"))
-    key = [Key(study.kinds[arm], False, arm) for arm in study.curves]
+    key = [Key(page.kinds[arm], False, arm) for arm in page.curves]
     return {"plots": [(plot, "Loss of every arm; a line for each seed.")], "key": key}
 
 
-def _costs(study: Study) -> Table | None:
-    if not study.costs:
+def _costs(page: StudyPage) -> Table | None:
+    if not page.costs:
         return None
-    names = list(dict.fromkeys(name for costs in study.costs.values() for name in costs))
-    rows = [[arm, *(costs.get(name, "–") for name in names)] for arm, costs in study.costs.items()]
+    names = list(dict.fromkeys(name for costs in page.costs.values() for name in costs))
+    rows = [[arm, *(costs.get(name, "–") for name in names)] for arm, costs in page.costs.items()]
     return Table("What each arm has and costs", ["arm", *names], rows)
 
 
-def _fixed(study: Study) -> list[tuple[str, str]]:
+def _fixed(page: StudyPage) -> list[tuple[str, str]]:
     """Return what was fixed before the study ran, as names and values."""
-    question, summary = study.question, study.summary
+    question, summary = page.question, page.summary
     against = f"{question.world} against {', '.join(question.controls)}, each to be beaten"
     each = "each comparison" if question.decides else "all comparisons together"
     pairs = f"each arm with {question.baseline}" if question.baseline else "every two arms"
@@ -484,7 +484,7 @@ def _fixed(study: Study) -> list[tuple[str, str]]:
         ("equal", f"within {100 * question.margin:g} points, by two one-sided tests"),
         ("data", data_words(summary["data"])),
         ("seeds", ", ".join(map(str, summary["seeds"]))),
-        *study.fixed,
+        *page.fixed,
     ]
 
 

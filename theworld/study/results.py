@@ -10,8 +10,7 @@ from theworld.evaluation.records import Row, publish_json, read_results, read_so
 from theworld.evaluation.study_summary import learning_curve, summarise_study
 from theworld.evaluation.study_verdict import PLAIN, Question
 from theworld.report.sources import toy_warning
-from theworld.report.study import Study as Page
-from theworld.report.study import write_study
+from theworld.report.study import StudyPage, write_study
 from theworld.study.protocol import PROTOCOL, SPLITS, Arm, Primary, Run, Study, read_protocol, runs_of
 from theworld.study.runner import is_done, read_done, records_of, said_of
 from theworld.training.logging import METRICS
@@ -71,7 +70,7 @@ def write_results(study: Study, runs: Sequence[Run], output: Path) -> str:
     return "\n".join([*table(results), "", *filter(None, [study.caution]), said(results)])
 
 
-def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: Path) -> Page:
+def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: Path) -> StudyPage:
     """Return what the page shows of a study: its figures on test, and what it fixed, took and learnt."""
     curves: dict[str, dict[int, list[tuple[float, float]]]] = {arm.name: {} for arm in study.arms}
     costs: dict[str, dict[str, str]] = {}
@@ -92,7 +91,7 @@ def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: 
         for arm in study.arms
     ]
     source = read_source(records_of(runs[0], "test"))
-    return Page(
+    return StudyPage(
         output.resolve().name,
         results["test"],
         curves,
