@@ -53,3 +53,14 @@ def explored(accuracies: dict[str, float], baseline: str | None = None, seeds: i
     names = list(arms)
     question = Question(names[0], names[1], tuple(names[1:]), decides=False, baseline=baseline)
     return summarise_study(arms, question)["scopes"]["all"]
+
+
+def single_image() -> dict[str, dict[int, list[Row]]]:
+    """The arms and seeds of `few_statements`, all of whose statements are about one image."""
+    return {
+        arm: {
+            seed: [row | {"image": "0.jpg", "image_seen_in_train": False} for row in rows]
+            for seed, rows in own.items()
+        }
+        for arm, own in few_statements().items()
+    }

@@ -99,7 +99,7 @@ def test_chance_is_the_mean_over_choices_of_any_number_of_options() -> None:
     assert choices["sets"] == {"set": {"n": 1, "chance": 1 / 8}}
     assert choices["systems"]["world"]["ties"] == 2
     assert choices["systems"]["world"]["image_low"] is None  # one image alone
-    assert "groups of 2 to 4 statements about 1 images" in table(summarise(rows))
+    assert "groups of 2 to 4 statements about 1 image;" in table(summarise(rows))
 
 
 def test_records_have_group_sets_and_question_only_where_there_is_one(tmp_path: Path) -> None:

@@ -143,9 +143,15 @@ def test_the_bootstrap_of_a_metric_of_few_statements_ends_at_1() -> None:
     assert high == 1.0
 
 
-def test_an_interval_needs_two_images() -> None:
-    with pytest.raises(ValueError, match="at least two images"):
-        estimate(np.zeros((3, 2)), Images.of(["a", "a"]))
+@pytest.mark.parametrize("num_seeds", [1, 3])
+@pytest.mark.parametrize("values", [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]])
+def test_a_single_image_has_its_mean_and_excludes_nothing(values: list[float], num_seeds: int) -> None:
+    given, image = np.array([values] * num_seeds), Images.of(["a", "a"])
+    found = estimate(given, image)
+    assert found.value == sum(values) / 2
+    assert (found.interval(), found.share_interval()) == ((-1.0, 1.0), (0.0, 1.0))
+    assert (found.p_value(), found.equivalence_p_value(0.01)) == (1.0, 0.5)
+    assert pigeonhole_interval(given, image) == (-1.0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ def test_a_pilot_needs_two_seeds_and_a_difference() -> None:
         Assumptions.from_pilot(np.ones((1, 4)), Images.of(range(4)))
     with pytest.raises(ValueError, match="answer every statement alike"):
         Assumptions.from_pilot(np.zeros((2, 4)), Images.of(range(4)))
+    with pytest.raises(
+        ValueError, match="a pilot of one image says nothing about the spread over images; give two"
+    ):
+        Assumptions.from_pilot(np.ones((2, 4)), Images.of([0] * 4))
 
 
 def test_a_difference_that_cannot_be_is_named_in_words() -> None:
@@ -102,3 +106,18 @@ def test_the_plan_shows_what_it_assumes() -> None:
         "runs of two arms, correlation 0.50 over seeds and 0.10 within an image, spread over seeds 1.00 points",
     ]
     assert "one seed shows a difference of two runs" in list(plan_power(COUNTS, 1, Assumptions()))[-1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"), [([1], "1 statement about 1 image"), ([6], "6 statements about 1 image")]
+)
+def test_the_plan_of_a_single_image_says_that_nothing_can_be_found(counts: list[int], words: str) -> None:
+    nothing, size, why = plan_power(counts, 3, Assumptions())
+    assert nothing == (
+        "nothing: no difference of accuracy between two arms, however large, is found with 80 % power at 5 %"
+    )
+    assert size.startswith(f"from {words} and 3 seeds; assumed: ")
+    assert why == (
+        "no interval over a single image: arms will have accuracies, and nothing that tells them apart; give "
+        "statements about more"
+    )

@@ -43,6 +43,7 @@ from theworld.evaluation.score import (
     score_to_file,
     short_names,
 )
+from theworld.evaluation.verdict import verdict
 from theworld.extraction.extract import extract
 from theworld.models import theworld
 from theworld.models.gemma import Gemma
@@ -618,3 +619,26 @@ def test_two_evaluations_do_not_write_to_one_file(seeds: list[Path], cache: Path
     score_to_file(*arguments)
     names = ["lr-0.001", "lr-0.001.meta.json", "lr-0.001.summary.json"]
     assert sorted(path.name for path in output.parent.iterdir()) == names
+
+
+def test_another_image_is_asked_of_a_single_photograph_before_any_model_loads(
+    config: Config, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own").mkdir()
+    row = {"image": "a.png", "statement": "On it.", "label": 1}
+    (tmp_path / "own" / "test.jsonl").write_text(json.dumps(row) + "\n")
+    model, given = save_model(tmp_path / "model", config), {"annotations": str(tmp_path / "own")}
+    output = tmp_path / "r.jsonl"
+    options = (given, ["eval"], output)
+
+    def scored(*conditions: str) -> dict:
+        places = ("test", cache, None, conditions, *options)
+        return score_to_file([model], *places, train_annotations=config.annotations)[1]
+
+    assert scored("world", "baseline")["systems"]["world"]["image_low"] is None
+    assert "1 statement is few: the intervals are wide." in verdict(summarise(read_jsonl(output))).notes
+    monkeypatch.setattr(theworld.TheWorld, "from_pretrained", None)
+    with pytest.raises(
+        ValueError, match=r"^condition 'shuffled' needs at least two images; leave it out of --conditions$"
+    ):
+        scored("world", "shuffled")

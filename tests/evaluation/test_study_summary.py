@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from study_records import ARMS, NUM, explored, few_statements, run, study
+from study_records import ARMS, NUM, explored, few_statements, run, single_image, study
 
 from theworld.evaluation.comparison import Images, difference_values, estimate, holm
 from theworld.evaluation.study_summary import learning_curve, summarise_study
-from theworld.evaluation.study_verdict import PLAIN, Question
+from theworld.evaluation.study_verdict import NO_VERDICT, PLAIN, Question
 
 
 def test_no_figure_is_beyond_what_can_be_where_two_seeds_of_few_statements_lie_apart() -> None:
@@ -173,3 +173,44 @@ def test_arms_that_do_not_fit_are_named(damage: Callable[[dict], None], message:
     damage(arms)
     with pytest.raises(ValueError, match=message):
         summarise_study(arms)
+
+
+def test_a_study_of_a_single_image_has_accuracies_no_interval_and_no_verdict() -> None:
+    arms, question = single_image(), Question("world", "prompt", ("prompt",))
+    summary = summarise_study(arms, question)
+    json.dumps(summary, allow_nan=False)
+    scope = summary["scopes"]["all"]
+    assert scope["verdict"]["kind"] == NO_VERDICT
+    assert scope["verdict"]["sentence"] == (
+        "No verdict on the test split of VSR random (6 statements about 1 image; 2 seeds): it takes two images. So far "
+        "83.3 % against 33.3 % of training alone, +50.0 points (no interval over a single image)."
+    )
+    assert scope["arms"]["world"]["accuracy"]["each"] == {"0": 1.0, "1": 4 / 6}
+    for metric in ("accuracy", "balanced_accuracy", "auroc"):
+        test = scope["differences"]["prompt"][metric]
+        assert [test[key] for key in ("low", "high", "p_value", "within_margin")] == [-1.0, 1.0, 1.0, False]
+        assert (test["bootstrap_low"], test["bootstrap_high"], test["smallest_detectable"]) == (
+            -1.0,
+            1.0,
+            1.0,
+        )
+    (curve,) = learning_curve({1.0: arms}, {1.0: 6}, question)
+    assert curve["differences"]["prompt"]["adjusted_p_value"] == 1.0
+    explores = summarise_study(arms, replace(question, decides=False))["scopes"]["all"]
+    assert explores["pairs"][0]["accuracy"]["adjusted_p_value"] == 1.0
+    assert explores["verdict"]["sentence"].endswith(
+        "In accuracy, no two arms are shown to differ; no interval over a single image, so none could be."
+    )
+
+
+def test_statements_of_one_label_have_accuracy_alone_and_no_other_metric_decides() -> None:
+    arms = {
+        arm: {seed: [row for row in rows if row["label"]] for seed, rows in own.items()}
+        for arm, own in few_statements().items()
+    }
+    question = Question("world", "prompt", ("prompt",))
+    assert list(summarise_study(arms, question)["scopes"]["all"]["arms"]["world"]) == ["accuracy"]
+    with pytest.raises(
+        ValueError, match=r"^auroc needs true and false statements; all 3 have the same label$"
+    ):
+        summarise_study(arms, replace(question, metric="auroc"))

@@ -1,5 +1,8 @@
 """A study as its tool runs it: to the verdict, shared by parts and processes, stopped, and gone on with."""
 
+import json
+import logging
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,13 +11,14 @@ import pytest
 from commands import tool
 from video2world import Guardrail
 
+from theworld.evaluation.records import read_jsonl
 from theworld.extraction.extract import extract
 from theworld.store.reader import StoreReader
 from theworld.study import run as study_run
 from theworld.study import runner
 from theworld.study.protocol import Arm, Study, runs_of
 from theworld.study.run import run_study
-from theworld.study.runner import ALL, DONE, is_done
+from theworld.study.runner import ALL, DONE, is_done, records_of
 from theworld.utils.distributed import Part
 from theworld.utils.signals import StopRequest
 
@@ -99,3 +103,33 @@ def test_a_study_of_predicted_frames_rolls_out_each_number_into_a_cache_of_its_o
     ]
     assert shapes == [(16, 8, 8), (2, 16, 8, 8), (3, 16, 8, 8)]
     assert "corrected for 2 comparisons, no arm is shown to differ from none; of one seed each" in found.text
+
+
+def test_a_study_on_a_single_photograph_says_so_before_it_runs_and_ends_with_its_accuracies(
+    study: Study, study_cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "statements"
+    shutil.copytree(str(study.base.annotations), folder)
+    lines = (folder / "test.jsonl").read_text().splitlines(keepends=True)
+    first = json.loads(lines[0])["image"]
+    (folder / "test.jsonl").write_text("".join(line for line in lines if json.loads(line)["image"] == first))
+    alone = replace(study, base=replace(study.base, annotations=str(folder)), seeds=[0])
+    with caplog.at_level(logging.INFO):
+        found = run_study(alone, study_cache, tmp_path / "out", ALL, 1, StopRequest())
+    assert found.failed == {}
+    plan = next(message for message in caplog.messages if message.startswith("study  "))
+    assert (
+        "no interval over a single image: arms will have accuracies, and nothing that tells them apart"
+        in plan
+    )
+    assert [message for message in caplog.messages if "without 'shuffled'" in message] == [
+        *["world-0: without 'shuffled' on test: a single photograph has no other"] * 2,  # measured first
+        "pixels-0: without 'shuffled' on test: a single photograph has no other",
+    ]
+    assert "(2 statements about 1 image; 1 seed): it takes two images. So far " in found.text
+    rows = {
+        split: read_jsonl(records_of(runs_of(alone, tmp_path / "out")[0], split)) for split in ("dev", "test")
+    }
+    assert ["shuffled" in own[0]["systems"] for own in rows.values()] == [True, False]
+    page = (tmp_path / "out" / "study.html").read_text(encoding="utf-8")
+    assert page.count("no interval over a single image") == 4  # the verdict and three arms

@@ -22,6 +22,7 @@ from theworld.data.benchmarks import BENCHMARKS, get_benchmark
 from theworld.evaluation import score
 from theworld.evaluation.records import Row, read_jsonl, records
 from theworld.evaluation.study_verdict import PLAIN
+from theworld.report.transfer import write_transfer
 from theworld.study import transfer
 from theworld.study.protocol import Arm, Study, runs_of
 from theworld.study.runner import DONE
@@ -244,3 +245,24 @@ def test_the_tool_scores_benchmarks_and_goes_on_after_a_request_to_stop_and_a_ki
     assert shown.splitlines()[-1] == f"page: {out / 'transfer.html'}"
     tool("study", *places[:-1], alone, "--benchmarks", whatsup)  # at one go
     assert (alone / "transfer.html").read_bytes() == (out / "transfer.html").read_bytes()
+
+
+def test_a_benchmark_of_a_single_photograph_has_accuracies_and_no_interval(tmp_path: Path) -> None:
+    arms = {
+        arm: {0: [row | {"image": "0.jpg"} for row in four_choices(right)]}
+        for arm, right in {"world": "1110", "pixels": "1000"}.items()
+    }
+    found = {
+        "one": transfer_of(arms, "world"),
+        "four": transfer_of({"world": {0: four_choices("1110")}}, "world"),
+    }
+    assert (found["one"]["images"], found["one"]["differences"]["pixels"]["p_value"]) == (1, 1.0)
+    results = {"reference": "world", "left_out": [], "benchmarks": transfer._adjusted(found)}
+    assert transfer.table(results)[2:4] == [
+        "one                     world                4   50.0%     75.0%  no interval over a single image",
+        "one                     pixels               4   50.0%     25.0%  no interval over a single image",
+    ]
+    assert "interval" not in transfer.table(results)[4]
+    page = write_transfer(results, tmp_path).read_text(encoding="utf-8")
+    # Two arms in the chart and two in the table of accuracies, and their difference.
+    assert page.count("no interval over a single image") == 5

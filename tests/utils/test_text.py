@@ -2,7 +2,7 @@
 
 import pytest
 
-from theworld.utils.text import check_texts, decoded, flaw, folded, is_filled, is_text
+from theworld.utils.text import check_texts, counted, decoded, flaw, folded, is_filled, is_text
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,7 @@ def test_another_encoding_is_named_with_what_converts_it(data: bytes, says: str)
 
 def test_names_are_compared_without_case_and_unicode_form() -> None:
     assert folded("E\u0301te.JPG") == folded("\u00e9te.jpg") == "\u00e9te.jpg"
+
+
+def test_a_number_of_things_is_counted_in_words() -> None:
+    assert [counted(number, "image") for number in (0, 1, 2195)] == ["0 images", "1 image", "2,195 images"]

@@ -18,6 +18,9 @@ Satterthwaite's degrees of freedom, the usual choice, give up to 8 % with three 
 Balanced accuracy and AUROC take part through values of each statement whose mean is the metric and whose spread is its
 sampling error: for AUROC the placements of DeLong, DeLong and Clarke-Pearson (1988).
 
+A single image leaves no degrees of freedom: its critical value is infinite, so the interval is all that can be, p is 1,
+and no difference is found, however large. Whoever shows an interval says NO_INTERVAL in its place.
+
 Dimensions: S seeds, N statements, C images, ... any number of leading dimensions (simulated studies).
 """
 
@@ -33,6 +36,7 @@ from scipy.optimize import brentq
 METRICS = ("accuracy", "balanced_accuracy", "auroc")
 ALPHA = 0.05  # two-sided level of a test
 RESAMPLES = 9999  # of the bootstrap
+NO_INTERVAL = "no interval over a single image"
 LEAST_P = 1e-100  # smaller p-values are 0: quantiles of Student's t are exact down to here
 
 
@@ -107,11 +111,13 @@ class Variance:
 
     @classmethod
     def of(cls, values: np.ndarray, images: Images) -> "Variance":
-        """Estimate the parts from values, float[..., S, N]. Raises ValueError for fewer than two images."""
+        """Estimate the parts from values, float[..., S, N]. That over a single image is not known: it is then 1, the
+        largest that a difference of shares can have."""
         num_seeds, num_statements = values.shape[-2:]
         num_images = len(images.counts)
         if num_images < 2:
-            raise ValueError("an interval over images needs at least two images")
+            nothing = np.zeros(values.shape[:-2])
+            return cls(nothing + 1, nothing, nothing, num_images, num_seeds)
         means = values.mean(-1)
         rest = images.sums(values) - images.counts * means.mean(-1)[..., None, None]
         by_image = rest.mean(-2)
@@ -136,6 +142,8 @@ class Variance:
 
     def critical_value(self, alpha: float) -> Any:
         """Return the number of standard errors beyond which a difference is significant, two-sided, at `alpha`."""
+        if self.num_images < 2:
+            return math.inf + np.zeros_like(self.image)
         by_image = -special.stdtrit(
             self.num_images - 1, alpha / 2
         )  # Student's t, without the checks of stats.t
@@ -187,7 +195,7 @@ class Estimate:
         the images, 2 / 2^C.
         """
         distance, error = abs(self.value - against), self.standard_error
-        if distance < 1e-12:
+        if distance < 1e-12 or self.variance.num_images < 2:
             return 1.0
         if error < 1e-12:
             return 2.0 ** (1 - self.variance.num_images)
@@ -231,8 +239,10 @@ def pigeonhole_interval(
     """Return the bootstrap interval of the mean of values, float[..., S, N] (Owen 2007): a check of the other one.
 
     Images and seeds are drawn independently, with a fixed seed, and the percentiles are taken. For few seeds it is too
-    narrow: with three their deviation shrinks to 0.82 of itself.
+    narrow: with three their deviation shrinks to 0.82 of itself. Of a single image it is -1 to 1, all that can be.
     """
+    if len(images.counts) < 2:
+        return np.full(values.shape[:-2], -1.0), np.full(values.shape[:-2], 1.0)
     rng = np.random.default_rng(0)
     sums = images.sums(values)
     num_seeds, num_images = sums.shape[-2:]

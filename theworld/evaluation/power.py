@@ -13,7 +13,8 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
-from theworld.evaluation.comparison import ALPHA, Images, Variance
+from theworld.evaluation.comparison import ALPHA, NO_INTERVAL, Images, Variance
+from theworld.utils.text import counted
 
 POWER = 0.8  # chance to find a difference as large as the smallest detectable
 NUM_QUANTILES = 2000  # of the estimated variance over seeds, which the power is averaged over
@@ -42,11 +43,15 @@ class Assumptions:
     ) -> "Assumptions":
         """Estimate the assumptions from the differences of correct answers of a pilot, int[S, N] with S of 2 or more.
 
-        Raises ValueError for a single seed, and for arms that answer every statement alike.
+        Raises ValueError for a single seed or image, and for arms that answer every statement alike.
         """
         num_seeds, num_statements = difference.shape
         if num_seeds < 2:
             raise ValueError("a pilot of one seed says nothing about the spread over seeds; give two or more")
+        if len(images.counts) < 2:
+            raise ValueError(
+                "a pilot of one image says nothing about the spread over images; give two or more"
+            )
         if not difference.any():
             raise ValueError(
                 "the arms of the pilot answer every statement alike; there is no spread to plan with"
@@ -107,6 +112,8 @@ def power(variance: Variance, difference: float, alpha: float = ALPHA) -> float:
     seed = max(
         variance.seed, variance.both
     )  # which holds of the true parts, and not always of estimated ones
+    if variance.num_images < 2:
+        return 0.0
     true = np.sqrt(variance.image + seed - variance.both)
     if not true:
         return float(difference != 0)
@@ -160,7 +167,9 @@ def plan_power(
         yield (
             f"{smallest_points(size)} points of accuracy: the smallest difference between two arms that is {found}"
         )
-    runs = f"{num_seeds} seed{'' if num_seeds == 1 else 's'}"
-    yield f"from {counts.sum():,} statements about {len(counts):,} images and {runs}; {assumptions.words()}"
+    of = counted(counts.sum(), "statement"), counted(len(counts), "image"), counted(num_seeds, "seed")
+    yield f"from {of[0]} about {of[1]} and {of[2]}; {assumptions.words()}"
+    if len(counts) == 1:
+        yield f"{NO_INTERVAL}: arms will have accuracies, and nothing that tells them apart; give statements about more"
     if num_seeds == 1:
         yield "one seed shows a difference of two runs, not of two arms: other seeds may differ otherwise"

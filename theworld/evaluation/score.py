@@ -32,7 +32,7 @@ from theworld.data.vsr import (
 )
 from theworld.evaluation.conditions import checkpoint_of
 from theworld.evaluation.metrics import write_summary
-from theworld.evaluation.predict import left_out, possible_conditions, predict
+from theworld.evaluation.predict import left_out, possible_conditions, predict, shuffled_images
 from theworld.evaluation.records import Row, publish_json, records, write_jsonl
 from theworld.extraction.batches import FeatureSource
 from theworld.extraction.features import (
@@ -489,9 +489,12 @@ def score_all(
     its own are "without". Conditions that are the same for all checkpoints are asked once, and have no name before
     them. Gemma stays loaded from one checkpoint to the next that has the same.
     """
-    if cache is not None:  # before any model loads
-        for saved in checkpoints.values():
-            latents_for(saved.world["fingerprint"], saved.config(overrides), cache)
+    for saved in checkpoints.values():  # before any model loads
+        config = saved.config(overrides)
+        if cache is not None:
+            latents_for(saved.world["fingerprint"], config, cache)
+        if "shuffled" in possible_conditions(conditions, True, config):
+            shuffled_images(images_of(data.statements))
     keys = {name: gemma_key(saved, overrides) for name, saved in checkpoints.items()}
     shared = _shared(checkpoints, keys)
     answers = _Answers(data, cache, image_folder, shared, ask)

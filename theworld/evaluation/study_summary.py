@@ -38,6 +38,7 @@ from theworld.evaluation.metrics import FEW, mcnemar
 from theworld.evaluation.power import smallest_difference
 from theworld.evaluation.records import Row
 from theworld.evaluation.study_verdict import PLAIN, Question, data_words, verdict_on_scope
+from theworld.utils.text import counted
 
 Arms = Mapping[str, Mapping[int, Sequence[Row]]]  # arm -> seed -> records of the same statements
 Runs = dict[str, np.ndarray]  # arm -> margins, float64[S, N]
@@ -133,6 +134,10 @@ def _scope(rows: Sequence[Row], runs: Runs, seeds: Sequence[int], question: Ques
     """Return the figures of all arms on some statements."""
     labels, images = np.array([row["label"] for row in rows]), Images.of([row["image"] for row in rows])
     metrics = _metrics(labels)
+    if question.metric not in metrics:
+        raise ValueError(
+            f"{question.metric} needs true and false statements; all {len(labels)} have the same label"
+        )
     others = [arm for arm in runs if arm != question.world]
     values = {
         (arm, metric): difference_values(metric, runs[question.world], runs[arm], labels)
@@ -337,9 +342,7 @@ def _group_difference(values: np.ndarray, images: Images, question: Question) ->
 
 def _place(summary: dict[str, Any], scope: str) -> str:
     """Return the data, the size and the seeds in words."""
-    own, seeds = summary["scopes"][scope], len(summary["seeds"])
+    own, seeds = summary["scopes"][scope], counted(len(summary["seeds"]), "seed")
+    size = f"{counted(own['statements'], 'statement')} about {counted(own['images'], 'image')}"
     only = ", those whose image is not in the training set" if scope == "unseen" else ""
-    return (
-        f"on {data_words(summary['data'])} ({own['statements']:,} statements about {own['images']:,} images{only}; "
-        f"{seeds} seed{'' if seeds == 1 else 's'})"
-    )
+    return f"on {data_words(summary['data'])} ({size}{only}; {seeds})"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from theworld.evaluation.comparison import ALPHA, METRICS
+from theworld.evaluation.comparison import ALPHA, METRICS, NO_INTERVAL
 from theworld.evaluation.power import NONE, POWER, smallest_points
 from theworld.evaluation.verdict import points
 
@@ -92,6 +92,8 @@ def verdict_on_scope(
     notes = tuple(_notes(scope, question))
     test = scope["differences"][question.reference][question.metric]
     against = _against(scope, question.reference, question)
+    if scope["images"] < 2:
+        return StudyVerdict(NO_VERDICT, f"No verdict {place}: it takes two images. So far {against}.", notes)
     if len(seeds) < LEAST_SEEDS:
         lacks = f"it takes {LEAST_SEEDS} seeds. So far {against}"
         return StudyVerdict(NO_VERDICT, f"No verdict {place}: {lacks}.", notes)
@@ -141,6 +143,7 @@ def _explored(scope: dict[str, Any], question: Question, seeds: Sequence[int]) -
     number = len(scope["pairs"])
     corrected = f", corrected for {number} comparisons" if number > 1 else ""
     alone = "; of one seed each, so of these runs alone" if len(seeds) == 1 else ""
+    alone += f"; {NO_INTERVAL}, so none could be" if scope["images"] < 2 else ""
     return f"In {METRIC_WORDS[question.metric]}{corrected}, {_listed(said) if said else nothing}{alone}."
 
 
@@ -150,6 +153,8 @@ def _against(scope: dict[str, Any], control: str, question: Question) -> str:
     mine, other = (100 * arms[arm][question.metric]["mean"] for arm in (question.world, control))
     level = f"{100 * (1 - question.alpha):g}"
     interval = f"{level} % interval {100 * test['low']:+.1f} to {100 * test['high']:+.1f}".replace("-", "−")
+    if scope["images"] < 2:
+        interval = NO_INTERVAL
     return f"{mine:.1f} % against {other:.1f} % of {arm_words(control)}, {points(test['difference'])} ({interval})"
 
 

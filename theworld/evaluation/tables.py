@@ -7,6 +7,7 @@ from theworld.data.references import footnotes, marks, quoted
 from theworld.evaluation.conditions import CONDITION_TYPES
 from theworld.evaluation.metrics import FEW
 from theworld.evaluation.verdict import p_words, points, verdict
+from theworld.utils.text import counted
 
 LEGEND = """\
 95 % intervals of the accuracy: Wilson, and cluster bootstrap over images
@@ -19,7 +20,8 @@ def table(summary: dict[str, Any]) -> str:
     width = max(24, *(len(c) + 2 for c in conditions))
     data = ", ".join(f"{dataset} {split}".strip() for dataset, split in summary["data"])
     lines = [
-        f"{summary['statements']:,} statements, {summary['images']:,} images{f' of {data}' if data else ''}"
+        f"{counted(summary['statements'], 'statement')}, {counted(summary['images'], 'image')}"
+        + (f" of {data}" if data else "")
     ]
     lines += [*_accuracies(summary, width), "", *_probabilities(summary, width), LEGEND]
     lines += _choices(summary.get("choices"), width)
@@ -104,8 +106,8 @@ def _choices(choices: Mapping[str, Any] | None, width: int) -> list[str]:
         return []
     lines = [
         "",
-        f"choices: {choices['groups']:,} groups of {options_words(choices)} statements about "
-        f"{choices['images']:,} images; right: the true one has the largest P(true), alone",
+        f"choices: {counted(choices['groups'], 'group')} of {options_words(choices)} statements about "
+        f"{counted(choices['images'], 'image')}; right: the true one has the largest P(true), alone",
         f"{'condition':<{width}}{'n':>6}  {'accuracy':>8}  {'95 % (Wilson)':<15}  {'95 % (images)':<15}  ties"
         + "".join(f"  {kind + 's right':>12}" for kind in choices["sets"]),
         f"{'chance':<{width}}{choices['groups']:>6}  {choices['chance']:>8.1%}{'':>40}"

@@ -9,9 +9,10 @@ Gemma without world tokens.
 from dataclasses import dataclass
 from typing import Any
 
-from theworld.evaluation.comparison import LEAST_P
+from theworld.evaluation.comparison import LEAST_P, NO_INTERVAL
 from theworld.evaluation.conditions import checkpoint_of, checkpoints_in, condition_type, find_condition
 from theworld.evaluation.metrics import FEW, find_pair, reverse
+from theworld.utils.text import counted
 
 ALPHA = 0.05
 HELPS, NOT_THE_WORLD, UNCONTROLLED = "helps", "not the world", "without controls"
@@ -158,7 +159,8 @@ def _notes(summary: dict[str, Any]) -> list[str]:
             "part of the probability."
         )
     if summary["statements"] < FEW:
-        notes.append(f"{summary['statements']} statements are few: the intervals are wide.")
+        are = "is" if summary["statements"] == 1 else "are"
+        notes.append(f"{counted(summary['statements'], 'statement')} {are} few: the intervals are wide.")
     return notes
 
 
@@ -176,7 +178,7 @@ def _choice_notes(summary: dict[str, Any]) -> list[str]:
         assert world is not None
         assert baseline is not None
         notes.append(
-            f"{checkpoint + ': a' if checkpoint else 'A'}s {choices['groups']:,} choices (chance "
+            f"{checkpoint + ': a' if checkpoint else 'A'}s {counted(choices['groups'], 'choice')} (chance "
             f"{100 * choices['chance']:.1f} %): {share(choices, world)} against {share(choices, baseline)} of plain "
             f"Gemma, {points(gain['difference'])} ({_interval(gain)})."
         )
@@ -200,7 +202,7 @@ def share(summary: dict[str, Any], condition: str) -> str:
 
 def _interval(pair: dict[str, Any]) -> str:
     if pair["low"] is None:
-        interval = "no interval over a single image"
+        interval = NO_INTERVAL
     else:
         interval = f"95 % interval {100 * pair['low']:+.1f} to {100 * pair['high']:+.1f}".replace("-", "−")
     return f"{interval}, exact McNemar {p_words(pair['p_value'])}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from theworld.evaluation.comparison import METRICS
+from theworld.evaluation.comparison import METRICS, NO_INTERVAL
 from theworld.evaluation.metrics import FEW
 from theworld.evaluation.power import NONE, smallest_points
 from theworld.evaluation.study_verdict import (
@@ -35,6 +35,7 @@ from theworld.report.page import Chart, ChartRow, Key, Table, rendered
 from theworld.report.study_files import study_csv, study_latex
 from theworld.report.text import between, p_value, percent, signed
 from theworld.utils.files import publish_bytes
+from theworld.utils.text import counted
 
 VERDICTS = {  # of each outcome: its CSS class and its words
     HELPS: ("good", "Helps beyond every control"),
@@ -157,7 +158,7 @@ def _arms(name: str, scope: dict[str, Any], page: StudyPage) -> dict[str, Any]:
                 dots=tuple(one["each"].values()),
             ),
             percent(one["mean"]),
-            between(one["low"], one["high"]),
+            between(one["low"], one["high"]) if scope["images"] > 1 else NO_INTERVAL,
             note=arm_words(arm) if arm_words(arm) != arm else "",
         )
         for arm, one in found.items()
@@ -169,7 +170,7 @@ def _arms(name: str, scope: dict[str, Any], page: StudyPage) -> dict[str, Any]:
     axis = scale.labels(lambda share: f"{100 * share:.3g}\u00a0%")
     return {
         "scope": SCOPES[name],
-        "size": f"{scope['statements']:,} statements about {scope['images']:,} images.",
+        "size": f"{counted(scope['statements'], 'statement')} about {counted(scope['images'], 'image')}.",
         "chart": Chart(axis, rows, caption, key),
         "table": _metrics_table(name, scope),
     }

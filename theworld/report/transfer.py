@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from theworld.evaluation.comparison import NO_INTERVAL
 from theworld.report.charts import Mark, Track, scale_of
 from theworld.report.page import Chart, ChartRow, Table, rendered
 from theworld.report.study import KINDS, OTHER_KIND
@@ -38,9 +39,7 @@ def _chart(benchmarks: dict[str, Any]) -> Chart:
         for arm, one in benchmark["arms"].items():
             mark = Mark(KINDS.get(arm, OTHER_KIND), one["mean"], one["low"], one["high"])
             track = Track([mark], scale, benchmark["chance"], dots=tuple(one["each"].values()))
-            rows.append(
-                ChartRow(arm, track, percent(one["mean"]), between(one["low"], one["high"]), note=name)
-            )
+            rows.append(ChartRow(arm, track, percent(one["mean"]), _interval(benchmark, one), note=name))
     caption = "Accuracy with 95 % intervals over photographs and seeds. Dots: seeds. Dashed: chance on the benchmark."
     return Chart(scale.labels(lambda share: f"{100 * share:.3g}\u00a0%"), rows, caption)
 
@@ -58,7 +57,11 @@ def _accuracies(benchmarks: dict[str, Any]) -> Table:
         ]
         shown = [found["arms"].get(arm) for arm in _arms(benchmarks)]
         rows.append(
-            [name, *cells, *((one and f"{percent(one['mean'])} ({_interval(one)})") or "–" for one in shown)]
+            [
+                name,
+                *cells,
+                *((one and f"{percent(one['mean'])} ({_interval(found, one)})") or "–" for one in shown),
+            ]
         )
     return Table("Accuracy of each arm on each benchmark", head, rows)
 
@@ -70,7 +73,7 @@ def _differences(benchmarks: dict[str, Any], reference: str) -> Table:
             name,
             arm,
             signed(one["mean"]),
-            f"{signed(one['low'])} to {signed(one['high'])}",
+            f"{signed(one['low'])} to {signed(one['high'])}" if found["images"] > 1 else NO_INTERVAL,
             p_value(one["p_value"]),
             p_value(one["adjusted_p_value"]),
         ]
@@ -80,8 +83,8 @@ def _differences(benchmarks: dict[str, Any], reference: str) -> Table:
     return Table(f"Differences of {reference} to each arm", head, rows)
 
 
-def _interval(one: dict[str, Any]) -> str:
-    return between(one["low"], one["high"])
+def _interval(benchmark: dict[str, Any], one: dict[str, Any]) -> str:
+    return between(one["low"], one["high"]) if benchmark["images"] > 1 else NO_INTERVAL
 
 
 def _arms(benchmarks: dict[str, Any]) -> Sequence[str]:

@@ -108,6 +108,8 @@ def _assumptions(study: Study, runs: Sequence[Run]) -> Assumptions:
     if not difference.any():
         return Assumptions()
     images = Images.of([row["image"] for row in rows[first][0]])
+    if len(images.counts) < 2:
+        return Assumptions()
     return Assumptions.from_pilot(
         difference, images, f"from {len(seeds)} seeds of {first} and {second} that are done"
     )

@@ -165,13 +165,13 @@ def said(results: dict[str, Any]) -> str:
 
 def table(results: dict[str, Any]) -> list[str]:
     """Return the accuracies of all arms on test, as lines for a terminal."""
-    arms, alpha = results["test"]["scopes"]["all"]["arms"], results["test"]["question"]["alpha"]
+    scope, alpha = results["test"]["scopes"]["all"], results["test"]["question"]["alpha"]
+    arms = scope["arms"]
     width = max(map(len, arms))
     lines = [f"{'arm':{width}}  test     {100 * (1 - alpha):g} % interval    by seed"]
     for name, metrics in arms.items():
         own = metrics["accuracy"]
         seeds = " ".join(f"{100 * value:.1f}" for value in own["each"].values())
-        lines.append(
-            f"{name:{width}}  {100 * own['mean']:5.1f} %  {100 * own['low']:5.1f} to {100 * own['high']:5.1f}   {seeds}"
-        )
+        interval = f"{100 * own['low']:5.1f} to {100 * own['high']:5.1f}" if scope["images"] > 1 else "none"
+        lines.append(f"{name:{width}}  {100 * own['mean']:5.1f} %  {interval:14}   {seeds}")
     return lines

@@ -184,10 +184,7 @@ def evaluate(
 ) -> bool:
     """Write the records of the last checkpoint of a run on each split, unless they are there. Returns False if it was
     stopped. `gemma` is that of the run; `ask`: see `score_to_file`."""
-    conditions, load = (
-        conditions_of(run),
-        functools.cache(load_statements),
-    )  # the splits share those of training
+    load = functools.cache(load_statements)  # the splits share those of training
     keys = ("annotations", "image_folder", "device", "num_workers")
     overrides = {key: getattr(run.config, key) for key in keys}
     for split in SPLITS:
@@ -196,6 +193,10 @@ def evaluate(
         output = records_of(run, split)
         if output.is_file() and read_source(output) is not None:
             continue
+        conditions = conditions_of(run)
+        if len(images_of(load(run.config.annotations, split, run.config.dataset_name))) < 2:
+            logger.info("%s: without 'shuffled' on %s: a single photograph has no other", run.name, split)
+            conditions = tuple(condition for condition in conditions if condition != "shuffled")
         places = ("--model", checkpoint, "--cache", cache, "--split", split, "--output", output)
         words = ["python", "tools/eval.py", *map(str, places), "--conditions", *conditions]
         score_to_file(

@@ -18,7 +18,7 @@ from theworld.data.benchmarks import IMAGES, STATEMENTS
 from theworld.data.images import missing_photographs
 from theworld.data.vsr import Statement, images_of, load_statements
 from theworld.evaluation.choices import choices_of
-from theworld.evaluation.comparison import Estimate, Images, estimate, holm
+from theworld.evaluation.comparison import NO_INTERVAL, Estimate, Images, estimate, holm
 from theworld.evaluation.records import Row, publish_json, read_results, read_source
 from theworld.evaluation.score import gemma_key, score_to_file
 from theworld.evaluation.study_verdict import PLAIN
@@ -33,6 +33,7 @@ from theworld.study.sizes import equal_sizes
 from theworld.utils.commands import command
 from theworld.utils.distributed import Part
 from theworld.utils.hub import GEMMA_FILE
+from theworld.utils.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,9 @@ def plan_transfer(study: Study, folders: Sequence[Path]) -> Iterator[str]:
     alone = _alone(runs)
     left_out = _names(runs) - _names(alone)
     for folder in folders:
-        items = len(load_statements(folder, "test"))
-        yield f"then scores  {len(alone)} runs on {folder}: {items:,} statements"
+        statements = load_statements(folder, "test")
+        single = f", {NO_INTERVAL}" if len(images_of(statements)) == 1 else ""
+        yield f"then scores  {len(alone)} runs on {folder}: {counted(len(statements), 'statement')}{single}"
     if folders and left_out:
         yield f"leaves out   {', '.join(sorted(left_out))}: {NOT_ALONE}"
 
@@ -286,9 +288,9 @@ def table(results: dict[str, Any]) -> list[str]:
     lines = ["", f"{'benchmark':24}{'arm':16}{'items':>6}  {'chance':>6}  accuracy  95 % (images and seeds)"]
     for name, found in results["benchmarks"].items():
         for arm, one in found["arms"].items():
+            interval = f"{one['low']:.1%} to {one['high']:.1%}" if found["images"] > 1 else NO_INTERVAL
             lines.append(
-                f"{name:24}{arm:16}{found['items']:>6}  {found['chance']:>6.1%}  {one['mean']:>8.1%}  "
-                f"{one['low']:.1%} to {one['high']:.1%}"
+                f"{name:24}{arm:16}{found['items']:>6}  {found['chance']:>6.1%}  {one['mean']:>8.1%}  {interval}"
             )
     if results["left_out"]:
         lines.append(f"not scored: {', '.join(results['left_out'])}; {NOT_ALONE}")

@@ -69,6 +69,11 @@ def decoded(data: bytes, where: object) -> str:
         ) from None
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words: "1 image", "2,195 images"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def composed(text: str) -> str:
     """Return a text in the Unicode form in which a letter and its accent are one character (NFC)."""
     return unicodedata.normalize("NFC", text)
