@@ -19,8 +19,8 @@ def test_a_line_says_figure_aim_share_of_the_floor_and_bound() -> None:
     matrix = "matrix products, then flex attention backwards and pointwise kernels"
     assert list(verdict(parts)) == [
         f"MISSED  variants, exact: 93 statements/s, aim at least 100; bound by {matrix}",
-        "reached variants, fp8: 140 statements/s, aim at least 135, 81% of the floor; bound by launching: the GPU "
-        "waits for the CPU",
+        "reached variants, fp8: 140 statements/s, aim at least 135, 81% of the floor; bound by matrix products, flex "
+        "attention backwards, and rounding to 8 bits",
         "MISSED  variants, fp8: 28 memory gib, aim at most 22; bound by values kept in 16 bits for the backward pass",
         "reached start, compiled before: 12 first step s, aim at most 12; bound by imports, weights",
         "MISSED  variants, fp8: estimate of memory off by -12.0%, aim at most 10%",
