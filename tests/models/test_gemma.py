@@ -6,6 +6,7 @@ Prompts and sight as transformers' own processor and model have them.
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from theworld.hub.publish import stage
 from theworld.models.gemma import (
     Gemma,
     GemmaParts,
+    KeptGemma,
     decide_parts,
     keep_patches_together,
     load_gemma,
@@ -540,3 +542,45 @@ def test_gemma_has_a_learning_rate_of_its_own(config: Config, cache: Path, first
         assert rates == pytest.approx([1e-3, 1e-3, 1e-3 * share, 1e-3 * share])
         held = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in trainer.model.trainable().values()}
+
+
+def test_a_gemma_is_kept_for_the_same_settings_alone() -> None:
+    def planned(**settings: Any) -> Gemma:
+        return Gemma(str(EMBEDDED_GEMMA), weights=False, **settings)
+
+    kept = KeptGemma()
+    first = kept.of(planned())
+    assert kept.of(planned()) is first
+    blind = planned()
+    blind.drop_vision()
+    for other in (
+        blind,
+        planned(dtype=torch.bfloat16),
+        planned(device="meta"),
+        planned(attention="flex_attention"),
+        planned(revision="main"),
+        planned(checkpointed=True),
+        planned(compiled=True),
+    ):
+        kept.loaded = first
+        found = kept.of(other)
+        assert found is not first
+        assert kept.loaded is found
+        assert kept.of(other) is found
+
+
+def test_a_gemma_that_trains_is_not_kept_and_the_kept_one_is_freed_before_it_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kept = KeptGemma()
+    kept.of(Gemma(str(EMBEDDED_GEMMA), weights=False))
+    trained = Gemma(str(EMBEDDED_GEMMA), parts=GemmaParts(("vision",), ("vision",)), weights=False)
+    load = Gemma.with_weights
+
+    def watched(gemma: Gemma) -> Gemma:
+        assert kept.loaded is None
+        return load(gemma)
+
+    monkeypatch.setattr(Gemma, "with_weights", watched)
+    assert kept.of(trained) is not kept.of(trained)
+    assert kept.loaded is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forks import in_child
 
 from theworld.evaluation.records import read_jsonl
@@ -183,3 +184,48 @@ def test_a_failed_run_is_named_and_the_others_go_on(
     runs = runs_of(study, tmp_path)[:2]
     assert run_part(runs, study_cache, ALL, StopRequest()) == {"world-0": "the loss of step 1 is nan"}
     assert [is_done(run) for run in runs] == [False, True]
+
+
+def test_the_runs_of_a_process_share_one_gemma_and_answer_as_each_with_its_own(
+    study: Study, study_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    evaluated = runner.evaluate
+
+    def evaluate(run: Any, checkpoint: Path, cache: Path, gemma: Any, *given: Any) -> bool:
+        weights = {name: p.detach().clone() for name, p in gemma.model.named_parameters()}
+        seen.append(
+            (gemma.model, {name: p.data_ptr() for name, p in gemma.model.named_parameters()}, weights)
+        )
+        return evaluated(run, checkpoint, cache, gemma, *given)
+
+    monkeypatch.setattr(runner, "evaluate", evaluate)
+    together, alone = (runs_of(study, tmp_path / name)[:3] for name in ("together", "alone"))
+    assert run_part(together, study_cache, ALL, StopRequest()) == {}
+    assert all(model is seen[0][0] and pointers == seen[0][1] for model, pointers, _ in seen)
+    assert all(torch.equal(w, seen[0][2][name]) for _, _, weights in seen for name, w in weights.items())
+    for run in alone:
+        assert run_part([run], study_cache, ALL, StopRequest()) == {}
+    assert len({id(model) for model, *_ in seen}) == 4
+    files = ("checkpoint-2/projection.safetensors", "evaluation/dev.jsonl", "evaluation/test.jsonl")
+    for one, other in zip(together, alone, strict=True):
+        assert [(one.folder / name).read_bytes() for name in files] == [
+            (other.folder / name).read_bytes() for name in files
+        ]
+
+
+def test_after_a_run_that_failed_gemma_is_loaded_anew(
+    study: Study, study_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+
+    def work_on(run: Any, cache: Path, stop: Any, one: Any) -> bool:
+        kept.append(one.loaded)
+        one.loaded = "loaded"
+        if run.name == "pixels-0":
+            raise NotFinite("the loss of step 1 is nan")
+        return False
+
+    monkeypatch.setattr(runner, "work_on", work_on)
+    run_part(runs_of(study, tmp_path)[:3], study_cache, ALL, StopRequest())
+    assert kept == [None, "loaded", None]

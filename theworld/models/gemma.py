@@ -470,6 +470,43 @@ class Gemma:
         return self._vision_sha256
 
 
+@dataclass
+class KeptGemma:
+    """A Gemma as it was published that stays loaded from one run to the next that has the same."""
+
+    loaded: Gemma | None = None
+
+    def of(self, planned: Gemma) -> Gemma:
+        """Return a planned Gemma with weights: the one that is loaded where that is the same, else a new one, before
+        which the loaded one is freed. A Gemma with parts of its own is not kept, since they may train."""
+        if self.loaded is not None and _settings(self.loaded) == _settings(planned):
+            return self.loaded
+        self.loaded = None
+        gemma = planned.with_weights()
+        if not gemma.modified_parts:
+            self.loaded = gemma
+        return gemma
+
+
+def _settings(gemma: Gemma) -> tuple[Any, ...]:
+    """Return all that two Gemmas of one process have to share to be the same."""
+    loading = (
+        gemma._checkpointed,
+        gemma._compiled,
+        gemma.is_multimodal and gemma.model.model.vision_tower is None,
+    )
+    return (
+        gemma.name,
+        gemma.revision,
+        gemma.dtype,
+        gemma.device,
+        gemma.attention,
+        gemma.fp8,
+        gemma.parts,
+        *loading,
+    )
+
+
 def pooled_patches(tower: Any, pixel_values: Tensor, num_tokens: int) -> Tensor:
     """dtype[B, 3, S, S] -> dtype[B, N, V]: the patches of a SigLIP tower, pooled to `num_tokens` as Gemma's projector
     pools them."""

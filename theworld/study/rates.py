@@ -21,6 +21,7 @@ import numpy as np
 from theworld.data.vsr import Statement
 from theworld.evaluation.predict import predict
 from theworld.extraction.batches import FeatureSource, prefetch
+from theworld.models.gemma import KeptGemma
 from theworld.models.theworld import TheWorld
 from theworld.study.prediction import Rates, kind_of, read_rates, write_rates
 from theworld.study.protocol import WITH_WORLD, Run
@@ -64,23 +65,23 @@ def measure(run: Run, cache: Path, device: str) -> Rates:
     """Rehearse a run and return what it takes. Nothing of it is kept.
 
     Where code is compiled, the rehearsal is repeated: the second one takes what all runs of a process take but the
-    first, and what the first one took more is what compiling takes.
+    first, and what the first one took more is what compiling and loading Gemma take.
     """
     compiled = wants_compile(run.config.compile, resolve_device(run.config.device))
-    took: list[float] = []
+    took, kept = list[float](), KeptGemma()
     with tempfile.TemporaryDirectory(prefix="theworld-") as folder:
         for number in range(1 + compiled):
             began = perf_counter()
             config = replace(run.config, output_dir=f"{folder}/{number}")
-            found = _rehearse(replace(run, config=config), cache_of(config, cache), device)
+            found = _rehearse(replace(run, config=config), cache_of(config, cache), device, kept)
             took.append(perf_counter() - began)
     return replace(found, compiling=max(0.0, took[0] - took[-1]))
 
 
-def _rehearse(run: Run, cache: Path, device: str) -> Rates:
+def _rehearse(run: Run, cache: Path, device: str, kept: KeptGemma) -> Rates:
     """Return what a run takes, by timing its start, a few steps of each phase, a checkpoint and an evaluation."""
     began = perf_counter()
-    trainer = Trainer(run.config, cache)
+    trainer = Trainer(run.config, cache, kept=kept)
     start, steps = perf_counter() - began, dict[str, float]()
     for phase in trainer.phases:
         steps[phase.name], more = _step_seconds(trainer, phase)

@@ -28,7 +28,7 @@ from theworld.evaluation.score import Ask, score_to_file
 from theworld.extraction.extract import extract
 from theworld.models import world_encoder
 from theworld.models.encoder import EncoderSpec
-from theworld.models.gemma import Gemma, is_multimodal
+from theworld.models.gemma import Gemma, KeptGemma, is_multimodal
 from theworld.models.gemma_vision import VisionEncoder
 from theworld.models.serialization import numbered
 from theworld.store.format import VISION
@@ -126,15 +126,16 @@ def extract_missing(study: Study, cache: Path, part: Part = ALL) -> None:
 # ---- one run
 
 
-def work_on(run: Run, cache: Path, stop: StopRequest) -> bool:
-    """Train a run, from its newest checkpoint if it has any, and evaluate it. Returns False if it was stopped.
+def work_on(run: Run, cache: Path, stop: StopRequest, kept: KeptGemma) -> bool:
+    """Train a run, from its newest checkpoint if it has any, and evaluate it. Returns False if it was stopped. `kept`
+    has the Gemma of the run before.
 
     Raises InUse if another process works on it, and what training and evaluation do.
     """
     start, cache = time.perf_counter(), cache_of(run.config, cache)
     check_unlocked(run.folder, "--output")  # before anything in it is removed
     try:
-        trainer = Trainer(_going_on(run), cache, stop)
+        trainer = Trainer(_going_on(run), cache, stop, kept=kept)
         predicted = predicted_seconds(run, trainer.plan)
         checkpoint = trainer.run()
         if trainer.stopped:
@@ -222,13 +223,15 @@ def run_part(runs: Sequence[Run], cache: Path, part: Part, stop: StopRequest) ->
     A run that fails is named, and the others go on; the same command tries it again.
     """
     failed: dict[str, str] = {}
+    kept = KeptGemma()
     for run in waiting(runs, part):
         if stop.asked:
             break
         try:
-            done = work_on(run, cache, stop)
+            done = work_on(run, cache, stop, kept)
         except (ValueError, OSError, NotFinite, OutOfMemory) as error:
             failed[run.name] = str(error)
+            kept.loaded = None
             logger.error("%s failed: %s", run.name, error)
             continue
         if done:

@@ -27,7 +27,7 @@ from theworld.extraction.features import (
 from theworld.extraction.statistics import measured_on
 from theworld.models.encoder import MEASURED, check_compatible
 from theworld.models.fsdp import asked
-from theworld.models.gemma import Gemma, decide_parts, load_gemma
+from theworld.models.gemma import Gemma, KeptGemma, decide_parts, load_gemma
 from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.training.schedule import Phase
@@ -148,12 +148,15 @@ def with_vision(data: Data, gemma: Gemma, config: Config) -> Data:
     return replace(data, vision=vision, notes=[*data.notes, *vision_note(gemma, cached)])
 
 
-def load_model(planned: Gemma, config: Config, data: Data, start: SavedModel | None) -> tuple[TheWorld, Data]:
+def load_model(
+    planned: Gemma, config: Config, data: Data, start: SavedModel | None, kept: KeptGemma | None = None
+) -> tuple[TheWorld, Data]:
     """Return the model of a run, with a new projection or the weights of `start`, and the data with its vision source.
 
-    `planned` and `data` are as `plan_gemma` and `with_vision` gave them.
+    `planned` and `data` are as `plan_gemma` and `with_vision` gave them. `kept`: the Gemma of the run before, which is
+    taken where it is the same.
     """
-    gemma = planned.with_weights()
+    gemma = planned.with_weights() if kept is None else kept.of(planned)
     data = with_vision(data, gemma, config)
     model = TheWorld.from_config(config, gemma, data.latents.fingerprint)
     if start is not None:

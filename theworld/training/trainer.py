@@ -27,6 +27,7 @@ from theworld.extraction.batches import Microbatch, make_microbatch, prefetch
 from theworld.hub.card import public_settings
 from theworld.hub.publish import Publisher
 from theworld.models.fsdp import clip, sum_over
+from theworld.models.gemma import KeptGemma
 from theworld.models.packing import Packer
 from theworld.training.checkpoint import (
     ResumePoint,
@@ -73,9 +74,11 @@ class Trainer:
         cache: str | Path,
         stop: StopRequest | None = None,
         allow_changed: bool = False,
+        kept: KeptGemma | None = None,
     ) -> None:
         """`stop` receives requests to stop; all processes then stop after the same step, and save. `allow_changed`: a
-        resume takes settings and data that change what is learnt, and checkpoints record both.
+        resume takes settings and data that change what is learnt, and checkpoints record both. `kept`: see
+        `load_model`.
 
         Sets process-wide state (`set_up_torch`).
         """
@@ -110,7 +113,8 @@ class Trainer:
             refuse_to_overwrite(self.output_dir, plan.resumed)  # again: now no other run writes there
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
         set_up_torch(plan.gemma.dtype)
-        self.model, self.data = load_model(plan.gemma, config, plan.data, plan.start)
+        shared = None if plan.sharded else kept
+        self.model, self.data = load_model(plan.gemma, config, plan.data, plan.start, shared)
         self.packer: Packer = self.model.packer()
         self.sharded = plan.sharded
         # FSDP averages gradients; here they are sums.
