@@ -11,11 +11,10 @@ from study_records import few_statements, study
 
 from theworld.evaluation.study_summary import learning_curve, summarise_study
 from theworld.evaluation.study_verdict import Question
-from theworld.evaluation.verdict import p_words
 from theworld.report.charts import Mark, Scale, Track
 from theworld.report.page import environment
 from theworld.report.study import StudyPage, write_study
-from theworld.report.text import p_value, percent
+from theworld.report.text import percent
 
 
 @pytest.fixture(scope="module")
@@ -179,13 +178,6 @@ def test_no_file_has_a_figure_that_cannot_be(tmp_path: Path, decides: bool) -> N
         assert all(least <= float(line[key]) <= 1 for key in ("value", "low", "high") if line[key]), line
     difference = r"[$-100.0$, $+100.0$]"
     assert difference in (tmp_path / "study.tex").read_text()
-
-
-def test_a_p_value_too_small_for_a_float_is_not_0() -> None:
-    assert [p_value(p) for p in (1.0, 0.0312, 2.3e-57, 1e-101, 0.0)] == [
-        *("1", "0.031", "2.3\u00a0×\u00a010⁻⁵⁷", "<\u00a01\u00a0×\u00a010⁻¹⁰⁰", "<\u00a01\u00a0×\u00a010⁻¹⁰⁰")
-    ]
-    assert [p_words(p, 1) for p in (0.0312, 0.0)] == ["p = 0.03", "p < 1e-100"]
 
 
 def test_a_study_that_explores_asks_no_question(tmp_path: Path) -> None:

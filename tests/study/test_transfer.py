@@ -247,7 +247,9 @@ def test_the_tool_scores_benchmarks_and_goes_on_after_a_request_to_stop_and_a_ki
     assert (alone / "transfer.html").read_bytes() == (out / "transfer.html").read_bytes()
 
 
-def test_a_benchmark_of_a_single_photograph_has_accuracies_and_no_interval(tmp_path: Path) -> None:
+def test_a_benchmark_of_a_single_photograph_has_accuracies_and_no_interval(
+    study: Study, tmp_path: Path
+) -> None:
     arms = {
         arm: {0: [row | {"image": "0.jpg"} for row in four_choices(right)]}
         for arm, right in {"world": "1110", "pixels": "1000"}.items()
@@ -266,3 +268,9 @@ def test_a_benchmark_of_a_single_photograph_has_accuracies_and_no_interval(tmp_p
     page = write_transfer(results, tmp_path).read_text(encoding="utf-8")
     # Two arms in the chart and two in the table of accuracies, and their difference.
     assert page.count("no interval over a single image") == 5
+    (tmp_path / "test.jsonl").write_text(
+        json.dumps({"image": "a.png", "statement": "On it.", "label": 1}) + "\n"
+    )
+    assert list(plan_transfer(study, [tmp_path])) == [
+        f"then scores  4 runs on {tmp_path}: 1 statement, no interval over a single image"
+    ]
