@@ -477,34 +477,22 @@ class KeptGemma:
     loaded: Gemma | None = None
 
     def of(self, planned: Gemma) -> Gemma:
-        """Return a planned Gemma with weights: the one that is loaded where that is the same, else a new one, before
-        which the loaded one is freed. A Gemma with parts of its own is not kept, since they may train."""
-        if self.loaded is not None and _settings(self.loaded) == _settings(planned):
-            return self.loaded
-        self.loaded = None
-        gemma = planned.with_weights()
-        if not gemma.modified_parts:
+        """Return a planned Gemma with weights: the loaded one if it is the same, else a new one, before which that one
+        is freed. A Gemma with parts of its own is not kept, since they may train."""
+        if self.loaded is None or _settings(self.loaded) != _settings(planned):
+            self.loaded = None
+            gemma = planned.with_weights()
+            if gemma.modified_parts:
+                return gemma
             self.loaded = gemma
-        return gemma
+        return self.loaded
 
 
 def _settings(gemma: Gemma) -> tuple[Any, ...]:
     """Return all that two Gemmas of one process have to share to be the same."""
-    loading = (
-        gemma._checkpointed,
-        gemma._compiled,
-        gemma.is_multimodal and gemma.model.model.vision_tower is None,
-    )
-    return (
-        gemma.name,
-        gemma.revision,
-        gemma.dtype,
-        gemma.device,
-        gemma.attention,
-        gemma.fp8,
-        gemma.parts,
-        *loading,
-    )
+    names = "name revision dtype device attention fp8 parts _checkpointed _compiled is_multimodal".split()
+    blind = gemma.is_multimodal and gemma.model.model.vision_tower is None
+    return blind, *(getattr(gemma, name) for name in names)
 
 
 def pooled_patches(tower: Any, pixel_values: Tensor, num_tokens: int) -> Tensor:

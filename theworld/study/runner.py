@@ -127,8 +127,8 @@ def extract_missing(study: Study, cache: Path, part: Part = ALL) -> None:
 
 
 def work_on(run: Run, cache: Path, stop: StopRequest, kept: KeptGemma) -> bool:
-    """Train a run, from its newest checkpoint if it has any, and evaluate it. Returns False if it was stopped. `kept`
-    has the Gemma of the run before.
+    """Train a run, from its newest checkpoint if it has any, and evaluate it. Returns False if it was stopped. `kept`:
+    see `load_model`.
 
     Raises InUse if another process works on it, and what training and evaluation do.
     """

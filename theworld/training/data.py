@@ -153,8 +153,7 @@ def load_model(
 ) -> tuple[TheWorld, Data]:
     """Return the model of a run, with a new projection or the weights of `start`, and the data with its vision source.
 
-    `planned` and `data` are as `plan_gemma` and `with_vision` gave them. `kept`: the Gemma of the run before, which is
-    taken where it is the same.
+    `planned` and `data` are as `plan_gemma` and `with_vision` gave them; `kept` has the Gemma of the run before.
     """
     gemma = planned.with_weights() if kept is None else kept.of(planned)
     data = with_vision(data, gemma, config)

@@ -113,8 +113,8 @@ class Trainer:
             refuse_to_overwrite(self.output_dir, plan.resumed)  # again: now no other run writes there
         self.publisher = Publisher(config, self.output_dir) if main and config.push_to_hub else None
         set_up_torch(plan.gemma.dtype)
-        shared = None if plan.sharded else kept
-        self.model, self.data = load_model(plan.gemma, config, plan.data, plan.start, shared)
+        kept = None if plan.sharded else kept
+        self.model, self.data = load_model(plan.gemma, config, plan.data, plan.start, kept)
         self.packer: Packer = self.model.packer()
         self.sharded = plan.sharded
         # FSDP averages gradients; here they are sums.
