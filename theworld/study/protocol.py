@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from theworld.config.config import FIELDS, Config, config_from, load_config
+from theworld.config.config import FIELDS, Config, config_from, load_config, unknown_key
 from theworld.config.fields import nearest_name
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.training.sweep import OWN, QUIET
@@ -170,8 +170,7 @@ def read_study(
     found = {key: value for key, value in read_json_with_comments(path).items() if not is_comment(key)}
     unknown = [key for key in found if key not in KEYS]
     if unknown:
-        known = nearest_name(unknown[0], list(KEYS))
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}; the nearest known key is {known}")
+        raise ValueError(f"{path}: {unknown_key(unknown[0], found, KEYS, str(path))}")
     base = replace(_base(found.get("settings", {}), path, overrides), standardization="training_images")
     every = _arms(found.get("arms"), path)
     for name in arms or ():
