@@ -10,16 +10,20 @@ import pytest
 import torch
 from constants import EMBEDDED_VAE
 from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock, WanRMS_norm
 
 from theworld.config.config import Config
 from theworld.data.square import to_unit_range
 from theworld.models.cosmos import (
     CosmosEncoder,
     CosmosLatents,
+    FrameBlock,
     FrameConv,
+    FrameNorm,
     attend,
     by_products,
     load_vae,
+    to_frame_modules,
     unit_range,
 )
 
@@ -64,6 +68,30 @@ def test_weights_and_pixels_in_channels_last_equal_diffusers() -> None:
     close_to_diffusers(encoder, 64)
     assert seen
     assert all(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_has_the_bits_of_diffusers_and_leaves_its_input(dtype: torch.dtype, bias: bool) -> None:
+    norm = WanRMS_norm(6, images=False, bias=bias).to(dtype).requires_grad_(False)
+    for parameter in norm.parameters():
+        parameter.uniform_(-2, 2)
+    x = torch.randn(2, 6, 1, 5, 7).to(dtype)
+    x[:, :, :, 0] = 0  # of length 0
+    before = x.clone()
+    assert torch.equal(FrameNorm(norm)(x), norm(x))
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("channels", [6, 8])
+def test_a_block_has_the_bits_of_diffusers_and_leaves_its_input(channels: int) -> None:
+    holder = torch.nn.ModuleList([WanResidualBlock(6, channels)]).requires_grad_(False).eval()
+    x = torch.randn(2, 6, 1, 8, 8)
+    before, wanted = x.clone(), holder[0](x)
+    to_frame_modules(holder)
+    assert isinstance(holder[0], FrameBlock)
+    torch.testing.assert_close(holder[0](x), wanted, atol=1e-6, rtol=1e-6)  # 2-D products for 3-D ones
+    assert torch.equal(x, before)
 
 
 def test_the_encoder_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,12 @@ from theworld.utils.hub import VAE_FILE, file_at_hand, hub_revision, model_id
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
+    from diffusers.models.autoencoders.autoencoder_kl_wan import (
+        WanAttentionBlock,
+        WanCausalConv3d,
+        WanResidualBlock,
+        WanRMS_norm,
+    )
 
 SPATIAL_FACTOR = 8
 # Raise it whenever this file computes the same by other steps, which round elsewhere: an unfinished cache is then not
@@ -66,6 +71,38 @@ class FrameConv(nn.Module):
         assert cache_x is None, "one frame has no frames before it"
         assert x.shape[2] == 1, "one frame"
         return F.conv2d(x.squeeze(2), self.weight, self.bias, self.stride, self.padding).unsqueeze(2)
+
+
+class FrameNorm(nn.Module):
+    """diffusers' RMS norm over channels with the same steps, and so the same bits, but in place where it can be: on a
+    CPU a step takes longest where its result needs new memory."""
+
+    def __init__(self, norm: WanRMS_norm) -> None:
+        super().__init__()
+        assert norm.channel_first
+        self.scale, self.gamma, self.bias = norm.scale, norm.gamma, norm.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float[B, C, ...] -> the same, in memory of its own."""
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=1, keepdim=True).clamp_min_(1e-12)
+        normed = (wide / length).to(x.dtype).mul_(self.scale).mul_(self.gamma)
+        return normed.add_(self.bias) if isinstance(self.bias, Tensor) else normed  # else it is 0
+
+
+class FrameBlock(nn.Module):
+    """diffusers' residual block, with the same steps, in place where they can be."""
+
+    def __init__(self, block: WanResidualBlock) -> None:
+        super().__init__()
+        self.norm1, self.conv1, self.norm2, self.conv2 = block.norm1, block.conv1, block.norm2, block.conv2
+        self.activation, self.shortcut = block.nonlinearity, block.conv_shortcut
+
+    def forward(self, x: Tensor, feat_cache: None = None, feat_idx: object = None) -> Tensor:
+        """x: float[B, C, 1, H, W] -> float[B, C', 1, H, W]."""
+        assert feat_cache is None, "one frame has no frames before it"
+        inner = self.conv1(self.activation(self.norm1(x)))
+        return self.conv2(self.activation(self.norm2(inner))).add_(self.shortcut(x))
 
 
 class FrameAttention(nn.Module):
@@ -101,14 +138,22 @@ def by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scores.softmax(-1).type_as(value) @ value
 
 
-def _to_frame_modules(encoder: nn.Module) -> None:
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock, WanCausalConv3d
+def to_frame_modules(module: nn.Module) -> None:
+    """Put modules for one frame in the place of diffusers'."""
+    from diffusers.models.autoencoders import autoencoder_kl_wan as wan
 
-    kinds: dict[type, type] = {WanCausalConv3d: FrameConv, WanAttentionBlock: FrameAttention}
-    for module in list(encoder.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) in kinds:
-                setattr(module, name, kinds[type(child)](child))
+    kinds: dict[type, type] = {
+        wan.WanCausalConv3d: FrameConv,
+        wan.WanRMS_norm: FrameNorm,
+        wan.WanResidualBlock: FrameBlock,
+        wan.WanAttentionBlock: FrameAttention,
+    }
+    for name, child in list(module.named_children()):
+        to_frame_modules(child)
+        if type(child) in kinds:
+            setattr(module, name, kinds[type(child)](child))
+        elif isinstance(child, nn.SiLU):
+            child.inplace = True  # what it takes is a norm's own memory
 
 
 class CosmosEncoder:
@@ -145,7 +190,7 @@ class CosmosEncoder:
         self.weights_sha256 = weights_sha256(
             {k: v for k, v in vae.state_dict().items() if k.startswith(("encoder.", "quant_conv."))}
         )
-        _to_frame_modules(vae.encoder)
+        to_frame_modules(vae.encoder)
         quant = FrameConv(vae.quant_conv) if vae.quant_conv is not None else nn.Identity()
         self.encoder, self.quant_conv = (self._frozen(module) for module in (vae.encoder, quant))
         self._run = torch.compile(self._means, fullgraph=True, dynamic=False) if compile else self._means
