@@ -30,9 +30,8 @@ class Uploads:
     behaviour: list[str] = field(default_factory=list)
     go_on: threading.Event = field(default_factory=threading.Event)  # a "wait" is answered once it is set
     arrived: threading.Event = field(default_factory=threading.Event)  # set when a commit comes in
-    large: int | None = (
-        None  # files of so many bytes are sent apart from the commit, as the hub wants LFS files
-    )
+    # files of so many bytes are sent apart from the commit, as the hub wants LFS files
+    large: int | None = None
     large_files: dict[str, int] = field(default_factory=dict)  # SHA-256 -> bytes of what was sent so
     commits: list[tuple[str, dict[str, bytes]]] = field(default_factory=list)  # title, files
 

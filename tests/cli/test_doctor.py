@@ -191,6 +191,16 @@ def test_a_disk_without_room_for_the_cache_is_a_fault(
     assert "move --cache" in found.message
 
 
+def test_a_cache_that_could_not_be_written_is_a_fault(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("theworld.utils.files.os.access", lambda path, mode: False)
+    found = by_topic(look_over(config, tmp_path / "c"))["latents"]
+    assert found.state == FAULT
+    assert found.message.startswith(f"--cache {tmp_path / 'c' / 'latents'}: {tmp_path} is ")
+    assert found.message.endswith("; choose another --cache")
+
+
 def test_checkpoints_in_the_way_are_a_fault_unless_they_are_resumed(
     config: Config, cache: Path, tmp_path: Path
 ) -> None:

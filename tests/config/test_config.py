@@ -179,6 +179,23 @@ def test_a_file_that_is_not_text_is_refused_by_name(tmp_path: Path) -> None:
     path.write_text('{"output_dir": "a"}', encoding="utf-16")
     with pytest.raises(ValueError, match=r"run\.json: is UTF-16, .*iconv"):
         load_config(path)
+    path.write_text("\n")
+    with pytest.raises(ValueError, match=r"run\.json:1:1: the file is empty; wanted one object: \{\.\.\.\}$"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("demo_study", '"arms", so it is a study\'s, for: python tools/study.py --config {path}'),
+        ("sweep", '"runs", so it is a sweep\'s, for: python tools/sweep.py --config FILE --runs {path}'),
+    ],
+)
+def test_a_file_for_another_tool_is_refused_with_the_command_that_it_is_for(name: str, command: str) -> None:
+    path = ROOT / "configs" / f"{name}.json"
+    with pytest.raises(ValueError, match="the file has the key") as error:
+        load_config(path)
+    assert str(error.value) == f"{path}: the file has the key " + command.format(path=path)
 
 
 def test_a_token_is_refused_and_never_shown(tmp_path: Path) -> None:

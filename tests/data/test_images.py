@@ -612,9 +612,8 @@ def test_training_does_not_start_on_photographs_that_changed(
         "emptied": "zero bytes",
         "a FIFO": "not a regular file",
     }
-    compared = int(
-        str(caught.value).split()[2]
-    )  # those with another time stamp; at once after extraction maybe all
+    # those with another time stamp; at once after extraction maybe all
+    compared = int(str(caught.value).split()[2])
     assert compared in (1, 2, 3)
     after = now[change] if change in now else sha256(path.read_bytes())
     assert str(caught.value) == (
@@ -701,9 +700,8 @@ def test_the_same_photograph_is_found_under_other_names_and_in_other_formats(tmp
     for i in range(4):
         Image.fromarray(generator.integers(0, 256, (16, 24, 3), dtype=np.uint8)).save(theirs / f"{i}.jpg")
     (ours / "copy.jpg").write_bytes((theirs / "1.jpg").read_bytes())
-    (ours / "longer.jpg").write_bytes(
-        (theirs / "2.jpg").read_bytes() + b"\0"
-    )  # one format: bytes are compared
+    # one format: bytes are compared
+    (ours / "longer.jpg").write_bytes((theirs / "2.jpg").read_bytes() + b"\0")
     for name, picture in (("again.png", 3), ("drawn.png", 0)):
         pixels = read_image(theirs, f"{picture}.jpg")
         pixels[0, 0] += name == "drawn.png"

@@ -83,9 +83,8 @@ def test_the_nearest_token_has_the_highest_cosine_not_the_smallest_distance(kind
 
 
 def test_the_control_is_the_same_place_in_the_image_before() -> None:
-    image = torch.tensor(
-        [[[1.0, 0], [0, 1]], [[0, 1], [0, 1]], [[-1, 0], [0, -1]]]
-    )  # 3 images, 2 tokens each
+    # 3 images, 2 tokens each
+    image = torch.tensor([[[1.0, 0], [0, 1]], [[0, 1], [0, 1]], [[-1, 0], [0, -1]]])
     world = torch.tensor([[1.0, 0], [0, 1]]).expand(3, 2, 2)
     sample = Sample(["a", "b", "c"], torch.zeros(3), image, torch.eye(2), [torch.eye(2)] * 3)
     measured = measure(world, sample, SAME_PLACE)

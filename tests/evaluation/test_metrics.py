@@ -41,9 +41,8 @@ def test_the_metrics_of_four_probabilities() -> None:
     found = probability_metrics(labels, p_true, margin)
     assert found["says_true"] == 0.75
     assert found["balanced_accuracy"] == 0.75  # 2 of 2 true statements, 1 of 2 false ones
-    assert (
-        found["auroc"] == 0.75
-    )  # of four pairs of a true and a false statement only 1 against 2 is the wrong way
+    # of four pairs of a true and a false statement only 1 against 2 is the wrong way
+    assert found["auroc"] == 0.75
     assert found["brier"] == pytest.approx((0.01 + 0.64 + 0.16 + 0.09) / 4)
     # 0.9, 0.8, 0.6 and 0.3 are the lower ends of four bins, so each stands alone
     assert found["calibration_error"] == pytest.approx((0.1 + 0.8 + 0.4 + 0.3) / 4)

@@ -176,9 +176,8 @@ def test_an_interrupted_tool_says_one_line_and_leaves_no_process(
     assert "Traceback" not in errors
     assert errors.rstrip().endswith("extract_latents: interrupted; the same command goes on from here")
     assert "done:" not in out
-    while (
-        time.monotonic() < deadline
-    ):  # the server of the reading processes ends when it sees that the tool is gone
+    # the server of the reading processes ends when it sees that the tool is gone
+    while time.monotonic() < deadline:
         try:
             os.killpg(run.pid, 0)
         except ProcessLookupError:
@@ -368,10 +367,11 @@ def test_failures_are_a_file_only_while_there_are_some(tmp_path: Path) -> None:
     write_failures(tmp_path, [("ü.png", "gone")])
     assert path.read_text(encoding="utf-8") == '{"path": "ü.png", "reason": "gone"}\n'
     assert [p.name for p in tmp_path.iterdir()] == ["failures.jsonl"]
+    # as a file name has it that is not UTF-8
     named = {
         "a\u2028b.png": "a link to \udcff.png",
         "ü.png": "gone",
-    }  # as a file name has it that is not UTF-8
+    }
     write_failures(tmp_path, list(named.items()))
     assert read_failures(tmp_path) == named
     write_failures(tmp_path, [])

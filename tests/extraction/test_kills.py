@@ -137,9 +137,8 @@ def test_a_killed_tool_leaves_no_process_and_the_same_command_goes_on(tmp_path: 
         tool.kill()
         tool.wait()
         deadline = time.monotonic() + 60
-        while _group_lives(
-            tool.pid
-        ):  # reading processes look every few seconds whether the tool is still there
+        # reading processes look every few seconds whether the tool is still there
+        while _group_lives(tool.pid):
             assert time.monotonic() < deadline
             time.sleep(0.1)
         files = check_nothing_wrong(cache, expected, set())

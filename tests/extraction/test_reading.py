@@ -274,9 +274,8 @@ def test_the_listing_and_a_resumed_run_share_a_batch(job: Path, decoded: list[st
         (job / "photographs" / name).write_bytes(sound[name])
     decoded.clear()
     extract(config, cache, with_vision=False, allow_missing=True)
-    assert sorted(decoded) == [
-        name for name in NAMES if name != "0003.png"
-    ]  # whose bytes are those of 0011.png
+    # whose bytes are those of 0011.png
+    assert sorted(decoded) == [name for name in NAMES if name != "0003.png"]
     extract(config, job / "whole", with_vision=False, allow_missing=True)
     shards = {name: data for name, data in content(cache).items() if "quarantine" not in name}
     assert shards == content(job / "whole")

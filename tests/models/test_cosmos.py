@@ -95,9 +95,8 @@ def test_a_block_has_the_bits_of_diffusers_and_leaves_its_input(channels: int) -
 
 
 def test_the_encoder_is_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        torch, "compile", partial(torch.compile, backend="eager")
-    )  # traces, generates nothing
+    # traces, generates nothing
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     close_to_diffusers(CosmosEncoder(str(EMBEDDED_VAE), compile=True), 32)
 
 

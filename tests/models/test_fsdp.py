@@ -119,10 +119,11 @@ def test_a_save_puts_weights_together_in_the_main_process_alone_and_a_resume_is_
     assert again.wait(400) == {0}, again.log.read_text()
     for path in sorted((run.folder / "checkpoint-4").rglob("*.safetensors")):
         name = path.relative_to(run.folder)
+        # the header's order is not always the same
         have, want = (
             load_file(again.folder / name),
             load_file(path),
-        )  # the header's order is not always the same
+        )
         assert have.keys() == want.keys()
         assert all(torch.equal(have[key], want[key]) for key in want), name
 

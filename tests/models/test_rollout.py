@@ -100,9 +100,8 @@ def test_other_settings_give_other_moments_and_equal_ones_the_same(
     predicted = roll.predicted_frames(pixels, 7)
     assert not torch.equal(roll.predicted_frames(pixels, 8), predicted)
     assert not torch.equal(roll.predicted_frames(255 - pixels, 7), predicted)
-    assert torch.equal(
-        roll.predicted_frames(pixels, 7), predicted
-    )  # nothing is left over from the two calls before
+    # nothing is left over from the two calls before
+    assert torch.equal(roll.predicted_frames(pixels, 7), predicted)
     for changes in ({"rollout_steps": 3}, {"rollout_guidance": 2.0}, {"rollout_prompt": "A ball rolls."}):
         assert not torch.equal(load(replace(rolling, **changes)).predicted_frames(pixels, 7), predicted), (
             changes

@@ -145,7 +145,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> dict[s
     shown = write_run(folder / "full", photographs)
     write_other_split(shown, "dev")
     write_run(folder / "seeds", None, seeds=3)
-    (folder / "empty").mkdir()
+    (folder / "empty" / "checkpoint-20").mkdir(parents=True)  # a run that wrote nothing else
     return {
         "full": write_report(folder / "full", image_folder=photographs),
         "seeds": write_report(folder / "seeds"),
@@ -424,6 +424,13 @@ def test_results_are_found_in_the_run_and_its_checkpoints(tmp_path: Path, photog
         write_report(tmp_path / "run", results=other)
     with pytest.raises(ValueError, match="nowhere: no such folder; name a run"):
         write_report(tmp_path / "nowhere")
+    (tmp_path / "page").write_text("")
+    with pytest.raises(ValueError, match="page: a file, and a folder is wanted; name a run"):
+        write_report(tmp_path / "page")
+    (tmp_path / "scenes").mkdir()
+    with pytest.raises(ValueError, match=r"scenes: neither a run or a checkpoint \(none of metrics.jsonl, "):
+        write_report(tmp_path / "scenes")
+    assert list((tmp_path / "scenes").iterdir()) == []
     with pytest.raises(ValueError, match=r"--image_folder .*: no such folder"):
         write_report(tmp_path / "run", results=path, image_folder=tmp_path / "nowhere")
 

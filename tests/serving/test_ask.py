@@ -17,6 +17,7 @@ from theworld.data.images import ImageError
 from theworld.evaluation.conditions import CONDITION_TYPES
 from theworld.models.gemma import GemmaParts
 from theworld.models.inference import CONDITIONS
+from theworld.models.serialization import CheckpointError, find_model
 from theworld.models.theworld import TheWorld
 from theworld.serving.ask import LABELS, answers, load_for_asking, plan, table
 from theworld.utils.console import NOTHING_WRITTEN
@@ -112,6 +113,8 @@ def test_a_missing_model_is_named(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(f"ask: {tmp_path}: neither a checkpoint")
     assert "Traceback" not in done.stderr
+    with pytest.raises(CheckpointError, match=r"nowhere: neither .* in it: there is no such folder$"):
+        find_model(tmp_path / "nowhere")
 
 
 def test_a_dry_run_names_its_questions_and_writes_nothing(

@@ -551,10 +551,11 @@ def test_the_page_is_filled_in_and_nothing_can_break_out() -> None:
     assert page.count("<script") == 1
     assert 'data-max-bytes="123"' in page
     assert 'data-conditions="[[&quot;world&quot;, &quot;with world tokens&quot;]]"' in page
+    # nothing from outside, nothing that the policy would stop
     for path in (
         *WEB.iterdir(),
         ROOT / "theworld" / "utils" / "theme.css",
-    ):  # nothing from outside, nothing that the policy would stop
+    ):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"https?://|style=|\son\w+=|innerHTML|eval\(|@import|url\(", text), path
 
@@ -667,9 +668,8 @@ def test_the_page_answers_fits_is_legible_and_loads_nothing_from_elsewhere(
     assert re.fullmatch(r"4 statements answered below in \d+\.\d+ s\.", press_ask(browser))
     shown = browser.evaluate(SHOWN)
     assert without_widths(shown) == expected(model, photographs / "a.png", statements)
-    assert (
-        browser.evaluate("document.title") == "Is it true of this photograph? TheWorld"
-    )  # and no script ran
+    # and no script ran
+    assert browser.evaluate("document.title") == "Is it true of this photograph? TheWorld"
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
     for check in (OVERFLOW, CONTRAST, SMALL):
         assert browser.evaluate(check) == []
@@ -805,9 +805,8 @@ def test_an_answer_about_a_photograph_that_was_replaced_is_never_shown(
             assert browser.evaluate("document.getElementById('answers').hidden")
             assert browser.evaluate("document.getElementById('error').hidden")
         assert press_ask(browser).startswith("1 statement answered below in ")
-        assert {row[1] for row in browser.evaluate(SHOWN)[0][1]} == {
-            "6.4\u00a0% not true"
-        }  # b.png is 64 high
+        # b.png is 64 high
+        assert {row[1] for row in browser.evaluate(SHOWN)[0][1]} == {"6.4\u00a0% not true"}
         assert len(asked) == 2
 
 

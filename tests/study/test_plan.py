@@ -83,7 +83,7 @@ def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
 ) -> None:
     lines = list(plan_study(study, runs_of(study, ended), study_cache, ended))
     assert lines[0] == "study        2 arms x 2 seeds: 4 runs, 4 done"
-    assert lines[1].startswith("decides      world against each of pixels on test, at 5")
+    assert lines[1].startswith("decides      world against pixels on test, at 5")
     assert lines[1].endswith("2 seeds give no verdict, 3 would")
     assert [line.split(";")[0] for line in lines if line.startswith("arm")] == [
         "arm          world: 8,512 parameters, 2 steps",

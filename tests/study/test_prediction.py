@@ -25,9 +25,8 @@ def test_rates_of_an_older_file_are_read_and_measured_again_by_a_start(
     (found,) = read_rates(tmp_path).values()
     assert found == Rates("world", CPU, 1.0, {"train": 1.0}, 1.0, 0.5, evaluation=0.0, compiling=0.0)
     (time,) = [line for line in plan_study(study, runs, study_cache, tmp_path) if line.startswith("time")]
-    assert time.startswith(
-        "time         about 1 min 44 s of one device for 4 runs"
-    )  # 5 + 60 / 2, and 3 x (5 + 36 / 2)
+    # 5 + 60 / 2, and 3 x (5 + 36 / 2)
+    assert time.startswith("time         about 1 min 44 s of one device for 4 runs")
     measure_missing(runs, study_cache, tmp_path)
     (found,) = read_rates(tmp_path).values()
     assert (found.answer, found.evaluation) == (1 / 18, 3.0)

@@ -63,7 +63,12 @@ def test_the_study_of_vsr_has_the_arms_that_the_question_needs() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"armz": {}}, "unknown key 'armz'; the nearest known key is arms"),
+        ({"armz": {}}, 'unknown key "armz"; the nearest known key is arms'),
+        ({"runs": []}, 'the file has the key "runs", so it is a sweep\'s, for: python tools/sweep.py '),
+        (
+            {"seed": 1},
+            '"seed" is a setting, so the file is a run\'s, for: python tools/train.py --config .*json',
+        ),
         ({"arms": []}, "arms is \\[\\]; wanted"),
         ({"arms": {"a/b": {}}}, "arms.a/b: a name has letters"),
         ({"arms": {"a": 3}}, "arms.a is 3; wanted an object"),

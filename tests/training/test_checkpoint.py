@@ -372,9 +372,8 @@ def test_a_run_skips_damaged_checkpoints_by_name_and_sets_them_aside(
 ) -> None:
     run = saved.parent
     flip(saved / "trainer.pt")
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint-4/trainer\.pt is damaged"
-    ):  # named, so no other is taken
+    # named, so no other is taken
+    with pytest.raises(CheckpointError, match=r"checkpoint-4/trainer\.pt is damaged"):
         Trainer(replace(config, resume_from=str(saved)), cache)
     content = {path.name: path.read_bytes() for path in saved.iterdir()}
     caplog.set_level("INFO")

@@ -152,9 +152,8 @@ def test_a_name_of_any_length_and_characters_has_a_folder_and_a_cell_of_the_tabl
 def test_a_run_that_another_process_trains_is_left_alone(base: Config, cache: Path, tmp_path: Path) -> None:
     (run,) = make_runs(base, [{}], [0], tmp_path / "sweep")
     run.folder.mkdir(parents=True)
-    (run.folder / "metrics.jsonl").write_text(
-        "{}\n"
-    )  # without a checkpoint yet: else the run would begin anew
+    # without a checkpoint yet: else the run would begin anew
+    (run.folder / "metrics.jsonl").write_text("{}\n")
     with held(run.folder):
         with pytest.raises(InUse, match=f"--output {run.folder} is in use: process"):
             run_sweep([run], cache, tmp_path / "sweep")
@@ -498,7 +497,7 @@ def test_the_ranking_pools_seeds_and_shows_their_spread() -> None:
 
 
 def test_a_dry_run_says_what_would_train_and_refuses_what_could_not(
-    base: Config, cache: Path, tmp_path: Path
+    base: Config, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = make_runs(base, [{}, {"projection": "linear"}], [0, 1], tmp_path / "sweep")
     assert list(plan_sweep(runs, cache, tmp_path / "sweep")) == [
@@ -511,6 +510,9 @@ def test_a_dry_run_says_what_would_train_and_refuses_what_could_not(
         ValueError, match=r"run 'align_steps 2, world_patch 4': align_steps 2: 4 world tokens"
     ):
         list(plan_sweep([bad], cache, tmp_path / "sweep"))
+    monkeypatch.setattr("theworld.utils.files.free_bytes", lambda path: 0)
+    with pytest.raises(ValueError, match=r"are needed and 0 are free; make room or move --output$"):
+        list(plan_sweep(runs, cache, tmp_path / "sweep"))
     assert not (tmp_path / "sweep").exists()
 
 

@@ -49,6 +49,7 @@ def test_a_file_is_utf_8_with_or_without_a_mark(form: str) -> None:
         ("{é}".encode("utf-16-le"), "a.json: is UTF-16,"),
         ("{é}".encode("utf-16-be"), "a.json: is UTF-16,"),
         ("{é}".encode("utf-32"), "a.json: is UTF-32,"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "a.json: is a binary file, and wanted is text in utf-8; name another file"),
         (b"{\n\n\xe9}", "a.json:3: byte 0xe9 is not utf-8 (invalid continuation byte); save the file as UTF-8"),
     ],
 )  # fmt: skip

@@ -264,9 +264,8 @@ def test_a_run_on_captions_is_resumed_bitwise_and_not_on_others(
     first = Plan(replace(config, statement_loss_weight=0.0), cache)  # captions in the phase of words alone
     assert first.memory.activations == trainer.plan.memory.activations > Plan(plain, cache).memory.activations
     whole = trainer.run()
-    assert not any(
-        "dev_statement_loss" in line for line in metrics(whole.parent)
-    )  # other texts than the captions
+    # other texts than the captions
+    assert not any("dev_statement_loss" in line for line in metrics(whole.parent))
     other = Trainer(plain, cache).run()
     assert weights(other) != weights(whole)
     again = replace(

@@ -253,6 +253,7 @@ def _store(
         yield Finding(topic, OK, f"world_encoder {config.world_encoder} reads none")
         return
     if not root.exists():
+        check_folder(root, "--cache")
         yield Finding(topic, NOTE, f"{root} is not there yet; {_room(root, spec, len(names))}", command)
         return
     if read_manifest(root) is None:  # extraction goes on with it

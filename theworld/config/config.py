@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -650,12 +650,28 @@ def _known_keys(values: dict[str, Any], source: str) -> dict[str, Any]:
             described = "set" if key == "hf_token" else shown(value)  # a token must reach no log
             raise ValueError(f"{source}: {key} is {described}: {reason}")
         if key not in FIELDS:
-            nearest = nearest_name(key, list(FIELDS))
-            raise ValueError(f"{source}: unknown key {shown(given)}; the nearest known key is {nearest}")
+            raise ValueError(f"{source}: {unknown_key(given, values, list(FIELDS), source)}")
         if key in known and known[key] != value:
             raise ValueError(f"{source}: {key} is given as {shown(known[key])} and as {shown(value)}")
         known[key] = value
     return known
+
+
+def unknown_key(key: str, values: Mapping[str, Any], known: Sequence[str], source: str) -> str:
+    """Return what is wrong with the key of a file, in words: the file is of another kind, whose keys are not `known`
+    here, and is for another tool, or else the key is unknown, with the nearest known key."""
+    kinds = {
+        "arms": f"is a study's, for: python tools/study.py --config {source}",
+        "runs": f"is a sweep's, for: python tools/sweep.py --config FILE --runs {source}",
+    }
+    for telling, kind in kinds.items():
+        if telling in values and telling not in known:
+            return f"the file has the key {shown(telling)}, so it {kind}"
+    if key in FIELDS:  # where settings are wanted it would be known
+        return (
+            f"{shown(key)} is a setting, so the file is a run's, for: python tools/train.py --config {source}"
+        )
+    return f"unknown key {shown(key)}; the nearest known key is {nearest_name(key, list(known))}"
 
 
 @functools.cache  # once for each name

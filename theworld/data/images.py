@@ -249,9 +249,8 @@ def without_large_texts(data: bytes) -> bytes:
 
 def _text_bytes(kind: bytes, content: bytes) -> int | None:
     """Return the size of a PNG's text or profile, decompressed; None if it is compressed and more than PIL takes."""
-    _, _, rest = content.partition(
-        b"\0"
-    )  # after the name: the method, in iTXt a flag, the method and two texts
+    # after the name: the method, in iTXt a flag, the method and two texts
+    _, _, rest = content.partition(b"\0")
     if kind == b"tEXt" or (kind == b"iTXt" and rest[:1] != b"\1"):
         return len(content)
     packed = rest[2:].split(b"\0", 2)[-1] if kind == b"iTXt" else rest[1:]

@@ -27,9 +27,8 @@ PICTURE_SIZE = 192  # pixels
 # Lengths as a share of the picture's width.
 _MARGIN = 0.13  # smallest distance of a centre from an edge
 RADIUS = (0.075, 0.105)  # smallest and largest radius
-_APART_AXIS = (
-    0.12  # smallest distance of the centres on each axis, so that every relation is clearly true or false
-)
+# smallest distance of the centres on each axis, so that every relation is clearly true or false
+_APART_AXIS = 0.12
 _APART = 0.27  # smallest distance of the centres, so that things do not touch
 _CLOUDS = ((5, 9.0), (10, 4.0))  # (cells a side, amplitude of 255)
 

@@ -67,13 +67,11 @@ class Statement:
     index: int  # position among the statements of its file, counted from 0, as on the hub: blank lines do not count
     image_link: str = ""  # URL at which the photograph was published
     is_question: bool = False  # the caption is a question, to which 1 answers yes and 0 no
-    group: str = (
-        ""  # name of the choice that it is one option of: statements about one photograph, one of them true
-    )
+    # name of the choice that it is one option of: statements about one photograph, one of them true
+    group: str = ""
     sets: tuple[tuple[str, str], ...] = ()  # (kind, name) of each set of choices that its group belongs to
-    source_image: str = (
-        ""  # name of the photograph in the data set that it was taken from, if that is another
-    )
+    # name of the photograph in the data set that it was taken from, if that is another
+    source_image: str = ""
 
 
 def meta_category(relation: str) -> str:

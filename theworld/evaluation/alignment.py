@@ -55,9 +55,8 @@ class Sample:
 
     images: list[str]
     latents: Tensor  # float[I, *row_shape], as the VAE returns them
-    image: (
-        Sequence[Tensor] | None
-    )  # float32[M, D] for each image, the image tokens; None for a text-only Gemma
+    # float32[M, D] for each image, the image tokens; None for a text-only Gemma
+    image: Sequence[Tensor] | None
     text: Tensor  # float32[T, D], the embeddings of the distinct tokens of all statements
     text_of: list[Tensor]  # float32[_, D] for each image, those of the statements about it
 
@@ -409,11 +408,12 @@ def _reading(result: dict[str, Any]) -> str:
 
 
 MAX_POINTS = 1500  # points of all kinds together in PCA and t-SNE: more would be slow and hide each other
+# Okabe and Ito's, safe for colour blindness
 COLOURS = {
     "world": "#d55e00",
     "image": "#0072b2",
     "text": "#222222",
-}  # Okabe and Ito's, safe for colour blindness
+}
 MARKERS = {"world": "o", "image": "s", "text": "^"}
 
 

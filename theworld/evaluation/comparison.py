@@ -144,9 +144,8 @@ class Variance:
         """Return the number of standard errors beyond which a difference is significant, two-sided, at `alpha`."""
         if self.num_images < 2:
             return math.inf + np.zeros_like(self.image)
-        by_image = -special.stdtrit(
-            self.num_images - 1, alpha / 2
-        )  # Student's t, without the checks of stats.t
+        # Student's t, without the checks of stats.t
+        by_image = -special.stdtrit(self.num_images - 1, alpha / 2)
         if self.num_seeds == 1:
             return by_image + np.zeros_like(self.image)
         total = self.total

@@ -109,9 +109,8 @@ def power(variance: Variance, difference: float, alpha: float = ALPHA) -> float:
 
     `variance` is the true one. The study estimates V_seed with S - 1 degrees of freedom, and V_image well.
     """
-    seed = max(
-        variance.seed, variance.both
-    )  # which holds of the true parts, and not always of estimated ones
+    # which holds of the true parts, and not always of estimated ones
+    seed = max(variance.seed, variance.both)
     if variance.num_images < 2:
         return 0.0
     true = np.sqrt(variance.image + seed - variance.both)

@@ -452,9 +452,8 @@ class _Answers:
     data: HeldOut
     cache: Path | None
     image_folder: Path | None
-    shared: set[
-        str
-    ]  # conditions that are the same for all checkpoints, without a checkpoint's name before them
+    # conditions that are the same for all checkpoints, without a checkpoint's name before them
+    shared: set[str]
     ask: Ask
     statements: Sequence[Statement] = ()  # in the order of the answers
     logits: dict[str, np.ndarray] = field(default_factory=dict)

@@ -104,9 +104,8 @@ def summarise_study(arms: Arms, question: Question | None = None) -> dict[str, A
     }
     unseen = np.array([not row["image_seen_in_train"] for row in rows])
     scopes = {"all": np.ones(len(rows), bool)}
-    several = (
-        len({row["image"] for row in rows if not row["image_seen_in_train"]}) > 1
-    )  # as an interval needs
+    # as an interval needs
+    several = len({row["image"] for row in rows if not row["image_seen_in_train"]}) > 1
     if several and not unseen.all():
         scopes["unseen"] = unseen
     data = sorted({(row["dataset"], row["split"]) for row in rows})

@@ -25,9 +25,8 @@ from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 from theworld.models.pointwise import RmsNorm, Rotary
 
-RECOMPILE_LIMIT = (
-    32  # dense and flex masks, with gradients and without, with a prefix, fixed and changing lengths
-)
+# dense and flex masks, with gradients and without, with a prefix, fixed and changing lengths
+RECOMPILE_LIMIT = 32
 
 
 # Options of flex attention in bfloat16 on a Hopper GPU at Gemma's heads of 256, the fastest that were tried

@@ -71,10 +71,8 @@ class Segment:
 
     key: Any
     token_ids: Sequence[int]
-    bidirectional: tuple[int, int] = (
-        0,
-        0,
-    )  # (start, end) of the tokens that see each other in both directions
+    # (start, end) of the tokens that see each other in both directions
+    bidirectional: tuple[int, int] = (0, 0)
     world: tuple[str | Control, int, int] | None = None  # (source of latents, start, end), brackets included
     image: tuple[str, int, int] | None = None  # (image, start, end) of its image tokens
 

@@ -27,9 +27,8 @@ class ProjectionShape:
 
     latent_shape: tuple[int, ...]  # C, H, W, or N, C
     width: int  # D
-    mode: str = (
-        "patch"  # of a grid: "patch": p x p latent pixels a token; "channel": one latent channel a token
-    )
+    # of a grid: "patch": p x p latent pixels a token; "channel": one latent channel a token
+    mode: str = "patch"
     patch: int = 4  # p, in latent pixels
     architecture: str = "mlp"  # one of PROJECTIONS
     hidden: int | None = None  # width inside; None: D, and at most 512 for one of DEEP

@@ -335,8 +335,9 @@ def find_model(path: str | Path) -> Path:
         return path
     found = list_checkpoints(path)
     if not found:
+        lack = "" if path.is_dir() else ": it is a file" if path.exists() else ": there is no such folder"
         raise CheckpointError(
-            f"{path}: neither a checkpoint (no {INDEX}) nor a folder with checkpoint-N in it"
+            f"{path}: neither a checkpoint (no {INDEX}) nor a folder with checkpoint-N in it{lack}"
         )
     return found[-1]
 

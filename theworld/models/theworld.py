@@ -431,9 +431,8 @@ class TheWorld(nn.Module):
         pictures, captions = pair_up(images, statements, "statements")
         encoded, names = self._encode_images(pictures, "world" in conditions, len(captions))
         first = {name: number for number, name in enumerate(encoded)}
-        order = sorted(
-            range(len(captions)), key=lambda i: first[names[i]]
-        )  # those of one photograph together
+        # those of one photograph together
+        order = sorted(range(len(captions)), key=lambda i: first[names[i]])
         packer = self.packer()
         found: dict[str, list[float]] = {condition: [0.0] * len(captions) for condition in conditions}
         for start in range(0, len(order), batch_size):

@@ -50,6 +50,8 @@ from theworld.report.training import training_section
 from theworld.utils.commands import command
 from theworld.utils.files import check_output, publish_bytes
 
+NAME_A_RUN = "name a run such as checkpoints/vsr, or one of its checkpoints"
+OF_A_RUN = ("metrics.jsonl", "alignment.json", "config.json", "checkpoint-*")  # one of them is in every run
 VERDICTS = {  # of each kind of verdict: its CSS class and its words
     HELPS: ("good", "World tokens help"),
     HURTS: ("bad", "World tokens hurt"),
@@ -120,10 +122,14 @@ def find_results(folder: Path) -> list[Path]:
 def _choose(run: Path, results: Path | None) -> tuple[Path | None, list[Path]]:
     """Return the records to show, if any, and the other records of the run. Raises ValueError without a run."""
     if not run.is_dir():
-        raise ValueError(
-            f"{run}: no such folder; name a run such as checkpoints/vsr, or one of its checkpoints"
-        )
+        lack = "a file, and a folder is wanted" if run.exists() else "no such folder"
+        raise ValueError(f"{run}: {lack}; {NAME_A_RUN}")
     found = find_results(run)
+    if results is None and not found and not any(any(run.glob(pattern)) for pattern in OF_A_RUN):
+        raise ValueError(
+            f"{run}: neither a run or a checkpoint (none of {', '.join(OF_A_RUN)}) nor a study (no protocol.json); "
+            f"{NAME_A_RUN}"
+        )
     if results is None and found:
         results = max(enumerate(found), key=lambda item: (*_preference(item[1]), item[0]))[1]
     return results, [path for path in found if results is None or path.resolve() != results.resolve()]

@@ -69,7 +69,8 @@ def plan_study(
 def _plan(run: Run, cache: Path) -> Plan:
     """Return the plan of a run as it starts. Raises ValueError naming the arm."""
     try:
-        return Plan(replace(run.config, output_dir=str(run.folder / "none")), cache_of(run.config, cache))
+        config = replace(run.config, output_dir=str(run.folder / "none"))
+        return Plan(config, cache_of(run.config, cache), flag="--output")
     except ValueError as error:
         raise ValueError(f"arm {run.arm.name!r}: {error}") from None
 
@@ -145,9 +146,10 @@ def decides(study: Study) -> str:
         number = f"{num_pairs(study)}, corrected"
         return f"nothing: a study without `primary` explores. It compares {pairs} on test: {number}"
     few = len(study.seeds) < LEAST_SEEDS
+    each = "each of " if len(primary.against) > 1 else ""
     return (
-        f"{primary.arm} against each of {', '.join(primary.against)} on test, at {primary.alpha:.0%} two-sided; "
-        f"within {primary.margin:g} points counts as equal"
+        f"{primary.arm} against {each}{', '.join(primary.against)} on test, at {primary.alpha:.0%} two-sided; "
+        f"a difference within {primary.margin:g} percentage point{'' if primary.margin == 1 else 's'} counts as equal"
         + (f"; {len(study.seeds)} seeds give no verdict, {LEAST_SEEDS} would" if few else "")
     )
 

@@ -28,15 +28,13 @@ class Rates:
 
     arm: str  # that was measured
     device: str
-    start: (
-        float  # until the first step, and what the first steps of each phase take more than those after them
-    )
+    # until the first step, and what the first steps of each phase take more than those after them
+    start: float
     steps: Mapping[str, float]  # one step, by phase
     save: float  # a checkpoint
     answer: float  # one statement under one condition
-    evaluation: float = (
-        0.0  # of all splits, beside the answers: statements, records, summaries; 0 in older files
-    )
+    # of all splits, beside the answers: statements, records, summaries; 0 in older files
+    evaluation: float = 0.0
     compiling: float = 0.0  # that the first run of a process takes more
 
     @property

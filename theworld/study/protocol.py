@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from theworld.config.config import FIELDS, Config, config_from, load_config
+from theworld.config.config import FIELDS, Config, config_from, load_config, unknown_key
 from theworld.config.fields import nearest_name
 from theworld.evaluation.conditions import CONDITIONS
 from theworld.training.sweep import OWN, QUIET
@@ -35,18 +35,20 @@ from theworld.utils.text import is_text
 
 PROTOCOL = "protocol.json"
 FORMAT = 1  # of protocol.json
+# its fields, beside `primary`
 KINDS: dict[str, type] = {
     "format": int,
     "settings": dict,
     "arms": dict,
     "rules_out": dict,
     "seeds": list,
-}  # its fields, beside `primary`
+}
+# left out where a study has none
 OPTIONAL: dict[str, type] = {
     "baseline": str,
     "train_shares": list,
     "caution": str,
-}  # left out where a study has none
+}
 KEYS = ("settings", "arms", "primary", "baseline", "seeds", "train_shares", "caution")  # of the file
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", re.ASCII)
 
@@ -170,8 +172,7 @@ def read_study(
     found = {key: value for key, value in read_json_with_comments(path).items() if not is_comment(key)}
     unknown = [key for key in found if key not in KEYS]
     if unknown:
-        known = nearest_name(unknown[0], list(KEYS))
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}; the nearest known key is {known}")
+        raise ValueError(f"{path}: {unknown_key(unknown[0], found, KEYS, str(path))}")
     base = replace(_base(found.get("settings", {}), path, overrides), standardization="training_images")
     every = _arms(found.get("arms"), path)
     for name in arms or ():

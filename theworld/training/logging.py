@@ -45,10 +45,11 @@ def set_aside(folder: Path, keep: Callable[[dict[str, Any]], bool]) -> int:
         target = kept if _is_wanted(raw, keep) else moved
         target += raw if raw.endswith(b"\n") else raw + b"\n"
     if moved:
+        # first, so that a stop in between loses nothing
         with (
             naming(folder / ASIDE),
             open(folder / ASIDE, "ab") as file,
-        ):  # first, so that a stop in between loses nothing
+        ):
             file.write(moved)
             file.flush()
             os.fsync(file.fileno())

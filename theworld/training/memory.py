@@ -248,8 +248,10 @@ class Memory:
 class Plan:
     """A run before its weights load: data, order, steps, and counts from the shapes of the models alone."""
 
-    def __init__(self, config: Config, cache: Path, allow_changed: bool = False) -> None:
-        """`allow_changed`: take changes, by a resume, of what the run learns.
+    def __init__(
+        self, config: Config, cache: Path, allow_changed: bool = False, flag: str = "--output_dir"
+    ) -> None:
+        """`allow_changed`: take changes, by a resume, of what the run learns. `flag`: what says where the run writes.
 
         Raises ValueError, StoreError or CheckpointError if the run could not start.
         """
@@ -258,14 +260,14 @@ class Plan:
         if self.processes.is_main_process:  # the only one that writes, logs and uploads
             check_hub(config)
             check_trackers(config)
-            check_output(self.output_dir / METRICS, "--output_dir")
+            check_output(self.output_dir / METRICS, flag)
         if config.fp8:
             check_fp8(self.processes.device)
         count = self.processes.count
         self.global_batch_size = config.batch_size * config.gradient_accumulation_steps * count
         self.data = load_data(config, cache)
         self.resumed = latest_valid_checkpoint(config.resume_from) if config.resume_from else None
-        check_unlocked(self.output_dir, "--output_dir")
+        check_unlocked(self.output_dir, flag)
         refuse_to_overwrite(self.output_dir, self.resumed)
         self.start, init_from = _start(config, self.resumed)
         self.data = with_statistics(self.data, self.start)
@@ -295,7 +297,7 @@ class Plan:
             )
         self.facts = self._facts(own)
         if self.processes.is_main_process:
-            check_room(self.output_dir, CHECKPOINT_BYTES * self.facts.trainable, "--output_dir")
+            check_room(self.output_dir, CHECKPOINT_BYTES * self.facts.trainable, flag)
         self.sizes = own, shape
         self.heaviest_start = self._heaviest_start()
         self.memory = self.estimate(config)

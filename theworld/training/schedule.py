@@ -81,9 +81,8 @@ class Phase:
     start: int  # its first step
     stop: int  # the step after its last
     peak_learning_rate: float
-    loss_weights: dict[str, float] = field(
-        default_factory=dict
-    )  # options of `TheWorld.losses`; none for "align"
+    # options of `TheWorld.losses`; none for "align"
+    loss_weights: dict[str, float] = field(default_factory=dict)
 
     @property
     def word_losses(self) -> list[str]:

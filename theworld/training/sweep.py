@@ -262,7 +262,9 @@ def plan_sweep(runs: Sequence[Run], cache: Path, output: Path, part: Part = ALL)
     for name in dict.fromkeys(run.name for run in waiting):
         own = [run for run in waiting if run.name == name]
         try:
-            plan = Plan(replace(own[0].config, output_dir=str(own[0].folder / "none")), cache)
+            plan = Plan(
+                replace(own[0].config, output_dir=str(own[0].folder / "none")), cache, flag="--output"
+            )
         except ValueError as error:
             raise ValueError(f"run {name!r}: {error}") from None
         trains = plan.facts.trainable

@@ -54,6 +54,8 @@ def parse_json_with_comments(data: bytes, path: Path) -> dict[str, Any]:
         raise ValueError(f"{text} is not a finite number")
 
     text = decoded(data, path)
+    if not text.strip():
+        raise ValueError(f"{path}:1:1: the file is empty; wanted one object: {{...}}")
     try:
         text = _without_comments(text)
         values = json.loads(

@@ -20,9 +20,8 @@ from theworld.utils.distributed import num_launched
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: the same command goes on, of a training with --resume_from
-ONE_REQUEST = (
-    2.0  # seconds: a signal that reaches a process twice, by itself and with its group, is one request
-)
+# seconds: a signal that reaches a process twice, by itself and with its group, is one request
+ONE_REQUEST = 2.0
 
 
 class StopRequest:

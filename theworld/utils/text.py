@@ -62,6 +62,10 @@ def decoded(data: bytes, where: object) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if b"\0" in data:  # which no text holds
+            raise ValueError(
+                f"{where}: is a binary file, and wanted is text in utf-8; name another file"
+            ) from None
         line = data.count(b"\n", 0, error.start) + 1
         byte = data[error.start]
         raise ValueError(

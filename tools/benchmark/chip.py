@@ -196,9 +196,8 @@ def language_flops(config: Any, works: Sequence[Work], projection: int = 0) -> d
     scores are not counted. The projection is trained: twice its forward.
     """
     whole = (config.num_hidden_layers - 1) * decoder_parameters(config)
-    keys = (
-        2 * config.hidden_size * config.num_key_value_heads * config.head_dim
-    )  # weights of keys and values, doubled
+    # weights of keys and values, doubled
+    keys = 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
     rest = decoder_parameters(config) - keys
     per_pair = 4 * config.num_attention_heads * config.head_dim
     head = 2 * config.hidden_size * config.vocab_size

@@ -33,13 +33,14 @@ from theworld.evaluation.comparison import (
 from theworld.evaluation.power import Assumptions, expected_variance, power
 
 LOG = logging.getLogger(__name__)
+# of VSR's random test: 2,195 statements, 1,874 images
 IMAGES_BY_STATEMENTS = {
     1: 1609,
     2: 217,
     3: 41,
     4: 6,
     5: 1,
-}  # of VSR's random test: 2,195 statements, 1,874 images
+}
 SHARE_TRUE = 0.538  # of its statements
 ACCURACY = 0.76  # of an arm without an effect
 # Standard deviations of the parts of a margin, in those of the statements' difficulty.

@@ -176,9 +176,8 @@ class Workbench:
                 names = [
                     n for n in statement_images(Path(str(config.annotations))) if not (target / n).exists()
                 ]
-                workers = (
-                    self.cores if self.cores > 2 else 1
-                )  # starting processes takes longer than drawing a few
+                # starting processes takes longer than drawing a few
+                workers = self.cores if self.cores > 2 else 1
                 write_photographs(target, names, shapes.num_pictures, workers, shapes.photograph)
         self.free()
 

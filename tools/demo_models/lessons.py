@@ -23,10 +23,11 @@ from theworld.utils.starting import starting_workers
 
 T = TypeVar("T")
 
+# of things in training, a little larger than in the demo, so that its few patches show more of them
 SCHOOL_RADIUS = (
     0.085,
     0.115,
-)  # of things in training, a little larger than in the demo, so that its few patches show more of them
+)
 POOL_SEED = 9_000_000  # so that training scenes are never those of a data set with a small seed
 
 
@@ -97,20 +98,17 @@ class Prompts:
         questions = [self._question(a, r, b) for r in RELATIONS for a in things for b in things]
         self.lengths = torch.tensor([len(q) for q in questions], device=device)
         self.questions = nn.utils.rnn.pad_sequence(questions, batch_first=True)  # int64[4 * 12 * 12, Q]
-        self.statement_at = len(
-            self._ids("\n\nStatement:")
-        )  # position of the statement's first word in a question
-        self.relation_at = len(
-            self._ids("\n\nStatement: The red ball is")
-        )  # position of the relation's first word
+        # position of the statement's first word in a question
+        self.statement_at = len(self._ids("\n\nStatement:"))
+        # position of the relation's first word
+        self.relation_at = len(self._ids("\n\nStatement: The red ball is"))
         boi, eoi, image = IMAGE_TOKENS
         block, start = f"{boi}{image * TOKENS_PER_IMAGE}{eoi}", "<bos><start_of_turn>user\n"
         self.heads = {
             "one": self._head(f"{start}\n\n{block}"),  # like the processor's prompt of one picture
             "two": self._head(f"{start}\n\n{block}\n\n\n\n{block}"),  # of two
-            "beside": self._head(
-                start, block, f"\n\n{block}"
-            ),  # a block before the picture, without newlines
+            # a block before the picture, without newlines
+            "beside": self._head(start, block, f"\n\n{block}"),
         }
 
     def token_ids(self) -> Tensor:

@@ -144,9 +144,8 @@ class Steps:
 
     def _step(self, kind: Any) -> Tensor:
         self.num_seen[kind] = self.num_seen.get(kind, 0) + 1
-        if (
-            not self.on_cuda or self.num_seen[kind] <= 3
-        ):  # three plain steps first, in which libraries allocate and choose kernels
+        # three plain steps first, in which libraries allocate and choose kernels
+        if not self.on_cuda or self.num_seen[kind] <= 3:
             return self._plain_step(kind)
         if kind not in self.graphs:
             graph = torch.cuda.CUDAGraph()

@@ -197,9 +197,8 @@ def make_gemma(tokenizer: tokenizers.Tokenizer) -> Gemma3ForConditionalGeneratio
         attn_implementation="sdpa",
     )
     model = Gemma3ForConditionalGeneration(config)
-    with (
-        torch.no_grad()
-    ):  # transformers initialises this weight to zero; image tokens should be as large as words
+    # transformers initialises this weight to zero; image tokens should be as large as words
+    with torch.no_grad():
         nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=64**-0.5)
         nn.init.normal_(model.model.language_model.embed_tokens.weight, std=64**-0.5)
     model.generation_config = GenerationConfig(

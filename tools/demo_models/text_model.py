@@ -64,9 +64,8 @@ def cut_tokenizer(tokenizer: Json, texts: Iterable[str], always: Sequence[str]) 
     # No merge crosses the start of a word (▁), so words are processed one by one.
     for word in {piece for text in texts for piece in text.replace(" ", " ▁").split(" ")}:
         kept |= passed_through(word, ranks)
-    ids = vocab | {
-        own["content"]: own["id"] for own in tokenizer["added_tokens"]
-    }  # some are not in the vocabulary
+    # some are not in the vocabulary
+    ids = vocab | {own["content"]: own["id"] for own in tokenizer["added_tokens"]}
     former = sorted(ids[token] for token in kept if token in ids)
     new = {old: i for i, old in enumerate(former)}
     post = tokenizer["post_processor"]
