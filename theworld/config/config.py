@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from theworld.config.fields import Refused, nearest_name, refused, setting, settings_of, shown
+from theworld.utils.commands import command
 from theworld.utils.files import publish_bytes
 from theworld.utils.jsonc import is_comment, read_json_with_comments
 
@@ -661,15 +662,15 @@ def unknown_key(key: str, values: Mapping[str, Any], known: Sequence[str], sourc
     """Return what is wrong with the key of a file, in words: the file is of another kind, whose keys are not `known`
     here, and is for another tool, or else the key is unknown, with the nearest known key."""
     kinds = {
-        "arms": f"is a study's, for: python tools/study.py --config {source}",
-        "runs": f"is a sweep's, for: python tools/sweep.py --config FILE --runs {source}",
+        "arms": f"is a study's, for: {command('study', '--config', source)}",
+        "runs": f"is a sweep's, for: {command('sweep', '--config', 'FILE', '--runs', source)}",
     }
     for telling, kind in kinds.items():
         if telling in values and telling not in known:
             return f"the file has the key {shown(telling)}, so it {kind}"
     if key in FIELDS:  # where settings are wanted it would be known
         return (
-            f"{shown(key)} is a setting, so the file is a run's, for: python tools/train.py --config {source}"
+            f"{shown(key)} is a setting, so the file is a run's, for: {command('train', '--config', source)}"
         )
     return f"unknown key {shown(key)}; the nearest known key is {nearest_name(key, list(known))}"
 
