@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from theworld.models.attention import attention_masks, block_mask, prepare_masks, seen_by
-from theworld.models.fp8 import Weight, gelu, linear
+from theworld.models.fp8 import Weight, gated, linear
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 from theworld.models.pointwise import RmsNorm, Rotary
@@ -240,7 +240,7 @@ def after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tens
     x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
     normed = rms_norm(x, w.before_mlp, shape.epsilon)
     gate, up = linear(normed, w.gate), linear(normed, w.up)
-    inner = (F.gelu(gate, approximate="tanh") if isinstance(w.gate, Tensor) else gelu(gate)) * up
+    inner = F.gelu(gate, approximate="tanh") * up if isinstance(w.gate, Tensor) else gated(gate, up)
     return x + rms_norm(linear(inner, w.down), w.after_mlp, shape.epsilon)
 
 
@@ -251,8 +251,21 @@ def project_qkv(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> 
     projected = linear(rms_norm(x, w.before_attention, epsilon), w.qkv)
     projected = projected.view(*cos.shape[:2], -1, width).transpose(1, 2)  # R, H + 2 G, L, E
     query, key, value = projected.split((heads, groups, groups), 1)
-    query = apply_rotary(rms_norm(query, w.query_norm, epsilon), cos, sin)
-    return query, apply_rotary(rms_norm(key, w.key_norm, epsilon), cos, sin), value
+    query = _computed_again(normed_and_rotated, query, w.query_norm, cos, sin, epsilon)
+    return query, _computed_again(normed_and_rotated, key, w.key_norm, cos, sin, epsilon), value
+
+
+def normed_and_rotated(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, epsilon: float) -> Tensor:
+    """Return queries or keys as attention takes them, in the shape of `x`, dtype[R, heads, L, E]."""
+    return apply_rotary(rms_norm(x, weight, epsilon), cos, sin)
+
+
+def _computed_again(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Call a function whose result compiled code computes once more for the backward pass in place of keeping it, for
+    one that takes less time than its memory is worth. What is not compiled keeps it: there each operation counts."""
+    if torch.compiler.is_compiling():
+        return checkpoint(function, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
+    return function(*arguments)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape) -> Tensor:
