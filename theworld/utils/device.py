@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -80,12 +79,9 @@ def start_compilers(compile: bool | None, device: str) -> None:
         maybe_warm_pool()
 
 
-SWITCH_SECONDS = 0.0003
-
-
 def set_up_torch(dtype: torch.dtype) -> None:
-    """Set the process-wide state that models which compute in `dtype` want: the precision of float32 products, whether
-    the processes of a launch load weights, and how long a thread of Python may keep the others waiting.
+    """Set the process-wide state that models which compute in `dtype` want: the precision of float32 products, and
+    whether the processes of a launch load weights.
 
     Called by the trainer before its model loads, and by the programs that evaluate and ask; models themselves set
     nothing. With models in bfloat16 only the projection is in float32: TF32 rounds its products to 10 bits, the frozen
@@ -96,9 +92,6 @@ def set_up_torch(dtype: torch.dtype) -> None:
     # The default of `accelerate launch --use_fsdp` leaves processes but the first without weights; here each reads what
     # it loaded, such as the scale of the embeddings, before anything is sharded.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    # By default a thread that packs batches may hold Python's lock for 5 ms at a time, in which no kernel is launched:
-    # 10 % of a step of two micro-batches on a GPU (RESULTS.md).
-    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 @contextmanager
