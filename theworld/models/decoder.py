@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from theworld.models.attention import attention_masks, block_mask, prepare_masks, seen_by
-from theworld.models.fp8 import Weight, gelu, linear
+from theworld.models.fp8 import Weight, gated, linear
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 from theworld.models.pointwise import RmsNorm, Rotary
@@ -240,7 +240,7 @@ def after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tens
     x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
     normed = rms_norm(x, w.before_mlp, shape.epsilon)
     gate, up = linear(normed, w.gate), linear(normed, w.up)
-    inner = (F.gelu(gate, approximate="tanh") if isinstance(w.gate, Tensor) else gelu(gate)) * up
+    inner = F.gelu(gate, approximate="tanh") * up if isinstance(w.gate, Tensor) else gated(gate, up)
     return x + rms_norm(linear(inner, w.down), w.after_mlp, shape.epsilon)
 
 
