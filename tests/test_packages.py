@@ -70,5 +70,8 @@ def libraries(module: str) -> set[str]:
 
 def test_a_tool_starts_without_the_libraries_that_it_may_not_need() -> None:
     assert libraries("theworld.training.trainer").isdisjoint({"sklearn", "scipy", "diffusers", "peft"})
-    assert libraries("theworld.evaluation.score").isdisjoint({"diffusers", "peft"})
-    assert "sklearn" in libraries("theworld.evaluation.score")  # for metrics
+    drawing_and_statistics = {"matplotlib", "sklearn"}
+    for module in ("evaluation.score", "evaluation.tables", "extraction.extract", "cli.dry_run"):
+        found = libraries(f"theworld.{module}")
+        assert found.isdisjoint({"diffusers", "peft"} | drawing_and_statistics), module
+    assert "scipy" in libraries("theworld.evaluation.score")  # for metrics

@@ -37,3 +37,18 @@ def test_importing_the_package_loads_nothing_of_it() -> None:
     code = f"import sys, theworld; print(*sorted(m for m in sys.modules if {own}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()) == (0, ["theworld"])
+
+
+def test_the_tools_load_neither_statistics_nor_drawing_nor_the_vae_before_they_work() -> None:
+    late = {"diffusers", "matplotlib", "pandas", "scipy.stats", "sklearn"}
+    lines = [
+        "import sys",
+        "from transformers.models.gemma3 import modeling_gemma3",
+        "before = set(sys.modules)",  # in some environments transformers loads scikit-learn by itself
+        "import theworld.training.trainer, theworld.extraction.extract",
+        "import theworld.evaluation.score, theworld.evaluation.tables, theworld.cli.dry_run",
+        f"print(*sorted({late} & (sys.modules.keys() - before)))",
+    ]
+    code = "; ".join(lines)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, [])

@@ -2,7 +2,11 @@
 
 import garbage
 import jobs  # noqa: F401
+import matplotlib.figure  # noqa: F401
 import runs  # noqa: F401
+import scipy.stats  # noqa: F401
+import sklearn.manifold
+import sklearn.metrics  # noqa: F401
 import torch
 from diffusers import AutoencoderKLWan  # noqa: F401 - which imports for a second
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping

@@ -13,6 +13,7 @@ import errno
 import functools
 import hashlib
 import io
+import itertools
 import math
 import os
 import random
@@ -22,9 +23,10 @@ import stat
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import simplejpeg
@@ -32,6 +34,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from theworld.utils.console import progress
 from theworld.utils.text import difference, folded
+
+T = TypeVar("T")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_BYTES = 64 * 1024 * 1024
@@ -114,7 +118,7 @@ def _inside(root: str | Path, relative_path: str, follow_links: bool) -> str:
 
     Raises ImageError if the path leads out of `root`, or, unless `follow_links`, a link on the way.
     """
-    if "\0" in relative_path or os.path.isabs(relative_path) or ".." in Path(relative_path).parts:
+    if "\0" in relative_path or os.path.isabs(relative_path) or ".." in relative_path.split("/"):
         raise ImageError(relative_path, "not a path below the image folder")
     try:
         real_root = os.path.realpath(root)
@@ -388,15 +392,18 @@ def check_photographs(
     hash_now = functools.partial(_hash_now, folder, follow_links=follow_links)
     bar = progress(total=len(images), desc="comparing photographs", unit=" images", leave=False)
     with bar, ThreadPoolExecutor(THREADS) as pool:
-        changed_at = dict(zip(images, pool.map(lambda path: _changed_at(folder / path), images), strict=True))
+        times = _each(pool, lambda path: _changed_at(folder / path), list(images))
+        changed_at = dict(zip(images, times, strict=True))
         first = [path for path in images if since is None or changed_at[path] > since]
         rest = sorted(images.keys() - set(first))
         random.shuffle(rest)
         compared, end = 0, None if seconds is None else clock() + seconds
-        for chunk, is_first in [(c, True) for c in _chunks(first)] + [(c, False) for c in _chunks(rest)]:
+        for chunk, is_first in [(c, True) for c in _chunks(first, CHUNK)] + [
+            (c, False) for c in _chunks(rest, CHUNK)
+        ]:
             if not is_first and end is not None and clock() >= end:
                 break
-            for path, now in zip(chunk, pool.map(hash_now, chunk), strict=True):
+            for path, now in zip(chunk, _each(pool, hash_now, chunk), strict=True):
                 if now != images[path]:
                     changes[path] = (images[path], now)
             compared += len(chunk)
@@ -411,8 +418,15 @@ def check_photographs(
     )
 
 
-def _chunks(paths: Sequence[str]) -> list[Sequence[str]]:
-    return [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+def _chunks(paths: Sequence[str], size: int) -> list[Sequence[str]]:
+    return [paths[start : start + size] for start in range(0, len(paths), size)]
+
+
+def _each(pool: ThreadPoolExecutor, function: Callable[[str], T], paths: Sequence[str]) -> Iterator[T]:
+    """Yield what the function returns for each path. A thread takes several at a time: to hand over one takes as long
+    as to read its time stamp."""
+    groups = pool.map(lambda group: [function(path) for path in group], _chunks(paths, CHUNK // THREADS))
+    return itertools.chain.from_iterable(groups)
 
 
 def _changed_at(path: Path) -> float:

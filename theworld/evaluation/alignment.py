@@ -10,23 +10,22 @@ The control is the same comparison with the tokens of another image. Tokens are 
 and only some of each image are kept to be drawn: 4,096 tokens of a hundred images would take 4 GB.
 
 `align` measures, `report` returns the figures as text, and `draw` draws them: tokens by PCA and t-SNE, cosines, norms.
+matplotlib and scikit-learn take a second to load, and only `draw` needs them, so it loads them.
 
 Dimensions: I images; N world tokens and M image tokens of an image; T text tokens; D hidden size of the language model.
 """
+
+from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 from torch import Tensor
 
 from theworld.config.cli import extraction_command
@@ -41,6 +40,9 @@ from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.utils.device import set_up_torch
 from theworld.utils.files import naming
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class Tokens:
         self._some: list[Tensor] = []
         self._sum = torch.zeros(0, dtype=torch.float64)
 
-    def add(self, tokens: Tensor, most: int) -> "Tokens":
+    def add(self, tokens: Tensor, most: int) -> Tokens:
         """Add tokens, float32[_, D], and keep a random sample of at most `most`, the same one for every such object."""
         total = tokens.sum(0, dtype=torch.float64)
         self._sum = total if not self._norms else self._sum + total
@@ -422,6 +424,8 @@ def draw(measured: dict[str, Measured], result: dict[str, Any], path: Path) -> N
 
     Needs no screen. Raises ValueError for a suffix that matplotlib does not write.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(18, 9), layout="constrained")
     rows = figure.subplots(len(measured), 4)
     every = torch.cat([torch.cat([one.cosine, one.control]) for one in measured.values()])
@@ -447,6 +451,9 @@ def draw(measured: dict[str, Measured], result: dict[str, Any], path: Path) -> N
 
 def draw_tokens(left: Axes, right: Axes, measured: Measured, name: str) -> None:
     """Draw the same number of tokens of each kind on their first two principal components and by t-SNE."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
     generator = np.random.default_rng(0)
     most = MAX_POINTS // len(measured.kinds)
     chosen = {

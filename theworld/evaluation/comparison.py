@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import special, stats
+import scipy  # which loads scipy.stats when it is first used: half a second
+from scipy import special
 from scipy.optimize import brentq
 
 METRICS = ("accuracy", "balanced_accuracy", "auroc")
@@ -67,10 +68,10 @@ def statement_values(metric: str, margin: np.ndarray, labels: np.ndarray) -> np.
 
 def _placements(margin: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Return for each statement the share of those with the other label that it is ranked rightly against."""
-    ranks = stats.rankdata(margin, axis=-1)
+    ranks = scipy.stats.rankdata(margin, axis=-1)
     places = np.empty(margin.shape)
     for own in (true, ~true):
-        below = ranks[..., own] - stats.rankdata(margin[..., own], axis=-1)
+        below = ranks[..., own] - scipy.stats.rankdata(margin[..., own], axis=-1)
         places[..., own] = below / (~own).sum()
     places[..., ~true] = 1 - places[..., ~true]
     return places

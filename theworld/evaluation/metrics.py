@@ -1,6 +1,8 @@
 """The metrics of an evaluation, from its records alone (see `theworld.evaluation.records`).
 
-Each statistic is scipy's or scikit-learn's, on plain arrays; `summarise` returns all of them as JSON, whose keys stay:
+Each statistic is scipy's or scikit-learn's, on plain arrays. Both take long to load, so they load with the first
+statistic (scipy loads `scipy.stats` by itself), when an evaluation has its answers. `summarise` returns all of them as
+JSON, whose keys stay:
 
     systems             metrics of each condition
     says_true           predicted-positive rate: share of the statements that are called true
@@ -24,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binned_statistic, binomtest, bootstrap
-from sklearn.metrics import balanced_accuracy_score, brier_score_loss, roc_auc_score
+import scipy
 
 from theworld.data.vsr import release_of
 from theworld.evaluation.choices import choices_of, sets_of
@@ -45,7 +46,7 @@ FEW = 30  # statements; below this an accuracy says little
 def accuracy(correct: Sequence[bool]) -> dict[str, Any]:
     """Return the share of correct answers with its 95 % interval (Wilson 1927)."""
     hits, n = sum(correct), len(correct)
-    interval = binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
+    interval = scipy.stats.binomtest(hits, n).proportion_ci(CONFIDENCE, method="wilson")
     return {"n": n, "accuracy": hits / n, "low": float(interval.low), "high": float(interval.high)}
 
 
@@ -57,7 +58,7 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     discordant = only_first + only_second
-    p = float(binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
+    p = float(scipy.stats.binomtest(only_first, discordant, 0.5).pvalue) if discordant else 1.0
     return {"only_first": only_first, "only_second": only_second, "p_value": p}
 
 
@@ -69,6 +70,8 @@ def probability_metrics(labels: np.ndarray, p_true: np.ndarray, margin: np.ndarr
     distance of P(true) from the label (Brier 1950), 0.25 for P(true) = 0.5. The expected calibration error is the mean
     distance of P(true) from the share of true statements over the bins, weighted by their n (Naeini et al. 2015).
     """
+    from sklearn.metrics import balanced_accuracy_score, brier_score_loss, roc_auc_score
+
     both = 0 < labels.sum() < len(labels)
     bins = calibration_bins(labels, p_true)
     expected_calibration_error = sum(b["n"] * abs(b["p_true"] - b["true"]) for b in bins) / len(labels)
@@ -89,7 +92,7 @@ def calibration_bins(labels: np.ndarray, p_true: np.ndarray) -> list[dict[str, A
     with its interval.
     """
     edges = np.linspace(0, 1, NUM_BINS + 1)
-    bin_numbers = binned_statistic(p_true, None, "count", bins=edges).binnumber
+    bin_numbers = scipy.stats.binned_statistic(p_true, None, "count", bins=edges).binnumber
     bins = []
     for number in np.unique(bin_numbers):
         inside = bin_numbers == number
@@ -127,7 +130,7 @@ def cluster_bootstrap(images: Sequence[str], values: np.ndarray) -> list[tuple[f
         times = np.bincount((rows + drawn).ravel(), minlength=drawn.size).reshape(drawn.shape).T.astype(float)
         return sums @ times / (counts @ times)
 
-    interval = bootstrap(
+    interval = scipy.stats.bootstrap(
         (np.arange(len(names)),),
         means,
         vectorized=True,

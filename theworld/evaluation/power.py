@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from scipy import stats
+import scipy  # which loads scipy.stats when it is first used: half a second
 from scipy.optimize import brentq
 
 from theworld.evaluation.comparison import ALPHA, NO_INTERVAL, Images, Variance
@@ -127,13 +127,13 @@ def power(variance: Variance, difference: float, alpha: float = ALPHA) -> float:
         variance.num_seeds,
     )
     wanted = estimated.critical_value(alpha) * np.sqrt(estimated.total)
-    return float(stats.norm.sf((wanted - abs(difference)) / true).mean())
+    return float(scipy.stats.norm.sf((wanted - abs(difference)) / true).mean())
 
 
 @cache
 def _chi_squared(degrees: int) -> np.ndarray:
     """Return equally likely values of an estimated variance as a share of the true one."""
-    return stats.chi2.ppf((np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES, degrees) / degrees
+    return scipy.stats.chi2.ppf((np.arange(NUM_QUANTILES) + 0.5) / NUM_QUANTILES, degrees) / degrees
 
 
 NONE = 1.0  # the smallest difference where none is found, however large
