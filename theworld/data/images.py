@@ -398,9 +398,9 @@ def check_photographs(
         rest = sorted(images.keys() - set(first))
         random.shuffle(rest)
         compared, end = 0, None if seconds is None else clock() + seconds
-        for chunk, is_first in [(c, True) for c in _chunks(first, CHUNK)] + [
-            (c, False) for c in _chunks(rest, CHUNK)
-        ]:
+        chunks = [(chunk, True) for chunk in _chunks(first, CHUNK)]
+        chunks += [(chunk, False) for chunk in _chunks(rest, CHUNK)]
+        for chunk, is_first in chunks:
             if not is_first and end is not None and clock() >= end:
                 break
             for path, now in zip(chunk, _each(pool, hash_now, chunk), strict=True):
