@@ -544,7 +544,7 @@ def test_the_preflight_counts_what_is_left_and_the_room_for_it(
     )
     out = caplog.text
     caplog.clear()
-    assert f"latents: {own} photographs of part 1/2 to roll out, 6 in the store: 0.0 MiB, twice that" in out
+    assert f"latents: {own} photographs of part 1/2 to roll out, 6 in the store: 12.0 KiB, twice that" in out
     assert " denoising step, " in out
     assert f"{own} x (" in out
     run(job, tmp_path / "cache", part="1/2")

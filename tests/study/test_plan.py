@@ -112,7 +112,7 @@ def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
     assert new[0] == "study        2 arms x 2 seeds: 4 runs, 0 done"
     second = plan_study(study, runs_of(study, tmp_path / "new"), study_cache, tmp_path / "new", Part(1, 2))
     assert next(line for line in second if line.startswith("part")) == (
-        "part         2 of 2 trains 2 runs of the 4 that are not done"
+        "part         2 of 2 trains 2 of 4 runs not yet done"
     )
     (time,) = [line for line in new if line.startswith("time")]
     assert time.startswith("time         not known before anything has run: a start without ")

@@ -39,7 +39,7 @@ def plan_study(
         f"{size_of(study)}: {counted(len(runs), 'run')}, {len(runs) - len(left)} done",
     )
     if part.count > 1:
-        own = f"{counted(len(waiting(runs, part)), 'run')} of the {len(left):,} that are not done"
+        own = f"{len(waiting(runs, part)):,} of {counted(len(left), 'run')} not yet done"
         yield line("part", f"{part.index + 1} of {part.count} trains {own}")
     yield line("decides", decides(study))
     size, plans = 0, dict[str, Plan]()
