@@ -77,6 +77,19 @@ def test_an_error_affects_only_its_own_row(tmp_path: Path) -> None:
     assert "bad" in results.table()
 
 
+def test_the_share_of_the_chip_follows_from_a_measured_share_or_a_floor(tmp_path: Path) -> None:
+    results = Results(tmp_path / "a.json", "command")
+    results.begin("train")
+    results.add("train", "floor", {"rate": 160.0})
+    results.add("train", "ours", {"rate": 80.0, "mfu": 0.5})
+    results.add("train", "of no known share", {"rate": 80.0})
+    shares = [
+        results.share("train", name, {"rate": 40.0})
+        for name in ("floor", "ours", "of no known share", "none")
+    ]
+    assert shares == [0.25, 0.25, None, None]
+
+
 def test_parts_of_a_later_run_are_added(tmp_path: Path) -> None:
     for part in ("one", "two"):
         results = Results(tmp_path / "a.json", "command")

@@ -213,6 +213,12 @@ class Workbench:
         runs.mkdir(parents=True, exist_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=runs))
 
+    @contextmanager
+    def nothing_compiled(self) -> Iterator[None]:
+        """Give the tools that are run within the block an empty folder for compiled code, as on a new machine."""
+        with patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": str(self.fresh("compiled"))}):
+            yield
+
     def trainer(self, **changes: Any) -> Trainer:
         """Return the trainer of a new run on the cache."""
         return Trainer(self.config(**({"output_dir": str(self.fresh("train"))} | changes)), self.cache())
@@ -335,9 +341,9 @@ def branch_tokens(packer: Packer, config: Config) -> Row:
     }
 
 
-def last_metrics(output_dir: Path) -> Row:
-    """Return the last line of a run's metrics.jsonl."""
-    return json.loads((output_dir / "metrics.jsonl").read_text().splitlines()[-1])
+def metrics(output_dir: Path) -> list[Row]:
+    """Return the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def run_tool(

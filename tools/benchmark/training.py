@@ -1,12 +1,11 @@
 """Measure phases 2 and 3: steps beside the baseline, variants, losses with fp8, start-up, evaluation, a run."""
 
-import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from benchmark.chip import language_flops, projection_flops, synchronize, time_calls, work_of
@@ -14,11 +13,13 @@ from benchmark.choices import VARIANTS
 from benchmark.end_to_end import EndToEnd
 from benchmark.results import Row, spread
 from benchmark.setup import (
+    TOOLS,
     Workbench,
     branch_tokens,
-    last_metrics,
+    metrics,
     packed_batches,
     quietly,
+    run_command,
     run_tool,
     statements_a_step,
     stepper,
@@ -27,7 +28,6 @@ from benchmark.setup import (
 
 from theworld.data.vsr import Statement, load_statements
 from theworld.evaluation.predict import predict
-from theworld.evaluation.score import score
 from theworld.training.trainer import Trainer
 
 CONDITIONS = ("world", "baseline", "zero", "shuffled")
@@ -153,7 +153,8 @@ def part_variants(bench: Workbench) -> None:
 
 
 def part_evaluate(bench: Workbench) -> None:
-    """Measure the test split under one and under all four conditions with a warm model; then all four with loading."""
+    """Measure the test split under one and under all four conditions with a warm model; then tools/eval.py with all
+    four, from a cold start."""
     output, cache = bench.fresh("evaluate"), bench.cache()
     config = bench.config(max_steps=1, output_dir=str(output))
     trainer = Trainer(config, cache)
@@ -165,13 +166,15 @@ def part_evaluate(bench: Workbench) -> None:
             bench.results.add("evaluate", name, _answers_row(bench, trainer, test, conditions))
     del trainer
     bench.free()
-    torch._dynamo.reset()
-    start = time.perf_counter()
-    with quietly():
-        rows = score(checkpoint, cache, None, "test", CONDITIONS, {})
-    seconds = time.perf_counter() - start
-    row: Row = {"rate": len(rows) * len(CONDITIONS) / seconds, "unit": "answers/s", "seconds": seconds}
-    bench.results.add("evaluate", "all four, loaded anew", row | {"memory_gib": bench.peak_gib()})
+    with bench.results.attempt("evaluate", "command, all four"), bench.nothing_compiled():
+        command = [sys.executable, str(TOOLS / "eval.py"), "--model", str(checkpoint), "--cache", str(cache)]
+        start = time.perf_counter()
+        run_command([*command, "--output", str(output / "records.jsonl"), "--conditions", *CONDITIONS])
+        seconds = time.perf_counter() - start
+        answers = len(test) * len(CONDITIONS)
+        row: Row = {"rate": answers / seconds, "unit": "answers/s", "seconds": seconds}
+        share = bench.results.share("evaluate", "all four", row)
+        bench.results.add("evaluate", "command, all four", row | {"mfu": share})
 
 
 def _answers_row(
@@ -235,8 +238,8 @@ def _loss_row(bench: Workbench, **changes: object) -> Row:
 
 def part_start(bench: Workbench) -> None:
     """Measure tools/train.py up to its first optimizer step: with nothing compiled, and with the cache of that run."""
-    cache, compiled = bench.cache(), bench.fresh("compiled")
-    with patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}):
+    cache = bench.cache()
+    with bench.nothing_compiled():
         for name in ("nothing compiled", "compiled before"):
             with bench.results.attempt("start", name):
                 output = bench.fresh("start") / "checkpoints"
@@ -249,19 +252,30 @@ def part_start(bench: Workbench) -> None:
 
 
 def part_run(bench: Workbench) -> None:
-    """Measure three epochs from a cold start to the saved checkpoint, with evaluation on dev, as a user runs them."""
-    output = bench.fresh("run")
-    config = replace(bench.config(), num_epochs=3, do_eval=True, output_dir=str(output / "checkpoints"))
-    cache = bench.cache()
+    """Measure three epochs from a cold start to the saved checkpoint, with evaluation on dev, as a user runs them; on a
+    GPU also in 8 bits."""
+    for name, changes in (("three epochs", {}), ("three epochs, fp8", {"fp8": True})):
+        if changes and bench.device.type != "cuda":
+            continue
+        with bench.results.attempt("run", name), bench.nothing_compiled():
+            bench.results.add("run", name, _run_row(bench, **changes))
+
+
+def _run_row(bench: Workbench, **changes: Any) -> Row:
+    """Return the seconds of a run of three epochs, and the median rate of its steps between two lines of its log."""
+    output, cache = bench.fresh("run") / "checkpoints", bench.cache()
+    config = replace(bench.config(), num_epochs=3, do_eval=True, output_dir=str(output), **changes)
     statements = len(load_statements(config.annotations, "train", config.dataset_name))
     seconds, _ = run_tool("train.py", config, cache, [])
-    checkpoints = [path.name for path in (output / "checkpoints").glob("checkpoint-*")]
+    checkpoints = [path.name for path in output.glob("checkpoint-*")]
     assert checkpoints, "a run that ended well has saved something"
-    row = {
-        "rate": 3 * statements / seconds,
-        "unit": "statements/s",
-        "seconds": seconds,
+    lines = [line for line in metrics(output) if "statements_per_second" in line]
+    logged = [line["statements_per_second"] for line in lines]
+    row = {"rate": 3 * statements / seconds, "unit": "statements/s", "seconds": seconds}
+    row |= {
         "statements": statements,
+        "checkpoints": len(checkpoints),
+        "last_loss": lines[-1]["loss"] if lines else None,
     }
-    loss = last_metrics(output / "checkpoints").get("loss")
-    bench.results.add("run", "three epochs", row | {"last_loss": loss, "checkpoints": len(checkpoints)})
+    row |= {"steps_rate": statistics.median(logged) if logged else None}
+    return row | {"mfu": bench.results.share("train", "floor", row)}
