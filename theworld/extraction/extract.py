@@ -453,8 +453,8 @@ def run(
     if missing:
         logger.log(
             level,
-            f"{encoder.spec.name}: {len(missing):,} of {store.num_shards:,} shards are still missing: those of other "
-            "parts. Whichever part finishes last completes the store",
+            f"{encoder.spec.name}: {len(missing):,} of {counted(store.num_shards, 'shard')} still missing: those of "
+            "other parts. Whichever part finishes last completes the store",
         )
     elif part.is_main_process and not store.is_complete:
         store.publish()  # which reads every byte of all of them

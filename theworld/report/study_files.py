@@ -90,9 +90,8 @@ def _latex_arms(summary: dict[str, Any], own: dict[str, Any], metrics: Sequence[
 
 def _latex_pairs(pairs: Sequence[dict[str, Any]], question: dict[str, Any]) -> str:
     metric = question["metric"]
-    note = (
-        f"% {len(pairs)} comparisons: intervals hold all together (Bonferroni), p-values adjusted after Holm."
-    )
+    number = counted(len(pairs), "comparison")
+    note = f"% {number}: intervals hold all together (Bonferroni), p-values adjusted after Holm."
     rows = [
         [
             _latex_text(arm_words(pair["first"])),
