@@ -235,7 +235,8 @@ def test_no_layer_gets_a_view_which_would_compile_once_more(
 
 @pytest.mark.parametrize("in_8_bits", [False, True])
 def test_what_a_compiled_layer_keeps(in_8_bits: bool, eight_bits_anywhere: None) -> None:
-    """Of its weights no copies, which would take as much as the weights do, and queries and keys once."""
+    """Of its weights no copies, which would take as much as the weights do; queries and keys once; and in 8 bits a byte
+    of each value of gate and up. What is kept depends on torch's compiler, so it compiles here."""
     hidden, inner, heads, groups, width, length = 64, 256, 4, 2, 16, 128
     outputs = ((heads + 2 * groups) * width, hidden), (hidden, heads * width)
     matrices = [torch.randn(*size).bfloat16() for size in (*outputs, *[(inner, hidden)] * 2, (hidden, inner))]
@@ -245,13 +246,14 @@ def test_what_a_compiled_layer_keeps(in_8_bits: bool, eight_bits_anywhere: None)
     x = torch.randn(length, hidden).bfloat16().requires_grad_()
     cos = torch.randn(1, length, width).bfloat16()
     mask = torch.zeros(1, 1, length, length).bfloat16()
-    options: Any = {"fullgraph": True, "backend": "aot_eager_decomp_partition"}
+    options: Any = {"fullgraph": True}
     out = torch.compile(layer, **options)(x, own, cos, cos, mask, shape)
     saved = [one for one in out.grad_fn.saved_tensors if isinstance(one, torch.Tensor)]
     weights_at = {one.data_ptr() for one in tree_leaves(own)}
     kept = [one for one in saved if one.data_ptr() not in weights_at]
     assert all(length in one.shape for one in kept if one.numel() >= length)  # of tokens, not of weights
-    assert sum(one.nbytes for one in kept if inner in one.shape) == length * 2 * inner * 2  # gate and up
+    gate_and_up = sum(one.nbytes for one in kept if inner in one.shape)
+    assert gate_and_up == length * 2 * inner * (1 if in_8_bits else 2)
     # Queries and attention's output; keys and values as attention reads them, for every head; keys before their norm.
     of_heads = sum(one.nbytes for one in kept if one.ndim == 4 and one.shape[-1] == width)
     assert of_heads == length * width * 2 * (4 * heads + groups)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from constants import EMBEDDED_GEMMA
 
-from theworld.models.fp8 import gelu, linear, quantise, to_fp8
+from theworld.models.fp8 import gated, linear, quantise, to_fp8
 from theworld.models.gemma import Gemma, GemmaParts
 
 
@@ -25,14 +25,23 @@ def test_every_row_has_its_own_scale_and_comes_back_within_a_sixteenth() -> None
     torch.testing.assert_close(values.float().abs().amax(1), torch.full((64,), 448.0))
 
 
-def test_gelu_beside_8_bits_is_that_of_the_model() -> None:
-    x = torch.linspace(-9, 9, 2001, requires_grad=True)
-    (slope,) = torch.autograd.grad(gelu(x).sum(), x)
-    exact = F.gelu(x.double(), approximate="tanh")
-    (wanted,) = torch.autograd.grad(exact.sum(), x)
-    torch.testing.assert_close(gelu(x), exact.float(), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(slope, wanted, atol=1e-5, rtol=0)
-    assert gelu(x.bfloat16()).dtype == torch.bfloat16
+def test_gated_is_that_of_the_model_and_its_gradients_are_those_of_rounded_values() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate, up, gradient = (torch.randn(64, 96, generator=generator) * 4 for _ in range(3))
+    kept = [quantise(one) for one in (gate, up)]
+    rounded = [(values.float() * scale).double().requires_grad_() for values, scale in kept]
+    gate.requires_grad_()
+    up.requires_grad_()
+    found = gated(gate, up)
+    exact = F.gelu(gate.double(), approximate="tanh") * up.double()
+    torch.testing.assert_close(found, exact.float(), atol=1e-5, rtol=1e-5)
+    found.backward(gradient)
+    (F.gelu(rounded[0], approximate="tanh") * rounded[1]).backward(gradient.double())
+    for one, of_rounded in zip((gate, up), rounded, strict=True):
+        assert one.grad is not None
+        assert of_rounded.grad is not None
+        torch.testing.assert_close(one.grad.double(), of_rounded.grad, atol=1e-4, rtol=1e-5)
+    assert gated(gate.bfloat16(), up.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_row_of_zeros_stays_zero() -> None:

@@ -173,7 +173,8 @@ def layer_values(layers: Layers, sizes: Sizes) -> int:
     turned = sizes.heads // 2 * sizes.head_dim  # queries and keys
     queries = sizes.query_heads * sizes.head_dim  # as keys and values are, once they are repeated
     if layers.compiled and layers.kind == FROZEN:
-        return 3 * hidden + 2 * inner + sizes.heads * sizes.head_dim
+        # Compiled code keeps queries and keys once, and with fp8 gate and up in a byte each.
+        return 3 * hidden + (1 if layers.fp8 else 2) * inner + sizes.heads * sizes.head_dim
     if layers.compiled:
         adapters = queries if layers.kind == LORA else 0
         return 5 * hidden + 3 * inner + turned + 4 * queries + adapters
