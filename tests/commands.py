@@ -144,10 +144,7 @@ def in_this_process(
 ) -> tuple[object, str, str]:
     """Status, output and errors of a tool that changes nothing in its process that a later test sees."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(f"tools/{name}.py", run_name="__main__")
-    return ended.value.code, *capsys.readouterr()
+    return _run_script(f"tools/{name}.py", arguments, monkeypatch, capsys)
 
 
 def run_command(
@@ -156,7 +153,16 @@ def run_command(
     """Status, output and errors of a shown command, read as a shell reads it and run in this process."""
     python, script, *arguments = shlex.split(line)
     assert python == "python"
-    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    return _run_script(script, arguments, monkeypatch, capsys)
+
+
+def _run_script(
+    script: str,
+    arguments: Sequence[object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[object, str, str]:
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(script, run_name="__main__")
     return ended.value.code, *capsys.readouterr()

@@ -5,6 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 EMBEDDED_GEMMA = ROOT / "theworld" / "embedded" / "gemma"
 EMBEDDED_VAE = ROOT / "theworld" / "embedded" / "vae"
+GIB = 2**30
 QUESTION = "Statement: {caption}\nAnswer (only '0' or '1'):"
 
 CAPTIONS = [

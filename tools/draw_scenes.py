@@ -29,6 +29,7 @@ def main() -> int:
         from demo_models.hard_scenes import draw_hard_scene
 
         from theworld.data.scenes import draw_scene, write_scenes
+        from theworld.utils.text import byte_size
 
     parser = ArgumentParser(description=__doc__)
     text = "Folder for the scenes; one with scenes in it is drawn over. (default: scenes)"
@@ -55,7 +56,7 @@ def main() -> int:
     words = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     kind = "hard scenes" if arguments.hard else "scenes"
     if arguments.dry_run:
-        return rehearse(lambda: [f"draws        {words} {kind} into {output} ({free / 2**30:,.1f} GiB free)"])
+        return rehearse(lambda: [f"draws        {words} {kind} into {output} ({byte_size(free)} free)"])
     write_scenes(output, counts, seed=arguments.seed, draw=draw_hard_scene if arguments.hard else draw_scene)
     print(f"{output}: {words} {kind}")
     return 0

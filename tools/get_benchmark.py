@@ -22,6 +22,7 @@ def main() -> int:
     """Parse the flags, get the benchmark, and print a summary; return the exit status."""
     from theworld.config.cli import ArgumentParser, add_dry_run, path
     from theworld.data.benchmarks import BENCHMARKS, IMAGES, get_benchmark, plan_benchmark
+    from theworld.utils.text import counted
 
     parser = ArgumentParser(description=__doc__)
     listed = "; ".join(f"{name} ({one.title}; {one.rows:,} items)" for name, one in BENCHMARKS.items())
@@ -40,7 +41,8 @@ def main() -> int:
         record = get_benchmark(benchmark, output, arguments.source)
     print(f"{benchmark.title}\n{benchmark.licence} Citation: {output / 'README.md'}")
     print(
-        f"{record['items']:,} items, {record['statements']:,} statements, {len(record['photographs']):,} photographs "
+        f"{counted(record['items'], 'item')}, {counted(record['statements'], 'statement')}, "
+        f"{counted(len(record['photographs']), 'photograph')} "
         f"in {output}"
     )
     folders = ("--annotations", output, "--image_folder", output / IMAGES)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from constants import GIB
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from theworld.cli import doctor
@@ -18,7 +19,7 @@ from theworld.training import memory
 from theworld.training.memory import PUBLISHED
 from theworld.training.trainer import Trainer
 from theworld.utils import hub
-from theworld.utils.device import GIB, Memory
+from theworld.utils.device import Memory
 
 
 def by_topic(findings: list[Finding]) -> dict[str, Finding]:
@@ -178,7 +179,7 @@ def test_cures_carry_the_settings_that_were_given(
     page = by_topic(look_over(config, tmp_path / "c"))
     command = f"python tools/extract_latents.py --config my.json --cache {tmp_path / 'c'}"
     assert (page["latents"].hint, page["vision"].hint) == (command, f"{command} --gemma_vision")
-    assert "it takes 0.0 MiB, " in page["latents"].message
+    assert "it takes 12.0 KiB, " in page["latents"].message
 
 
 def test_a_disk_without_room_for_the_cache_is_a_fault(

@@ -948,7 +948,7 @@ def test_a_plan_of_downloads_has_their_size_and_the_disallowed_hosts(
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = replace(config, annotations=str(tmp_path))
     lines = list(plan_images(config, tmp_path / "images", [], [COCO_HOST], 8))
-    assert lines[2].startswith(f"downloads    1 from {COCO_HOST}, 8 at a time: about 0 MiB (")
+    assert lines[2].startswith(f"downloads    1 from {COCO_HOST}, 8 at a time: about 0.2 MiB (")
     assert lines[3] == "would fail   2, such as b.jpg: without a link, or with one to another host"
     monkeypatch.setattr("theworld.utils.files.free_bytes", lambda path: 159_999)
     with pytest.raises(ValueError, match="160,000 bytes are needed and 159,999 are free"):

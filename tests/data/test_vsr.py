@@ -27,6 +27,7 @@ from theworld.data.vsr import (
     relation_note,
     relation_span,
     seen_images,
+    split_words,
     statements_sha256,
     training_statements,
 )
@@ -441,3 +442,11 @@ def test_a_share_of_the_training_statements_is_drawn_by_the_seed_and_holds_small
     assert len(taken(train_share=0.5, num_samples=10)) == 5
     assert set(taken(train_share=0.5, num_samples=10)) < set(range(10))
     assert len(taken(train_share=0.001)) == 1
+
+
+def test_a_split_is_named_in_words() -> None:
+    assert split_words("vsr_random", "test", "scenes") == "the test split of VSR random"
+    assert split_words(OWN, "dev", "scenes") == "the dev split of your own data (scenes)"
+    assert split_words(OWN, "dev") == "the dev split of your own data"
+    assert split_words("What'sUp A", "") == "What'sUp A"
+    assert split_words("", "test") == "the test split of unnamed data"

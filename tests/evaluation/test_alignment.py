@@ -250,7 +250,7 @@ def test_a_text_only_gemma_is_measured_against_text_alone(
 def test_too_few_images_and_a_cache_of_other_settings_are_refused(
     cache: Path, checkpoint: Path, config: Config, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"--num_samples 100, 1 images in dev; .* at least two images"):
+    with pytest.raises(ValueError, match=r"--num_samples 100, 1 image in dev; .* at least two images"):
         align(checkpoint, cache, "dev", 100, {})
     with pytest.raises(ValueError, match=r"--num_samples -3, 2 images in test"):
         align(checkpoint, cache, "test", -3, {})

@@ -15,6 +15,7 @@ from theworld.evaluation.study_verdict import (
     NO_VERDICT,
     WORSE,
     Question,
+    margin_words,
 )
 
 
@@ -132,6 +133,11 @@ def test_a_gain_that_only_the_answers_show_may_be_calibration() -> None:
         "AUROC does not show the gain over training alone, the picture's own pixels, an untrained encoder and noise: "
         "it may be one of calibration."
     )
+
+
+def test_a_margin_is_in_points() -> None:
+    margins = [margin_words(Question(margin=margin)) for margin in (0.01, 0.005, 0.02)]
+    assert margins == ["1 point", "0.5 points", "2 points"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def shown(dataset: str, split: str = "test") -> list[str]:
 
 def test_published_accuracies_stand_below_and_are_marked_as_quoted() -> None:
     lines = shown("vsr_random")
-    assert lines[0] == "4 statements, 4 images of vsr_random test"
+    assert lines[0] == "4 statements about 4 images: the test split of VSR random"
     found = [line for line in lines if "quoted: " in line]
     assert [line.split("  ")[0] for line in found] == [one.name for one in quoted("vsr_random", "test")]
     assert found[0].split()[1] == "95.4%"
@@ -62,7 +62,7 @@ def test_conditions_pairs_and_groups_have_intervals() -> None:
         for line in lines
     )
     assert "  left of                    4  75.0% / 25.0%  (few)  [30.1%–95.4% / 4.6%–69.9%]" in lines
-    assert "  True                       1  100.0% / 100.0%  (few)  [20.7%–100.0% / 20.7%–100.0%]" in lines
+    assert "  seen in training           1  100.0% / 100.0%  (few)  [20.7%–100.0% / 20.7%–100.0%]" in lines
     # Nothing is balanced, or put in order, among statements that are all true.
     assert [line.split()[2:4] for line in lines if line.startswith("world ") and "mean" in line] == [
         ["none", "none"]

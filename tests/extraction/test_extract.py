@@ -93,8 +93,8 @@ def test_parts_in_any_order_make_the_files_of_a_single_run(
         assert (tmp_path / "latents" / "manifest.json").exists() == (n == 2)
         own = [shard for shard in range(9) if shard % 3 == i - 1]
         assert all((tmp_path / "latents" / "shards" / f"{shard:05}.json").exists() for shard in own)
-    assert "latents: 6 of 9 shards are still missing: those of other parts" in lines[0]
-    assert "latents: 3 of 9 shards are still missing: those of other parts" in lines[1]
+    assert "latents: 6 of 9 shards still missing: those of other parts" in lines[0]
+    assert "latents: 3 of 9 shards still missing: those of other parts" in lines[1]
     assert "missing" not in lines[2]
     assert content(tmp_path) == content(job / "cache")
 
@@ -105,7 +105,7 @@ def test_a_part_of_more_parts_than_shards_has_nothing_to_do(
     caplog.set_level("INFO")
     assert not extract(config_of(job), tmp_path, False, False, part_of("12/12"))
     assert "latents: 0 of 68 images to encode in 0 of 9 shards" in caplog.text
-    assert "latents: 9 of 9 shards are still missing" in caplog.text
+    assert "latents: 9 of 9 shards still missing" in caplog.text
 
 
 def test_an_interrupted_run_goes_on_in_parts(

@@ -218,9 +218,7 @@ def test_a_part_mends_its_own_shards(job: Path, finished: Path) -> None:
     cache, expected = job / "cache", content(finished / "cache")
     for name in ("shards/00000.h5", "shards/00001.h5", "manifest.json"):
         flip(cache / "latents" / name)
-    with pytest.raises(
-        StoreError, match=r"1 of 3 shards are missing: \[1\]; run the extraction again, or those"
-    ):
+    with pytest.raises(StoreError, match=r"1 of 3 shards missing: \[1\]; run the extraction again, or those"):
         again(job, Part(0, 2))
     assert again(job, Part(1, 2))
     assert sound(cache) == expected

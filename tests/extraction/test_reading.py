@@ -185,7 +185,7 @@ def test_few_photographs_start_no_process_and_little_shared_memory_fewer(
     workers, note = workers_for(64, 8, 4, result_bytes=8 * 2**20)
     assert workers == 2
     assert note.startswith(
-        f"2 of 4 reading processes: {tmp_path} has 64 MiB free and each needs 24; give it more"
+        f"2 of 4 reading processes: {tmp_path} has 64.0 MiB free and each needs 24.0 MiB; give it more"
     )
 
 

@@ -393,7 +393,7 @@ def test_what_the_guardrail_refuses_is_recorded_and_left_out_only_when_told(
 ) -> None:
     cache, message = (
         tmp_path / "cache",
-        r"1 of 7 photographs have no rollout:\n  1\.png: the guardrail refuses",
+        r"no rollout of 1 of 7 photographs:\n  1\.png: the guardrail refuses",
     )
     with pytest.raises(ValueError, match=message) as error:
         run(job, cache, Refusing([1]))
@@ -427,7 +427,7 @@ def test_unreadable_and_refused_photographs_stand_in_one_list(job: Config, tmp_p
 
 
 def test_where_all_is_refused_there_is_no_store(job: Config, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="refuses what was predicted from all 7 photographs"):
+    with pytest.raises(ValueError, match="refuses what was predicted from every photograph, 7 in all"):
         run(job, tmp_path / "cache", Refusing(list(range(6))), allow_missing=True)
     assert len((tmp_path / "cache" / "failures.jsonl").read_text().splitlines()) == 7
 
@@ -544,7 +544,7 @@ def test_the_preflight_counts_what_is_left_and_the_room_for_it(
     )
     out = caplog.text
     caplog.clear()
-    assert f"latents: {own} photographs of part 1/2 to roll out, 6 in the store: 0.0 MiB, twice that" in out
+    assert f"latents: {own} photographs of part 1/2 to roll out, 6 in the store: 12.0 KiB, twice that" in out
     assert " denoising step, " in out
     assert f"{own} x (" in out
     run(job, tmp_path / "cache", part="1/2")

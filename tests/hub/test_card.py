@@ -107,8 +107,9 @@ def test_an_evaluation_in_its_run_comes_with_it_too(tmp_path: Path) -> None:
     (folder / "checkpoint-2-vsr_random-test.summary.json").write_text(json.dumps(results))
     (folder / "checkpoint-20-vsr_random-test.summary.json").write_text("[]")  # of another
     assert read_results(path) == results
-    assert "8 statements about 3 images of vsr_random test; p-values: exact McNemar test." in model_card(
-        SavedModel.read(path), FACTS, [], results
+    assert (
+        "8 statements about 3 images: the test split of VSR random; p-values: exact McNemar test."
+        in model_card(SavedModel.read(path), FACTS, [], results)
     )
     beside = results | {"statements": 9}
     (tmp_path / "checkpoint-2.summary.json").write_text(json.dumps(beside))

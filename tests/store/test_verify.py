@@ -75,7 +75,7 @@ def test_shards_are_verified_below_damaged_lists_and_without_a_manifest(root: Pa
     damaged, unfinished = examine(root)
     assert (damaged.shard, damaged.damaged, unfinished.damaged) == (2, True, False)
     assert str(unfinished) == (
-        f"{root} is unfinished: manifest.json is missing, 3 of 3 shards are there. "
+        f"{root} is unfinished: manifest.json is missing, 3 of 3 shards written. "
         f"Go on with: python tools/extract_latents.py --config FILE --image_folder FOLDER --cache {root.parent}"
     )
 

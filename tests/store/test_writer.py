@@ -340,7 +340,7 @@ def test_resume_counts_and_says_what_is_damaged(tmp_path: Path, caplog: pytest.L
     again = create(tmp_path, images)
     assert (again.num_shards, again.pending(), caplog.messages) == (4, [2], [])
     assert store.missing() == [2]
-    with pytest.raises(StoreError, match=r"1 of 4 shards are missing: \[2\]; run the extraction again"):
+    with pytest.raises(StoreError, match=r"1 of 4 shards missing: \[2\]; run the extraction again"):
         again.publish()
     _flip(tmp_path / "shards/00000.h5", 3000)
     (tmp_path / "shards/00001.h5").unlink()
@@ -614,7 +614,7 @@ def test_publishing_reads_what_changed_since_this_process_hashed_it_and_nothing_
     assert read == ["00000.h5", "00001.h5"]
     other = fill(create(tmp_path / "b"))
     _flip(tmp_path / "b/shards/00001.h5", 3000)
-    with pytest.raises(StoreError, match=r"1 of 2 shards are missing: \[1\]"):
+    with pytest.raises(StoreError, match=r"1 of 2 shards missing: \[1\]"):
         other.publish()
 
 
@@ -625,7 +625,7 @@ def test_an_unfinished_store_is_refused_with_the_command(tmp_path: Path) -> None
     store = create(tmp_path / "latents")
     store.write_shard(1, values(store.shard_rows(1)))
     message = (
-        "1 of 2 shards are there. Go on with: python tools/extract_latents.py --config FILE --image_folder "
+        "1 of 2 shards written. Go on with: python tools/extract_latents.py --config FILE --image_folder "
     )
     message += f"FOLDER --cache {tmp_path}"
     with pytest.raises(StoreError, match=re.escape(message)):

@@ -14,6 +14,7 @@ from theworld.study.rates import measure_missing
 from theworld.study.runner import DONE, read_done
 from theworld.utils.console import duration
 from theworld.utils.device import memory_of, resolve_device
+from theworld.utils.distributed import Part
 
 CPU = memory_of(resolve_device("cpu")).name
 
@@ -84,7 +85,7 @@ def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
     lines = list(plan_study(study, runs_of(study, ended), study_cache, ended))
     assert lines[0] == "study        2 arms x 2 seeds: 4 runs, 4 done"
     assert lines[1].startswith("decides      world against pixels on test, at 5")
-    assert lines[1].endswith("2 seeds give no verdict, 3 would")
+    assert lines[1].endswith("; it takes 3 seeds for a verdict, and has 2")
     assert [line.split(";")[0] for line in lines if line.startswith("arm")] == [
         "arm          world: 8,512 parameters, 2 steps",
         "arm          pixels: 53,568 parameters, 2 steps",
@@ -109,6 +110,10 @@ def test_a_plan_says_what_is_done_what_decides_and_what_can_be_detected(
 
     new = list(plan_study(study, runs_of(study, tmp_path / "new"), study_cache, tmp_path / "new"))
     assert new[0] == "study        2 arms x 2 seeds: 4 runs, 0 done"
+    second = plan_study(study, runs_of(study, tmp_path / "new"), study_cache, tmp_path / "new", Part(1, 2))
+    assert next(line for line in second if line.startswith("part")) == (
+        "part         2 of 2 trains 2 of 4 runs not yet done"
+    )
     (time,) = [line for line in new if line.startswith("time")]
     assert time.startswith("time         not known before anything has run: a start without ")
     assert any(

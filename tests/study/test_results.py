@@ -16,6 +16,7 @@ from theworld.study.plan import plan_study
 from theworld.study.protocol import Arm, Study, runs_of
 from theworld.study.results import draw_again, page_of, question_of, read_arms, results_of, write_results
 from theworld.study.runner import ALL, DONE, is_done, read_done, records_of, run_part
+from theworld.utils.console import duration
 from theworld.utils.signals import StopRequest
 
 
@@ -53,7 +54,7 @@ def test_what_is_written_is_shown_and_two_seeds_give_no_verdict(
     assert found == json.loads(json.dumps(results_of(study, runs)))
     assert [line.split()[0] for line in text.splitlines()[:4]] == ["arm", "world", "pixels", "plain"]
     assert (
-        "No verdict on the test split of own data (6 statements about 3 images; 2 seeds): it takes 3 seeds"
+        "No verdict on the test split of your own data (6 statements about 3 images; 2 seeds): it takes 3 seeds"
         in text
     )
 
@@ -111,7 +112,7 @@ def test_a_study_is_drawn_again_from_its_records_alone(
     assert "reads        the records of 4 runs: 2 arms, 2 seeds" in capsys.readouterr().out
     (runs_of(study, out)[3].folder / DONE).unlink()
     with pytest.raises(
-        ValueError, match=r"1 of 4 runs are not done: pixels-1; go on with: python tools/study\.py"
+        ValueError, match=r"not done: 1 of 4 runs, pixels-1; go on with: python tools/study\.py"
     ):
         draw_again(out)
 
@@ -127,10 +128,11 @@ def test_the_page_has_the_curves_the_costs_and_what_was_fixed(study: Study, ende
     assert page.costs["world"]["trainable parameters"] == f"{trained:,}"
     took = [read_done(run)["seconds"] for run in runs if run.arm.name == "world"]
     assert page.costs["world"]["seconds of each run"] == "{:.1f}, {:.1f}".format(*took)
-    assert "predicted" not in page.costs["world"]
+    assert page.costs["world"]["time of all runs"] == duration(sum(took))
+    assert not any("predicted" in name for name in page.costs["world"])
     results = results_of(study, runs)
     results["runs"]["pixels-1"]["predicted_seconds"] = 1.25
-    assert page_of(study, runs, results, ended).costs["pixels"]["predicted"] == "–, 1.2"
+    assert page_of(study, runs, results, ended).costs["pixels"]["seconds predicted for each run"] == "–, 1.2"
     assert ("arm pixels", '{"world_encoder": "pixels"}; rules out that any second look did it') in page.fixed
     assert page.caution.startswith("Toy model: the hidden size of this Gemma is ")
 

@@ -201,7 +201,7 @@ def test_what_is_proposed_when_memory_runs_out_then_fits(config: Config, cache: 
             Trainer(config, cache).run()
         said = re.fullmatch(
             r"step (\d+): out of memory in a micro-batch of 4 statements about \d images, (\d+) tokens "
-            r"\([abc, .png]+\): this process had [\d.]+ GiB at most, cpu has [\d.]+ for it\. The same training in "
+            r"\([abc, .png]+\): this process had [\d.]+ GiB at most, cpu has [\d.]+ GiB for it\. The same training in "
             r"settings that would fit, by the estimate: (--batch_size 2 --gradient_accumulation_steps 2), or "
             r"(--use_gradient_checkpointing); .*",
             str(caught.value),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from constants import EMBEDDED_GEMMA
+from constants import EMBEDDED_GEMMA, GIB
 
 from theworld.config.config import Config
 from theworld.models.gemma import Gemma
@@ -29,7 +29,7 @@ from theworld.training.memory import (
     training_bytes,
 )
 from theworld.training.trainer import Trainer
-from theworld.utils.device import GIB, memory_of
+from theworld.utils.device import memory_of
 
 
 def test_the_guides_run_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,9 +160,10 @@ def test_what_the_projection_keeps_is_counted_by_hand() -> None:
 def test_what_is_held_in_every_step_has_to_fit(config: Config, cache: Path) -> None:
     plan = Plan(config, cache)
     plan.memory = Memory(frozen=8 * GIB, trained=64 * GIB, activations=3 * GIB, available=70 * GIB)
-    assert str(plan.memory).startswith("memory: about 75.0 of 70.0 GiB: frozen weights 8.0, ")
+    assert str(plan.memory).startswith("memory: about 75.0 GiB of 70.0 GiB: frozen weights 8.0 GiB, ")
     with pytest.raises(
-        ValueError, match=r"on cpu\. memory: about 75\.0 of 70\.0 GiB: .*--lora_rank 16.*--use_fsdp`; to try"
+        ValueError,
+        match=r"on cpu\. memory: about 75\.0 GiB of 70\.0 GiB: .*--lora_rank 16.*--use_fsdp`; to try",
     ):
         check_memory(plan)
     plan.memory = replace(plan.memory, available=75 * GIB)
@@ -184,7 +185,9 @@ def test_a_run_that_cannot_fit_is_refused_before_weights_load_and_what_is_propos
     assert plan.estimate(smaller).total < room < plan.memory.total
     monkeypatch.setattr(machine, "room_on", lambda device: room)
     monkeypatch.setattr(Gemma, "with_weights", lambda gemma: pytest.fail("weights load"))
-    with pytest.raises(ValueError, match=r"this run does not fit on cpu\. memory: about .* GiB: ") as refused:
+    with pytest.raises(
+        ValueError, match=r"this run does not fit on cpu\. memory: about [\d.]+ MiB of [\d.]+ MiB: "
+    ) as refused:
         Trainer(config, cache)
     found = re.search(
         r"would fit, by the estimate: --batch_size 3 --gradient_accumulation_steps 2, or .*"

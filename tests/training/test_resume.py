@@ -260,14 +260,16 @@ def test_a_finished_run_says_so_and_how_to_go_on(
     last = Trainer(config, cache).run()
     before = metrics(last.parent)
     given = ("--cache", cache, "--resume_from", last.parent)
-    status, out, _ = train(monkeypatch, capsys, *given)
-    assert status == 0
+    capsys.readouterr()
+    status, out, err = train(monkeypatch, capsys, *given)
+    assert (status, err) == (0, "")  # no bar without a step
     longer = "--num_epochs 6 --max_steps 8 --allow_changed"
     assert f"finished: all 4 optimizer steps are taken; to go on, give more with {longer}, or start" in out
     assert f"finished before: {last}. Next:" in out
     assert (list_checkpoints(last.parent)[-1], metrics(last.parent)) == (last, before)
-    status, out, _ = train(monkeypatch, capsys, *given, *longer.split())
+    status, out, err = train(monkeypatch, capsys, *given, *longer.split())
     assert f"done: {last.parent}/checkpoint-8" in out
+    assert "train: 100%" in err
 
 
 # ---- one run in a folder

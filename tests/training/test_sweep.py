@@ -592,7 +592,7 @@ def test_parts_are_stopped_and_killed_and_the_last_shows_the_table_of_a_sweep_th
     runs = make_runs(long, [{}], [0, 1, 2], output)
     assert list(plan_sweep(runs, cache, output, Part(0, 2)))[:3] == [
         "runs         3, of which 0 are done",
-        "part         1 of 2 trains 2 of the others",
+        "part         1 of 2 trains 2 of 3 runs not yet done",
         "goes on      unchanged, seed 0: after step 4",
     ]
     done = tool("sweep", *given, "--part", "1/2")

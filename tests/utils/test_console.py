@@ -70,14 +70,27 @@ def test_without_a_terminal_bars_are_lines(monkeypatch: pytest.MonkeyPatch) -> N
     assert isinstance(bar, LogBar)
 
 
-def test_a_dry_run_prints_its_lines_before_the_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_with_nothing_left_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    for counts in ({"total": 4, "initial": 4}, {"total": 0}):
+        with progress(desc="train", **counts) as bar:
+            bar.set_postfix(loss="1.0")
+    assert capsys.readouterr().err == ""
+    with progress(desc="train", total=4, initial=3) as bar:
+        bar.update()
+    assert capsys.readouterr().err.startswith("train: 100%")
+
+
+def test_a_dry_run_prints_its_lines_and_last_its_error_or_that_nothing_was_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def plan():  # type: ignore[no-untyped-def]
         yield "reads a"
         raise ValueError("b is missing")
 
     assert run_tool("eval", lambda: rehearse(plan)) == 1
-    assert capsys.readouterr() == (f"reads a\n{NOTHING_WRITTEN}\n", "eval: b is missing\n")
+    assert capsys.readouterr() == ("reads a\n", "eval: b is missing\n")
     assert rehearse(lambda: ["fine"]) == 0
+    assert capsys.readouterr() == (f"fine\n{NOTHING_WRITTEN}\n", "")
 
 
 def test_an_interruption_has_a_status_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

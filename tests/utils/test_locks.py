@@ -8,10 +8,13 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+from constants import ROOT
 from forks import in_child
 from jobs import held
 
@@ -112,6 +115,33 @@ def test_a_process_that_was_forked_from_a_holder_holds_nothing_and_takes_nothing
     assert not locked_here(tmp_path / "r.jsonl", is_file=True)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+# Holders in a global, one of a module that outlives this project's at the end of Python, as for a trainer in a script;
+# and a child that ends as any script does.
+SCRIPT = """
+import logging, os, sys
+from pathlib import Path
+from theworld.utils.locks import OutputLock
+logging.held = OutputLock(Path("run"), "--output"), OutputLock(Path("r.jsonl"), "--output", is_file=True)
+if os.fork() == 0:
+    sys.exit(7)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+print(sorted(str(path) for path in Path().rglob("*lock")))
+"""
+
+
+def test_a_script_that_ends_gives_its_locks_back_and_a_forked_child_that_ends_does_not(
+    tmp_path: Path,
+) -> None:
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    # The file beside an output is there after the child's end, and gone after the holder's.
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "['.r.jsonl.lock', 'run/.lock']\n")
+    assert [path.name for path in tmp_path.rglob("*lock")] == [".lock"]
+    assert not locked_here(tmp_path / "run")
 
 
 def test_a_holder_on_another_machine_is_given_time_to_vanish(

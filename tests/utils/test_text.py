@@ -2,7 +2,7 @@
 
 import pytest
 
-from theworld.utils.text import check_texts, counted, decoded, flaw, folded, is_filled, is_text
+from theworld.utils.text import byte_size, check_texts, counted, decoded, flaw, folded, is_filled, is_text
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,24 @@ def test_names_are_compared_without_case_and_unicode_form() -> None:
 
 def test_a_number_of_things_is_counted_in_words() -> None:
     assert [counted(number, "image") for number in (0, 1, 2195)] == ["0 images", "1 image", "2,195 images"]
+    assert [counted(number, "batch", "batches") for number in (1, 2)] == ["1 batch", "2 batches"]
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (25_232_932_864, "23.5 GiB"),
+        (1_500 * 2**30, "1,500.0 GiB"),
+        (107_374_183, "0.1 GiB"),  # a tenth, rounded up
+        (107_374_182, "102.4 MiB"),
+        (7_759_462.4, "7.4 MiB"),
+        (104_858, "0.1 MiB"),
+        (104_857, "102.4 KiB"),
+        (103, "0.1 KiB"),
+        (102, "102 bytes"),
+        (1, "1 byte"),
+        (0, "0 bytes"),
+    ],
+)
+def test_a_size_is_in_a_unit_that_shows_it(size: float, words: str) -> None:
+    assert byte_size(size) == words

@@ -36,7 +36,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, photographs: Path, annota
 def test_the_three_phases_one_after_the_other(settings: Path) -> None:
     cache, run = settings.parent / "cache", settings.parent / "run"
     done = tool("extract_latents", "--config", settings, "--cache", cache, "--gemma_vision")
-    assert "latents: 3 of 3 images to encode in 1 of 1 shards" in done.stdout
+    assert "latents: 3 of 3 images to encode in 1 of 1 shard," in done.stdout
     assert "GiB free), about " in done.stdout
     assert "images/s" in done.stderr
     assert "bound by" in done.stderr

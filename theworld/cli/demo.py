@@ -28,6 +28,7 @@ from theworld.utils.files import check_folder, check_room, naming
 from theworld.utils.hub import GEMMA_FILE, VAE_FILE, locate
 from theworld.utils.locks import NAME as LOCK
 from theworld.utils.locks import OutputLock, check_unlocked, empty_folder
+from theworld.utils.text import byte_size
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def plan_demo(config_path: Path, output: Path, seed: int) -> Iterator[str]:
     yield f"draws        scenes with seed {seed}: {counts}"
     steps = config.align_steps + config.statement_steps + (config.max_steps or 0)
     yield f"trains       {steps:,} steps of {config.batch_size} statements"
-    yield f"writes       {output}: about {ROOM / 2**20:.0f} MiB{removes} ({free / 2**30:,.1f} GiB free)"
+    yield f"writes       {output}: about {ROOM / 2**20:.0f} MiB{removes} ({byte_size(free)} free)"
 
 
 def check_demo(output: Path) -> int:

@@ -27,10 +27,11 @@ from theworld.store.reader import StoreReader, verify_store
 from theworld.training.checkpoint import latest_valid_checkpoint
 from theworld.training.memory import sizes_of, training_bytes
 from theworld.utils.commands import flags
-from theworld.utils.device import GIB, memory_of, resolve_device
+from theworld.utils.device import memory_of, resolve_device
 from theworld.utils.errors import explain
 from theworld.utils.files import check_folder, check_room, free_bytes
 from theworld.utils.hub import GEMMA_FILE, Fault, file_at_hand, locate
+from theworld.utils.text import byte_size, counted
 
 SAMPLE = 100  # photographs that are decoded; extraction decodes all
 OK, NOTE, FAULT = "ok", "note", "FAULT"
@@ -144,7 +145,7 @@ def _libraries() -> Iterator[Finding]:
 def _device(config: Config) -> Iterator[Finding]:
     device = resolve_device(config.device)
     have = memory_of(device)
-    room = f"{have.free / GIB:.1f} of {have.total / GIB:.1f} GiB free"
+    room = f"{byte_size(have.free)} of {byte_size(have.total)} free"
     if device.type == "cpu":
         hint = "a machine with a CUDA GPU, for models of the real size"
         yield Finding("device", NOTE, f"{have.name}, in float32, {room}: for the small models", hint)
@@ -157,8 +158,8 @@ def _device(config: Config) -> Iterator[Finding]:
     if sizes is None:
         return
     weights, kept = training_bytes(config, sizes)
-    parts = f"weights {weights / GIB:.1f}, a micro-batch {kept / GIB:.1f}"
-    need = f"with Gemma frozen training takes about {(weights + kept) / GIB:.1f} GiB: {parts}"
+    parts = f"weights {byte_size(weights)}, a micro-batch {byte_size(kept)}"
+    need = f"with Gemma frozen training takes about {byte_size(weights + kept)}: {parts}"
     hint = "halve --batch_size and double --gradient_accumulation_steps; or --use_gradient_checkpointing"
     if weights > have.total:
         yield Finding("memory", FAULT, need, "a larger GPU, or a smaller Gemma")
@@ -200,7 +201,7 @@ def _rollout(config: Config) -> Iterator[Finding]:
 
 def _counts(splits: Splits) -> Iterator[Finding]:
     counts = ", ".join(f"{len(own):,} {split}" for split, own in splits.items())
-    yield Finding("statements", OK, f"{counts}, about {len(_names(splits)):,} photographs")
+    yield Finding("statements", OK, f"{counts}, about {counted(len(_names(splits)), 'photograph')}")
 
 
 def _names(splits: Splits) -> list[str]:
@@ -266,7 +267,7 @@ def _store(
         return
     left_out = read_failures(cache)
     missing = [name for name in names if name not in reader and name not in left_out]
-    message = f"{len(reader):,} images, every byte as it was written"
+    message = f"{counted(len(reader), 'image')}, every byte as it was written"
     message += f"; {len(left_out):,} left out" if left_out else ""
     hint = f"{len(missing):,} of the statements' images are not in it: extract again" if missing else ""
     yield Finding(topic, FAULT if missing else OK, message, hint)
@@ -285,9 +286,9 @@ def _compared(config: Config, cache: Path) -> Iterator[Finding]:
 def _room(root: Path, spec: EncoderSpec, num_images: int) -> str:
     """Return the size of a new store and the free room in words. Raises ValueError where that is not enough."""
     if isinstance(spec.row_shape, NotYetKnown):
-        return f"{free_bytes(root) / GIB:.0f} GiB free"
+        return f"{byte_size(free_bytes(root))} free"
     size = num_images * spec.array.row_nbytes
-    return f"it takes {size / 2**20:,.1f} MiB, {check_room(root, size, '--cache') / GIB:.0f} GiB free"
+    return f"it takes {byte_size(size)}, {byte_size(check_room(root, size, '--cache'))} free"
 
 
 def _output(config: Config) -> Iterator[Finding]:

@@ -45,6 +45,7 @@ from theworld.utils.distributed import Part, num_launched
 from theworld.utils.files import check_output, companion
 from theworld.utils.hub import GEMMA_FILE, locate
 from theworld.utils.locks import check_unlocked
+from theworld.utils.text import counted
 
 Split = dict[str, list[Statement]]
 
@@ -82,7 +83,7 @@ def _photographs(
         message = f"{config.dataset_name}, from the hub when the run starts; not counted here"
         return names, [
             line("statements", message),
-            line("photographs", f"{len(names):,} .jpg files in {folder}"),
+            line("photographs", f"{counted(len(names), '.jpg file')} in {folder}"),
         ]
     said = [statement_line(splits)]
     names = images_of([statement for own in splits.values() for statement in own])
@@ -96,7 +97,7 @@ def statement_line(splits: Split) -> str:
     """Return a line with the number of statements of each split, and of their photographs."""
     counts = ", ".join(f"{len(own):,} {split}" for split, own in splits.items())
     names = images_of([statement for own in splits.values() for statement in own])
-    return line("statements", f"{counts}, about {len(names):,} photographs")
+    return line("statements", f"{counts}, about {counted(len(names), 'photograph')}")
 
 
 def store_lines(
@@ -116,7 +117,9 @@ def store_lines(
         if read_manifest(root) is not None:
             if not same:
                 raise StoreMismatch(root, image_differences(plan.images, listed))
-            yield line("cache", f"{root}: complete, {len(plan.images):,} images, made with these settings")
+            yield line(
+                "cache", f"{root}: complete, {counted(len(plan.images), 'image')}, made with these settings"
+            )
             return
         num_shards = plan.num_shards if same else num_shards
     own = [shard for shard in range(num_shards) if part.owns(shard) or part.count == num_launched()]
@@ -167,11 +170,12 @@ def evaluation(
         if "shuffled" in asked and statements:
             shuffled_images(images_of(statements))
         batches = -(-len(statements) // config.eval_statements)
-        words = f"{len(asked)} conditions ({', '.join(asked)})"
-        yield line("asks", f"{words} about {len(statements):,} statements, {batches:,} batches")
+        words = f"{counted(len(asked), 'condition')} ({', '.join(asked)})"
+        about = f"{counted(len(statements), 'statement')}, {counted(batches, 'batch', 'batches')}"
+        yield line("asks", f"{words} about {about}")
     if data is not None:
         seen, all_images = len(data.seen_images), len(images_of(data.statements))
-        shows = f"which shows {seen:,} of the {all_images:,} images of {split}"
+        shows = f"which shows {seen:,} of the {counted(all_images, 'image')} of {split}"
         yield line("trained on", f"{'; '.join(data.trained_on.values())}, {shows}")
     name = "the data" if data is None else data.dataset  # which counting will tell
     path = output or default_output(found, name, split)
@@ -179,7 +183,7 @@ def evaluation(
     check_unlocked(path, "--output", is_file=True)
     yield line(
         "writes",
-        f"{path}, {len(statements):,} lines{replaces}, and {companion(path, '.summary.json', '.jsonl')}",
+        f"{path}, {counted(len(statements), 'line')}{replaces}, and {companion(path, '.summary.json', '.jsonl')}",
     )
 
 
@@ -215,14 +219,14 @@ def _reads(
         names = images_of(statements)
         missing = missing_photographs(names, photographs, config.follow_links)
         check_readable(list(missing.items()), len(names), None)
-        yield line("reads", f"{len(names):,} photographs in {photographs}")
+        yield line("reads", f"{counted(len(names), 'photograph')} in {photographs}")
     return statements
 
 
 def recomputation(records: Path) -> Iterator[str]:
     """Yield what `tools/eval.py --from` would do."""
     rows, _ = read_results(records)
-    yield line("reads", f"{records}: {len(rows):,} statements, {', '.join(rows[0]['systems'])}")
+    yield line("reads", f"{records}: {counted(len(rows), 'statement')}, {', '.join(rows[0]['systems'])}")
     summary = companion(records, ".summary.json", ".jsonl")
     yield line("writes", f"{summary}{check_output(summary, '--from')}")
 
@@ -250,9 +254,9 @@ def alignment(
         if sees:
             vision_to_compare(config, cache, world["parts"])
         count = len(chosen_images(statements, split, num_samples)) if statements else num_samples
-        yield line("reads", f"{count:,} images of {split} ({note}), from {cache}")
+        yield line("reads", f"{counted(count, 'image')} of {split} ({note}), from {cache}")
     tokens = ProjectionShape.from_dict(world["projection"]).num_tokens
-    yield line("measures", f"{tokens:,} world tokens of each, untrained and trained")
+    yield line("measures", f"{counted(tokens, 'world token')} of each, untrained and trained")
     figures = companion(output, ".json", ".png")
     check_output(figures)
     yield line("writes", f"{output}{check_output(output)} and {figures}")

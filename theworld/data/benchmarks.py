@@ -29,6 +29,7 @@ from theworld.utils.files import check_folder, check_room, hash_file, holds, pub
 from theworld.utils.hub import Fault, ask_hub, check_download_folder
 from theworld.utils.jsonc import json_bytes, read_json_with_comments
 from theworld.utils.locks import OutputLock
+from theworld.utils.text import byte_size
 
 logger = logging.getLogger(__name__)
 
@@ -340,7 +341,7 @@ def plan_benchmark(benchmark: Benchmark, output: Path, source: Path | None = Non
     else:
         check_download_folder(benchmark.repository)
         yield f"downloads    about {benchmark.megabytes:,} MB of {benchmark.repository}, if they are not here already"
-    yield f"writes       about as much to {output} ({free / 2**30:,.1f} GiB free)"
+    yield f"writes       about as much to {output} ({byte_size(free)} free)"
 
 
 def finished(benchmark: Benchmark, output: Path) -> Row | None:

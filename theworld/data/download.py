@@ -39,7 +39,7 @@ from theworld.data.images import MAX_BYTES, MAX_PIXELS, ImageError, decode, miss
 from theworld.data.vsr import Statement, load_all, statements_at_hand
 from theworld.utils.console import progress
 from theworld.utils.files import FAILURES, check_folder, check_room, publish_bytes, write_failures
-from theworld.utils.text import difference, folded
+from theworld.utils.text import byte_size, counted, difference, folded
 
 COCO_HOST = "images.cocodataset.org"
 # COCO's host has no certificate of its own: the same files are served over https by the host at the right.
@@ -514,7 +514,7 @@ class Summary(NamedTuple):
         if len(self.failures) > 5:
             lines.append(f"and {len(self.failures) - 5:,} more")
         lines.append(
-            f"{self.num_present + self.num_new + len(self.failures):,} photographs: "
+            f"{counted(self.num_present + self.num_new + len(self.failures), 'photograph')}: "
             f"{self.num_present:,} there before, {self.num_new:,} new, {len(self.failures):,} failed"
         )
         if self.failures:
@@ -562,7 +562,7 @@ def plan_images(
         return
     links = image_links(statement for statements in splits.values() for statement in statements)
     missing = missing_photographs(list(links), output, config.follow_links)
-    yield f"statements   {sum(map(len, splits.values())):,}, about {len(links):,} photographs"
+    yield f"statements   {sum(map(len, splits.values())):,}, about {counted(len(links), 'photograph')}"
     yield f"photographs  {len(links) - len(missing):,} are in {output}, {len(missing):,} to get"
     if copies:
         failing = [name for name in missing if not any(name in copy.entries for copy in copies)]
@@ -574,7 +574,7 @@ def plan_images(
         free = check_room(output, size, "--output")
         yield (
             f"downloads    {len(missing) - len(failing):,} from {', '.join(allowed_hosts)}, {num_workers} at a time: "
-            f"about {size / 2**20:,.0f} MiB ({free / 2**30:,.1f} GiB free)"
+            f"about {byte_size(size)} ({byte_size(free)} free)"
         )
     if failing:
         first, reason = failing[0], "without a link, or with one to another host"

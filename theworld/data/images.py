@@ -33,7 +33,7 @@ import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from theworld.utils.console import progress
-from theworld.utils.text import difference, folded
+from theworld.utils.text import counted, difference, folded
 
 T = TypeVar("T")
 
@@ -367,7 +367,9 @@ class PhotographsChanged(ValueError):
 
     def __init__(self, folder: Path, changes: Mapping[str, tuple[str, str]], number: int) -> None:
         self.folder, self.changes = folder, dict(changes)
-        lines = [f"{len(changes):,} of {number:,} photographs in {folder} changed since they were extracted:"]
+        lines = [
+            f"{len(changes):,} of {counted(number, 'photograph')} in {folder} changed since they were extracted:"
+        ]
         shown = sorted(changes.items())[:SHOWN]
         lines += [f"  {path}: SHA-256 was {old}, now {new}" for path, (old, new) in shown]
         lines += [f"  and {len(changes) - SHOWN:,} more"] if len(changes) > SHOWN else []

@@ -378,6 +378,17 @@ PUBLISHED_SHA256 = {
 OWN = "own data"
 
 
+def split_words(dataset: str, split: str, folder: str = "") -> str:
+    """Return the split of a data set as records name both, in words: "the test split of VSR random".
+
+    `folder`: the name of the folder that your own data is in, if it is known.
+    """
+    name = f"your {OWN}" if dataset == OWN else dataset.replace("vsr_", "VSR ") or "unnamed data"
+    if dataset == OWN and folder:
+        name += f" ({folder})"
+    return f"the {split} split of {name}" if split else name
+
+
 def statements_sha256(statements: Iterable[tuple[str, str, int]]) -> str:
     """Return the SHA-256 of statements as (image, caption, label), in any order and image folder."""
     rows = sorted([PurePosixPath(image).name, caption.strip(), label] for image, caption, label in statements)

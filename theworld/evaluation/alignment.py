@@ -40,6 +40,7 @@ from theworld.models.serialization import SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.utils.device import set_up_torch
 from theworld.utils.files import naming
+from theworld.utils.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,7 +207,8 @@ def chosen_images(statements: Sequence[Statement], split: str, num_samples: int)
     count = min(num_samples, len(every))
     if count < 2:
         raise ValueError(
-            f"--num_samples {num_samples}, {len(every)} images in {split}; the control needs at least two images"
+            f"--num_samples {num_samples}, {counted(len(every), 'image')} in {split}; the control needs at least two "
+            "images"
         )
     return [every[i] for i in np.random.default_rng(0).permutation(len(every))[:count]]
 
@@ -358,11 +360,11 @@ def report(result: dict[str, Any]) -> str:
     both, kind = [result["untrained"], result["trained"]], result["comparison"]
     num_predicted = result.get("predicted_moments_left_out", 0)
     left_out = [
-        f"world tokens of {num_predicted} predicted frames have no place in the photograph and are left out"
+        f"world tokens of {counted(num_predicted, 'predicted frame')} have no place in the photograph and are left out"
     ]
     lines = [
-        f"{result['images']} images of {result['split']}: {result['world_tokens']} world tokens each, "
-        f"{result['image_tokens']} image tokens",
+        f"{result['images']} images of {result['split']}: {counted(result['world_tokens'], 'world token')} each, "
+        f"{counted(result['image_tokens'], 'image token')}",
         *(left_out if num_predicted else []),
         _COMPARISONS[kind],
         "",

@@ -34,6 +34,8 @@ import scipy  # which loads scipy.stats when it is first used: half a second
 from scipy import special
 from scipy.optimize import brentq
 
+from theworld.utils.text import counted
+
 METRICS = ("accuracy", "balanced_accuracy", "auroc")
 ALPHA = 0.05  # two-sided level of a test
 RESAMPLES = 9999  # of the bootstrap
@@ -229,7 +231,9 @@ def difference_values(metric: str, first: np.ndarray, second: np.ndarray, labels
     such as plain Gemma, is float[..., 1, N]. Raises ValueError for other numbers of seeds.
     """
     if first.shape[-2] != second.shape[-2] and 1 not in (first.shape[-2], second.shape[-2]):
-        raise ValueError(f"the first arm has {first.shape[-2]} seeds and the second {second.shape[-2]}")
+        raise ValueError(
+            f"the first arm has {counted(first.shape[-2], 'seed')} and the second {second.shape[-2]}"
+        )
     return statement_values(metric, first, labels) - statement_values(metric, second, labels)
 
 

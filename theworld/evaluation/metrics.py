@@ -146,6 +146,11 @@ def cluster_bootstrap(images: Sequence[str], values: np.ndarray) -> list[tuple[f
 
 # ---- from records to a summary
 
+SEEN_WORDS = {
+    "False": "not seen in training",
+    "True": "seen in training",
+}  # of the keys of by_seen and gain_by_seen
+
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """Return all metrics of the records as JSON.

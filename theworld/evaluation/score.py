@@ -27,6 +27,7 @@ from theworld.data.vsr import (
     dataset_label,
     images_of,
     load_statements,
+    split_words,
     statements_sha256,
     training_statements,
 )
@@ -53,7 +54,7 @@ from theworld.utils.device import count_parameters, set_up_torch
 from theworld.utils.files import canonical_sha256, check_output, companion, hash_file
 from theworld.utils.hub import model_id
 from theworld.utils.locks import OutputLock
-from theworld.utils.text import same_words
+from theworld.utils.text import counted, same_words
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ def held_out(
         seen |= {s.image for s in statements if identity.get(s.image, s.image) in images}
     trained_on = {
         name: ", before that on ".join(
-            f"{len(train):,} statements of {label} train" for train, label, _ in own
+            f"{counted(len(train), 'statement')} of {split_words(label, 'train')}" for train, label, _ in own
         )
         for name, own in stages.items()
     }

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from theworld.data.vsr import split_words
 from theworld.evaluation.comparison import ALPHA, METRICS, NO_INTERVAL
 from theworld.evaluation.power import NONE, POWER, smallest_points
 from theworld.evaluation.verdict import points
@@ -74,8 +75,13 @@ def arm_words(arm: str) -> str:
 
 def data_words(data: Sequence[Sequence[str]]) -> str:
     """Return the data sets and splits in words: "the test split of VSR random"."""
-    names = [(name.replace("vsr_", "VSR ") or "unnamed data", split) for name, split in data]
-    return " and ".join(f"the {split} split of {name}" if split else name for name, split in names)
+    return " and ".join(split_words(name, split) for name, split in data)
+
+
+def margin_words(question: Question) -> str:
+    """Return the margin within which two arms count as equal, in words: "1 point"."""
+    points = f"{100 * question.margin:g}"
+    return f"{points} point{'' if points == '1' else 's'}"
 
 
 # ---- the verdict

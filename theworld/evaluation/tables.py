@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from theworld.data.references import footnotes, marks, quoted
+from theworld.data.vsr import split_words
 from theworld.evaluation.conditions import CONDITION_TYPES
-from theworld.evaluation.metrics import FEW
+from theworld.evaluation.metrics import FEW, SEEN_WORDS
 from theworld.evaluation.verdict import p_words, points, verdict
 from theworld.utils.text import counted
 
@@ -18,10 +19,10 @@ def table(summary: dict[str, Any]) -> str:
     """Return the conditions, their pairs, the groups of statements and the verdict."""
     conditions = list(summary["systems"])
     width = max(24, *(len(c) + 2 for c in conditions))
-    data = ", ".join(f"{dataset} {split}".strip() for dataset, split in summary["data"])
+    data = " and ".join(split_words(dataset, split) for dataset, split in summary["data"])
     lines = [
-        f"{counted(summary['statements'], 'statement')}, {counted(summary['images'], 'image')}"
-        + (f" of {data}" if data else "")
+        f"{counted(summary['statements'], 'statement')} about {counted(summary['images'], 'image')}"
+        + (f": {data}" if data else "")
     ]
     lines += [*_accuracies(summary, width), "", *_probabilities(summary, width), LEGEND]
     lines += _choices(summary.get("choices"), width)
@@ -31,13 +32,14 @@ def table(summary: dict[str, Any]) -> str:
     for title, key in (
         ("category", "by_category"),
         ("relation", "by_relation"),
-        ("image seen in training", "by_seen"),
+        ("whether training showed the image", "by_seen"),
     ):
         lines += [
             "",
             f"accuracy by {title} ({' / '.join(conditions)}; 95 % intervals, Wilson; few: fewer than {FEW} statements)",
         ]
-        lines += [_group(value, scores) for value, scores in summary[key].items()]
+        names = SEEN_WORDS if key == "by_seen" else {}
+        lines += [_group(names.get(value, value), scores) for value, scores in summary[key].items()]
     found = verdict(summary)
     return "\n".join([*lines, "", found.sentence, *(f"- {note}" for note in found.notes)])
 

@@ -139,7 +139,7 @@ def _notes(summary: dict[str, Any]) -> list[str]:
         gains = [
             f"{checkpoint_of(p['first'])} {points(p['difference'])} ({_interval(p)})".strip() for p in unseen
         ]
-        where = f"On the {unseen[0]['n']:,} statements about images that are not in the training set"
+        where = f"On the {counted(unseen[0]['n'], 'statement')} about images that are not in the training set"
         notes.append(f"{where}: {'; '.join(gains)}.")
     if summary["statements_in_train"]:
         notes.append(

@@ -25,6 +25,7 @@ from theworld.store.shard import ImageEntry
 from theworld.utils.device import torch_dtype
 from theworld.utils.distributed import Part
 from theworld.utils.files import StoreError
+from theworld.utils.text import counted
 
 # Distance ||cached - encoded again|| / ||encoded again|| of one image that rounding can explain, by the coarser of the
 # dtypes in which it was computed and stored. A VAE of the real shape (random weights, CPU) is at 1.2e-2 when computed
@@ -52,9 +53,9 @@ class Audit:
 
     def __str__(self) -> str:
         return (
-            f"{self.root}: {self.num_images:,} of {self.of:,} images encoded again in float32: largest difference "
-            f"{self.distance:.2e} of the norm ({self.image}), of a single value {self.largest:.2e}; tolerance "
-            f"{self.tolerance:.0e} of the norm: {'within it' if self.holds else 'BEYOND IT'}"
+            f"{self.root}: {self.num_images:,} of {counted(self.of, 'image')} encoded again in float32: largest "
+            f"difference {self.distance:.2e} of the norm ({self.image}), of a single value {self.largest:.2e}; "
+            f"tolerance {self.tolerance:.0e} of the norm: {'within it' if self.holds else 'BEYOND IT'}"
         )
 
 

@@ -65,6 +65,7 @@ from theworld.utils.files import (
     write_failures,
 )
 from theworld.utils.hub import locate
+from theworld.utils.text import byte_size, counted
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +135,8 @@ def amount(root: Path, num_rows: int, all_rows: int, pending: int, all_shards: i
     """Return what is still to be encoded into a store, in words (`size`: bytes). Raises ValueError without room."""
     free = check_room(root, size, "--cache")
     return (
-        f"{root.name}: {num_rows:,} of {all_rows:,} images to encode in {pending} of {all_shards} shards, "
-        f"{size / 2**20:,.1f} MiB on disk ({free / 2**30:,.1f} GiB free)"
+        f"{root.name}: {num_rows:,} of {counted(all_rows, 'image')} to encode in {pending:,} of "
+        f"{counted(all_shards, 'shard')}, {byte_size(size)} on disk ({byte_size(free)} free)"
     )
 
 
@@ -407,7 +408,7 @@ def check_readable(
         return ""
     if allow_missing and len(failures) < total:
         there = total - len(failures)
-        return f"{there:,} of {total:,} photographs; {len(failures):,} left out by --allow_missing"
+        return f"{there:,} of {counted(total, 'photograph')}; {len(failures):,} left out by --allow_missing"
     some = "\n".join(f"  {path}: {reason}" for path, reason in failures[:5])
     hints = {
         True: "--allow_missing leaves none; check --image_folder",
@@ -415,7 +416,7 @@ def check_readable(
         None: "Mend them, or name another --image_folder",
     }
     raise ValueError(
-        f"{len(failures):,} of {total:,} photographs cannot be read:\n{some}\n{listed}{hints[allow_missing]}"
+        f"{len(failures):,} of {counted(total, 'photograph')} cannot be read:\n{some}\n{listed}{hints[allow_missing]}"
     )
 
 
@@ -452,8 +453,8 @@ def run(
     if missing:
         logger.log(
             level,
-            f"{encoder.spec.name}: {len(missing):,} of {store.num_shards:,} shards are still missing: those of other "
-            "parts. Whichever part finishes last completes the store",
+            f"{encoder.spec.name}: {len(missing):,} of {counted(store.num_shards, 'shard')} still missing: those of "
+            "other parts. Whichever part finishes last completes the store",
         )
     elif part.is_main_process and not store.is_complete:
         store.publish()  # which reads every byte of all of them

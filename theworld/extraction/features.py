@@ -35,7 +35,7 @@ from theworld.store.reader import StoreReader
 from theworld.utils.commands import PLACEHOLDER, extraction
 from theworld.utils.device import torch_dtype
 from theworld.utils.files import StoreError
-from theworld.utils.text import difference, folded
+from theworld.utils.text import counted, difference, folded
 
 KEPT_BYTES = 2**30  # of the rows that a source which computes them keeps
 
@@ -228,13 +228,13 @@ def in_cache(
     if unknown and isinstance(features, CachedFeatures):
         first = unknown[0]
         raise StoreError(
-            f"{cache}: {len(unknown)} of {len(images)} images that the statements name are not in "
-            f"the cache, such as {first}{_similar(first, features.reader.images)}; name other statements with "
+            f"{cache}: lacks {len(unknown):,} of {counted(len(images), 'image')} that the statements name, such as "
+            f"{first}{_similar(first, features.reader.images)}; name other statements with "
             f"--annotations, or make a cache of these with: {extraction(Path(f'{cache}-new'))}"
         )
     kept = [s for s in statements if s.image not in missing]
-    found = f"{len(images) - len(missing)} of {len(images)} images"
-    note = f"{len(kept)} of {len(statements)} statements, {found}"
+    found = f"{len(images) - len(missing):,} of {counted(len(images), 'image')}"
+    note = f"{len(kept):,} of {counted(len(statements), 'statement')}, {found}"
     return kept, note + (f" ({len(missing)} left out by --allow_missing)" if missing else "")
 
 

@@ -36,6 +36,7 @@ from theworld.models.encoder import Encoder
 from theworld.store.shard import ImageEntry
 from theworld.store.writer import Store
 from theworld.utils.console import progress
+from theworld.utils.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,7 @@ def encode_shards(
         elapsed = bar.format_dict["elapsed"]
     if not quiet:
         rate, bound = total / max(elapsed, 1e-9), stages.bound(fed.num_workers)
-        logger.info(f"{encoder.spec.name}: {total:,} images, {rate:,.1f} images/s, bound by {bound}")
+        logger.info(f"{encoder.spec.name}: {counted(total, 'image')}, {rate:,.1f} images/s, bound by {bound}")
 
 
 def _filled(

@@ -31,6 +31,7 @@ from torch import Tensor
 from theworld.data.images import ImageError, decode, read_bytes, sha256
 from theworld.store.shard import ImageEntry
 from theworld.utils.starting import start_server
+from theworld.utils.text import byte_size, counted
 
 FEW = 64  # photographs that are read in this process: to start others takes longer
 AHEAD = 2  # tasks that each process is ahead
@@ -74,9 +75,10 @@ def workers_for(num_photographs: int, num_tasks: int, wanted: int, result_bytes:
     room = free // ((AHEAD + 1) * result_bytes)
     if room >= workers:
         return workers, ""
+    processes = counted(workers, "reading process", "reading processes")
     return room, (
-        f"{room} of {workers} reading processes: {SHARED_MEMORY} has {free / 2**20:,.0f} MiB free and each needs "
-        f"{(AHEAD + 1) * result_bytes / 2**20:,.0f}; give it more (docker run --shm-size), or fewer --num_workers"
+        f"{room} of {processes}: {SHARED_MEMORY} has {byte_size(free)} free and each needs "
+        f"{byte_size((AHEAD + 1) * result_bytes)}; give it more (docker run --shm-size), or fewer --num_workers"
     )
 
 

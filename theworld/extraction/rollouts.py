@@ -35,6 +35,7 @@ from theworld.utils import files
 from theworld.utils.console import duration, progress
 from theworld.utils.distributed import Part
 from theworld.utils.files import FAILURES, SCHEMA_VERSION, StoreError, canonical_sha256, write_failures
+from theworld.utils.text import byte_size, counted
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ class Job:
         kept = [image for image in self.images if self.finished.refusal(image.sha256) is None]
         if not kept:
             raise ValueError(
-                f"the guardrail refuses what was predicted from all {len(self.images)} photographs"
+                f"the guardrail refuses what was predicted from every photograph, {len(self.images):,} in all"
             )
         config = self.config
         store = open_store(self.cache, self.encoding.spec, kept, config.shard_size)
@@ -222,7 +223,8 @@ class Job:
         todo = [row for row in own if finished.read(row.sha256) is None]
         if len(todo) < len(own):
             logger.log(
-                part.log_level, f"resuming: {len(own) - len(todo):,} of {len(own):,} photographs rolled out"
+                part.log_level,
+                f"resuming: {len(own) - len(todo):,} of {counted(len(own), 'photograph')} rolled out",
             )
         if part.is_main_process:
             missing = len(finished.missing(row.sha256 for row in rows))
@@ -247,8 +249,9 @@ class Job:
         if refused and not allow_missing:
             some = "\n".join(f"  {path}: {reason}" for path, reason in list(refused.items())[:5])
             raise ValueError(
-                f"{len(refused):,} of {len(self.images):,} photographs have no rollout:\n{some}\nAll are listed in "
-                f"{self.cache / FAILURES}, and the others are finished. Go on without them with --allow_missing"
+                f"no rollout of {len(refused):,} of {counted(len(self.images), 'photograph')}:\n{some}\nAll are "
+                f"listed in {self.cache / FAILURES}, and the others are finished. Go on without them with "
+                "--allow_missing"
             )
         gather(store, self.finished)
         return True
@@ -303,9 +306,8 @@ def preflight(encoding: RolloutEncoder, store: Store, room_for: int, num_todo: i
         )
     share = f" of part {part.index + 1}/{part.count}" if part.count > 1 and not part.together else ""
     line = (
-        f"{LATENTS}: {num_todo:,} photographs{share} to roll out, {store.plan.num_rows:,} in the store: "
-        f"{a_row * store.plan.num_rows / 2**20:,.1f} MiB, twice that until all are in shards "
-        f"({free / 2**30:,.1f} GiB free)"
+        f"{LATENTS}: {counted(num_todo, 'photograph')}{share} to roll out, {store.plan.num_rows:,} in the store: "
+        f"{byte_size(a_row * store.plan.num_rows)}, twice that until all are in shards ({byte_size(free)} free)"
     )
     if not num_todo:
         return line

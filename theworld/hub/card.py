@@ -14,10 +14,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from theworld.config.config import FIELDS, Config
-from theworld.data.vsr import RELEASES
+from theworld.data.vsr import RELEASES, split_words
 from theworld.models.serialization import SavedModel, part_file
 from theworld.utils.files import canonical_sha256
 from theworld.utils.hub import model_id
+from theworld.utils.text import counted
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 TAGS = ["visual-spatial-reasoning", "world-tokens", "gemma-3"]
@@ -122,6 +123,7 @@ def model_card(
         hub_id=json.dumps(config.hub_model_id or "USER/NAME"),
         gemma_is_local=not _on_hub(config.model_name),
         code=code,
+        counted=counted,
         plain=plain,
     )
     return f"{card}\n"
@@ -170,9 +172,9 @@ def _eval_results(results: dict[str, Any]) -> list[EvalResult]:
 
 
 def _evaluated_on(results: dict[str, Any] | None) -> str:
-    """Return the data sets and splits of an evaluation, such as "vsr_random test"; empty if they are not recorded."""
+    """Return the data sets and splits of an evaluation in words; empty if they are not recorded."""
     pairs = [] if results is None else results.get("data", [])
-    return ", ".join(" ".join(pair) for pair in pairs if all(pair))
+    return " and ".join(split_words(*pair) for pair in pairs if all(pair))
 
 
 def _on_hub(name: str) -> bool:

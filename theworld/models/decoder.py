@@ -286,13 +286,21 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
 def attention_of(
     wanted: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
 ) -> Tensor:
-    """Return the same for some queries, flat indices int64[K]: dtype[K, H E]."""
+    """Return the same for some queries, flat indices int64[K]: dtype[K, H E].
+
+    With a mask of blocks every score is written out, in float32. torch's own attention would leave that to cuDNN, which
+    makes a plan for each new number of keys, and the host waits for it.
+    """
     if isinstance(mask, Tensor):
         return attention(query, key, value, mask, shape)[wanted]
-    sees = seen_by(wanted, mask.rule)[None, None]
-    chosen = query.transpose(1, 2).flatten(0, 1)[wanted].transpose(0, 1)[None]  # 1, H, K, E
-    keys, values = (one.transpose(0, 1).flatten(1, 2)[None] for one in (key, value))  # 1, G, R L, E
-    return attention(chosen, keys, values, chosen.new_zeros(()).masked_fill(~sees, -torch.inf), shape)
+    groups = shape.num_key_value_heads
+    chosen = query.transpose(1, 2).flatten(0, 1)[wanted]  # K, H, E
+    chosen = chosen.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # G, H / G, K, E
+    keys, values = (one.transpose(0, 1).flatten(1, 2).float() for one in (key, value))  # G, R L, E
+    scores = (chosen.float().flatten(1, 2) @ keys.mT * shape.scale).unflatten(1, chosen.shape[1:3])
+    shares = scores.masked_fill(~seen_by(wanted, mask.rule), -torch.inf).softmax(-1)  # G, H / G, K, R L
+    attended = (shares.flatten(1, 2) @ values).unflatten(1, chosen.shape[1:3])
+    return attended.permute(2, 0, 1, 3).flatten(1).to(query.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

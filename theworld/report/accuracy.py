@@ -11,12 +11,13 @@ from theworld.evaluation.conditions import (
     condition_type,
     find_condition,
 )
-from theworld.evaluation.metrics import FEW
+from theworld.evaluation.metrics import FEW, SEEN_WORDS
 from theworld.evaluation.tables import options_words
 from theworld.evaluation.verdict import p_words
 from theworld.report.charts import MINUS, Axis, Mark, Plot, Scale, Series, Tick, Track, number, scale_of
 from theworld.report.page import Chart, ChartRow, Key, Table
 from theworld.report.text import between, p_value, percent, signed, small
+from theworld.utils.text import counted
 
 Summary = dict[str, Any]  # of theworld.evaluation.metrics.summarise
 
@@ -28,7 +29,7 @@ def name_of(condition: str) -> str:
 
 
 def size_words(summary: Summary) -> str:
-    return f"{summary['statements']:,} statements about {summary['images']:,} images"
+    return f"{counted(summary['statements'], 'statement')} about {counted(summary['images'], 'image')}"
 
 
 def conditions_section(summary: Summary, data: str) -> dict[str, Any]:
@@ -162,8 +163,8 @@ def choices_section(choices: dict[str, Any]) -> dict[str, Any]:
     ]
     caption = f"Choices answered right, with 95 % interval (Wilson). Dashed: chance, {percent(chance)}."
     return {
-        "about": f"{choices['groups']:,} choices between {options_words(choices)} statements, about "
-        f"{choices['images']:,} images.",
+        "about": f"{counted(choices['groups'], 'choice')} between {options_words(choices)} statements, about "
+        f"{counted(choices['images'], 'image')}.",
         "chart": Chart(_share_axis(scale), rows, caption),
         "table": _choices_table(choices),
         "sets": bool(choices["sets"]),
@@ -216,7 +217,7 @@ def relations_section(summary: Summary, categories: dict[str, str]) -> dict[str,
 
 def seen_section(summary: Summary) -> dict[str, Any]:
     """Return the accuracy on images that training showed, and on all others."""
-    words = {"False": "images not seen in training", "True": "images seen in training"}
+    words = {key: f"images {seen}" for key, seen in SEEN_WORDS.items()}
     chosen = _world_and_baseline(summary)
     found = {words[key]: score for key, score in summary["by_seen"].items()}
     scale = _group_scale(list(found.values()), chosen)

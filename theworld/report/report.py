@@ -49,6 +49,7 @@ from theworld.report.text import between, percent, signed
 from theworld.report.training import training_section
 from theworld.utils.commands import command
 from theworld.utils.files import check_output, publish_bytes
+from theworld.utils.text import counted
 
 NAME_A_RUN = "name a run such as checkpoints/vsr, or one of its checkpoints"
 OF_A_RUN = ("metrics.jsonl", "alignment.json", "config.json", "checkpoint-*")  # one of them is in every run
@@ -93,7 +94,7 @@ def plan_report(
     if shown is not None:
         rows, source = read_results(shown)
         folder, lack = folder_of_photographs(image_folder, source)
-        yield f"reads        {shown}: {len(rows):,} statements, {', '.join(rows[0]['systems'])}"
+        yield f"reads        {shown}: {counted(len(rows), 'statement')}, {', '.join(rows[0]['systems'])}"
         yield f"             photographs: {folder or lack}"
     for path in (*others, run_of(run) / "metrics.jsonl", run_of(run) / "alignment.json"):
         yield f"             {path}{'' if path.is_file() else ': not there, which the page says'}"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from theworld.data.vsr import OWN, RELEASES
+from theworld.data.vsr import RELEASES, split_words
 from theworld.evaluation.metrics import summarise
 from theworld.evaluation.records import read_results
 from theworld.evaluation.verdict import verdict
@@ -14,6 +14,7 @@ from theworld.report.accuracy import size_words
 from theworld.report.page import Table
 from theworld.utils.commands import command
 from theworld.utils.files import companion
+from theworld.utils.text import counted
 
 SMALLEST_GEMMA_WIDTH = 640  # hidden size of the smallest Gemma 3 that was published (270M)
 Source = dict[str, Any] | None  # of theworld.evaluation.records.read_results
@@ -21,13 +22,8 @@ Source = dict[str, Any] | None  # of theworld.evaluation.records.read_results
 
 def data_words(data: Sequence[tuple[str, str]], source: Source) -> str:
     """Return the data sets and splits in words: "the test split of VSR random"."""
-    found = []
-    for dataset, split in data:
-        name = dataset.replace("vsr_", "VSR ") or "unnamed data"
-        if dataset == OWN and source and source["annotations"]:
-            name += f" ({Path(source['annotations']).name})"
-        found.append(f"the {split} split of {name}" if split else name)
-    return " and ".join(found)
+    folder = Path(source["annotations"]).name if source and source["annotations"] else ""
+    return " and ".join(split_words(dataset, split, folder) for dataset, split in data)
 
 
 def toy_warning(data: Sequence[tuple[str, str]], source: Source) -> str:
@@ -68,7 +64,8 @@ def source_section(
         meta = companion(results, ".meta.json", ".jsonl")
         lack = f"{meta} is not there, so the checkpoint and the cache behind these records are unknown."
         return commands | {"lack": lack, "records_command": score_command}
-    data = f"{source['dataset']} {source['split']}, {source['statements_in_split']:,} statements"
+    data = split_words(source["dataset"], source["split"])
+    data += f", {counted(source['statements_in_split'], 'statement')}"
     return commands | {
         "lack": "",
         "records_command": source["command"],

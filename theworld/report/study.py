@@ -28,6 +28,7 @@ from theworld.evaluation.study_verdict import (
     Question,
     arm_words,
     data_words,
+    margin_words,
 )
 from theworld.evaluation.verdict import p_words
 from theworld.report.charts import Axis, Mark, Plot, Scale, Series, Track, number, scale_of, thinned
@@ -278,7 +279,7 @@ def _signed_points(points: float) -> str:
 
 
 def _tests_table(name: str, scope: dict[str, Any], question: Question) -> Table:
-    margin = f"p (equal within {100 * question.margin:g} point{'' if question.margin == 0.01 else 's'})"
+    margin = f"p (equal within {margin_words(question)})"
     head = ["against", "metric", "difference, points", "interval", "p", margin, "interval (bootstrap)"]
     rows = []
     for arm, metrics in scope["differences"].items():
@@ -482,7 +483,7 @@ def _fixed(page: StudyPage) -> list[tuple[str, str]]:
         ("primary comparison", against if question.decides else f"none: the study explores, {pairs}"),
         ("metric", METRIC_WORDS[question.metric]),
         ("level", f"{100 * question.alpha:g} %, two-sided, for {each}"),
-        ("equal", f"within {100 * question.margin:g} points, by two one-sided tests"),
+        ("equal", f"within {margin_words(question)}, by two one-sided tests"),
         ("data", data_words(summary["data"])),
         ("seeds", ", ".join(map(str, summary["seeds"]))),
         *page.fixed,

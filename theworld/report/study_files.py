@@ -7,6 +7,7 @@ from typing import Any
 
 from theworld.evaluation.comparison import METRICS
 from theworld.evaluation.study_verdict import METRIC_WORDS, arm_words, data_words
+from theworld.utils.text import counted
 
 COLUMNS = ("scope", "quantity", "arm", "metric", "seed", "value", "low", "high", "p_value")
 MORE_COLUMNS = ("against", "adjusted_p_value", "share")  # of a study that explores, and of learning curves
@@ -66,8 +67,9 @@ def study_latex(summary: dict[str, Any], scope: str = "all") -> str:
 def _latex_arms(summary: dict[str, Any], own: dict[str, Any], metrics: Sequence[str]) -> str:
     question = summary["question"]
     note = (
-        f"% {len(summary['seeds'])} seeds, {own['statements']} statements about {own['images']} images, "
-        f"{data_words(summary['data'])}. Deviations over seeds; intervals over images and seeds."
+        f"% {counted(len(summary['seeds']), 'seed')}, {counted(own['statements'], 'statement')} about "
+        f"{counted(own['images'], 'image')}, {data_words(summary['data'])}. Deviations over seeds; intervals over "
+        "images and seeds."
     )
     names = [METRIC_WORDS[m] for m in metrics]
     tests = {arm: found[question["metric"]] for arm, found in own["differences"].items()}
@@ -88,9 +90,8 @@ def _latex_arms(summary: dict[str, Any], own: dict[str, Any], metrics: Sequence[
 
 def _latex_pairs(pairs: Sequence[dict[str, Any]], question: dict[str, Any]) -> str:
     metric = question["metric"]
-    note = (
-        f"% {len(pairs)} comparisons: intervals hold all together (Bonferroni), p-values adjusted after Holm."
-    )
+    number = counted(len(pairs), "comparison")
+    note = f"% {number}: intervals hold all together (Bonferroni), p-values adjusted after Holm."
     rows = [
         [
             _latex_text(arm_words(pair["first"])),

@@ -14,7 +14,7 @@ from theworld.models.serialization import CONFIG_FILE, WORLD_FILE, SavedModel
 from theworld.models.theworld import TheWorld
 from theworld.utils.device import resolve_device, resolve_dtype, set_up_torch
 from theworld.utils.hub import GEMMA_FILE, locate
-from theworld.utils.text import check_texts
+from theworld.utils.text import check_texts, counted
 
 # "without" is a Gemma that a later stage trained, where "baseline" would be the published Gemma, as in an evaluation.
 LABELS = {
@@ -136,5 +136,5 @@ def plan(
         check_question(image, statements)
         height, width, _ = photograph(image, config.max_image_pixels).shape
         yield "reads", f"{image}, {width} x {height} pixels"
-        asked = f"{len(conditions)} conditions ({', '.join(conditions)})"
-        yield "asks", f"{asked} about {len(statements):,} statements"
+        asked = f"{counted(len(conditions), 'condition')} ({', '.join(conditions)})"
+        yield "asks", f"{asked} about {counted(len(statements), 'statement')}"

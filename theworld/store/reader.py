@@ -25,6 +25,7 @@ from theworld.store.format import (
 )
 from theworld.store.verify import examine
 from theworld.utils.files import StoreError
+from theworld.utils.text import counted
 
 
 def max_open_files() -> int:
@@ -64,7 +65,7 @@ class StoreReader:
             raise StoreMismatch(self.root, differences)
         if manifest is None:
             there = sum(os.path.lexists(paths(self.root, shard)[1]) for shard in range(plan.num_shards))
-            state = f"{there} of {plan.num_shards} shards are there"
+            state = f"{there} of {counted(plan.num_shards, 'shard')} written"
             raise StoreError(
                 f"{self.root} is unfinished: {state}. Go on with: {extraction_command(self.root)}"
             )

@@ -27,6 +27,7 @@ from theworld.utils.files import (
     open_plain,
     read_sealed,
 )
+from theworld.utils.text import counted
 
 STORAGE: dict[str, np.dtype] = {
     d: np.dtype(s) for d, s in [("float32", "<f4"), ("float16", "<f2"), ("bfloat16", "<u2")]
@@ -158,7 +159,9 @@ def check_arrays(
         finite = spec.finite(values).reshape(len(rows), -1).all(1)
         bad = [rows[row].path for row in np.flatnonzero(~finite).tolist()]
         if bad:
-            raise StoreError(f"{spec.name} is not finite for {len(bad)} of {len(rows)} images: {bad[:3]}")
+            raise StoreError(
+                f"{spec.name} is not finite for {len(bad)} of {counted(len(rows), 'image')}: {bad[:3]}"
+            )
 
 
 def pack(

@@ -24,6 +24,7 @@ from theworld.store.format import (
 )
 from theworld.utils import files
 from theworld.utils.files import StoreError
+from theworld.utils.text import counted
 
 T = TypeVar("T")
 SOUND, DAMAGED, UNKNOWN = 0, 1, 2
@@ -178,8 +179,9 @@ class Examination:
 
     def _unfinished(self, entries: list[dict[str, Any] | None]) -> None:
         there = sum(os.path.lexists(paths(self.root, shard)[1]) for shard in range(len(entries)))
+        state = f"{there} of {counted(len(entries), 'shard')} written"
         self._note(
-            f"{self.root} is unfinished: manifest.json is missing, {there} of {len(entries)} shards are there. "
+            f"{self.root} is unfinished: manifest.json is missing, {state}. "
             f"Go on with: {extraction_command(self.root)}",
             self.root / "manifest.json",
         )

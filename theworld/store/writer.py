@@ -46,6 +46,7 @@ from theworld.store.format import (
 from theworld.store.shard import RECORD_KEYS, ArraySpec, ImageEntry
 from theworld.utils import files
 from theworld.utils.files import StoreError, UnknownVersion
+from theworld.utils.text import counted
 
 T = TypeVar("T")
 OTHER_NUMBERS = "extract on the kind of machine that wrote the shard, or into another --cache"
@@ -354,8 +355,8 @@ class Store:
         pending = [shard for shard, found in entries.items() if found is None]
         if pending:
             raise StoreError(
-                f"{self.root}: {len(pending)} of {self.num_shards} shards are missing: {pending[:10]}; run the "
-                "extraction again, or those of its parts that write them"
+                f"{self.root}: {len(pending)} of {counted(self.num_shards, 'shard')} missing: {pending[:10]}; run "
+                "the extraction again, or those of its parts that write them"
             )
         data = files.seal(
             manifest_fields(self.plan, [found for found in entries.values() if found is not None])

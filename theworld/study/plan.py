@@ -19,9 +19,9 @@ from theworld.study.protocol import Run, Study
 from theworld.study.runner import ALL, cache_of, is_done, read_done, records_of, waiting
 from theworld.training.memory import CHECKPOINT_BYTES, Memory, Plan
 from theworld.utils.console import duration, line
-from theworld.utils.device import GIB
 from theworld.utils.distributed import Part
 from theworld.utils.files import check_folder, check_room
+from theworld.utils.text import byte_size, counted
 
 
 def plan_study(
@@ -36,12 +36,11 @@ def plan_study(
     left = waiting(runs, ALL)
     yield line(
         "study",
-        f"{size_of(study)}: {len(runs)} runs, {len(runs) - len(left)} done",
+        f"{size_of(study)}: {counted(len(runs), 'run')}, {len(runs) - len(left)} done",
     )
     if part.count > 1:
-        yield line(
-            "part", f"{part.index + 1} of {part.count} trains {len(waiting(runs, part))} of the others"
-        )
+        own = f"{len(waiting(runs, part)):,} of {counted(len(left), 'run')} not yet done"
+        yield line("part", f"{part.index + 1} of {part.count} trains {own}")
     yield line("decides", decides(study))
     size, plans = 0, dict[str, Plan]()
     first = {run.arm.name: run for run in reversed(runs)}
@@ -50,10 +49,11 @@ def plan_study(
         _check_sharing(plan.memory, processes)
         size += CHECKPOINT_BYTES * plan.facts.trainable * len(study.seeds) * len(study.train_shares)
         yield line(
-            "arm", f"{name}: {plan.facts.trainable:,} parameters, {plan.num_steps:,} steps; {plan.memory}"
+            "arm",
+            f"{name}: {plan.facts.trainable:,} parameters, {counted(plan.num_steps, 'step')}; {plan.memory}",
         )
     free = check_room(output, size, "--output")
-    yield line("disk", f"about {size / 2**30:,.2f} GiB of {free / 2**30:,.1f} GiB free in {output}")
+    yield line("disk", f"about {byte_size(size)} of {byte_size(free)} free in {output}")
     yield line("time", time_needed(runs, left, plans, output))
     if (compiling := compiling_seconds(left, output)) >= 1:
         yield line(
@@ -127,15 +127,15 @@ def _check_sharing(memory: Memory, processes: int) -> None:
     if processes > 1 and processes * memory.total > memory.available:
         fit = max(1, int(memory.available // memory.total))
         raise ValueError(
-            f"--processes is {processes}: a run takes about {memory.total / GIB:,.1f} GiB of "
-            f"{memory.available / GIB:,.1f}; give --processes {fit}"
+            f"--processes is {processes}: a run takes about {byte_size(memory.total)} of "
+            f"{byte_size(memory.available)}; give --processes {fit}"
         )
 
 
 def size_of(study: Study) -> str:
     """Return the number of arms, of seeds and, where there are several, of shares of the training statements."""
     shares = f" x {len(study.train_shares)} shares" if len(study.train_shares) > 1 else ""
-    return f"{len(study.arms)} arms x {len(study.seeds)} seeds{shares}"
+    return f"{counted(len(study.arms), 'arm')} x {counted(len(study.seeds), 'seed')}{shares}"
 
 
 def decides(study: Study) -> str:
@@ -150,7 +150,7 @@ def decides(study: Study) -> str:
     return (
         f"{primary.arm} against {each}{', '.join(primary.against)} on test, at {primary.alpha:.0%} two-sided; "
         f"a difference within {primary.margin:g} percentage point{'' if primary.margin == 1 else 's'} counts as equal"
-        + (f"; {len(study.seeds)} seeds give no verdict, {LEAST_SEEDS} would" if few else "")
+        + (f"; it takes {LEAST_SEEDS} seeds for a verdict, and has {len(study.seeds)}" if few else "")
     )
 
 

@@ -15,6 +15,8 @@ from theworld.study.protocol import PROTOCOL, SPLITS, Arm, Primary, Run, Study, 
 from theworld.study.runner import is_done, read_done, records_of, said_of
 from theworld.training.logging import METRICS
 from theworld.utils.commands import PLACEHOLDER, command
+from theworld.utils.console import duration
+from theworld.utils.text import counted
 
 
 def question_of(study: Study) -> Question:
@@ -82,7 +84,7 @@ def page_of(study: Study, runs: Sequence[Run], results: dict[str, Any], output: 
         costs[arm.name] = {
             "trainable parameters": f"{done[0]['trainable_parameters']:,}",
             "steps": f"{done[0]['steps']:,}",
-            "hours of all runs": f"{sum(one['seconds'] for one in done) / 3600:.2f}",
+            "time of all runs": duration(sum(one["seconds"] for one in done)),
             **_seconds(done),
             "device": ", ".join(sorted({one["device"] for one in done})),
         }
@@ -106,7 +108,9 @@ def _seconds(done: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found = {"seconds of each run": ", ".join(f"{one['seconds']:.1f}" for one in done)}
     if any("predicted_seconds" in one for one in done):
         predicted = (one.get("predicted_seconds") for one in done)
-        found["predicted"] = ", ".join("–" if one is None else f"{one:.1f}" for one in predicted)
+        found["seconds predicted for each run"] = ", ".join(
+            "–" if one is None else f"{one:.1f}" for one in predicted
+        )
     return found
 
 
@@ -138,7 +142,7 @@ def study_in(folder: Path) -> tuple[Study, list[Run]]:
     if left:
         again = command("study", "--config", "FILE", "--cache", PLACEHOLDER, "--output", folder)
         raise ValueError(
-            f"{folder}: {len(left)} of {len(runs)} runs are not done: {', '.join(left)}; go on with: {again}"
+            f"{folder}: not done: {len(left)} of {counted(len(runs), 'run')}, {', '.join(left)}; go on with: {again}"
         )
     return study, runs
 
@@ -151,7 +155,8 @@ def draw_again(folder: Path) -> str:
 def plan_again(folder: Path) -> Iterator[str]:
     """Yield lines that say what `draw_again` would do. Raises the same errors."""
     study, runs = study_in(folder)
-    yield f"reads        the records of {len(runs)} runs: {len(study.arms)} arms, {len(study.seeds)} seeds"
+    size = f"{counted(len(study.arms), 'arm')}, {counted(len(study.seeds), 'seed')}"
+    yield f"reads        the records of {counted(len(runs), 'run')}: {size}"
     yield f"writes       study.json, study.csv, study.tex and study.html in {folder}"
 
 

@@ -54,8 +54,8 @@ def check_benchmarks(folders: Sequence[Path], follow_links: bool = False) -> Non
         if missing:
             name, reason = next(iter(missing.items()))
             raise ValueError(
-                f"--benchmarks {folder}: {len(missing):,} of {len(images):,} photographs cannot be read, such as "
-                f"{name}: {reason}; get them with: {command('get_benchmark', 'NAME', '--output', folder)}"
+                f"--benchmarks {folder}: {len(missing):,} of {counted(len(images), 'photograph')} cannot be read, such "
+                f"as {name}: {reason}; get them with: {command('get_benchmark', 'NAME', '--output', folder)}"
             )
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
@@ -70,7 +70,7 @@ def plan_transfer(study: Study, folders: Sequence[Path]) -> Iterator[str]:
     for folder in folders:
         statements = load_statements(folder, "test")
         single = f", {NO_INTERVAL}" if len(images_of(statements)) == 1 else ""
-        yield f"then scores  {len(alone)} runs on {folder}: {counted(len(statements), 'statement')}{single}"
+        yield f"then scores  {counted(len(alone), 'run')} on {folder}: {counted(len(statements), 'statement')}{single}"
     if folders and left_out:
         yield f"leaves out   {', '.join(sorted(left_out))}: {NOT_ALONE}"
 
@@ -224,8 +224,8 @@ def _check_same(rows: Sequence[Row], path: Path, arms: dict[str, dict[int, list[
     first = next((one for own in arms.values() for one in own.values()), rows)
     if _asked(rows) != _asked(first):
         raise ValueError(
-            f"{path}: its {len(rows):,} statements are not the {len(first):,} of the other runs, as the benchmark has "
-            "changed; run the study again with --benchmarks, which scores all runs anew"
+            f"{path}: its {counted(len(rows), 'statement')} are not the {len(first):,} of the other runs, as the "
+            "benchmark has changed; run the study again with --benchmarks, which scores all runs anew"
         )
 
 

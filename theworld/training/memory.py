@@ -54,7 +54,6 @@ from theworld.training.schedule import Order, num_train_steps, phase_of, phases,
 from theworld.utils.commands import flags
 from theworld.utils.console import ExplainedError
 from theworld.utils.device import (
-    GIB,
     count_parameters,
     resolve_device,
     resolve_dtype,
@@ -66,6 +65,7 @@ from theworld.utils.distributed import Processes
 from theworld.utils.files import check_output, check_room
 from theworld.utils.hub import GEMMA_FILE, Fault, locate
 from theworld.utils.locks import check_unlocked
+from theworld.utils.text import byte_size
 
 FROZEN = "frozen"  # beside LANGUAGE and LORA: how the language model trains
 TEXT_TOKENS = 60  # of a statement with its question and the chat template, at most
@@ -237,11 +237,11 @@ class Memory:
 
     def __str__(self) -> str:
         total, available, frozen, trained, activations = (
-            f"{size / GIB:,.1f}"
+            byte_size(size)
             for size in (self.total, self.available, self.frozen, self.trained, self.activations)
         )
         return (
-            f"memory: about {total} of {available} GiB: frozen weights {frozen}, what trains with its gradients and "
+            f"memory: about {total} of {available}: frozen weights {frozen}, what trains with its gradients and "
             f"moments {trained}, a micro-batch {activations}"
         )
 
@@ -483,7 +483,7 @@ def check_memory(plan: Plan) -> None:
         return
     held = memory.frozen + memory.trained
     if memory.loading > memory.available:
-        size = f"{memory.loading / GIB:,.1f} GiB"
+        size = byte_size(memory.loading)
         hint = f"Loading the weights takes {size} for a moment: use a smaller Gemma or a larger GPU"
     elif held > memory.available:  # micro-batches can be made smaller, this cannot
         more = "more GPUs" if plan.sharded else "more GPUs with `accelerate launch --use_fsdp`"
@@ -598,8 +598,8 @@ def out_of_memory(plan: Plan, step: int, start: int, one: Microbatch) -> OutOfMe
     )
     return OutOfMemory(
         f"step {step}: out of memory in a micro-batch of {len(one.statements)} statements about {len(images)} "
-        f"images{tokens} ({named(images)}): this process had {peak / GIB:.1f} GiB at most, {device} has "
-        f"{room / GIB:.1f} for it. {advice(settings_that_fit(plan, start, room))}; {hint}"
+        f"images{tokens} ({named(images)}): this process had {byte_size(peak)} at most, {device} has "
+        f"{byte_size(room)} for it. {advice(settings_that_fit(plan, start, room))}; {hint}"
     )
 
 

@@ -36,6 +36,7 @@ from theworld.utils.files import canonical_sha256, check_folder, holds, publish_
 from theworld.utils.jsonc import read_json_with_comments
 from theworld.utils.locks import OutputLock, check_unlocked, empty_folder
 from theworld.utils.signals import StopRequest
+from theworld.utils.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +254,8 @@ def plan_sweep(runs: Sequence[Run], cache: Path, output: Path, part: Part = ALL)
     left, waiting = unfinished(runs, output), waiting_runs(runs, output, part)
     yield f"runs         {len(runs)}, of which {len(runs) - len(left)} are done"
     if part.count > 1:
-        yield f"part         {part.index + 1} of {part.count} trains {len(waiting)} of the others"
+        share = f"{len(waiting):,} of {counted(len(left), 'run')} not yet done"
+        yield f"part         {part.index + 1} of {part.count} trains {share}"
     for run in waiting:
         check_unlocked(run.folder, "--output")
         if run.started:

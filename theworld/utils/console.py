@@ -60,7 +60,10 @@ class LogBar(Bar):
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> tqdm:
-    """Return a progress bar that moves on a terminal and writes lines elsewhere."""
+    """Return a progress bar that moves on a terminal and writes lines elsewhere; it is not shown if nothing is left."""
+    total = options.get("total")
+    if total is not None and options.get("initial", 0) >= total:
+        options["disable"] = True
     return Bar(iterable, **options) if sys.stderr.isatty() else LogBar(iterable, **options)
 
 
@@ -259,18 +262,16 @@ NOTHING_WRITTEN = "dry run: nothing was written"
 
 
 def rehearse(plan: Callable[[], Iterable[str]]) -> int:
-    """Print the lines of a dry run as they come, and return the exit status 0.
+    """Print the lines of a dry run as they come and at its end that nothing was written; return the exit status 0.
 
     Raises what `plan` raises, which is what the run itself would raise. Of processes that were launched together only
     the first one prints.
     """
     if os.environ.get("RANK", "0") != "0":
         return 0
-    try:
-        for line in plan():
-            print(line, flush=True)
-    finally:
-        print(NOTHING_WRITTEN, flush=True)
+    for line in plan():
+        print(line, flush=True)
+    print(NOTHING_WRITTEN, flush=True)
     return 0
 
 

@@ -139,9 +139,6 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-GIB = 2**30
-
-
 @dataclass(frozen=True)
 class Memory:
     """The memory of a GPU, or of the machine for a CPU, in bytes."""

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from theworld.utils.text import counted
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -66,9 +68,8 @@ class Part:
         if name not in ("auto", "cuda"):
             raise ValueError(f"device {name!r} is one GPU for {self.count} processes; use --device cuda")
         if self.local_index >= torch.cuda.device_count():
-            raise ValueError(
-                f"{self.local_count} processes on this machine and {torch.cuda.device_count()} GPUs; launch as many"
-            )
+            gpus = counted(torch.cuda.device_count(), "GPU")
+            raise ValueError(f"{self.local_count} processes on this machine and {gpus}; launch as many")
         return f"cuda:{self.local_index}"
 
     def broadcast_from_main(self, work: Callable[[], T]) -> T:

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import time
+import weakref
 from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
@@ -46,39 +47,19 @@ class OutputLock:
         """`flag` is the one that names `output`. The folder of the lock is made. Raises InUse as `check_unlocked`."""
         path = lock_file(output, is_file)
         make_folder(path.parent)
-        self._key = _key(path)
-        self._removed: Path | None = path if is_file else None
-        if self._key in _held:
-            _held[self._key][1] += 1
-            return
-        while True:
-            descriptor = _locked(path, output, flag)
-            self._key = _key_of(os.fstat(descriptor))
-            if self._key == _key(path):
-                break
-            os.close(descriptor)  # the file of a holder that has ended, and removed it
-        _held[self._key] = [descriptor, 1]
+        key = _take(path, output, flag)
+        # Also called when nobody holds this object any more, and at the end of the process while modules are whole.
+        self._give_back = weakref.finalize(self, _give_back, key, path if is_file else None)
 
     def release(self) -> None:
         """Give the lock back; a second call changes nothing."""
-        key, self._key = self._key, (0, 0, 0)
-        if key not in _held or key[0] != os.getpid():  # a copy of the holder, made by fork
-            return
-        _held[key][1] -= 1
-        if _held[key][1] == 0:
-            if self._removed is not None:
-                self._removed.unlink(missing_ok=True)
-            os.close(_held.pop(key)[0])
+        self._give_back()
 
     def __enter__(self) -> "OutputLock":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_key"):
-            self.release()
 
 
 def check_unlocked(output: Path, flag: str, is_file: bool = False) -> None:
@@ -113,6 +94,33 @@ def empty_folder(folder: Path, keep: Collection[str] = ()) -> None:
 def lock_file(output: Path, is_file: bool) -> Path:
     """Return the path of the lock of an output, which need not exist yet."""
     return output.with_name(f".{output.name}{NAME}") if is_file else output / NAME
+
+
+def _take(path: Path, output: Path, flag: str) -> tuple[int, int, int]:
+    """Make this process a holder of a lock file, once more if it is one, and return the file's key. Raises InUse."""
+    key = _key(path)
+    if key in _held:
+        _held[key][1] += 1
+        return key
+    while True:
+        descriptor = _locked(path, output, flag)
+        key = _key_of(os.fstat(descriptor))
+        if key == _key(path):
+            break
+        os.close(descriptor)  # the file of a holder that has ended, and removed it
+    _held[key] = [descriptor, 1]
+    return key
+
+
+def _give_back(key: tuple[int, int, int], removed: Path | None) -> None:
+    """End one holding of a lock file by this process; with the last one unlock it, and remove it if it is `removed`."""
+    if key not in _held or key[0] != os.getpid():  # a copy of the holder, made by fork
+        return
+    _held[key][1] -= 1
+    if _held[key][1] == 0:
+        if removed is not None:
+            removed.unlink(missing_ok=True)
+        os.close(_held.pop(key)[0])
 
 
 def _key(path: Path) -> tuple[int, int, int]:

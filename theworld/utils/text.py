@@ -73,9 +73,17 @@ def decoded(data: bytes, where: object) -> str:
         ) from None
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number of things in words: "1 image", "2,195 images"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number of things in words: "1 image", "2,195 images". `plural`: of a noun that takes more than an s."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def byte_size(size: float) -> str:
+    """Return a number of bytes in the largest unit of which it is a tenth: "23.5 GiB", "61.3 MiB", "12 bytes"."""
+    for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**power / 10:
+            return f"{size / 2**power:,.1f} {unit}"
+    return counted(round(size), "byte")
 
 
 def composed(text: str) -> str:

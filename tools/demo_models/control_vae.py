@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from theworld.cli.demo import EMBEDDED
 from theworld.data.scenes import draw_scene, make_scene
 from theworld.utils.files import check_folder
+from theworld.utils.text import counted
 
 FILES = ("config.json", "diffusion_pytorch_model.safetensors", "training.json")
 
@@ -106,7 +107,7 @@ def plan_control_vae(folder: Path, settings: ControlSettings) -> Iterator[str]:
     replaces = check_control_vae(folder, settings)
     yield (
         f"draws        {settings.num_scenes:,} scenes, plain and hard, with seed {settings.seed}, in "
-        f"{settings.workers} processes"
+        f"{counted(settings.workers, 'process', 'processes')}"
     )
     yield f"trains       an encoder in {settings.steps:,} steps of {settings.batch_size} scenes, on the CPU"
     yield f"writes       {folder}: {', '.join(FILES)}, about 3 MiB{replaces}"

@@ -50,6 +50,7 @@ from transformers import Gemma3ForConditionalGeneration
 
 from theworld.utils.device import resolve_device
 from theworld.utils.files import check_folder
+from theworld.utils.text import counted
 
 
 class SecondTower(nn.Module):
@@ -274,7 +275,8 @@ def check_models(folder: Path, settings: PretrainSettings) -> str:
 def plan_models(folder: Path, settings: PretrainSettings) -> Iterator[str]:
     """Yield lines that say what `make_models` would do with the same arguments. Raises the same errors."""
     replaces = check_models(folder, settings)
-    yield f"draws        {settings.num_scenes:,} scenes with seed {settings.seed}, in {settings.workers} processes"
+    workers = counted(settings.workers, "process", "processes")
+    yield f"draws        {settings.num_scenes:,} scenes with seed {settings.seed}, in {workers}"
     gemma = f"a small Gemma in {settings.gemma_steps:,} steps of {settings.batch_size} statements"
     yield f"trains       {gemma}, on {settings.device}"
     yield f"             a small VAE in {settings.vae_steps:,} steps of {settings.vae_batch_size} pictures"

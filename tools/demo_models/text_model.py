@@ -26,6 +26,7 @@ from theworld.config.config import Config
 from theworld.data.vsr import load_all
 from theworld.models.gemma import Gemma
 from theworld.utils.files import check_folder, check_room
+from theworld.utils.text import byte_size
 
 Json = dict[str, Any]
 
@@ -122,7 +123,7 @@ def plan_text_model(source: str, output: Path, annotations: Path | None) -> Iter
     check_folder(output, "--output")
     _refuse_filled(output)
     free = check_room(output, ROOM.get(source, 0), "--output")
-    yield f"writes       {output} ({free / 2**30:,.1f} GiB free)"
+    yield f"writes       {output} ({byte_size(free)} free)"
 
 
 def make_text_model(source: str, output: Path, annotations: Path | None = None, command: str = "") -> int:
