@@ -44,6 +44,7 @@ from theworld.models.gemma import Gemma
 from theworld.store.format import VISION
 from theworld.training import data as loading
 from theworld.training.trainer import Trainer
+from theworld.utils.text import counted
 
 PHOTOGRAPHS = ROOT.parent / "shared" / "coco"
 
@@ -617,7 +618,7 @@ def test_training_does_not_start_on_photographs_that_changed(
     assert compared in (1, 2, 3)
     after = now[change] if change in now else sha256(path.read_bytes())
     assert str(caught.value) == (
-        f"1 of {compared} photographs in {path.parent} changed since they were extracted:\n"
+        f"1 of {counted(compared, 'photograph')} in {path.parent} changed since they were extracted:\n"
         f"  b.png: SHA-256 was {before}, now {after}\n"
         "Put them back, or extract into another --cache"
     )
