@@ -256,7 +256,7 @@ def test_an_evaluation_in_numbers(config: Config, run: Path, cache: Path, tmp_pa
         f"Gemma        {config.model_name}: a local folder; cpu, torch.float32",
         f"reads        4 of 4 statements, 2 of 2 images, from {cache}: latents and vision features",
         "asks         2 conditions (world, zero) about 4 statements, 2 batches",
-        "trained on   6 statements of the train split of your own data, which shows 2 of the 2 images of test",
+        "trained on   6 statements of the train split of custom data, which shows 2 of the 2 images of test",
         f"writes       {output}, 4 lines, and {output.with_suffix('.summary.json')}",
     ]
     folder = Path(str(config.image_folder))

@@ -446,7 +446,7 @@ def test_a_share_of_the_training_statements_is_drawn_by_the_seed_and_holds_small
 
 def test_a_split_is_named_in_words() -> None:
     assert split_words("vsr_random", "test", "scenes") == "the test split of VSR random"
-    assert split_words(OWN, "dev", "scenes") == "the dev split of your own data (scenes)"
-    assert split_words(OWN, "dev") == "the dev split of your own data"
+    assert split_words(OWN, "dev", "scenes") == "the dev split of custom data (scenes)"
+    assert split_words(OWN, "dev") == "the dev split of custom data"
     assert split_words("What'sUp A", "") == "What'sUp A"
     assert split_words("", "test") == "the test split of unnamed data"

@@ -252,7 +252,7 @@ def test_a_split_with_what_training_had_of_it(vsr: Path, tmp_path: Path) -> None
     assert data.seen_images == {"a.jpg"}
     assert data.in_train == set()
     assert (data.dataset, data.split, data.image_folder) == (OWN, "test", "photos")
-    assert data.trained_on == {"": "3 statements of the train split of your own data"}
+    assert data.trained_on == {"": "3 statements of the train split of custom data"}
 
 
 def test_statements_that_were_cut_from_training_were_not_seen(vsr: Path, tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_statements_that_a_share_left_out_were_not_seen(vsr: Path, tmp_path: Pat
     drawn = training_statements(load_statements(str(vsr), "train", "vsr"), path.config())
     data = held_out({"": path}, "train", {})
     assert data.in_train == {(s.image, s.caption) for s in drawn}
-    assert (len(drawn), data.trained_on) == (1, {"": "1 statement of the train split of your own data"})
+    assert (len(drawn), data.trained_on) == (1, {"": "1 statement of the train split of custom data"})
 
 
 def test_zeroshot_is_refused_to_a_model_of_random_unless_it_is_asked_for(vsr: Path, tmp_path: Path) -> None:
@@ -305,8 +305,8 @@ def test_what_an_earlier_stage_was_trained_on_was_seen(vsr: Path, tmp_path: Path
     data = held_out({"": second}, "test", {})
     assert data.seen_images == {"a.jpg", "d.jpg"}
     assert data.trained_on == {
-        "": "3 statements of the train split of your own data, before that on 1 statement of the train split of your "
-        "own data"
+        "": "3 statements of the train split of custom data, before that on 1 statement of the train split of "
+        "custom data"
     }
     (first.folder / "projection.safetensors").unlink()
     with pytest.raises(

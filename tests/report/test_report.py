@@ -254,8 +254,8 @@ def test_a_model_smaller_than_any_published_gemma_is_called_a_toy(tmp_path: Path
     rows = [row | {"dataset": "own data"} for row in read_jsonl(path)]
     write_results(rows, source_of("/data/scenes", 64, "own data"), path, ["eval"])
     text = "".join(outline(write_report(tmp_path / "run")).text)
-    assert "Do world tokens help on the test split of your own data (scenes)?" in text
-    assert "40 statements about 20 images: the test split of your own data (scenes); /data/scenes." in text
+    assert "Do world tokens help on the test split of custom data (scenes)?" in text
+    assert "40 statements about 20 images: the test split of custom data (scenes); /data/scenes." in text
     assert (
         "Toy model: the hidden size of this Gemma is 64, that of the smallest published Gemma 3 is 640."
         in text

@@ -54,7 +54,7 @@ def test_what_is_written_is_shown_and_two_seeds_give_no_verdict(
     assert found == json.loads(json.dumps(results_of(study, runs)))
     assert [line.split()[0] for line in text.splitlines()[:4]] == ["arm", "world", "pixels", "plain"]
     assert (
-        "No verdict on the test split of your own data (6 statements about 3 images; 2 seeds): it takes 3 seeds"
+        "No verdict on the test split of custom data (6 statements about 3 images; 2 seeds): it takes 3 seeds"
         in text
     )
 

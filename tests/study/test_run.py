@@ -27,7 +27,7 @@ def test_a_study_ends_with_its_verdict_and_its_files(study: Study, study_cache: 
     found = run_study(study, study_cache, out, ALL, 1, StopRequest())
     assert not found.stopped
     assert found.failed == {}
-    assert "No verdict on the test split of your own data" in found.text
+    assert "No verdict on the test split of custom data" in found.text
     names = sorted(path.name for path in out.iterdir())
     assert names == ["protocol.json", "runs", "study.csv", "study.html", "study.json", "study.tex"]
 

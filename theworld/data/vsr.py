@@ -381,9 +381,9 @@ OWN = "own data"
 def split_words(dataset: str, split: str, folder: str = "") -> str:
     """Return the split of a data set as records name both, in words: "the test split of VSR random".
 
-    `folder`: the name of the folder that your own data is in, if it is known.
+    `folder`: the name of the folder of custom data, if it is known.
     """
-    name = f"your {OWN}" if dataset == OWN else dataset.replace("vsr_", "VSR ") or "unnamed data"
+    name = "custom data" if dataset == OWN else dataset.replace("vsr_", "VSR ") or "unnamed data"
     if dataset == OWN and folder:
         name += f" ({folder})"
     return f"the {split} split of {name}" if split else name
