@@ -77,10 +77,10 @@ def test_an_error_affects_only_its_own_row(tmp_path: Path) -> None:
     assert "bad" in results.table()
 
 
-def test_the_share_of_the_chip_follows_from_a_measured_share_or_a_floor(tmp_path: Path) -> None:
+def test_the_share_of_the_chip_follows_from_a_measured_one(tmp_path: Path) -> None:
     results = Results(tmp_path / "a.json", "command")
     results.begin("train")
-    results.add("train", "floor", {"rate": 160.0})
+    results.add("train", "floor", {"rate": 160.0, "mfu": 1.0})
     results.add("train", "ours", {"rate": 80.0, "mfu": 0.5})
     results.add("train", "of no known share", {"rate": 80.0})
     shares = [

@@ -15,7 +15,7 @@ from theworld.evaluation.study_verdict import (
     NO_VERDICT,
     WORSE,
     Question,
-    margin_words,
+    point_words,
 )
 
 
@@ -135,9 +135,9 @@ def test_a_gain_that_only_the_answers_show_may_be_calibration() -> None:
     )
 
 
-def test_a_margin_is_in_points() -> None:
-    margins = [margin_words(Question(margin=margin)) for margin in (0.01, 0.005, 0.02)]
-    assert margins == ["1 point", "0.5 points", "2 points"]
+def test_a_margin_is_in_percentage_points() -> None:
+    margins = [point_words(points) for points in (1.0, 0.5, 100 * 0.02)]
+    assert margins == ["1 percentage point", "0.5 percentage points", "2 percentage points"]
 
 
 @pytest.mark.parametrize(

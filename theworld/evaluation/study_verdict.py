@@ -78,10 +78,10 @@ def data_words(data: Sequence[Sequence[str]]) -> str:
     return " and ".join(split_words(name, split) for name, split in data)
 
 
-def margin_words(question: Question) -> str:
-    """Return the margin within which two arms count as equal, in words: "1 point"."""
-    points = f"{100 * question.margin:g}"
-    return f"{points} point{'' if points == '1' else 's'}"
+def point_words(points: float) -> str:
+    """Return a number of percentage points in words: "1 percentage point"."""
+    number = f"{points:g}"
+    return f"{number} percentage point{'' if number == '1' else 's'}"
 
 
 # ---- the verdict

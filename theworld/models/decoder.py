@@ -261,8 +261,8 @@ def normed_and_rotated(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, epsi
 
 
 def _computed_again(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """Call a function whose result compiled code computes once more for the backward pass in place of keeping it, for
-    one that takes less time than its memory is worth. What is not compiled keeps it: there each operation counts."""
+    """Call a cheap function with a large result, which compiled code computes again in the backward pass and does not
+    keep. Code that is not compiled keeps it, since every operation takes time of its own there."""
     if torch.compiler.is_compiling():
         return checkpoint(function, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
     return function(*arguments)
@@ -286,10 +286,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
 def attention_of(
     wanted: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Any, shape: Shape
 ) -> Tensor:
-    """Return the same for some queries, flat indices int64[K]: dtype[K, H E].
+    """Return attention's output for some queries, flat indices int64[K]: dtype[K, H E].
 
-    With a mask of blocks every score is written out, in float32. torch's own attention would leave that to cuDNN, which
-    makes a plan for each new number of keys, and the host waits for it.
+    With a mask of blocks all scores are computed explicitly, in float32. torch's own attention would call cuDNN, which
+    builds a plan for each new number of keys while the host waits.
     """
     if isinstance(mask, Tensor):
         return attention(query, key, value, mask, shape)[wanted]

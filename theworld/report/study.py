@@ -28,7 +28,7 @@ from theworld.evaluation.study_verdict import (
     Question,
     arm_words,
     data_words,
-    margin_words,
+    point_words,
 )
 from theworld.evaluation.verdict import p_words
 from theworld.report.charts import Axis, Mark, Plot, Scale, Series, Track, number, scale_of, thinned
@@ -279,7 +279,7 @@ def _signed_points(points: float) -> str:
 
 
 def _tests_table(name: str, scope: dict[str, Any], question: Question) -> Table:
-    margin = f"p (equal within {margin_words(question)})"
+    margin = f"p (equal within {point_words(100 * question.margin)})"
     head = ["against", "metric", "difference, points", "interval", "p", margin, "interval (bootstrap)"]
     rows = []
     for arm, metrics in scope["differences"].items():
@@ -483,7 +483,7 @@ def _fixed(page: StudyPage) -> list[tuple[str, str]]:
         ("primary comparison", against if question.decides else f"none: the study explores, {pairs}"),
         ("metric", METRIC_WORDS[question.metric]),
         ("level", f"{100 * question.alpha:g} %, two-sided, for {each}"),
-        ("equal", f"within {margin_words(question)}, by two one-sided tests"),
+        ("equal", f"within {point_words(100 * question.margin)}, by two one-sided tests"),
         ("data", data_words(summary["data"])),
         ("seeds", ", ".join(map(str, summary["seeds"]))),
         *page.fixed,

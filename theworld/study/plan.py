@@ -12,7 +12,7 @@ from theworld.data.vsr import load_statements
 from theworld.evaluation.comparison import ALPHA, Images
 from theworld.evaluation.power import Assumptions, plan_power
 from theworld.evaluation.records import read_results
-from theworld.evaluation.study_verdict import LEAST_SEEDS
+from theworld.evaluation.study_verdict import LEAST_SEEDS, point_words
 from theworld.models.serialization import numbered
 from theworld.study.prediction import compiling_seconds, kind_of, num_evaluated, read_rates
 from theworld.study.protocol import Run, Study
@@ -149,7 +149,7 @@ def decides(study: Study) -> str:
     each = "each of " if len(primary.against) > 1 else ""
     return (
         f"{primary.arm} against {each}{', '.join(primary.against)} on test, at {primary.alpha:.0%} two-sided; "
-        f"a difference within {primary.margin:g} percentage point{'' if primary.margin == 1 else 's'} counts as equal"
+        f"a difference within {point_words(primary.margin)} counts as equal"
         + (f"; it takes {LEAST_SEEDS} seeds for a verdict, and has {len(study.seeds)}" if few else "")
     )
 

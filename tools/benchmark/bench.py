@@ -30,6 +30,7 @@ from theworld.config.fields import nearest_name
 from theworld.data.images import missing_photographs
 from theworld.utils.device import resolve_device
 from theworld.utils.files import check_output, check_room
+from theworld.utils.text import byte_size
 
 PARTS: dict[str, Callable[[Workbench], None]] = {
     "encode": part_encode,
@@ -92,7 +93,7 @@ def plan_parts(bench: Workbench, parts: Sequence[str]) -> Iterator[str]:
     ):
         nbytes = dtype.itemsize * sum(p.numel() for p in model.parameters())
         there = Path(name).exists()
-        yield f"{'uses' if there else 'makes':<12} {name}: {nbytes / 2**20:,.1f} MiB of random weights"
+        yield f"{'uses' if there else 'makes':<12} {name}: {byte_size(nbytes)} of random weights"
         size += 0 if there else nbytes
     if bench.annotations is None and not (bench.data_folder / "train.jsonl").exists():
         yield f"makes        {bench.data_folder}: {shapes.share:.1%} of VSR's statements and photographs, drawn"
@@ -107,7 +108,7 @@ def plan_parts(bench: Workbench, parts: Sequence[str]) -> Iterator[str]:
             )
         size += len(missing) * PHOTOGRAPH_BYTES
     free = check_room(bench.folder, size, "--folder")
-    yield f"writes       {size / 2**20:,.1f} MiB and caches below {bench.folder} ({free / 2**30:,.1f} GiB free)"
+    yield f"writes       {byte_size(size)} and caches below {bench.folder} ({byte_size(free)} free)"
 
 
 def run_parts(bench: Workbench, parts: Sequence[str]) -> dict[str, Any]:

@@ -33,11 +33,6 @@ from theworld.store.shard import ArraySpec, ImageEntry
 from theworld.store.writer import Store
 from theworld.training.trainer import Trainer
 
-# The commands of phase 1, and the floors of the models that they run.
-COMMANDS = {
-    "command with vision": ("VAE floor", "SigLIP floor"),
-    "command, compiled before": ("VAE floor",),
-}
 PLAIN_IMAGES = 1024  # at most, for the plain loop: its rate does not depend on how many there are
 
 
@@ -154,13 +149,20 @@ def part_extract(bench: Workbench) -> None:
         row = spread([count / s for s in own]) | {"unit": "images/s", "images": count, "seconds": min(own)}
         bench.results.add("extract", name, row)
     with bench.nothing_compiled():  # the second one finds what the first one has compiled
-        for name, floors in COMMANDS.items():
+        for name, with_vision in (("command with vision", True), ("command, compiled before", False)):
             with bench.results.attempt("extract", name):
-                taken, said = _extract_command(bench, with_vision="SigLIP floor" in floors)
+                taken, said = _extract_command(bench, with_vision)
                 row = {"rate": images / taken, "unit": "images/s", "seconds": taken, "says": said}
-                rates = [bench.results.rate("chip", floor) for floor in floors]
-                least = sum(images / rate for rate in rates if rate)
-                bench.results.add("extract", name, row | {"mfu": least / taken if all(rates) else None})
+                share = _share_of_floor(bench, images, with_vision, taken)
+                bench.results.add("extract", name, row | {"mfu": share})
+
+
+def _share_of_floor(bench: Workbench, images: int, with_vision: bool, seconds: float) -> float | None:
+    """Return the share of `seconds` in which the models of phase 1 could have done their work; None if the machine's
+    rate is not known."""
+    names = ("VAE floor", "SigLIP floor") if with_vision else ("VAE floor",)
+    rates = [rate for name in names if (rate := bench.results.rate("chip", name))]
+    return sum(images / rate for rate in rates) / seconds if len(rates) == len(names) else None
 
 
 def _own_extraction(bench: Workbench) -> float:

@@ -96,11 +96,10 @@ class Results:
         return row.get("rate")
 
     def share(self, part: str, name: str, row: Row) -> float | None:
-        """Return the share of the chip's rate in a row of longer work, by the rate and the share of another row, or by
-        that of a floor, whose share is 1; None if that was not measured."""
+        """Return the share of the chip's rate in a row of longer work, from the rate and share of another row; None if
+        that was not measured."""
         other = self.content["parts"].get(part, {}).get("rows", {}).get(name, {})
-        full = other.get("mfu", 1.0 if name == "floor" else None)
-        return row["rate"] / other["rate"] * full if other and full else None
+        return row["rate"] / other["rate"] * other["mfu"] if "mfu" in other else None
 
     def ratio(self, part: str, name: str, other: str) -> float | None:
         """Return how many times faster one row is than another, by their medians."""

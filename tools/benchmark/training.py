@@ -104,7 +104,7 @@ def _add_floor(bench: Workbench, trainer: Trainer) -> None:
     """Add the floor of the step: its FLOPs at the machine's rate of matrix multiplication."""
     counted, statements = bench.step_flops(trainer), statements_a_step(trainer.config)
     seconds = (counted["forward"] + counted["backward"]) / bench.rates["flops"]
-    row = {"rate": statements / seconds, "unit": "statements/s", "step_s": seconds}
+    row = {"rate": statements / seconds, "unit": "statements/s", "mfu": 1.0, "step_s": seconds}
     row |= {f"{name}_gflop": counted[name] / 1e9 for name in ("forward", "backward")}
     row |= {name: counted[name] for name in ("tokens", "padded")}
     bench.results.add("train", "floor", row)
