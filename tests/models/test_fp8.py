@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from constants import EMBEDDED_GEMMA
 
-from theworld.models.fp8 import gated, linear, quantise, to_fp8
+from theworld.models.fp8 import LARGEST_SLOPE, Fp8Weight, linear, mlp, quantise, to_fp8
 from theworld.models.gemma import Gemma, GemmaParts
 
 
@@ -25,23 +25,24 @@ def test_every_row_has_its_own_scale_and_comes_back_within_a_sixteenth() -> None
     torch.testing.assert_close(values.float().abs().amax(1), torch.full((64,), 448.0))
 
 
-def test_gated_is_that_of_the_model_and_its_gradients_are_those_of_rounded_values() -> None:
-    generator = torch.Generator().manual_seed(0)
-    gate, up, gradient = (torch.randn(64, 96, generator=generator) * 4 for _ in range(3))
-    kept = [quantise(one) for one in (gate, up)]
-    rounded = [(values.float() * scale).double().requires_grad_() for values, scale in kept]
-    gate.requires_grad_()
-    up.requires_grad_()
-    found = gated(gate, up)
-    exact = F.gelu(gate.double(), approximate="tanh") * up.double()
-    torch.testing.assert_close(found, exact.float(), atol=1e-5, rtol=1e-5)
-    found.backward(gradient)
-    (F.gelu(rounded[0], approximate="tanh") * rounded[1]).backward(gradient.double())
-    for one, of_rounded in zip((gate, up), rounded, strict=True):
-        assert one.grad is not None
-        assert of_rounded.grad is not None
-        torch.testing.assert_close(one.grad.double(), of_rounded.grad, atol=1e-4, rtol=1e-5)
-    assert gated(gate.bfloat16(), up.bfloat16()).dtype == torch.bfloat16
+def test_a_bound_that_is_too_large_costs_no_precision_but_near_zero() -> None:
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    largest = x.abs().amax(1, keepdim=True)
+    exact, _ = quantise(x, largest)
+    assert torch.equal(exact.float(), quantise(x)[0].float())
+    for factor in (2, 16):  # powers of two: the same bits behind the leading one
+        values, scale = quantise(x, largest * factor)
+        back, kept = values.float() * scale, x.abs() > scale * 2**-6  # normal values of e4m3
+        assert kept.float().mean() > 0.98
+        assert torch.equal((values.float() * factor)[kept], exact.float()[kept])
+        assert ((back - x).abs() <= x.abs() / 16 + scale * 2**-10).all()
+
+
+def test_gelu_has_no_larger_slope() -> None:
+    x = torch.linspace(-8, 8, 160_001, dtype=torch.float64, requires_grad=True)
+    F.gelu(x, approximate="tanh").sum().backward()
+    assert x.grad is not None
+    assert 1.128 < x.grad.abs().max() <= LARGEST_SLOPE
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
@@ -68,6 +69,51 @@ def test_a_product_in_8_bits_and_its_gradient_are_those_of_the_rounded_weight(
     assert relative(product.detach(), x.detach().float() @ used.t()) < 0.03
     assert x.grad is not None
     assert relative(x.grad, gradient.float() @ used) < 0.03
+
+
+def used(weight: Fp8Weight) -> torch.Tensor:
+    """Return what a weight in 8 bits stands for, float64[O, I]."""
+    return weight.weight.double() * weight.scale.t().double()
+
+
+def test_a_feed_forward_part_in_8_bits_is_nearly_that_of_its_weights(eight_bits_anywhere: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, hidden, inner = 64, 128, 512
+    sizes = (tokens, hidden), (tokens, hidden), (inner, hidden), (inner, hidden), (hidden, inner)
+    x, gradient, *matrices = (torch.randn(*size, generator=generator).bfloat16() for size in sizes)
+    gate, up, down = (to_fp8(matrix * len(matrix) ** -0.5) for matrix in matrices)
+    x.requires_grad_()
+    found = mlp(x, gate, up, down)
+    found.backward(gradient)
+    assert found.dtype == torch.bfloat16
+    given = x.detach().double().requires_grad_()
+    exact = (F.gelu(given @ used(gate).t(), approximate="tanh") * (given @ used(up).t())) @ used(down).t()
+    exact.backward(gradient.double())
+    # Rounding x and what is between the products, each with three bits behind the leading one.
+    assert relative(found.detach(), exact.detach()) < 0.06
+    assert x.grad is not None
+    assert given.grad is not None
+    assert relative(x.grad, given.grad) < 0.07
+
+
+def test_where_all_largest_values_meet_nothing_leaves_the_range_of_8_bits(eight_bits_anywhere: None) -> None:
+    """A bound that a value exceeded would make it NaN: here each row's values are as large as its bound says."""
+    hidden, inner = 16, 32
+    gate, up, down = (
+        to_fp8(torch.full(size, 3.0).bfloat16())
+        for size in ((inner, hidden), (inner, hidden), (hidden, inner))
+    )
+    for value in (1e-4, 0.0313, 1.0, 300.0):
+        x = torch.full((4, hidden), value).bfloat16().requires_grad_()
+        found = mlp(x, gate, up, down)
+        found.backward(torch.full_like(found, 7.0))
+        given = x.detach().double().requires_grad_()
+        exact = (F.gelu(given @ used(gate).t(), approximate="tanh") * (given @ used(up).t())) @ used(down).t()
+        exact.backward(torch.full_like(exact, 7.0))
+        assert x.grad is not None
+        assert given.grad is not None
+        assert relative(found.detach(), exact.detach()) < 0.05
+        assert relative(x.grad, given.grad) < 0.05
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -24,7 +24,9 @@ class Fp8Weight(NamedTuple):
 
     weight: Tensor  # float8_e4m3fn[O, I]
     scale: Tensor  # float32[1, O]
-    ones: Tensor  # float32[1, I]: the scale of its columns, kept since filling it would be a kernel a product
+    # What follows from these two, kept since computing it would be a kernel for each product:
+    ones: Tensor  # float32[1, I]: the scale of its columns
+    largest_scale: Tensor  # float32[1, 1]
 
 
 def check_fp8(device: torch.device) -> None:
@@ -33,9 +35,18 @@ def check_fp8(device: torch.device) -> None:
         raise ValueError(f"fp8 is true, but {device} has no 8-bit products: it takes a Hopper GPU or newer")
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """dtype[T, I] -> float8_e4m3fn[T, I] and float32[T, 1], their product being nearly x."""
-    scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+def largest_of(x: Tensor) -> Tensor:
+    """dtype[T, I] -> float32[T, 1], the largest magnitude in each row."""
+    return x.abs().amax(-1, keepdim=True).float()
+
+
+def quantise(x: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """dtype[T, I] -> float8_e4m3fn[T, I] and float32[T, 1], their product being nearly x.
+
+    `largest`, float32[T, 1]: a magnitude that no value of the row exceeds; by default the largest in it. A bound that
+    is some powers of two too large costs precision in the values next to zero alone, since these are floats.
+    """
+    scale = (largest_of(x) if largest is None else largest).clamp(min=1e-12) / LARGEST
     return (x.float() * scale.reciprocal()).to(torch.float8_e4m3fn), scale  # a division a row, not a value
 
 
@@ -44,12 +55,16 @@ def to_fp8(weight: Tensor) -> Fp8Weight:
     """Return dtype[O, I] in 8 bits. Raises ValueError as `check_fp8` does."""
     check_fp8(weight.device)
     values, scale = quantise(weight)
-    return Fp8Weight(values, scale.t().contiguous(), scale.new_ones(1, weight.shape[1]))
+    return _with_scale(values, scale.t().contiguous(), scale.new_ones(1, weight.shape[1]))
+
+
+def _with_scale(values: Tensor, scale: Tensor, ones: Tensor) -> Fp8Weight:
+    return Fp8Weight(values, scale, ones, scale.amax(1, keepdim=True))
 
 
 def fp8_linear(x: Tensor, weight: Fp8Weight) -> Tensor:
     """bfloat16[..., I] -> bfloat16[..., O]."""
-    return _Fp8Linear.apply(x.flatten(0, -2), *weight).unflatten(0, x.shape[:-1])
+    return _Fp8Linear.apply(x.flatten(0, -2), *weight[:3]).unflatten(0, x.shape[:-1])
 
 
 class Fp8Linear(nn.Module):
@@ -67,7 +82,7 @@ class Fp8Linear(nn.Module):
         """Return layers over the same memory that have so many of the outputs each."""
         whole = self.weight
         parts = zip(whole.weight.split(sizes), whole.scale.split(sizes, 1), strict=True)
-        return [Fp8Linear(Fp8Weight(*part, whole.ones)) for part in parts]
+        return [Fp8Linear(_with_scale(*part, whole.ones)) for part in parts]
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -93,35 +108,68 @@ def _turned(weight: Tensor, gradient: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """[T, S], float8_e4m3fn[S, R] stored column by column, and float32[1, R] -> bfloat16[T, R]."""
-    values, own_scale = quantise(x)
+    return _multiply(*quantise(x), weight, scale)
+
+
+def _multiply(values: Tensor, own_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The same of values in 8 bits, float8_e4m3fn[T, S], and their scale, float32[T, 1]."""
     return torch._scaled_mm(values, weight, own_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """Return the GELU of `gate` times `up`, bfloat16[T, F], and keep both in 8 bits for the backward pass.
+def mlp(x: Tensor, gate: Fp8Weight, up: Fp8Weight, down: Fp8Weight) -> Tensor:
+    """Return the feed-forward part of a decoder layer, bfloat16[T, D] -> bfloat16[T, D].
 
-    In 16 bits they would be more than half of what a decoder layer keeps. Rounding them adds no measurable error to
-    gradients beyond that of products in 8 bits (RESULTS.md).
+    What is between the products is bound by computing, so it is computed once: a row of a product of two is rounded
+    by the product of their largest magnitudes, where its own largest would take a pass of its own. For the backward
+    pass gate and up are kept in 8 bits; in 16 they would be more than half of what a layer keeps. Neither adds
+    measurable error to that of products in 8 bits (RESULTS.md).
     """
-    return _Gated.apply(gate, up)
+    return _Mlp.apply(x, *gate, *up, *down)
 
 
-class _Gated(torch.autograd.Function):
+class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        (gate8, gate_scale), (up8, up_scale) = quantise(gate), quantise(up)
-        ctx.save_for_backward(_bytes_to_keep(gate8), gate_scale, _bytes_to_keep(up8), up_scale)
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        gate_weight, up_weight, down_weight = _three(weights)
+        values = quantise(x)
+        gate = _multiply(*values, gate_weight.weight.t(), gate_weight.scale)
+        up = _multiply(*values, up_weight.weight.t(), up_weight.scale)
+        largest_gate, largest_up = largest_of(gate), largest_of(up)
+        (gate8, gate_scale), (up8, up_scale) = quantise(gate, largest_gate), quantise(up, largest_up)
+        ctx.save_for_backward(_bytes_to_keep(gate8), gate_scale, _bytes_to_keep(up8), up_scale, *weights)
         wide = gate.float()
-        return (wide * _gelu_factor(wide)).to(gate.dtype) * up
+        inner = wide * _gelu_factor(wide) * up.float()  # at most |gate| |up|
+        return _multiply(
+            *quantise(inner, largest_gate * largest_up), down_weight.weight.t(), down_weight.scale
+        )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        gate8, gate_scale, up8, up_scale = ctx.saved_tensors
+        gate8, gate_scale, up8, up_scale, *weights = ctx.saved_tensors
+        gate_weight, up_weight, down_weight = _three(weights)
+        turned = _turned(down_weight.weight, gradient)
+        inner = _product(gradient * down_weight.scale, turned, down_weight.ones)  # its gradient
         gate = gate8.view(torch.float8_e4m3fn).float() * gate_scale
         up = up8.view(torch.float8_e4m3fn).float() * up_scale
-        factor, wide = _gelu_factor(gate), gradient.float()
+        factor, wide, largest = _gelu_factor(gate), inner.float(), largest_of(inner) * LARGEST
         slope = factor + factor * (1 - factor) * gate * GELU_SCALE * (1 + 3 * GELU_CUBE * gate * gate)
-        return (wide * up * slope).to(gradient.dtype), (wide * gate * factor).to(gradient.dtype)
+        of_gate = quantise(
+            wide * up * slope * gate_weight.scale,
+            largest * up_scale * LARGEST_SLOPE * gate_weight.largest_scale,
+        )
+        of_up = quantise(
+            wide * gate * factor * up_weight.scale, largest * gate_scale * up_weight.largest_scale
+        )
+        by_gate = _multiply(*of_gate, _turned(gate_weight.weight, gradient), gate_weight.ones)
+        by_up = _multiply(*of_up, _turned(up_weight.weight, gradient), up_weight.ones)
+        return by_gate + by_up, *[None] * len(weights)
+
+
+def _three(tensors: Sequence[Tensor]) -> tuple[Fp8Weight, Fp8Weight, Fp8Weight]:
+    """Return three weights from their tensors: an autograd function takes and keeps tensors alone."""
+    count = len(Fp8Weight._fields)
+    gate, up, down = (Fp8Weight(*tensors[i : i + count]) for i in range(0, 3 * count, count))
+    return gate, up, down
 
 
 def _bytes_to_keep(values: Tensor) -> Tensor:
@@ -135,6 +183,7 @@ def _bytes_to_keep(values: Tensor) -> Tensor:
 
 GELU_SCALE = 2 * math.sqrt(2 / math.pi)
 GELU_CUBE = 0.044715  # Hendrycks and Gimpel 2016, arXiv 1606.08415
+LARGEST_SLOPE = 1.13  # of GELU: 1.12899, at 1.4185
 
 
 def _gelu_factor(x: Tensor) -> Tensor:
