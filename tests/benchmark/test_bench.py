@@ -52,6 +52,11 @@ def test_the_tool_measures_and_its_last_line_is_json(tmp_path: Path) -> None:
     assert set(found["parts"]["train"]["rows"]) == {"tokens", "end to end", "ours", "floor", "stages"}
     stages = found["parts"]["train"]["rows"]["stages"]
     assert {"pack_ms", "forward_ms", "backward_ms", "optimizer_ms", "rest_ms"} < set(stages)
+    losses = found["parts"]["losses"]["rows"]
+    assert list(losses) == ["exact", "exact, two micro-batches"]  # a CPU has no 8-bit products
+    assert losses["exact, two micro-batches"]["of_exact"] == pytest.approx(
+        1, abs=1e-3
+    )  # the same, in float32
     assert "end to end" in done.stdout
     assert not (tmp_path / "folder" / "runs").exists()
 
