@@ -116,6 +116,20 @@ def test_where_all_largest_values_meet_nothing_leaves_the_range_of_8_bits(eight_
         assert relative(x.grad, given.grad) < 0.05
 
 
+@pytest.mark.parametrize(("trains", "rounded"), [(False, 2), (True, 4)])
+def test_gate_and_up_are_rounded_only_for_a_backward_pass(
+    trains: bool, rounded: int, eight_bits_anywhere: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [to_fp8(torch.randn(size).bfloat16()) for size in ((64, 32), (64, 32), (32, 64))]
+    x = torch.randn(8, 32).bfloat16().requires_grad_(trains)
+    calls = []
+    monkeypatch.setattr(
+        "theworld.models.fp8.quantise", lambda *given: calls.append(given) or quantise(*given)
+    )
+    assert mlp(x, *weights).requires_grad == trains
+    assert len(calls) == rounded  # the input and what goes into `down`; and gate and up
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_refused_before_weights_load() -> None:
     for weights in (True, False):

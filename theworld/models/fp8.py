@@ -135,8 +135,9 @@ class _Mlp(torch.autograd.Function):
         gate = _multiply(*values, gate_weight.weight.t(), gate_weight.scale)
         up = _multiply(*values, up_weight.weight.t(), up_weight.scale)
         largest_gate, largest_up = largest_of(gate), largest_of(up)
-        (gate8, gate_scale), (up8, up_scale) = quantise(gate, largest_gate), quantise(up, largest_up)
-        ctx.save_for_backward(_bytes_to_keep(gate8), gate_scale, _bytes_to_keep(up8), up_scale, *weights)
+        if ctx.needs_input_grad[0]:
+            (gate8, gate_scale), (up8, up_scale) = quantise(gate, largest_gate), quantise(up, largest_up)
+            ctx.save_for_backward(_bytes_to_keep(gate8), gate_scale, _bytes_to_keep(up8), up_scale, *weights)
         wide = gate.float()
         inner = wide * _gelu_factor(wide) * up.float()  # at most |gate| |up|
         return _multiply(
