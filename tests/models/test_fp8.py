@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from constants import EMBEDDED_GEMMA
 
-from theworld.models.fp8 import LARGEST_SLOPE, Fp8Weight, linear, mlp, quantise, to_fp8
+from theworld.models.fp8 import LARGEST_SLOPE, Fp8Weight, feed_forward, linear, quantise, to_fp8
 from theworld.models.gemma import Gemma, GemmaParts
 
 
@@ -83,7 +83,7 @@ def test_a_feed_forward_part_in_8_bits_is_nearly_that_of_its_weights(eight_bits_
     x, gradient, *matrices = (torch.randn(*size, generator=generator).bfloat16() for size in sizes)
     gate, up, down = (to_fp8(matrix * len(matrix) ** -0.5) for matrix in matrices)
     x.requires_grad_()
-    found = mlp(x, gate, up, down)
+    found = feed_forward(x, gate, up, down)
     found.backward(gradient)
     assert found.dtype == torch.bfloat16
     given = x.detach().double().requires_grad_()
@@ -105,7 +105,7 @@ def test_where_all_largest_values_meet_nothing_leaves_the_range_of_8_bits(eight_
     )
     for value in (1e-4, 0.0313, 1.0, 300.0):
         x = torch.full((4, hidden), value).bfloat16().requires_grad_()
-        found = mlp(x, gate, up, down)
+        found = feed_forward(x, gate, up, down)
         found.backward(torch.full_like(found, 7.0))
         given = x.detach().double().requires_grad_()
         exact = (F.gelu(given @ used(gate).t(), approximate="tanh") * (given @ used(up).t())) @ used(down).t()
@@ -126,7 +126,7 @@ def test_gate_and_up_are_rounded_only_for_a_backward_pass(
     monkeypatch.setattr(
         "theworld.models.fp8.quantise", lambda *given: calls.append(given) or quantise(*given)
     )
-    assert mlp(x, *weights).requires_grad == trains
+    assert feed_forward(x, *weights).requires_grad == trains
     assert len(calls) == rounded  # the input and what goes into `down`; and gate and up
 
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from theworld.models.attention import attention_masks, block_mask, prepare_masks, seen_by
-from theworld.models.fp8 import Fp8Weight, Weight, linear, mlp
+from theworld.models.fp8 import Weight, feed_forward, linear
 from theworld.models.gemma import Gemma
 from theworld.models.packing import Batch
 from theworld.models.pointwise import RmsNorm, Rotary
@@ -240,15 +240,6 @@ def after_attention(x: Tensor, attended: Tensor, w: Layer, shape: Shape) -> Tens
     x = x + rms_norm(linear(attended, w.out), w.after_attention, shape.epsilon)
     fed = feed_forward(rms_norm(x, w.before_mlp, shape.epsilon), w.gate, w.up, w.down)
     return x + rms_norm(fed, w.after_mlp, shape.epsilon)
-
-
-def feed_forward(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
-    """dtype[T, D] -> the same."""
-    if isinstance(gate, Fp8Weight):
-        assert isinstance(up, Fp8Weight)
-        assert isinstance(down, Fp8Weight)
-        return mlp(x, gate, up, down)
-    return linear(F.gelu(linear(x, gate), approximate="tanh") * linear(x, up), down)
 
 
 def project_qkv(x: Tensor, w: Layer, cos: Tensor, sin: Tensor, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:

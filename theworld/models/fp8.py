@@ -55,10 +55,10 @@ def to_fp8(weight: Tensor) -> Fp8Weight:
     """Return dtype[O, I] in 8 bits. Raises ValueError as `check_fp8` does."""
     check_fp8(weight.device)
     values, scale = quantise(weight)
-    return _with_scale(values, scale.t().contiguous(), scale.new_ones(1, weight.shape[1]))
+    return _fp8_weight(values, scale.t().contiguous(), scale.new_ones(1, weight.shape[1]))
 
 
-def _with_scale(values: Tensor, scale: Tensor, ones: Tensor) -> Fp8Weight:
+def _fp8_weight(values: Tensor, scale: Tensor, ones: Tensor) -> Fp8Weight:
     return Fp8Weight(values, scale, ones, scale.amax(1, keepdim=True))
 
 
@@ -82,7 +82,7 @@ class Fp8Linear(nn.Module):
         """Return layers over the same memory that have so many of the outputs each."""
         whole = self.weight
         parts = zip(whole.weight.split(sizes), whole.scale.split(sizes, 1), strict=True)
-        return [Fp8Linear(_with_scale(*part, whole.ones)) for part in parts]
+        return [Fp8Linear(_fp8_weight(*part, whole.ones)) for part in parts]
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -116,7 +116,7 @@ def _multiply(values: Tensor, own_scale: Tensor, weight: Tensor, scale: Tensor) 
     return torch._scaled_mm(values, weight, own_scale, scale, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def mlp(x: Tensor, gate: Fp8Weight, up: Fp8Weight, down: Fp8Weight) -> Tensor:
+def fp8_feed_forward(x: Tensor, gate: Fp8Weight, up: Fp8Weight, down: Fp8Weight) -> Tensor:
     """Return the feed-forward part of a decoder layer, bfloat16[T, D] -> bfloat16[T, D].
 
     What is between the products is bound by computing, so it is computed once: a row of a product of two is rounded
@@ -124,10 +124,10 @@ def mlp(x: Tensor, gate: Fp8Weight, up: Fp8Weight, down: Fp8Weight) -> Tensor:
     pass gate and up are kept in 8 bits; in 16 they would be more than half of what a layer keeps. Neither adds
     measurable error to that of products in 8 bits (RESULTS.md).
     """
-    return _Mlp.apply(x, *gate, *up, *down)
+    return _Fp8FeedForward.apply(x, *gate, *up, *down)
 
 
-class _Mlp(torch.autograd.Function):
+class _Fp8FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
         gate_weight, up_weight, down_weight = _three(weights)
@@ -202,6 +202,13 @@ Weight = Tensor | Fp8Weight
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """Return x times the transposed weight."""
     return fp8_linear(x, weight) if isinstance(weight, Fp8Weight) else F.linear(x, weight)
+
+
+def feed_forward(x: Tensor, gate: Weight, up: Weight, down: Weight) -> Tensor:
+    """Return the feed-forward part of a decoder layer, dtype[T, D] -> dtype[T, D]."""
+    if isinstance(gate, Fp8Weight) and isinstance(up, Fp8Weight) and isinstance(down, Fp8Weight):
+        return fp8_feed_forward(x, gate, up, down)
+    return linear(F.gelu(linear(x, gate), approximate="tanh") * linear(x, up), down)
 
 
 def convert_layer(layer: Any, qkv: Tensor) -> Fp8Weight:
