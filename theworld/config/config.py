@@ -401,7 +401,7 @@ class Config:
     fp8: bool = setting(
         False,
         "Compute the frozen linear layers in 8-bit floating point: faster, in less memory, less exact (a small model "
-        "learnt later with it); needs a Hopper GPU or newer.",
+        "stayed at chance for as long as most of its runs in 16 bits took to learn); needs a Hopper GPU or newer.",
         defines_run=True,
     )
     use_gradient_checkpointing: bool = setting(

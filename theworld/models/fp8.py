@@ -1,10 +1,10 @@
 """Frozen linear layers in 8 bits: faster on Hopper GPUs, not exact.
 
 Values are float8 e4m3 (largest 448) with one float32 scale a row of the weight and one a token, chosen from the largest
-magnitude in it. The product is accumulated in hardware and comes out in bfloat16. Forward and the gradient of the input
-are both in 8 bits.
+magnitude in it or a bound of that. The product is accumulated in hardware and comes out in bfloat16. Forward and the
+gradient of the input are both in 8 bits.
 
-Dimensions: T tokens, I inputs, O outputs.
+Dimensions: T tokens, I inputs, O outputs; D the width of the model, F that between gate, up and down.
 """
 
 import math
@@ -119,10 +119,10 @@ def _multiply(values: Tensor, own_scale: Tensor, weight: Tensor, scale: Tensor) 
 def fp8_feed_forward(x: Tensor, gate: Fp8Weight, up: Fp8Weight, down: Fp8Weight) -> Tensor:
     """Return the feed-forward part of a decoder layer, bfloat16[T, D] -> bfloat16[T, D].
 
-    What is between the products is bound by computing, so it is computed once: a row of a product of two is rounded
-    by the product of their largest magnitudes, where its own largest would take a pass of its own. For the backward
-    pass gate and up are kept in 8 bits; in 16 they would be more than half of what a layer keeps. Neither adds
-    measurable error to that of products in 8 bits (RESULTS.md).
+    The element-wise kernels between the products are limited by arithmetic. So the scale of a row of GELU(gate) * up,
+    and of its gradients, is not its largest value, for which each value would be computed twice, but a bound: the
+    product of the largest magnitudes of the factors. For the backward pass gate and up are kept in 8 bits; in 16 they
+    would be more than half of what a layer keeps. RESULTS.md has the error of both.
     """
     return _Fp8FeedForward.apply(x, *gate, *up, *down)
 
@@ -149,10 +149,12 @@ class _Fp8FeedForward(torch.autograd.Function):
         gate8, gate_scale, up8, up_scale, *weights = ctx.saved_tensors
         gate_weight, up_weight, down_weight = _three(weights)
         turned = _turned(down_weight.weight, gradient)
-        inner = _product(gradient * down_weight.scale, turned, down_weight.ones)  # its gradient
+        of_inner = _product(
+            gradient * down_weight.scale, turned, down_weight.ones
+        )  # gradients of inner, gate, up
         gate = gate8.view(torch.float8_e4m3fn).float() * gate_scale
         up = up8.view(torch.float8_e4m3fn).float() * up_scale
-        factor, wide, largest = _gelu_factor(gate), inner.float(), largest_of(inner) * LARGEST
+        factor, wide, largest = _gelu_factor(gate), of_inner.float(), largest_of(of_inner) * LARGEST
         slope = factor + factor * (1 - factor) * gate * GELU_SCALE * (1 + 3 * GELU_CUBE * gate * gate)
         of_gate = quantise(
             wide * up * slope * gate_weight.scale,
